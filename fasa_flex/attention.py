@@ -1,0 +1,220 @@
+"""Focused attention: exact attention over the selected keys (FAC, paper section 4), and the whole method at once."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
+
+from fasa_flex.agreement import check_heads
+from fasa_flex.config import Backend, GroupReduce, check_budget, check_choice
+from fasa_flex.masks import kv_block_size, realize, to_block_mask
+from fasa_flex.reference import reference_attention
+from fasa_flex.scoring import DominantChunks, Scorer, reduce_group
+from fasa_flex.selection import Selection, select, valid_keys
+
+
+def fasa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunks: Tensor,
+    n_fac: int | float = 256,
+    scaling: float | None = None,
+    n_sink: int = 0,
+    n_recent: int = 0,
+    group_reduce: GroupReduce = "max",
+    key_mask: Tensor | None = None,
+    packed_keys: Tensor | None = None,
+    backend: Backend = "flex",
+) -> Tensor:
+    """Frequency-aware sparse attention: score all keys with the dominant chunks, attend to the best (method.md 3 and
+    4).
+
+    Runs eagerly, where the flex backend compiles itself, and under ``torch.compile(fullgraph=True)``; a growing cache
+    is compiled twice in all, once for its first length and once for any length.
+
+    Args:
+        q: float [B, Hq, Q, D], post-RoPE; query i sits at slot T - Q + i.
+        k: float [B, Hkv, T, D], post-RoPE; Hq a multiple of Hkv. Not repeated over the group.
+        v: float [B, Hkv, T, D].
+        chunks: int64 [Hkv or Hq, n_tip, 2], the dimension pairs of each head's dominant chunks.
+        n_fac: the budget: tokens (int), or a share of the query's valid keys (float in (0, 1], rounded up).
+        scaling: softmax scale; None is D ** -0.5.
+        n_sink: first valid tokens that are always selected, inside the budget.
+        n_recent: last valid tokens that are always selected, inside the budget.
+        group_reduce: how a GQA group ranks as one: "max", "mean", "softmax"; "none" selects per query head (always so
+            where ``chunks`` has Hq rows and Hq > Hkv).
+        key_mask: bool [B, T], True = real token; None: all real.
+        packed_keys: float [B, Hkv, T, 2 * n_tip], ``k`` at the dominant dimensions, to be read instead of ``k``.
+        backend: "flex", "gather", "reference" or "auto"; equal within rounding. "flex" has no gradients on CPU.
+
+    Returns:
+        [B, Hq, Q, D] in the dtype of ``q``; zeros for a query with no valid key. With a budget of at least the valid
+        keys this is dense attention.
+
+    Raises:
+        ValueError: shapes, dtypes or settings that do not fit; NaN in queries or keys (eager calls only: a compiled
+            graph selects NaN keys, so that they show in the result).
+    """
+    check_heads(q, k)
+    _check_call(q, k, v, chunks, key_mask, packed_keys)
+    check_budget(n_fac, n_sink, n_recent)
+    check_choice("group_reduce", group_reduce, GroupReduce)
+    check_choice("backend", backend, Backend)
+    if not torch.compiler.is_compiling() and (q.isnan().any() or k.isnan().any()):
+        raise ValueError("q or k holds NaN; find what produced it before attending, padding belongs in key_mask.")
+    if chunks.shape[0] != k.shape[1]:
+        group_reduce = "none"
+    valid = valid_keys(q.shape[2], k.shape[2], key_mask, q.device)
+    scorer = DominantChunks.from_chunks(chunks)
+    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+    return sparse_attention(
+        q, k, v, scorer, valid, n_fac, n_sink, n_recent, group_reduce, scaling, backend, packed_keys
+    )
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scorer: Scorer,
+    valid: Tensor,
+    n_fac: int | float,
+    n_sink: int,
+    n_recent: int,
+    group_reduce: GroupReduce,
+    scaling: float,
+    backend: Backend,
+    packed_keys: Tensor | None = None,
+) -> Tensor:
+    """`fasa_attention` for any scorer and any validity [B or 1, 1, 1, Q, T], without the checks."""
+    if backend == "auto":
+        backend = "flex" if query.device.type == "cuda" else "gather"
+    if (
+        backend == "flex"
+        and torch.is_grad_enabled()
+        and (query.requires_grad or key.requires_grad or value.requires_grad)
+    ):
+        raise ValueError(
+            "backend 'flex' computes no gradients; wrap the call in torch.no_grad(), or use backend='gather'."
+        )
+    settings = (n_fac, n_sink, n_recent, group_reduce, scaling, backend)
+    if backend == "flex" and not torch.compiler.is_compiling():
+        step = _compiled(query.shape[2] == 1, query.dtype, query.shape[1] // key.shape[1], settings)
+        return step(query, key, value, scorer, valid, *settings, packed_keys)
+    return _score_select_attend(query, key, value, scorer, valid, *settings, packed_keys)
+
+
+def _score_select_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scorer: Scorer,
+    valid: Tensor,
+    n_fac: int | float,
+    n_sink: int,
+    n_recent: int,
+    group_reduce: GroupReduce,
+    scaling: float,
+    backend: Backend,
+    packed_keys: Tensor | None,
+) -> Tensor:
+    scores = reduce_group(scorer(query, key, packed_keys), valid, group_reduce, scaling)
+    if backend == "reference":
+        return reference_attention(query, key, value, scores, valid, n_fac, n_sink, n_recent, scaling)
+    selection = select(scores, valid, n_fac, n_sink, n_recent)
+    attend = flex_focused if backend == "flex" else gather_focused
+    return attend(query, key, value, selection, scaling)
+
+
+@functools.cache
+def _compiled(*_signature: object) -> Callable[..., Tensor]:
+    """The compiled step of one static signature.
+
+    Dynamo allows a code object a few specialisations (8), and a process may well use more budgets and shapes than that;
+    so every signature compiles a code object of its own.
+    """
+    step = _score_select_attend
+    own = types.FunctionType(
+        step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__, step.__closure__
+    )
+    compiled: Callable[..., Tensor] = torch.compile(own, fullgraph=True)
+    return compiled
+
+
+def flex_focused(query: Tensor, key: Tensor, value: Tensor, selection: Selection, scaling: float) -> Tensor:
+    """`flex_attention` over the selection's block mask; the group's query heads are folded into its rows.
+
+    To be compiled: eager `flex_attention` ignores the block list and computes every score.
+    """
+    batch, query_heads, q_len, head_dim = query.shape
+    kv_heads = key.shape[1]
+    group = query_heads // kv_heads
+    block_mask = to_block_mask(selection, group, kv_block_size(query.device))
+    rows = query.view(batch, kv_heads, group, q_len, head_dim).transpose(2, 3).reshape(batch, kv_heads, -1, head_dim)
+    # torch 2.13's CPU template for one query misreads folded queries; a partition longer than any cache switches it
+    # off.
+    options: Any = {"PARTITION_SIZE": 1 << 20} if query.device.type == "cpu" else None
+    out = flex_attention(realize(rows), key, value, block_mask=block_mask, scale=scaling, kernel_options=options)
+    assert isinstance(out, Tensor)
+    return out.view(batch, kv_heads, q_len, group, -1).transpose(2, 3).reshape(batch, query_heads, q_len, -1)
+
+
+def gather_focused(query: Tensor, key: Tensor, value: Tensor, selection: Selection, scaling: float) -> Tensor:
+    """The selected rows of K and V in a dense buffer [.., K, D], then `scaled_dot_product_attention`."""
+    batch, query_heads, q_len, head_dim = query.shape
+    kv_heads = key.shape[1]
+    slots = selection.slots
+    shared, width = slots.shape[2], slots.shape[4]
+    members = query_heads // kv_heads // shared
+    b = torch.arange(batch, device=query.device)[:, None, None, None, None]
+    h = torch.arange(kv_heads, device=query.device)[:, None, None, None]
+    rows = key[b, h, slots].view(batch, -1, width, head_dim)
+    values = value[b, h, slots].view(batch, -1, width, value.shape[-1])
+    grouped = query.view(batch, kv_heads, shared, members, q_len, head_dim).transpose(3, 4)
+    taken = selection.taken.expand(batch, kv_heads, shared, q_len, width).reshape(batch, -1, 1, width)
+    out = F.scaled_dot_product_attention(
+        grouped.reshape(batch, -1, members, head_dim), rows, values, attn_mask=taken, scale=scaling
+    )
+    out = out.view(batch, kv_heads, shared, q_len, members, -1).transpose(3, 4)
+    out = torch.where((selection.count > 0)[..., None, :, None], out, 0.0)
+    return out.reshape(batch, query_heads, q_len, -1)
+
+
+def _check_call(
+    q: Tensor, k: Tensor, v: Tensor, chunks: Tensor, key_mask: Tensor | None, packed_keys: Tensor | None
+) -> None:
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v {tuple(v.shape)} does not fit k {tuple(k.shape)}; expected [B, Hkv, T, D].")
+    if q.dtype != k.dtype or q.dtype != v.dtype or not q.is_floating_point():
+        raise ValueError(f"q, k and v must share one float dtype, got {q.dtype}, {k.dtype} and {v.dtype}.")
+    heads = (k.shape[1], q.shape[1])
+    if (
+        chunks.dim() != 3
+        or chunks.shape[2] != 2
+        or chunks.shape[0] not in heads
+        or not 0 < chunks.shape[1] * 2 <= q.shape[3]
+    ):
+        raise ValueError(
+            f"chunks must be [{heads[0]} or {heads[1]} heads, 1..{q.shape[3] // 2} chunks, 2 dimensions], "
+            f"got {tuple(chunks.shape)}; FasaProfile.dominant_dims gives a layer's."
+        )
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (k.shape[0], k.shape[2])):
+        raise ValueError(
+            f"key_mask must be bool {(k.shape[0], k.shape[2])}, got {key_mask.dtype} {tuple(key_mask.shape)}; "
+            "True is a real token."
+        )
+    if packed_keys is not None:
+        expected = (*k.shape[:3], 2 * chunks.shape[1])
+        if packed_keys.shape != expected or chunks.shape[0] != k.shape[1]:
+            raise ValueError(
+                f"packed_keys must be {expected} with one chunk set per key/value head, got {tuple(packed_keys.shape)} "
+                f"and {chunks.shape[0]} sets; pack with DominantChunks.pack."
+            )

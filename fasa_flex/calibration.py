@@ -1,0 +1,153 @@
+"""Find the dominant chunks of a model, once: dense generation, agreement of every decode query (paper section 3)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fasa_flex.agreement import contextual_agreement
+from fasa_flex.profile import FasaProfile, Provenance, config_hash
+from fasa_flex.rotary import RotaryLayout
+from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention, attention_shape, maximum_positions
+
+
+@torch.no_grad()
+def calibrate(
+    model: PreTrainedModel,
+    samples: Sequence[Tensor] | Sequence[str],
+    top_k: int = 256,
+    max_new_tokens: int = 64,
+    progress: bool = True,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> FasaProfile:
+    """Measure contextual agreement on a few samples; one long document is enough (the paper uses one).
+
+    Each sample is continued greedily with dense attention for up to ``max_new_tokens`` tokens; the queries of the
+    decoded tokens are then compared with all their keys in one more dense forward, which gives them the same values.
+    Every query weighs the same. No global random state is read or changed.
+
+    Args:
+        model: a transformers causal language model with RoPE.
+        samples: 1-D LongTensors of token ids, or texts with ``tokenizer=``; each with at least ``top_k`` tokens.
+        top_k: K of contextual agreement; the paper uses 256.
+        max_new_tokens: decode steps a sample.
+        progress: show a progress bar.
+        tokenizer: encodes the samples when they are texts.
+
+    Returns:
+        the profile, with float32 agreement [layers, query heads, chunks].
+
+    Raises:
+        ValueError: samples that are empty, too short or too long for the model, or a model without RoPE.
+    """
+    encoded = [_encode(sample, tokenizer) for sample in samples]
+    _check(model, encoded, top_k, max_new_tokens)
+    layout = RotaryLayout.detect(model)
+    layers, query_heads, kv_heads, _ = attention_shape(model)
+    total = torch.zeros(layers, query_heads, len(layout.chunks), dtype=torch.float64)
+    queries = 0
+    was_training = model.training
+    model.eval()
+    try:
+        for ids in tqdm(encoded, desc="calibrating", unit="sample", disable=not progress):
+            full = _continue(model, ids, max_new_tokens)
+            decoded = len(full) - len(ids)
+            total += _sample_agreement(model, full, decoded, layout, top_k) * decoded
+            queries += decoded
+    finally:
+        model.train(was_training)
+    provenance = Provenance(
+        model_id=model.config.name_or_path or type(model).__name__,
+        model_type=model.config.get_text_config().model_type,
+        config_hash=config_hash(model),
+        kv_heads=kv_heads,
+        top_k=top_k,
+        max_new_tokens=max_new_tokens,
+        queries=queries,
+        sample_hashes=tuple(hashlib.sha256(str(ids.tolist()).encode()).hexdigest() for ids in encoded),
+        versions={name: _version(name) for name in ("fasa_flex", "torch", "transformers")},
+    )
+    return FasaProfile((total / queries).float().clamp(0, 1), layout, provenance)
+
+
+def _encode(sample: Tensor | str, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    if isinstance(sample, str):
+        if tokenizer is None:
+            raise ValueError("samples are texts but no tokenizer was given; pass tokenizer=.")
+        return torch.tensor(tokenizer(sample)["input_ids"], dtype=torch.long)
+    if not isinstance(sample, Tensor) or sample.dim() != 1 or sample.is_floating_point():
+        shape = tuple(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
+        raise ValueError(f"a sample must be a text or a 1-D LongTensor of token ids, got {shape}.")
+    return sample.long().cpu()
+
+
+def _check(model: PreTrainedModel, samples: list[Tensor], top_k: int, max_new_tokens: int) -> None:
+    if not samples:
+        raise ValueError("calibration needs at least one sample, got none; pass a long text or two.")
+    if top_k < 1 or max_new_tokens < 1:
+        raise ValueError(f"top_k and max_new_tokens must be at least 1, got {top_k} and {max_new_tokens}.")
+    limit = maximum_positions(model)
+    for number, ids in enumerate(samples):
+        if len(ids) < top_k:
+            raise ValueError(
+                f"sample {number} has {len(ids)} tokens, agreement at top_k={top_k} needs at least {top_k}; "
+                "pass longer samples or a smaller top_k."
+            )
+        if limit is not None and len(ids) + max_new_tokens > limit:
+            raise ValueError(
+                f"sample {number} has {len(ids)} tokens and {max_new_tokens} to generate, the model takes {limit}; "
+                "shorten the sample or lower max_new_tokens."
+            )
+
+
+def _continue(model: PreTrainedModel, ids: Tensor, max_new_tokens: int) -> Tensor:
+    """The sample and its dense greedy continuation, token ids [n]; at least one token longer."""
+    prompt = ids[None].to(model.device)
+    full = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+    )
+    result: Tensor = full[0]
+    return result
+
+
+def _sample_agreement(model: PreTrainedModel, ids: Tensor, decoded: int, layout: RotaryLayout, top_k: int) -> Tensor:
+    """Agreement of the last ``decoded`` queries in one dense forward; float64 [layers, Hq, chunks]."""
+    tables: dict[int, Tensor] = {}
+
+    def measure(
+        dense: DenseAttention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> AttentionResult:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        tables[layer] = contextual_agreement(query[:, :, -decoded:], key, layout, top_k).double().cpu()
+        return dense(module, query, key, value, attention_mask, **kwargs)
+
+    with AttentionSeam(model, measure):
+        model.base_model(input_ids=ids[None].to(model.device), use_cache=False)
+    return torch.stack([tables[layer] for layer in sorted(tables)])
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,48 @@
+"""One total order on scores, so that every device and backend ranks alike.
+
+A score and its slot are packed into one int64: the score's float32 bits, mapped so that integer order is float order,
+above the complement of the slot. No two keys are equal, so any `topk` is exact and ties go to the lower slot. An int64
+`topk` on CPU costs no more than a float one, where a stable sort costs 20-40 times as much.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INVALID = torch.iinfo(torch.int64).min
+"""Below every score: the key may not be selected."""
+
+_LOW = 0xFFFFFFFF
+_NAN = 0x7FC00000
+
+
+def rank_keys(scores: Tensor) -> Tensor:
+    """Order-preserving integers for scores along the last dimension.
+
+    Args:
+        scores: float [..., T], T < 2**32; ranked as float32.
+
+    Returns:
+        int64 [..., T], all distinct along T: a higher score is larger, among equal scores the lower slot is larger.
+        -0.0 equals 0.0, and NaN ranks above +inf: it is selected and shows in the result instead of hiding.
+    """
+    scores = scores.float()
+    bits = torch.where(scores == 0, 0.0, scores).view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    ordered = torch.where(scores.isnan(), _NAN, ordered)
+    return (ordered.long() << 32) | _slot_bits(scores)
+
+
+def forced_keys(scores: Tensor) -> Tensor:
+    """Integers above every key of `rank_keys`, the lower slot first; int64 [T]."""
+    return (0x7FFFFFFF << 32) | _slot_bits(scores)
+
+
+def top_slots(scores: Tensor, k: int) -> Tensor:
+    """The slots of the ``k`` highest of scores [..., T], best first; int64 [..., k]."""
+    return rank_keys(scores).topk(k, dim=-1).indices
+
+
+def _slot_bits(scores: Tensor) -> Tensor:
+    return _LOW - torch.arange(scores.shape[-1], device=scores.device)

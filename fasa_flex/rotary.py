@@ -1,0 +1,235 @@
+"""Which two dimensions form each frequency chunk, read off a model by probing it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention, attention_shape, maximum_positions
+
+_TOLERANCE = 1e-5
+_RESIDUAL = 1e-3
+_TWIN_LAYERS = 8
+
+
+class RotaryLayout:
+    """The frequency chunks of a head: RoPE's 2-D planes first, unrotated dimensions paired behind them (paper section
+    2).
+
+    Attributes:
+        chunks: int64 [head_dim // 2, 2], the two dimensions of each chunk.
+        n_rotated: how many of the chunks turn; the rest have frequency 0.
+        frequencies: float64 [n_rotated], radians a position, or None where the layout was named and not probed.
+        unrotated_layers: layers of the probed model that apply no RoPE at all.
+    """
+
+    def __init__(
+        self,
+        chunks: Tensor,
+        n_rotated: int,
+        frequencies: Tensor | None = None,
+        unrotated_layers: tuple[int, ...] = (),
+    ) -> None:
+        if (
+            chunks.dim() != 2
+            or chunks.shape[1] != 2
+            or chunks.flatten().sort().values.tolist() != list(range(chunks.numel()))
+        ):
+            raise ValueError(
+                f"chunks must pair every dimension of a head exactly once, got {chunks.tolist()}; "
+                "pass [head_dim // 2, 2]."
+            )
+        if not 0 < n_rotated <= len(chunks):
+            raise ValueError(f"n_rotated must lie in 1..{len(chunks)}, got {n_rotated}.")
+        self.chunks = chunks.long().cpu()
+        self.n_rotated = n_rotated
+        self.frequencies = frequencies
+        self.unrotated_layers = unrotated_layers
+
+    @classmethod
+    def half_split(cls, head_dim: int, rotary_dim: int | None = None) -> RotaryLayout:
+        """Plane i is (i, i + rotary_dim / 2): ``rotate_half`` models such as Llama, Mistral and Qwen."""
+        rotary_dim = _check_dims(head_dim, rotary_dim)
+        first = torch.arange(rotary_dim // 2)
+        return cls._with_rest(torch.stack([first, first + rotary_dim // 2], dim=1), head_dim)
+
+    @classmethod
+    def interleaved(cls, head_dim: int, rotary_dim: int | None = None) -> RotaryLayout:
+        """Plane i is (2i, 2i + 1): GPT-J style models such as GLM and Cohere."""
+        rotary_dim = _check_dims(head_dim, rotary_dim)
+        return cls._with_rest(torch.arange(rotary_dim).view(-1, 2), head_dim)
+
+    @classmethod
+    def detect(cls, model: PreTrainedModel) -> RotaryLayout:
+        """Find the planes by what the model does to a query, whatever its class is called.
+
+        Identical embeddings are fed at several positions and attention returns zeros, so the hidden states of every
+        layer stay independent of position and the query at position p is R_p times the query at position 0. Least
+        squares gives R_p; its off-diagonal entries are the planes and its angles the frequencies. Models in half
+        precision, where rounding would hide the slow planes, are probed through a small float32 twin made from their
+        config.
+
+        Raises:
+            ValueError: queries do not turn with position (no RoPE), or not by rotations in planes.
+        """
+        positions, queries = _probe(model)
+        fits = {layer: _fit_rotation(query, positions) for layer, query in queries.items()}
+        pairs = {layer: pairing for layer, (pairing, _) in fits.items() if pairing}
+        if not pairs:
+            raise ValueError(
+                f"{type(model).__name__} does not rotate its queries with position (no RoPE), "
+                "so it has no frequency chunks; FASA needs a RoPE model."
+            )
+        layer, planes = next(iter(pairs.items()))
+        if any(other != planes for other in pairs.values()):
+            raise ValueError(
+                f"the layers of {type(model).__name__} rotate different planes; FASA needs one layout for all."
+            )
+        head_dim = next(iter(queries.values())).shape[-1]
+        layout = cls._with_rest(torch.tensor(planes), head_dim)
+        layout.frequencies = fits[layer][1]
+        layout.unrotated_layers = tuple(layer for layer, (pairing, _) in fits.items() if not pairing)
+        return layout
+
+    @classmethod
+    def _with_rest(cls, planes: Tensor, head_dim: int) -> RotaryLayout:
+        rest = torch.tensor(sorted(set(range(head_dim)) - set(planes.flatten().tolist())), dtype=torch.long)
+        return cls(torch.cat([planes, rest.view(-1, 2)]), len(planes))
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of a head."""
+        return self.chunks.numel()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The layout as JSON-ready values."""
+        return {
+            "chunks": self.chunks.tolist(),
+            "n_rotated": self.n_rotated,
+            "frequencies": None if self.frequencies is None else self.frequencies.tolist(),
+            "unrotated_layers": list(self.unrotated_layers),
+        }
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> RotaryLayout:
+        """The inverse of `to_dict`."""
+        frequencies = fields["frequencies"]
+        return cls(
+            torch.tensor(fields["chunks"]),
+            fields["n_rotated"],
+            None if frequencies is None else torch.tensor(frequencies, dtype=torch.float64),
+            tuple(fields["unrotated_layers"]),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RotaryLayout) and self.n_rotated == other.n_rotated and self.chunks.equal(other.chunks)
+
+    def __hash__(self) -> int:
+        return hash((self.n_rotated, *self.chunks.flatten().tolist()))
+
+    def __repr__(self) -> str:
+        first, last = self.chunks[0].tolist(), self.chunks[self.n_rotated - 1].tolist()
+        return f"RotaryLayout(head_dim={self.head_dim}, n_rotated={self.n_rotated}, planes {first} ... {last})"
+
+
+def _check_dims(head_dim: int, rotary_dim: int | None) -> int:
+    rotary_dim = head_dim if rotary_dim is None else rotary_dim
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim must be even and at least 2, got {head_dim}.")
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        raise ValueError(f"rotary_dim must be even and lie in 2..{head_dim}, got {rotary_dim}.")
+    return rotary_dim
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, Tensor]]:
+    """Queries of every layer for identical inputs: positions [P] from 0 up, doubling, and {layer: [rows, P, D]}."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"expected a transformers model, got {type(model).__name__}; load one with from_pretrained.")
+    model = model.base_model if model.dtype in (torch.float32, torch.float64) else _float32_twin(model)
+    _, query_heads, _, head_dim = attention_shape(model)
+    last = min(1024, (maximum_positions(model) or 1025) - 1)
+    steps = [0, *(2**power for power in range(last.bit_length()) if 2**power <= last)]
+    positions = torch.tensor(steps, device=model.device)
+    samples = math.ceil(4 * head_dim / query_heads) + 4
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(samples, 1, model.config.get_text_config().hidden_size, generator=generator)
+    queries: dict[int, Tensor] = {}
+
+    def capture(
+        dense: DenseAttention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **_: Any,
+    ) -> AttentionResult:
+        queries[int(module.layer_idx)] = query.flatten(0, 1).double().cpu()  # type: ignore[arg-type]
+        return query.new_zeros(query.shape).transpose(1, 2).contiguous(), None
+
+    training = model.training
+    model.eval()
+    try:
+        with AttentionSeam(model, capture):
+            model(
+                inputs_embeds=hidden.to(model.device, model.dtype).expand(-1, len(steps), -1).contiguous(),
+                position_ids=positions.expand(samples, -1),
+                use_cache=False,
+            )
+    finally:
+        model.train(training)
+    return positions.double().cpu(), dict(sorted(queries.items()))
+
+
+def _float32_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A float32 model of the same class and rotary settings, with few layers, thin MLPs and a tiny vocabulary."""
+    base = model.base_model
+    config = copy.deepcopy(base.config)
+    layers = min(config.num_hidden_layers, _TWIN_LAYERS)
+    small = {"vocab_size": 8, "num_hidden_layers": layers, "intermediate_size": 8, "moe_intermediate_size": 8}
+    for name, value in {**small, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    for name in ("layer_types", "no_rope_layers"):
+        if getattr(config, name, None):
+            setattr(config, name, getattr(config, name)[:layers])
+    twin: PreTrainedModel = type(base)._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    return twin.to(model.device)
+
+
+def _fit_rotation(query: Tensor, positions: Tensor) -> tuple[list[list[int]], Tensor]:
+    """Planes and frequencies of one layer from its queries [rows, P, D] (float64) at ``positions`` [P], the first 0."""
+    start = query[:, 0]
+    scale = start.abs().mean()
+    turned = [torch.linalg.lstsq(start, query[:, index]) for index in range(1, len(positions))]
+    rotations = torch.stack([fit.solution.T for fit in turned])
+    error = max((start @ r.T - query[:, i + 1]).abs().max() / scale for i, r in enumerate(rotations))
+    if error > _RESIDUAL:
+        return [], torch.empty(0)
+    off = (rotations - torch.diag_embed(rotations.diagonal(dim1=-2, dim2=-1))).abs().amax(0)
+    strength, partner = off.max(-1)
+    planes = [
+        [dim, int(partner[dim])]
+        for dim in range(len(partner))
+        if strength[dim] > _TOLERANCE and dim < int(partner[dim]) and int(partner[partner[dim]]) == dim
+    ]
+    return planes, _frequencies(rotations, planes, positions[1:])
+
+
+def _frequencies(rotations: Tensor, planes: list[list[int]], positions: Tensor) -> Tensor:
+    """Radians a position per plane: the angle at position 1, refined at each doubling, where it is resolved better."""
+    if not planes:
+        return torch.empty(0)
+    first, second = torch.tensor(planes).T
+    angles = torch.atan2(rotations[:, second, first], rotations[:, first, first])
+    frequency = angles[0] / positions[0]
+    for angle, position in zip(angles[1:], positions[1:], strict=True):
+        turns = ((frequency * position - angle) / (2 * math.pi)).round()
+        frequency = (angle + 2 * math.pi * turns) / position
+    return frequency.abs()

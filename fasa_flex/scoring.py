@@ -1,0 +1,94 @@
+"""Token scorers: how important each key is to each query. The dominant-chunk scorer is TIP (paper section 3).
+
+Every method of sparse attention here is a scorer; selection, masks and attention are shared. Writing another one takes
+a `__call__` of the signature of `Scorer`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fasa_flex.config import GroupReduce
+
+
+class Scorer(Protocol):
+    """Importance of keys to queries; it only ranks and is never an attention weight."""
+
+    def __call__(self, query: Tensor, key: Tensor, packed_keys: Tensor | None = None) -> Tensor:
+        """Score every key, valid or not.
+
+        Args:
+            query: float [B, Hq, Q, D], post-RoPE.
+            key: float [B, Hkv, T, D], post-RoPE.
+            packed_keys: float [B, Hkv, T, 2 * n_tip], the scorer's own dimensions of ``key`` kept contiguously, if any.
+
+        Returns:
+            float32 [B, Hkv, G, Q, T] per query head of each group, or [B, Hkv, 1, Q, T] where the group shares its
+            scores.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class DominantChunks:
+    """TIP: the dot product over the dominant chunks alone, ``S[j] = sum_i q[i] . k[j, i]`` for i in I_dom.
+
+    Attributes:
+        dims: int64 [Hkv or Hq, 2 * n_tip], the dimensions of each head's chunks.
+    """
+
+    dims: Tensor
+
+    @classmethod
+    def from_chunks(cls, chunks: Tensor) -> DominantChunks:
+        """From dimension pairs [Hkv or Hq, n_tip, 2]."""
+        return cls(chunks.flatten(1))
+
+    def pack(self, key: Tensor) -> Tensor:
+        """The scored dimensions of ``key`` [B, Hkv, T, D], contiguous [B, Hkv, T, 2 * n_tip]; one set per KV head."""
+        return _take_dims(key, self.dims)
+
+    def __call__(self, query: Tensor, key: Tensor, packed_keys: Tensor | None = None) -> Tensor:
+        """As `Scorer`."""
+        batch, query_heads, q_len, _ = query.shape
+        kv_heads, kv_len = key.shape[1:3]
+        group = query_heads // kv_heads
+        if self.dims.shape[0] == kv_heads:
+            query_dims = _take_dims(query.reshape(batch, kv_heads, group * q_len, -1), self.dims)
+            key_dims = self.pack(key) if packed_keys is None else packed_keys
+        else:
+            query_dims = _take_dims(query, self.dims)
+            key_dims = _take_dims(key.repeat_interleave(group, dim=1), self.dims)
+        scores = query_dims.float() @ key_dims.float().mT
+        return scores.view(batch, kv_heads, group, q_len, kv_len)
+
+
+def _take_dims(states: Tensor, dims: Tensor) -> Tensor:
+    batch, _, length, _ = states.shape
+    return states.gather(-1, dims[None, :, None].expand(batch, -1, length, -1))
+
+
+def reduce_group(scores: Tensor, valid: Tensor, how: GroupReduce, scaling: float) -> Tensor:
+    """One ranking per key/value head from those of its query heads.
+
+    Args:
+        scores: float32 [B, Hkv, G, Q, T].
+        valid: bool [B or 1, 1, 1, Q, T], used by ``"softmax"``, which weighs each head's scores against its own keys.
+        how: ``"max"``, ``"mean"``, ``"softmax"`` (log of the mean attention weight) or ``"none"``.
+        scaling: the softmax scale, as in attention.
+
+    Returns:
+        float32 [B, Hkv, 1, Q, T], or the scores as they are for ``"none"``.
+    """
+    if how == "none" or scores.shape[2] == 1:
+        return scores
+    if how == "max":
+        return scores.amax(2, keepdim=True)
+    if how == "mean":
+        return scores.mean(2, keepdim=True)
+    weights = torch.where(valid, scores * scaling, -torch.inf).log_softmax(-1)
+    return weights.logsumexp(2, keepdim=True)

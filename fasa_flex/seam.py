@@ -1,0 +1,145 @@
+"""The seam: route a model's attention calls through a function of ours, and back.
+
+transformers looks the attention function up by the name in the model's config. A seam registers one name of its own for
+one model, sets it, and puts the former name back: no class and no module is patched, and two models never meet.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+_names = (f"fasa_{number}" for number in itertools.count())
+_SUPPORTED = ("sdpa", "eager")
+
+AttentionResult = tuple[Tensor, Tensor | None]
+
+
+class DenseAttention(Protocol):
+    """The model's own attention: q [B, Hq, Q, D], k and v [B, Hkv, T, D] -> ([B, Q, Hq, D], weights or None)."""
+
+    def __call__(  # noqa: D102 - the class says it
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> AttentionResult: ...
+
+
+SeamFunction = Callable[..., AttentionResult]
+"""What is routed through a seam: called as `DenseAttention` is, with the model's own attention as first argument."""
+
+
+class AttentionSeam:
+    """Route every attention call of ``model`` through ``function`` until `close`.
+
+    Raises:
+        ValueError: the model's attention cannot be replaced by name, or is routed already.
+    """
+
+    def __init__(self, model: PreTrainedModel, function: SeamFunction) -> None:
+        former = model.config._attn_implementation
+        if former not in _SUPPORTED:
+            raise ValueError(
+                f"the model's attention implementation is {former!r}; "
+                "undo what set it, or call model.set_attn_implementation('sdpa'), then try again."
+            )
+        name = next(_names)
+        dense = _eager_attention if former == "eager" else AttentionInterface._global_mapping[former]
+
+        def routed(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+        ) -> AttentionResult:
+            return function(dense, module, query, key, value, attention_mask, **kwargs)
+
+        AttentionInterface.register(name, routed)
+        AttentionMaskInterface.register(name, AttentionMaskInterface._global_mapping[former])
+        self._model, self._former, self._name = weakref.ref(model), former, name
+        self._unregister = weakref.finalize(model, _unregister, name)
+        model.set_attn_implementation(name)
+        if model.config._attn_implementation != name:
+            self._unregister()
+            raise ValueError(
+                f"{type(model).__name__} does not take its attention function by name (AttentionInterface), so FASA "
+                "cannot reach its queries and keys; use a family that does, such as Llama or Qwen."
+            )
+
+    def close(self) -> None:
+        """Give the model its former attention back; closing twice does nothing."""
+        model = self._model()
+        if self._unregister.alive and model is not None:
+            model.set_attn_implementation(self._former)
+            self._unregister()
+
+    def __enter__(self) -> AttentionSeam:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def attention_shape(model: PreTrainedModel) -> tuple[int, int, int, int]:
+    """(layers, query heads, key/value heads, head dim) as the model's config states them."""
+    config = model.config.get_text_config()
+    query_heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or query_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+    return config.num_hidden_layers, query_heads, kv_heads, head_dim
+
+
+def maximum_positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence the model's config allows, or None where it states none."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
+def _unregister(name: str) -> None:
+    AttentionInterface._global_mapping.pop(name, None)
+    AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+def _eager_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> AttentionResult:
+    eager: Callable[..., AttentionResult] = sys.modules[type(module).__module__].eager_attention_forward
+    return eager(module, query, key, value, attention_mask, **kwargs)
+
+
+def valid_from_mask(attention_mask: Tensor | None, q_len: int, kv_len: int, device: torch.device) -> Tensor:
+    """Which keys each query may attend to, from the mask that transformers hands to the attention function.
+
+    Args:
+        attention_mask: bool (True = attend) or additive float [B, 1, Q, >= T], or None: all keys for one query,
+            otherwise upper-left causal (a first prefill, whatever the length of the buffer).
+
+    Returns:
+        bool [B or 1, 1, 1, Q, T].
+    """
+    if attention_mask is None:
+        slots = torch.arange(kv_len, device=device)
+        last = slots[:q_len, None] if q_len > 1 else slots[-1:, None]
+        return (slots <= last)[None, None, None]
+    if attention_mask.dim() != 4 or attention_mask.shape[1] != 1:
+        raise ValueError(
+            f"FASA selects one set of valid keys for all heads, got an attention mask of shape "
+            f"{tuple(attention_mask.shape)}; pass [batch, length], or [batch, 1, queries, keys]."
+        )
+    mask = attention_mask[..., :kv_len]
+    if mask.dtype is not torch.bool:
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    return mask[:, :, None]
+
+
+def count_valid(attention_mask: Tensor | None, batch: int, q_len: int, kv_len: int, device: torch.device) -> Tensor:
+    """Keys that `valid_from_mask` leaves each query: int64 [B, Q], without making the mask where there is none."""
+    if attention_mask is None:
+        counts = torch.arange(1, q_len + 1, device=device) if q_len > 1 else torch.full((1,), kv_len, device=device)
+        return counts.expand(batch, -1)
+    return valid_from_mask(attention_mask, q_len, kv_len, device).sum(-1)[:, 0, 0].expand(batch, -1)

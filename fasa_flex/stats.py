@@ -1,0 +1,101 @@
+"""What a model under FASA really did: dense and sparse queries, tokens attended, counted on its device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fasa_flex.selection import budget
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """One layer's counts.
+
+    Attributes:
+        dense_queries: queries that attended to every valid key.
+        sparse_queries: queries with more valid keys than budget, which attended to a selection.
+        mean_selected: tokens a sparse query attended to.
+        mean_valid: valid keys a sparse query chose from.
+    """
+
+    dense_queries: int
+    sparse_queries: int
+    mean_selected: float
+    mean_valid: float
+
+
+class FasaStats:
+    """Counters of every layer, kept as tensors on the layers' devices: counting never waits for the device.
+
+    Queries without a valid key (padding) are not counted.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
+        self._counts: dict[int, Tensor] = {}
+
+    def count(self, layer: int, n_valid: Tensor, sparse: Tensor | None, n_fac: int | float) -> None:
+        """Add one forward of a layer.
+
+        Args:
+            n_valid: int64 [B, Q], valid keys of each query, 0 for one that is not counted.
+            sparse: bool [B, Q], the queries that attended to a selection; None: none did.
+            n_fac: their budget.
+        """
+        real = n_valid > 0
+        if sparse is None:
+            added = F.pad(real.sum()[None], (0, 3))
+        else:
+            sparse = sparse & real
+            selected = budget(n_fac, n_valid)
+            added = torch.stack(
+                [(real & ~sparse).sum(), sparse.sum(), (selected * sparse).sum(), (n_valid * sparse).sum()]
+            )
+        if layer in self._counts:
+            self._counts[layer] += added
+        else:
+            self._counts[layer] = added
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        for counts in self._counts.values():
+            counts.zero_()
+
+    @property
+    def per_layer(self) -> list[LayerStats]:
+        """Counts by layer; layers that were never called count nothing."""
+        rows = [self._counts[layer].tolist() if layer in self._counts else [0] * 4 for layer in range(self._layers)]
+        return [
+            LayerStats(dense, sparse, selected / max(1, sparse), valid / max(1, sparse))
+            for dense, sparse, selected, valid in rows
+        ]
+
+    @property
+    def dense_queries(self) -> int:
+        """Dense queries, summed over layers."""
+        return sum(layer.dense_queries for layer in self.per_layer)
+
+    @property
+    def sparse_queries(self) -> int:
+        """Sparse queries, summed over layers."""
+        return sum(layer.sparse_queries for layer in self.per_layer)
+
+    @property
+    def kv_share(self) -> float:
+        """Share of their valid keys that sparse queries attended to, scoring not included; 1.0 if there were none."""
+        layers = self.per_layer
+        valid = sum(layer.mean_valid * layer.sparse_queries for layer in layers)
+        selected = sum(layer.mean_selected * layer.sparse_queries for layer in layers)
+        return selected / valid if valid else 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Totals as JSON-ready values."""
+        return {"dense_queries": self.dense_queries, "sparse_queries": self.sparse_queries, "kv_share": self.kv_share}
+
+    def __repr__(self) -> str:
+        return f"FasaStats({', '.join(f'{name}={value}' for name, value in self.as_dict().items())})"

@@ -1,0 +1,216 @@
+"""FASA inside a Hugging Face model: `enable` routes its attention through TIP and FAC, one reversible line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fasa_flex.attention import sparse_attention
+from fasa_flex.config import FasaConfig, GroupReduce
+from fasa_flex.profile import FasaProfile
+from fasa_flex.scoring import DominantChunks, Scorer
+from fasa_flex.seam import (
+    AttentionResult,
+    AttentionSeam,
+    DenseAttention,
+    attention_shape,
+    count_valid,
+    maximum_positions,
+    valid_from_mask,
+)
+from fasa_flex.selection import budget
+from fasa_flex.stats import FasaStats
+
+ScorerFactory = Callable[[int], Scorer]
+"""Makes the scorer of one layer."""
+
+_SCORE_BYTES = 1 << 27
+
+
+def enable(
+    model: PreTrainedModel,
+    profile: FasaProfile | None,
+    config: FasaConfig | None = None,
+    *,
+    scorer: ScorerFactory | None = None,
+) -> Fasa:
+    """Let ``model`` decode with frequency-aware sparse attention, until `Fasa.disable`.
+
+    The model attends densely in the prefill and in ``config.dense_layers``; every query decoded after it selects its
+    own ``n_fac`` keys. Nothing is evicted from the cache. Nothing is patched: the attention function is registered
+    under a name of its own and set in this model's config, so that models with different profiles and budgets live side
+    by side.
+
+    Args:
+        model: a transformers model with attention implementation "sdpa" or "eager".
+        profile: from `calibrate`; may be None where ``scorer`` needs none.
+        config: budget and options; None is the defaults of method.md section 5.
+        scorer: another method than FASA: makes the scorer of a layer.
+
+    Returns:
+        a handle with ``stats`` and ``disable()``; also a context manager that disables at its end.
+
+    Raises:
+        ValueError: the profile does not fit the model, with the reason, or settings that this model cannot take.
+    """
+    config = FasaConfig() if config is None else config
+    layers, _, _, head_dim = attention_shape(model)
+    if config.dense_layers and max(config.dense_layers) >= layers:
+        raise ValueError(f"dense_layers names layer {max(config.dense_layers)}, the model has {layers}; count from 0.")
+    if profile is not None:
+        profile.check_fits(model)
+    if scorer is None:
+        if profile is None:
+            raise ValueError("enable needs a profile, got None; calibrate(model, samples) makes one.")
+        sparse = set(range(layers)) - set(config.dense_layers) - set(profile.layout.unrotated_layers)
+        tables = profile.dominant_dims(config.n_tip or max(1, head_dim // 8), config.per)
+        scorers: dict[int, Scorer] = {layer: DominantChunks.from_chunks(tables[layer]) for layer in sparse}
+    else:
+        scorers = {layer: scorer(layer) for layer in range(layers) if layer not in config.dense_layers}
+    return Fasa(model, config, scorers)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Slots [start, stop) of each row, int64 [B], whose queries are sparse; ``first`` is the lowest start."""
+
+    start: Tensor
+    stop: Tensor | None
+    first: int
+
+
+class Fasa:
+    """A model under FASA; made by `enable`.
+
+    Attributes:
+        config: the settings.
+        stats: what the model did since `enable` or ``stats.reset()``.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: FasaConfig, scorers: dict[int, Scorer]) -> None:
+        self.config = config
+        self.stats = FasaStats(attention_shape(model)[0])
+        self._scorers = scorers
+        self._reduce: GroupReduce = "none" if config.per == "query_head" else config.group_reduce
+        self._limit = maximum_positions(model)
+        self._window: _Window | None = None
+        self._seam = AttentionSeam(model, self._attend)
+
+    def disable(self) -> None:
+        """Give the model its former attention back; its outputs are then bit-identical to those before `enable`."""
+        self._seam.close()
+
+    def __enter__(self) -> Fasa:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.disable()
+
+    @contextmanager
+    def sparse_from(self, start: Tensor, stop: Tensor | None = None) -> Iterator[None]:
+        """Evaluate with an explicit boundary: one forward that equals token-by-token sparse decode (method.md section
+        7).
+
+        Args:
+            start: int64 [B]: in row b, queries at cache slots >= start[b] select for themselves, earlier ones are
+                dense.
+            stop: int64 [B]: queries at slots >= stop[b] are padding and are not counted.
+        """
+        former, self._window = self._window, _Window(start, stop, int(start.min()))
+        try:
+            yield
+        finally:
+            self._window = former
+
+    def _attend(
+        self,
+        dense: DenseAttention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> AttentionResult:
+        """The attention function: [B, Q, Hq, D] from query [B, Hq, Q, D] and the whole cache's key and value."""
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        batch, _, q_len, _ = query.shape
+        kv_len = key.shape[2]
+        self._check(layer, key, q_len)
+        n_valid = count_valid(attention_mask, batch, q_len, kv_len, query.device)
+        first, chosen = self._sparse_queries(layer, n_valid, kv_len)
+        self._count(layer, n_valid, chosen, kv_len)
+        if chosen is None:
+            return dense(module, query, key, value, attention_mask, **kwargs)
+        scaling: float = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        valid = valid_from_mask(attention_mask, q_len, kv_len, query.device)[:, :, :, first:]
+        focused = self._focused(query[:, :, first:], key, value, self._scorers[layer], valid, scaling)
+        if q_len == 1 and self._window is None:
+            return focused, None
+        out, weights = dense(module, query, key, value, attention_mask, **kwargs)
+        merged = torch.where(chosen[:, first:, None, None], focused, out[:, first:])
+        return torch.cat([out[:, :first], merged], dim=1), weights
+
+    def _sparse_queries(self, layer: int, n_valid: Tensor, kv_len: int) -> tuple[int, Tensor | None]:
+        """Which queries of a forward are sparse: the first row that may be (Q for none), and bool [B, Q] for all."""
+        q_len = n_valid.shape[1]
+        n_fac, window = self.config.n_fac, self._window
+        if layer not in self._scorers or (isinstance(n_fac, int) and kv_len <= n_fac):
+            return q_len, None
+        over_budget = budget(n_fac, n_valid) < n_valid
+        if window is None:
+            return (0, over_budget) if q_len == 1 or self.config.prefill == "sparse" else (q_len, None)
+        first = min(max(0, window.first - (kv_len - q_len)), q_len)
+        slots = torch.arange(kv_len - q_len, kv_len, device=n_valid.device)
+        return first, over_budget & (slots >= window.start.to(n_valid.device)[:, None])
+
+    def _focused(
+        self, query: Tensor, key: Tensor, value: Tensor, scorer: Scorer, valid: Tensor, scaling: float
+    ) -> Tensor:
+        """Sparse attention of every query, [B, Q, Hq, D], as many queries at a time as their scores fit in memory."""
+        config = self.config
+        step = max(1, _SCORE_BYTES // (8 * query.shape[0] * query.shape[1] * key.shape[2]))
+        parts = [
+            sparse_attention(
+                query[:, :, at : at + step],
+                key,
+                value,
+                scorer,
+                valid[:, :, :, at : at + step],
+                config.n_fac,
+                config.n_sink,
+                config.n_recent,
+                self._reduce,
+                scaling,
+                config.backend,
+            )
+            for at in range(0, query.shape[2], step)
+        ]
+        return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+    def _count(self, layer: int, n_valid: Tensor, chosen: Tensor | None, kv_len: int) -> None:
+        if self._window is not None and self._window.stop is not None:
+            slots = torch.arange(kv_len - n_valid.shape[1], kv_len, device=n_valid.device)
+            n_valid = n_valid * (slots < self._window.stop.to(n_valid.device)[:, None])
+        self.stats.count(layer, n_valid, chosen, self.config.n_fac)
+
+    def _check(self, layer: int, key: Tensor, q_len: int) -> None:
+        kv_len = key.shape[2]
+        if self._limit is not None and kv_len > self._limit:
+            raise ValueError(
+                f"the sequence has {kv_len} tokens and the model takes at most {self._limit}; shorten the prompt."
+            )
+        # In decode a check would stall the device at every step; NaN keys rank first there and show in the output.
+        if q_len > 1 and not torch.compiler.is_compiling() and key[:, :, -q_len:].isnan().any():
+            raise ValueError(
+                f"the keys of layer {layer} hold NaN; check the model's weights, its dtype and its inputs."
+            )
