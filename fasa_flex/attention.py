@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import types
 from collections.abc import Callable
 from typing import Any
@@ -107,7 +108,10 @@ def sparse_attention(
         )
     settings = (n_fac, n_sink, n_recent, group_reduce, scaling, backend)
     if backend == "flex" and not torch.compiler.is_compiling():
-        step = _compiled(query.shape[2] == 1, query.dtype, query.shape[1] // key.shape[1], settings)
+        batch, query_heads, q_len, head_dim = query.shape
+        step = _compiled(
+            batch, query_heads, key.shape[1], head_dim, q_len == 1, query.dtype, query.device.type, settings
+        )
         return step(query, key, value, scorer, valid, *settings, packed_keys)
     return _score_select_attend(query, key, value, scorer, valid, *settings, packed_keys)
 
@@ -135,16 +139,16 @@ def _score_select_attend(
 
 
 @functools.cache
-def _compiled(*_signature: object) -> Callable[..., Tensor]:
+def _compiled(*signature: object) -> Callable[..., Tensor]:
     """The compiled step of one static signature.
 
-    Dynamo allows a code object a few specialisations (8), and a process may well use more budgets and shapes than that;
-    so every signature compiles a code object of its own.
+    Dynamo allows a code object a few specialisations (8) and turns sizes that differ between functions of one name
+    into a symbol, which flex's decode kernel refuses for batch and heads. So each signature compiles a function of its
+    own, in which only lengths vary.
     """
     step = _score_select_attend
-    own = types.FunctionType(
-        step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__, step.__closure__
-    )
+    name = f"{step.__name__}_{hashlib.sha256(repr(signature).encode()).hexdigest()[:8]}"
+    own = types.FunctionType(step.__code__.replace(co_name=name), step.__globals__, name)
     compiled: Callable[..., Tensor] = torch.compile(own, fullgraph=True)
     return compiled
 

@@ -13,15 +13,16 @@ from torch import Tensor
 INVALID = torch.iinfo(torch.int64).min
 """Below every score: the key may not be selected."""
 
-_LOW = 0xFFFFFFFF
+_FIRST = 0x7FFFFFFF
 _NAN = 0x7FC00000
 
 
-def rank_keys(scores: Tensor) -> Tensor:
+def rank_keys(scores: Tensor, first: Tensor | None = None) -> Tensor:
     """Order-preserving integers for scores along the last dimension.
 
     Args:
         scores: float [..., T], T < 2**32; ranked as float32.
+        first: bool, broadcast to ``scores``: slots that rank above all others, whatever their score.
 
     Returns:
         int64 [..., T], all distinct along T: a higher score is larger, among equal scores the lower slot is larger.
@@ -31,18 +32,12 @@ def rank_keys(scores: Tensor) -> Tensor:
     bits = torch.where(scores == 0, 0.0, scores).view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     ordered = torch.where(scores.isnan(), _NAN, ordered)
-    return (ordered.long() << 32) | _slot_bits(scores)
-
-
-def forced_keys(scores: Tensor) -> Tensor:
-    """Integers above every key of `rank_keys`, the lower slot first; int64 [T]."""
-    return (0x7FFFFFFF << 32) | _slot_bits(scores)
+    if first is not None:
+        ordered = torch.where(first, _FIRST, ordered)
+    last_first = scores.shape[-1] - 1 - torch.arange(scores.shape[-1], device=scores.device)
+    return (ordered.long() << 32) | last_first
 
 
 def top_slots(scores: Tensor, k: int) -> Tensor:
     """The slots of the ``k`` highest of scores [..., T], best first; int64 [..., k]."""
     return rank_keys(scores).topk(k, dim=-1).indices
-
-
-def _slot_bits(scores: Tensor) -> Tensor:
-    return _LOW - torch.arange(scores.shape[-1], device=scores.device)

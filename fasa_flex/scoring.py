@@ -69,7 +69,7 @@ class DominantChunks:
 
 def _take_dims(states: Tensor, dims: Tensor) -> Tensor:
     batch, _, length, _ = states.shape
-    return states.gather(-1, dims[None, :, None].expand(batch, -1, length, -1))
+    return states.gather(-1, dims.to(states.device)[None, :, None].expand(batch, -1, length, -1))
 
 
 def reduce_group(scores: Tensor, valid: Tensor, how: GroupReduce, scaling: float) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fasa_flex.ranking import INVALID, forced_keys, rank_keys
+from fasa_flex.ranking import INVALID, rank_keys
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ def select(scores: Tensor, valid: Tensor, n_fac: int | float, n_sink: int = 0, n
         n_fac: tokens (int) or share of the valid keys (float).
     """
     n_valid = valid.sum(-1)
-    order = torch.where(valid, rank_keys(scores), INVALID)
+    forced = None
     if n_sink or n_recent:
         nth = valid.cumsum(-1)
-        forced = valid & ((nth <= n_sink) | (nth > n_valid[..., None] - n_recent))
-        order = torch.where(forced, forced_keys(scores), order)
+        forced = (nth <= n_sink) | (nth > n_valid[..., None] - n_recent)
+    order = torch.where(valid, rank_keys(scores, first=forced), INVALID)
     best = order.topk(widest_budget(n_fac, scores.shape[-1]), dim=-1)
     count = budget(n_fac, n_valid)
     last = (count - 1).clamp(min=0)[..., None].expand(*best.values.shape[:-1], 1)

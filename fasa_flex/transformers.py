@@ -66,15 +66,23 @@ def enable(
         raise ValueError(f"dense_layers names layer {max(config.dense_layers)}, the model has {layers}; count from 0.")
     if profile is not None:
         profile.check_fits(model)
-    if scorer is None:
-        if profile is None:
-            raise ValueError("enable needs a profile, got None; calibrate(model, samples) makes one.")
-        sparse = set(range(layers)) - set(config.dense_layers) - set(profile.layout.unrotated_layers)
-        tables = profile.dominant_dims(config.n_tip or max(1, head_dim // 8), config.per)
-        scorers: dict[int, Scorer] = {layer: DominantChunks.from_chunks(tables[layer]) for layer in sparse}
-    else:
-        scorers = {layer: scorer(layer) for layer in range(layers) if layer not in config.dense_layers}
-    return Fasa(model, config, scorers)
+    unrotated = () if profile is None else profile.layout.unrotated_layers
+    make = scorer or _dominant_chunks(model, profile, config, head_dim)
+    sparse = set(range(layers)) - set(config.dense_layers) - set(unrotated)
+    return Fasa(model, config, {layer: make(layer) for layer in sorted(sparse)})
+
+
+def _dominant_chunks(
+    model: PreTrainedModel, profile: FasaProfile | None, config: FasaConfig, head_dim: int
+) -> ScorerFactory:
+    """TIP for every layer, its chunks on the device that holds the layer."""
+    if profile is None:
+        raise ValueError("enable needs a profile, got None; calibrate(model, samples) makes one.")
+    tables = profile.dominant_dims(config.n_tip or max(1, head_dim // 8), config.per)
+    devices = {
+        module.layer_idx: next(module.parameters()).device for module in model.modules() if hasattr(module, "layer_idx")
+    }
+    return lambda layer: DominantChunks.from_chunks(tables[layer].to(devices.get(layer, model.device)))
 
 
 @dataclass(frozen=True)
