@@ -69,8 +69,8 @@ def fasa_attention(
     check_budget(n_fac, n_sink, n_recent)
     check_choice("group_reduce", group_reduce, GroupReduce)
     check_choice("backend", backend, Backend)
-    if not torch.compiler.is_compiling() and (q.isnan().any() or k.isnan().any()):
-        raise ValueError("q or k holds NaN; find what produced it before attending, padding belongs in key_mask.")
+    if not torch.compiler.is_compiling():
+        _check_values(q, k, chunks)
     if chunks.shape[0] != k.shape[1]:
         group_reduce = "none"
     valid = valid_keys(q.shape[2], k.shape[2], key_mask, q.device)
@@ -201,14 +201,15 @@ def _check_call(
         raise ValueError(f"q, k and v must share one float dtype, got {q.dtype}, {k.dtype} and {v.dtype}.")
     heads = (k.shape[1], q.shape[1])
     if (
-        chunks.dim() != 3
+        chunks.dtype != torch.long
+        or chunks.dim() != 3
         or chunks.shape[2] != 2
         or chunks.shape[0] not in heads
         or not 0 < chunks.shape[1] * 2 <= q.shape[3]
     ):
         raise ValueError(
             f"chunks must be [{heads[0]} or {heads[1]} heads, 1..{q.shape[3] // 2} chunks, 2 dimensions], "
-            f"got {tuple(chunks.shape)}; FasaProfile.dominant_dims gives a layer's."
+            f"int64, got {chunks.dtype} {tuple(chunks.shape)}; FasaProfile.dominant_dims gives a layer's."
         )
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (k.shape[0], k.shape[2])):
         raise ValueError(
@@ -222,3 +223,13 @@ def _check_call(
                 f"packed_keys must be {expected} with one chunk set per key/value head, got {tuple(packed_keys.shape)} "
                 f"and {chunks.shape[0]} sets; pack with DominantChunks.pack."
             )
+
+
+def _check_values(q: Tensor, k: Tensor, chunks: Tensor) -> None:
+    if q.isnan().any() or k.isnan().any():
+        raise ValueError("q or k holds NaN; find what produced it before attending, padding belongs in key_mask.")
+    if chunks.min() < 0 or chunks.max() >= q.shape[3]:
+        raise ValueError(
+            f"chunks name dimensions {int(chunks.min())}..{int(chunks.max())} of heads with {q.shape[3]}; "
+            "pass the chunks of this model's own layout."
+        )

@@ -94,7 +94,13 @@ def _check(model: PreTrainedModel, samples: list[Tensor], top_k: int, max_new_to
     if top_k < 1 or max_new_tokens < 1:
         raise ValueError(f"top_k and max_new_tokens must be at least 1, got {top_k} and {max_new_tokens}.")
     limit = maximum_positions(model)
+    vocabulary = model.get_input_embeddings().num_embeddings
     for number, ids in enumerate(samples):
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise ValueError(
+                f"sample {number} holds token ids {int(ids.min())}..{int(ids.max())}, the model's vocabulary has "
+                f"{vocabulary}; encode it with the model's own tokenizer."
+            )
         if len(ids) < top_k:
             raise ValueError(
                 f"sample {number} has {len(ids)} tokens, agreement at top_k={top_k} needs at least {top_k}; "

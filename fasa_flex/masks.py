@@ -53,25 +53,25 @@ def to_block_mask(selection: Selection, group: int, kv_block: int) -> BlockMask:
     Returns:
         for queries [B, Hkv, Q * G, D], row ``q * G + g``, and keys [B, Hkv, T, D].
     """
-    mask = selection.mask
+    mask = selection.mask.to(torch.int8)  # padding a bool gives CPU code that does not compile (torch 2.13)
     batch, heads, shared, q_len, kv_len = mask.shape
     rows, kv_blocks = q_len * group, -(-kv_len // kv_block)
     most = kv_blocks
     if q_len == 1:
-        any_row = mask.any(2)
+        any_row = mask.amax(2)
         most = min(most, shared * selection.slots.shape[-1])
     else:
         by_row = mask.transpose(2, 3).expand(-1, -1, -1, group, -1).reshape(batch, heads, rows, kv_len)
         q_blocks = -(-rows // Q_BLOCK)
         padded = F.pad(by_row, (0, 0, 0, q_blocks * Q_BLOCK - rows))
-        any_row = padded.view(batch, heads, q_blocks, Q_BLOCK, kv_len).any(3)
+        any_row = padded.view(batch, heads, q_blocks, Q_BLOCK, kv_len).amax(3)
     padded = F.pad(any_row, (0, kv_blocks * kv_block - kv_len))
-    blocks = padded.view(batch, heads, -1, kv_blocks, kv_block).any(-1)
+    blocks = padded.view(batch, heads, -1, kv_blocks, kv_block).amax(-1)
     downward = torch.arange(kv_blocks, 0, -1, dtype=torch.int32, device=mask.device)
-    listed = torch.where(blocks, downward, 0).topk(most, dim=-1).indices.to(torch.int32)
+    listed = torch.where(blocks > 0, downward, 0).topk(most, dim=-1).indices.to(torch.int32)
     if mask.device.type == "cpu":
         listed = F.pad(listed, (0, kv_blocks - most))  # the CPU kernel wants a list as wide as the keys
-    tokens = realize(mask)
+    tokens = realize(selection.mask)
 
     def selected(b: Tensor, h: Tensor, row: Tensor, slot: Tensor) -> Tensor:
         member = row % group if shared > 1 else 0

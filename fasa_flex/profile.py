@@ -102,7 +102,7 @@ class FasaProfile(
         layers, _, chunks = self.agreement.shape
         if not 1 <= n_tip <= chunks:
             raise ValueError(f"n_tip must lie in 1..{chunks}, the chunks of a head, got {n_tip}.")
-        table = self.agreement
+        table = self._counts()
         if per == "kv_head":
             table = table.view(layers, self.provenance.kv_heads, -1, chunks).mean(2)
         best = torch.argsort(table, dim=-1, descending=True, stable=True)[..., :n_tip]
@@ -111,6 +111,12 @@ class FasaProfile(
     def dominant_dims(self, n_tip: int, per: Sharing = "kv_head") -> Tensor:
         """`dominant` as dimension pairs: int64 [layers, Hkv or Hq, n_tip, 2]."""
         return self.layout.chunks[self.dominant(n_tip, per)]
+
+    def _counts(self) -> Tensor:
+        """Agreement as the counts it was made from, where it was, so that equal ones tie exactly: float64."""
+        counts = self.agreement.double() * self.provenance.queries * self.provenance.top_k
+        whole = counts.round()
+        return whole if (counts - whole).abs().max() < 0.1 else counts
 
     @property
     def fingerprint(self) -> str:
@@ -160,6 +166,19 @@ class FasaProfile(
             )
         url: str | None = super().save_pretrained(save_directory, **kwargs)
         return url
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> FasaProfile:
+        """Read a profile from a folder or a Hub repository; arguments as `huggingface_hub.ModelHubMixin` documents.
+
+        Raises:
+            ValueError: no profile there, or a damaged or altered one.
+        """
+        try:
+            profile: FasaProfile = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except json.JSONDecodeError as error:  # the mixin reads the JSON before we do
+            raise _damaged(pretrained_model_name_or_path, error) from error
+        return profile
 
     def _save_pretrained(self, save_directory: Path) -> None:
         (save_directory / _TENSORS).write_bytes(self._tensors())
@@ -212,7 +231,7 @@ class FasaProfile(
             provenance["sample_hashes"] = tuple(provenance["sample_hashes"])
             return cls(load(data)["agreement"], RotaryLayout.from_dict(fields["layout"]), Provenance(**provenance))
         except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"the profile in {folder} is damaged or altered ({error}); save it again.") from error
+            raise _damaged(folder, error) from error
 
     def _tensors(self) -> bytes:
         data: bytes = save({"agreement": self.agreement})
@@ -230,6 +249,10 @@ class FasaProfile(
     def __repr__(self) -> str:
         layers, heads, chunks = self.agreement.shape
         return f"FasaProfile({self.provenance.model_id}: {layers} layers, {heads} query heads, {chunks} chunks)"
+
+
+def _damaged(folder: str | Path, error: Exception) -> ValueError:
+    return ValueError(f"the profile in {folder} is damaged or altered ({error}); save it again.")
 
 
 def config_hash(model: PreTrainedModel) -> str:

@@ -6,6 +6,7 @@ No flex, no compilation, no cache, no ranking tricks: a stable sort, a list of s
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def reference_attention(
 def reference_selection(scores: Tensor, valid: Tensor, n_fac: int | float, n_sink: int, n_recent: int) -> Tensor:
     """The slots one query attends to, from its scores [T] and valid keys bool [T]; int64 [min(budget, valid)]."""
     candidates = valid.nonzero().flatten().tolist()
-    allowed = math.ceil(len(candidates) * n_fac) if isinstance(n_fac, float) else n_fac
+    allowed = math.ceil(len(candidates) * Fraction(repr(n_fac))) if isinstance(n_fac, float) else n_fac
     forced = candidates[:n_sink] + candidates[max(n_sink, len(candidates) - n_recent) :] if n_sink + n_recent else []
     by_score = [candidates[i] for i in scores[valid].sort(descending=True, stable=True).indices.tolist()]
     chosen = list(dict.fromkeys(forced + by_score))[:allowed]

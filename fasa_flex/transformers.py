@@ -25,7 +25,7 @@ from fasa_flex.seam import (
     maximum_positions,
     valid_from_mask,
 )
-from fasa_flex.selection import budget
+from fasa_flex.selection import budget, widest_budget
 from fasa_flex.stats import FasaStats
 
 ScorerFactory = Callable[[int], Scorer]
@@ -93,6 +93,16 @@ class _Window:
     stop: Tensor | None
     first: int
 
+    @classmethod
+    def of(cls, start: Tensor, stop: Tensor | None) -> _Window:
+        for name, slots in (("start", start), ("stop", start if stop is None else stop)):
+            if slots.dtype != torch.long or slots.dim() != 1 or slots.shape != start.shape or (slots < 0).any():
+                raise ValueError(
+                    f"{name} must be non-negative int64 slots, one for each row, got {slots.dtype} {slots.tolist()}; "
+                    "pass torch.tensor([...]) with as many entries as start and the batch have."
+                )
+        return cls(start, stop, int(start.min()))
+
 
 class Fasa:
     """A model under FASA; made by `enable`.
@@ -125,15 +135,20 @@ class Fasa:
 
     @contextmanager
     def sparse_from(self, start: Tensor, stop: Tensor | None = None) -> Iterator[None]:
-        """Evaluate with an explicit boundary: one forward that equals token-by-token sparse decode (method.md section
-        7).
+        """Evaluate with an explicit boundary: one forward equal to token-by-token sparse decode (method.md section 7).
+
+        It concerns forwards of several tokens; a single token is decoded sparsely as ever. Slots count from the first
+        key of the cache, padding included.
 
         Args:
-            start: int64 [B]: in row b, queries at cache slots >= start[b] select for themselves, earlier ones are
+            start: int64 [B] or [1]: queries of row b at slots >= start[b] select for themselves, earlier ones are
                 dense.
-            stop: int64 [B]: queries at slots >= stop[b] are padding and are not counted.
+            stop: int64, shaped as ``start``: queries at slots >= stop[b] are padding and are not counted.
+
+        Raises:
+            ValueError: boundaries of another shape, type or batch, or negative ones.
         """
-        former, self._window = self._window, _Window(start, stop, int(start.min()))
+        former, self._window = self._window, _Window.of(start, stop)
         try:
             yield
         finally:
@@ -162,7 +177,7 @@ class Fasa:
         scaling: float = kwargs.get("scaling") or query.shape[-1] ** -0.5
         valid = valid_from_mask(attention_mask, q_len, kv_len, query.device)[:, :, :, first:]
         focused = self._focused(query[:, :, first:], key, value, self._scorers[layer], valid, scaling)
-        if q_len == 1 and self._window is None:
+        if self._window is None or q_len == 1:
             return focused, None
         out, weights = dense(module, query, key, value, attention_mask, **kwargs)
         merged = torch.where(chosen[:, first:, None, None], focused, out[:, first:])
@@ -172,12 +187,16 @@ class Fasa:
         """Which queries of a forward are sparse: the first row that may be (Q for none), and bool [B, Q] for all."""
         q_len = n_valid.shape[1]
         n_fac, window = self.config.n_fac, self._window
-        if layer not in self._scorers or (isinstance(n_fac, int) and kv_len <= n_fac):
+        if layer not in self._scorers or widest_budget(n_fac, kv_len) >= kv_len:
             return q_len, None
         over_budget = budget(n_fac, n_valid) < n_valid
-        if window is None:
+        if window is None or q_len == 1:
             return (0, over_budget) if q_len == 1 or self.config.prefill == "sparse" else (q_len, None)
-        first = min(max(0, window.first - (kv_len - q_len)), q_len)
+        if len(window.start) not in (1, len(n_valid)):
+            raise ValueError(f"start names {len(window.start)} rows, the batch has {len(n_valid)}; give each one slot.")
+        first = max(0, window.first - (kv_len - q_len))
+        if first >= q_len:
+            return q_len, None
         slots = torch.arange(kv_len - q_len, kv_len, device=n_valid.device)
         return first, over_budget & (slots >= window.start.to(n_valid.device)[:, None])
 
