@@ -64,6 +64,10 @@ class FasaConfig:
         ):
             check_choice(name, getattr(self, name), choices)
 
+    def chunks_of(self, head_dim: int) -> int:
+        """``n_tip`` for heads of ``head_dim`` dimensions: as given, or an eighth of them."""
+        return max(1, head_dim // 8) if self.n_tip is None else self.n_tip
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""
         return {**dataclasses.asdict(self), "dense_layers": list(self.dense_layers)}

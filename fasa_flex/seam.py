@@ -85,6 +85,13 @@ class AttentionSeam:
         self.close()
 
 
+def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """The attention module of every layer: the innermost ones that know their ``layer_idx``."""
+    numbered = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    inner = [m for m in numbered if not any(child is not m and hasattr(child, "layer_idx") for child in m.modules())]
+    return {int(module.layer_idx): module for module in inner}
+
+
 def attention_shape(model: PreTrainedModel) -> tuple[int, int, int, int]:
     """(layers, query heads, key/value heads, head dim) as the model's config states them."""
     config = model.config.get_text_config()

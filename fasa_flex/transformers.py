@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fasa_flex.attention import sparse_attention
+from fasa_flex.cache import FasaCache
 from fasa_flex.config import FasaConfig, GroupReduce
 from fasa_flex.profile import FasaProfile
 from fasa_flex.scoring import DominantChunks, Scorer
@@ -20,6 +21,7 @@ from fasa_flex.seam import (
     AttentionResult,
     AttentionSeam,
     DenseAttention,
+    attention_modules,
     attention_shape,
     count_valid,
     maximum_positions,
@@ -61,28 +63,24 @@ def enable(
         ValueError: the profile does not fit the model, with the reason, or settings that this model cannot take.
     """
     config = FasaConfig() if config is None else config
-    layers, _, _, head_dim = attention_shape(model)
+    layers = attention_shape(model)[0]
     if config.dense_layers and max(config.dense_layers) >= layers:
         raise ValueError(f"dense_layers names layer {max(config.dense_layers)}, the model has {layers}; count from 0.")
     if profile is not None:
         profile.check_fits(model)
     unrotated = () if profile is None else profile.layout.unrotated_layers
-    make = scorer or _dominant_chunks(model, profile, config, head_dim)
+    make = scorer or _dominant_chunks(model, profile, config)
     sparse = set(range(layers)) - set(config.dense_layers) - set(unrotated)
     return Fasa(model, config, {layer: make(layer) for layer in sorted(sparse)})
 
 
-def _dominant_chunks(
-    model: PreTrainedModel, profile: FasaProfile | None, config: FasaConfig, head_dim: int
-) -> ScorerFactory:
+def _dominant_chunks(model: PreTrainedModel, profile: FasaProfile | None, config: FasaConfig) -> ScorerFactory:
     """TIP for every layer, its chunks on the device that holds the layer."""
     if profile is None:
         raise ValueError("enable needs a profile, got None; calibrate(model, samples) makes one.")
-    tables = profile.dominant_dims(config.n_tip or max(1, head_dim // 8), config.per)
-    devices = {
-        module.layer_idx: next(module.parameters()).device for module in model.modules() if hasattr(module, "layer_idx")
-    }
-    return lambda layer: DominantChunks.from_chunks(tables[layer].to(devices.get(layer, model.device)))
+    tables = profile.dominant_dims(config.chunks_of(profile.layout.head_dim), config.per)
+    devices = {layer: next(module.parameters()).device for layer, module in attention_modules(model).items()}
+    return lambda layer: DominantChunks.from_chunks(tables[layer].to(devices[layer]))
 
 
 @dataclass(frozen=True)
@@ -120,10 +118,14 @@ class Fasa:
         self._limit = maximum_positions(model)
         self._window: _Window | None = None
         self._seam = AttentionSeam(model, self._attend)
+        modules = attention_modules(model)
+        self._hooks = [modules[layer].register_forward_pre_hook(_pass_cache, with_kwargs=True) for layer in scorers]
 
     def disable(self) -> None:
         """Give the model its former attention back; its outputs are then bit-identical to those before `enable`."""
         self._seam.close()
+        for hook in self._hooks:
+            hook.remove()
 
     def __enter__(self) -> Fasa:
         return self
@@ -165,6 +167,7 @@ class Fasa:
         **kwargs: Any,
     ) -> AttentionResult:
         """The attention function: [B, Q, Hq, D] from query [B, Hq, Q, D] and the whole cache's key and value."""
+        cache = kwargs.pop("fasa_cache", None)
         layer: int = module.layer_idx  # type: ignore[assignment]
         batch, _, q_len, _ = query.shape
         kv_len = key.shape[2]
@@ -176,7 +179,9 @@ class Fasa:
             return dense(module, query, key, value, attention_mask, **kwargs)
         scaling: float = kwargs.get("scaling") or query.shape[-1] ** -0.5
         valid = valid_from_mask(attention_mask, q_len, kv_len, query.device)[:, :, :, first:]
-        focused = self._focused(query[:, :, first:], key, value, self._scorers[layer], valid, scaling)
+        scorer = self._scorers[layer]
+        packed = None if cache is None else cache.packed_keys(layer, scorer)
+        focused = self._focused(query[:, :, first:], key, value, scorer, valid, scaling, packed)
         if self._window is None or q_len == 1:
             return focused, None
         out, weights = dense(module, query, key, value, attention_mask, **kwargs)
@@ -201,7 +206,14 @@ class Fasa:
         return first, over_budget & (slots >= window.start.to(n_valid.device)[:, None])
 
     def _focused(
-        self, query: Tensor, key: Tensor, value: Tensor, scorer: Scorer, valid: Tensor, scaling: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scorer: Scorer,
+        valid: Tensor,
+        scaling: float,
+        packed: Tensor | None,
     ) -> Tensor:
         """Sparse attention of every query, [B, Q, Hq, D], as many queries at a time as their scores fit in memory."""
         config = self.config
@@ -219,6 +231,7 @@ class Fasa:
                 self._reduce,
                 scaling,
                 config.backend,
+                packed,
             )
             for at in range(0, query.shape[2], step)
         ]
@@ -241,3 +254,9 @@ class Fasa:
             raise ValueError(
                 f"the keys of layer {layer} hold NaN; check the model's weights, its dtype and its inputs."
             )
+
+
+def _pass_cache(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before an attention module runs: hand a `FasaCache` on to the attention function, which transformers does not."""
+    cache = kwargs.get("past_key_values")
+    return args, {**kwargs, "fasa_cache": cache} if isinstance(cache, FasaCache) else kwargs
