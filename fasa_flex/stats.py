@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +36,8 @@ class FasaStats:
     Queries without a valid key (padding) are not counted.
     """
 
-    def __init__(self, layers: int) -> None:
-        self._layers = layers
-        self._counts: dict[int, Tensor] = {}
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._counts = [torch.zeros(4, dtype=torch.long, device=device) for device in devices]
 
     def count(self, layer: int, n_valid: Tensor, sparse: Tensor | None, n_fac: int | float) -> None:
         """Add one forward of a layer.
@@ -56,20 +56,19 @@ class FasaStats:
             added = torch.stack(
                 [(real & ~sparse).sum(), sparse.sum(), (selected * sparse).sum(), (n_valid * sparse).sum()]
             )
-        if layer in self._counts:
-            self._counts[layer] += added
-        else:
-            self._counts[layer] = added
+        if self._counts[layer].device != added.device:  # the model has moved since
+            self._counts[layer] = self._counts[layer].to(added.device)
+        self._counts[layer].add_(added)
 
     def reset(self) -> None:
         """Start counting anew."""
-        for counts in self._counts.values():
+        for counts in self._counts:
             counts.zero_()
 
     @property
     def per_layer(self) -> list[LayerStats]:
-        """Counts by layer; layers that were never called count nothing."""
-        rows = [self._counts[layer].tolist() if layer in self._counts else [0] * 4 for layer in range(self._layers)]
+        """Counts by layer."""
+        rows = [counts.tolist() for counts in self._counts]
         return [
             LayerStats(dense, sparse, selected / max(1, sparse), valid / max(1, sparse))
             for dense, sparse, selected, valid in rows

@@ -112,13 +112,13 @@ class Fasa:
 
     def __init__(self, model: PreTrainedModel, config: FasaConfig, scorers: dict[int, Scorer]) -> None:
         self.config = config
-        self.stats = FasaStats(attention_shape(model)[0])
         self._scorers = scorers
         self._reduce: GroupReduce = "none" if config.per == "query_head" else config.group_reduce
         self._limit = maximum_positions(model)
         self._window: _Window | None = None
         self._seam = AttentionSeam(model, self._attend)
         modules = attention_modules(model)
+        self.stats = FasaStats([next(modules[layer].parameters()).device for layer in sorted(modules)])
         self._hooks = [modules[layer].register_forward_pre_hook(_pass_cache, with_kwargs=True) for layer in scorers]
 
     def disable(self) -> None:

@@ -1,0 +1,46 @@
+"""The project's commands: ``nox -s tests``, ``nox -s demo``, ``nox -s lint``. All they need is ``pip install nox``.
+
+Every session installs the versions in constraints.txt, so that results can be reproduced. Arguments after ``--`` go to
+the tool, as in ``nox -s tests -- tests/test_selection.py -x``. On Linux without an NVIDIA GPU, let pip take torch from
+PyTorch's own index of CPU builds, which saves the download of the CUDA libraries.
+"""
+
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["tests"]
+
+
+def install(session: nox.Session, *extras: str) -> None:
+    """Install the package with ``extras`` at the pinned versions."""
+    session.install("--constraint", "constraints.txt", f".[{','.join(extras)}]")
+    # compiled kernels are kept between the runs that share this environment
+    session.env["TORCHINDUCTOR_CACHE_DIR"] = str(Path(session.virtualenv.location).resolve() / "inductor")
+    session.env["HF_HUB_OFFLINE"] = "1"
+    session.env["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests against the installed package."""
+    install(session, "dev", "lm-eval", "plots")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Evaluate the reference model with dense attention, with FASA and with a control, side by side (10 minutes)."""
+    install(session, "lm-eval", "plots")
+    session.run("python", "-m", "evals.quality.demo", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, formatting and types."""
+    install(session, "dev", "lm-eval", "plots")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
