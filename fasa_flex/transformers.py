@@ -119,7 +119,9 @@ class Fasa:
         self._seam = AttentionSeam(model, self._attend)
         modules = attention_modules(model)
         self.stats = FasaStats([next(modules[layer].parameters()).device for layer in sorted(modules)])
-        self._hooks = [modules[layer].register_forward_pre_hook(_pass_cache, with_kwargs=True) for layer in scorers]
+        self._hooks = [
+            module.register_forward_pre_hook(self._before_attention, with_kwargs=True) for module in modules.values()
+        ]
 
     def disable(self) -> None:
         """Give the model its former attention back; its outputs are then bit-identical to those before `enable`."""
@@ -156,6 +158,17 @@ class Fasa:
         finally:
             self._window = former
 
+    def _before_attention(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Hand on to the attention function what transformers keeps from it: the cache, and where the queries begin."""
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, FasaCache):
+            kwargs = {**kwargs, "fasa_cache": cache}
+        if cache is not None and self._window is not None:  # a sliding cache holds fewer keys than there were slots
+            kwargs = {**kwargs, "fasa_first_slot": int(cache.get_seq_length(module.layer_idx))}
+        return args, kwargs
+
     def _attend(
         self,
         dense: DenseAttention,
@@ -167,14 +180,15 @@ class Fasa:
         **kwargs: Any,
     ) -> AttentionResult:
         """The attention function: [B, Q, Hq, D] from query [B, Hq, Q, D] and the whole cache's key and value."""
-        cache = kwargs.pop("fasa_cache", None)
+        cache: FasaCache | None = kwargs.pop("fasa_cache", None)
         layer: int = module.layer_idx  # type: ignore[assignment]
         batch, _, q_len, _ = query.shape
         kv_len = key.shape[2]
+        first_slot: int = kwargs.pop("fasa_first_slot", kv_len - q_len)
         self._check(layer, key, q_len)
         n_valid = count_valid(attention_mask, batch, q_len, kv_len, query.device)
-        first, chosen = self._sparse_queries(layer, n_valid, kv_len)
-        self._count(layer, n_valid, chosen, kv_len)
+        first, chosen = self._sparse_queries(layer, n_valid, kv_len, first_slot)
+        self._count(layer, n_valid, chosen, first_slot)
         if chosen is None:
             return dense(module, query, key, value, attention_mask, **kwargs)
         scaling: float = kwargs.get("scaling") or query.shape[-1] ** -0.5
@@ -188,7 +202,7 @@ class Fasa:
         merged = torch.where(chosen[:, first:, None, None], focused, out[:, first:])
         return torch.cat([out[:, :first], merged], dim=1), weights
 
-    def _sparse_queries(self, layer: int, n_valid: Tensor, kv_len: int) -> tuple[int, Tensor | None]:
+    def _sparse_queries(self, layer: int, n_valid: Tensor, kv_len: int, first_slot: int) -> tuple[int, Tensor | None]:
         """Which queries of a forward are sparse: the first row that may be (Q for none), and bool [B, Q] for all."""
         q_len = n_valid.shape[1]
         n_fac, window = self.config.n_fac, self._window
@@ -199,10 +213,10 @@ class Fasa:
             return (0, over_budget) if q_len == 1 or self.config.prefill == "sparse" else (q_len, None)
         if len(window.start) not in (1, len(n_valid)):
             raise ValueError(f"start names {len(window.start)} rows, the batch has {len(n_valid)}; give each one slot.")
-        first = max(0, window.first - (kv_len - q_len))
+        first = max(0, window.first - first_slot)
         if first >= q_len:
             return q_len, None
-        slots = torch.arange(kv_len - q_len, kv_len, device=n_valid.device)
+        slots = torch.arange(first_slot, first_slot + q_len, device=n_valid.device)
         return first, over_budget & (slots >= window.start.to(n_valid.device)[:, None])
 
     def _focused(
@@ -237,9 +251,9 @@ class Fasa:
         ]
         return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
-    def _count(self, layer: int, n_valid: Tensor, chosen: Tensor | None, kv_len: int) -> None:
+    def _count(self, layer: int, n_valid: Tensor, chosen: Tensor | None, first_slot: int) -> None:
         if self._window is not None and self._window.stop is not None:
-            slots = torch.arange(kv_len - n_valid.shape[1], kv_len, device=n_valid.device)
+            slots = torch.arange(first_slot, first_slot + n_valid.shape[1], device=n_valid.device)
             n_valid = n_valid * (slots < self._window.stop.to(n_valid.device)[:, None])
         self.stats.count(layer, n_valid, chosen, self.config.n_fac)
 
@@ -254,9 +268,3 @@ class Fasa:
             raise ValueError(
                 f"the keys of layer {layer} hold NaN; check the model's weights, its dtype and its inputs."
             )
-
-
-def _pass_cache(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Before an attention module runs: hand a `FasaCache` on to the attention function, which transformers does not."""
-    cache = kwargs.get("past_key_values")
-    return args, {**kwargs, "fasa_cache": cache} if isinstance(cache, FasaCache) else kwargs

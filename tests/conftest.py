@@ -1,0 +1,209 @@
+"""Fixtures for every room: tiny seeded random models by family, and a way to read what their attention receives."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+sys.path.insert(0, str(Path(__file__).parent))  # so that every test file can say `import oracle`
+
+settings.register_profile(
+    "ci", max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("thorough", max_examples=400, deadline=None)
+settings.load_profile("ci")
+
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+
+LAYERS, HEADS, KV_HEADS, VOCABULARY, POSITIONS = 3, 4, 2, 64, 512
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture at toy size."""
+
+    name: str
+    layout: str  # which two dimensions form plane i: half_split, interleaved, or none
+    head_dim: int = 16
+    rotary_dim: int | None = None  # None: the whole head rotates
+    extra: tuple[tuple[str, object], ...] = ()
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("Llama", "half_split"),
+        Family("Mistral", "half_split", extra=(("sliding_window", None),)),
+        Family("Qwen2", "half_split"),
+        Family("Qwen3", "half_split", head_dim=32, extra=(("head_dim", 32),)),
+        Family("Cohere", "interleaved"),
+        Family("Glm", "interleaved", rotary_dim=8, extra=(("head_dim", 16), ("partial_rotary_factor", 0.5))),
+        Family("StableLm", "half_split", rotary_dim=8, extra=(("partial_rotary_factor", 0.5),)),
+    )
+}
+SUPPORTED = ("Llama", "Mistral", "Qwen2", "Qwen3")  # what `enable` promises for now
+
+
+def tiny(name: str, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A random model of the family, float32, with weights large enough that attention is far from uniform."""
+    torch.manual_seed(seed)
+    if name == "GPT2":
+        config = transformers.GPT2Config(
+            vocab_size=VOCABULARY, n_embd=64, n_layer=LAYERS, n_head=HEADS, n_positions=POSITIONS, eos_token_id=None
+        )
+        return transformers.GPT2LMHeadModel(config).eval()
+    fields: dict[str, object] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "max_position_embeddings": POSITIONS,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    }
+    config = getattr(transformers, f"{name}Config")(**{**fields, **dict(FAMILIES[name].extra), **changes})
+    model: PreTrainedModel = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.fixture
+def make_model() -> Callable[..., PreTrainedModel]:
+    """`make_model("Llama", seed=0)`: a fresh tiny model."""
+    return tiny
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    return tiny("Llama")
+
+
+@pytest.fixture
+def gpt2() -> PreTrainedModel:
+    """A model without RoPE."""
+    return tiny("GPT2")
+
+
+@pytest.fixture(params=FAMILIES.values(), ids=lambda family: family.name)
+def family(request: pytest.FixtureRequest) -> Family:
+    """Every RoPE family, both layouts, whole and partial."""
+    chosen: Family = request.param
+    return chosen
+
+
+@pytest.fixture(params=SUPPORTED)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Each family that `enable` supports."""
+    return tiny(request.param)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words "w3" ... "w63" with their own numbers as ids; 0 pads, 1 begins, 2 is unknown."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<pad>": 0, "<s>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", unk_token="<unk>")
+
+
+def token_ids(length: int, seed: int = 0, rows: int | None = None) -> Tensor:
+    """Random token ids [length], or [rows, length], neither padding nor the first token.
+
+    The first 61 of a row are all different: the slowest planes hardly tell a token from its repetition, and float32 not
+    at all, so that repetitions would make near-ties, which a library in float32 and an oracle in float64 may rank
+    differently.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    words = VOCABULARY - 3
+    drawn = [
+        torch.cat([torch.randperm(words, generator=generator) for _ in range(length // words + 1)])[:length] + 3
+        for _ in range(rows or 1)
+    ]
+    return drawn[0] if rows is None else torch.stack(drawn)
+
+
+@pytest.fixture
+def ids() -> Callable[..., Tensor]:
+    """`ids(length, seed=0, rows=None)`: random token ids."""
+    return token_ids
+
+
+Reader = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, reader: Reader) -> Iterator[None]:
+    """Run the model's attention through `reader(layer, q, k, v)`, post-RoPE; None from it means plain dense attention.
+
+    Plain means float64 matrices and an explicit softmax, for unpadded input only.
+    """
+
+    def attend(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        **_: object,
+    ) -> tuple[Tensor, None]:
+        assert mask is None or bool(mask.any(-1).all()), "the test's attention is for unpadded input"
+        out = reader(int(module.layer_idx), query, key, value)  # type: ignore[arg-type]
+        if out is None:
+            group = query.shape[1] // key.shape[1]
+            keys, values = (x.double().repeat_interleave(group, 1) for x in (key, value))
+            queries, length = query.shape[2], key.shape[2]
+            causal = torch.ones(queries, length, dtype=torch.bool).tril(length - queries)
+            logits = (query.double() @ keys.mT * scaling).masked_fill(~causal, -torch.inf)
+            out = (logits.softmax(-1) @ values).to(query.dtype)
+        return out.transpose(1, 2).contiguous(), None
+
+    before = model.config._attn_implementation
+    AttentionInterface.register("oracle", attend)
+    AttentionMaskInterface.register("oracle", sdpa_mask)
+    model.set_attn_implementation("oracle")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@pytest.fixture
+def attention() -> Callable[[PreTrainedModel, Reader], object]:
+    """`with attention(model, reader): model(...)`: replace or watch a model's attention, without the library."""
+    return _attention
+
+
+@pytest.fixture
+def capture() -> Callable[..., list[tuple[Tensor, Tensor]]]:
+    """`capture(model, ids, position_ids=None)`: post-RoPE (q, k) of every layer in one plain forward pass."""
+
+    def run(model: PreTrainedModel, ids: Tensor, position_ids: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+            seen[layer] = (q.detach(), k.detach())
+
+        mask = torch.ones_like(ids)
+        with _attention(model, keep), torch.no_grad():
+            model(ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
+        return [seen[layer] for layer in sorted(seen)]
+
+    return run

@@ -1,0 +1,121 @@
+"""fasa_attention: every backend against the oracle over a matrix of shapes, paddings, budgets and options."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cases import DIM, EXACT, Case, generator
+from torch.nn import functional as F
+
+CASES = [
+    Case("plain"),
+    Case("group of 1", heads=2),
+    Case("group of 3", heads=6),
+    Case("multi-query attention", heads=4, kv_heads=1),
+    Case("batch", batch=3),
+    Case("several queries", queries=5),
+    Case("prefill", queries=24),
+    Case("one token", length=1),
+    Case("budget of one", n_fac=1),
+    Case("budget one below the keys", n_fac=23),
+    Case("budget of the keys", n_fac=24),
+    Case("budget above the keys", n_fac=1000),
+    Case("one chunk", n_tip=1),
+    Case("all chunks", n_tip=8),
+    Case("quarter share", n_fac=0.25, queries=7),
+    Case("whole share", n_fac=1.0, queries=3),
+    Case("tiny share is one token", n_fac=1e-4, queries=3),
+    Case("left padding", batch=3, left=(0, 5, 23)),
+    Case("left padding, several queries", batch=3, queries=6, left=(0, 5, 21)),
+    Case("right padding", batch=3, right=(0, 7, 20), queries=4),
+    Case("padding on both sides", batch=2, left=(3, 0), right=(2, 9), queries=24),
+    Case("padding and share", batch=3, left=(0, 5, 20), n_fac=0.3, queries=2),
+    Case("no valid key", batch=2, left=(24, 2)),
+    Case("sinks", options={"n_sink": 3}),
+    Case("recent", options={"n_recent": 3}, queries=4),
+    Case("sinks and recent", options={"n_sink": 2, "n_recent": 2}, queries=4),
+    Case("sinks and recent only", options={"n_sink": 2, "n_recent": 4}, queries=4),
+    Case("sinks and recent with padding", batch=3, left=(0, 4, 17), options={"n_sink": 2, "n_recent": 1}, queries=3),
+    Case("sinks and recent, right padding", batch=2, right=(0, 6), options={"n_sink": 1, "n_recent": 2}, queries=3),
+    Case("mean", queries=3, options={"group_reduce": "mean"}),
+    Case("no reduction", queries=3, options={"group_reduce": "none"}),
+    Case("no reduction, padding", batch=2, left=(0, 9), options={"group_reduce": "none", "n_recent": 1}),
+    Case("chunks per query head", per_query_head=True, queries=3),
+    Case("chunks per query head, share", per_query_head=True, n_fac=0.2, batch=2, options={"n_sink": 1}),
+    Case("scaling", options={"scaling": 0.7}),
+]
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_the_oracle(case: Case, backend: str) -> None:
+    q, k, v, chunks = case.tensors(dtype=torch.float64)
+    out = case.run(q, k, v, chunks, backend)
+    assert out.shape == q.shape
+    assert out.dtype == q.dtype
+    np.testing.assert_allclose(out.numpy(), case.oracle(q, k, v, chunks).out, atol=1e-12)
+
+
+FLEX_CASES = [
+    Case("decode, sinks, recent, padding", batch=2, left=(0, 9), options={"n_sink": 1, "n_recent": 2}),
+    Case("several queries, share, group of 3", heads=6, queries=3, n_fac=0.3),
+    Case("per query head, no valid key", batch=2, per_query_head=True, left=(24, 2)),
+]
+
+
+@pytest.mark.slow
+def test_flex_equals_the_oracle_through_changing_shapes() -> None:
+    """One process serves other batches, heads and numbers of queries, as generation and evaluation do in turn."""
+    torch._dynamo.reset()
+    for case in FLEX_CASES:
+        q, k, v, chunks = case.tensors()
+        expected = case.oracle(q, k, v, chunks).out
+        np.testing.assert_allclose(case.run(q, k, v, chunks, "flex").numpy(), expected, atol=1e-5, err_msg=case.name)
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_keeps_its_dtype_and_selection(backend: str, dtype: torch.dtype) -> None:
+    """Whole numbers up to 2 are exact in every dtype, and so must be the ranking."""
+    case = Case("several", batch=2, queries=4, left=(0, 5))
+    q, k, v, chunks = case.tensors(dtype=dtype)
+    out = case.run(q, k, v, chunks, backend)
+    assert out.dtype == dtype
+    atol = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    np.testing.assert_allclose(out.double().numpy(), case.oracle(q, k, v, chunks).out, atol=atol)
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("how", ["max", "mean", "softmax", "none"])
+@pytest.mark.parametrize("left", [(), (0, 6)], ids=["no padding", "left padding"])
+def test_group_reductions_on_continuous_scores(backend: str, how: str, left: tuple[int, ...]) -> None:
+    case = Case("continuous", batch=2, queries=3, left=left, options={"group_reduce": how})
+    chunks = case.tensors()[3]
+    q = torch.randn(2, 4, 3, DIM, generator=generator(7), dtype=torch.float64)
+    k = torch.randn(2, 2, 24, DIM, generator=generator(8), dtype=torch.float64)
+    v = torch.randn(2, 2, 24, DIM, generator=generator(9), dtype=torch.float64)
+    expected = case.oracle(q, k, v, chunks)
+    assert expected.margin > 1e-4, "float32 might rank these inputs differently: choose another seed"
+    np.testing.assert_allclose(case.run(q, k, v, chunks, backend).numpy(), expected.out, atol=1e-12)
+
+
+def test_group_reductions_select_differently() -> None:
+    """Otherwise the test above could not tell them apart."""
+    outs = {}
+    for how in ("max", "mean", "softmax", "none"):
+        case = Case(how, queries=8, options={"group_reduce": how})
+        outs[how] = case.run(*case.tensors(), "gather")
+    names = list(outs)
+    assert all(not torch.allclose(outs[a], outs[b]) for i, a in enumerate(names) for b in names[i + 1 :])
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("n_fac", [24, 25, 10_000, 1.0])
+@pytest.mark.parametrize("queries", [1, 6, 24])
+def test_a_budget_of_all_keys_is_dense_attention(backend: str, n_fac: float, queries: int) -> None:
+    case = Case("full", batch=2, queries=queries, n_fac=n_fac)
+    q, k, v, chunks = case.tensors()
+    causal = torch.ones(queries, 24, dtype=torch.bool).tril(24 - queries)
+    dense = F.scaled_dot_product_attention(q, k, v, attn_mask=causal, enable_gqa=True)
+    torch.testing.assert_close(case.run(q, k, v, chunks, backend), dense, atol=1e-6, rtol=0)

@@ -1,0 +1,65 @@
+"""fasa_attention refuses what does not fit, in one sentence that names the value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import DIM, EXACT, Case
+
+from fasa_flex import fasa_attention
+
+
+@pytest.mark.parametrize("backend", [*EXACT, "flex"])
+@pytest.mark.parametrize("where", ["q", "k"])
+def test_nan_is_refused(backend: str, where: str) -> None:
+    q, k, v, chunks = Case("nan").tensors()
+    (q if where == "q" else k)[0, 0, 0, 5] = torch.nan
+    with pytest.raises(ValueError, match=r"(?i)nan") as error:
+        fasa_attention(q, k, v, chunks, n_fac=4, backend=backend)  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+
+
+Q, K, V, CHUNKS = Case("errors").tensors()
+
+
+@pytest.mark.parametrize(
+    ("what", "changes", "named"),
+    [
+        ("heads no multiple of the KV heads", {"q": Q[:, :3]}, "3"),
+        ("no batch dimension", {"q": Q[0]}, "4|dim|shape|B, Hq"),
+        ("another head dim", {"q": Q[..., :8]}, "8"),
+        ("another batch", {"q": Q.expand(2, -1, -1, -1)}, "2"),
+        ("more queries than keys", {"q": Q.expand(-1, -1, 25, -1)}, "25"),
+        ("fewer keys than values", {"k": K[:, :, :20]}, "20"),
+        ("fewer values than keys", {"v": V[:, :, :20]}, "20"),
+        ("fewer value heads", {"v": V[:, :1]}, "1"),
+        ("another dtype of values", {"v": V.double()}, "(?i)float64|dtype"),
+        ("chunks of one head", {"chunks": CHUNKS[:1]}, "1"),
+        ("chunks without pairs", {"chunks": CHUNKS.flatten(1)}, "chunks"),
+        ("no chunks", {"chunks": CHUNKS[:, :0]}, "chunks"),
+        ("chunks beyond the head dim", {"chunks": CHUNKS + DIM}, "chunks"),
+        ("negative chunks", {"chunks": CHUNKS - DIM}, "chunks"),
+        ("chunks of float", {"chunks": CHUNKS.float()}, "chunks"),
+        ("a mask too short", {"key_mask": torch.ones(1, 23, dtype=torch.bool)}, "23"),
+        ("a mask of another batch", {"key_mask": torch.ones(2, 24, dtype=torch.bool)}, "2"),
+        ("a mask of numbers", {"key_mask": torch.ones(1, 24)}, "bool"),
+        ("packed keys too narrow", {"packed_keys": K[..., :3]}, "3"),
+        ("no budget", {"n_fac": 0}, "0"),
+        ("a negative budget", {"n_fac": -4}, "-4"),
+        ("no share", {"n_fac": 0.0}, "0"),
+        ("a share above one", {"n_fac": 1.5}, "1.5"),
+        ("negative sinks", {"n_sink": -1}, "-1"),
+        ("negative recent", {"n_recent": -2}, "-2"),
+        ("more forced than budget", {"n_sink": 3, "n_recent": 4}, "n_sink"),
+        ("an unknown reduction", {"group_reduce": "median"}, "median"),
+        ("an unknown backend", {"backend": "sdpa"}, "sdpa"),
+    ],
+)
+def test_what_does_not_fit_is_refused(what: str, changes: dict[str, Any], named: str) -> None:
+    call: dict[str, Any] = {"q": Q, "k": K, "v": V, "chunks": CHUNKS, "n_fac": 6, "backend": "gather"}
+    fasa_attention(**call)
+    with pytest.raises((ValueError, TypeError), match=named) as error:
+        fasa_attention(**{**call, **changes})
+    assert "\n" not in str(error.value)

@@ -1,0 +1,111 @@
+"""FasaConfig: every knob is checked once, and the message names the value."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+
+from fasa_flex import FasaConfig
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    config = FasaConfig()
+    assert (config.n_tip, config.n_fac, config.n_sink, config.n_recent) == (None, 256, 0, 0)
+    assert (config.dense_layers, config.per, config.group_reduce) == ((0,), "kv_head", "max")
+    assert (config.backend, config.prefill) == ("auto", "dense")
+
+
+def test_a_config_is_frozen_and_compares_by_value() -> None:
+    config = FasaConfig(n_fac=64)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.n_fac = 32  # type: ignore[misc]
+    assert config == FasaConfig(n_fac=64)
+    assert config != FasaConfig(n_fac=65)
+    assert hash(config) == hash(FasaConfig(n_fac=64))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n_fac": 1},
+        {"n_fac": 1.0},
+        {"n_fac": 1e-6},
+        {"n_tip": 1},
+        {"n_fac": 8, "n_sink": 4, "n_recent": 4},
+        {"dense_layers": ()},
+        {"dense_layers": (0, 5)},
+        {"group_reduce": "none", "per": "query_head"},
+        {"group_reduce": "softmax", "backend": "reference"},
+        {"prefill": "sparse"},
+    ],
+    ids=str,
+)
+def test_values_at_the_edge_are_accepted(fields: dict[str, object]) -> None:
+    config = FasaConfig(**fields)  # type: ignore[arg-type]
+    assert {name: getattr(config, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n_tip", 0),
+        ("n_tip", -3),
+        ("n_tip", 1.5),
+        ("n_fac", 0),
+        ("n_fac", -256),
+        ("n_fac", 0.0),
+        ("n_fac", -0.25),
+        ("n_fac", 1.25),
+        ("n_fac", float("nan")),
+        ("n_fac", float("inf")),
+        ("n_fac", "256"),
+        ("n_fac", None),
+        ("n_fac", True),
+        ("n_sink", -1),
+        ("n_sink", 0.5),
+        ("n_recent", -2),
+        ("n_recent", "4"),
+        ("dense_layers", 0),
+        ("dense_layers", (-1,)),
+        ("dense_layers", (0.5,)),
+        ("dense_layers", "0"),
+        ("per", "head"),
+        ("per", None),
+        ("group_reduce", "median"),
+        ("backend", "sdpa"),
+        ("prefill", "half"),
+    ],
+    ids=str,
+)
+def test_a_bad_value_is_refused_in_one_sentence_that_names_it(name: str, value: object) -> None:
+    with pytest.raises((ValueError, TypeError)) as error:
+        FasaConfig(**{name: value})  # type: ignore[arg-type]
+    message = str(error.value)
+    assert name in message
+    shown = value[0] if isinstance(value, tuple) else value
+    assert str(shown) in message
+    assert "\n" not in message
+    assert len(re.findall(r"[.!?](?:\s|$)", message)) == 1, f"not one sentence: {message!r}"
+
+
+@pytest.mark.parametrize("name", ["n_fac", "n_sink", "per", "backend"])
+def test_out_of_range_is_a_value_error(name: str) -> None:
+    bad = {"n_fac": 0, "n_sink": -1, "per": "head", "backend": "sdpa"}
+    with pytest.raises(ValueError, match=name):
+        FasaConfig(**{name: bad[name]})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("n_sink", "n_recent"), [(9, 0), (0, 9), (4, 5), (8, 8)])
+def test_forced_tokens_must_fit_in_the_budget(n_sink: int, n_recent: int) -> None:
+    with pytest.raises(ValueError, match="n_sink") as error:
+        FasaConfig(n_fac=8, n_sink=n_sink, n_recent=n_recent)
+    message = str(error.value)
+    assert "n_recent" in message
+    assert "8" in message
+
+
+def test_unknown_fields_are_refused() -> None:
+    with pytest.raises(TypeError, match="n_face"):
+        FasaConfig(n_face=1)  # type: ignore[call-arg]

@@ -1,0 +1,241 @@
+"""FasaProfile: exact round trip, dominant chunks, and refusal of files and models that do not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
+
+HEADS, KV_HEADS, CHUNKS, LAYERS = 4, 2, 8, 3
+
+
+@pytest.fixture(scope="module")
+def profile() -> FasaProfile:
+    from conftest import tiny, token_ids
+
+    return calibrate(tiny("Llama"), [token_ids(40)], top_k=8, max_new_tokens=6, progress=False)
+
+
+def with_table(profile: FasaProfile, table: Tensor) -> FasaProfile:
+    return FasaProfile(table, profile.layout, profile.provenance)
+
+
+def test_round_trip_is_exact(profile: FasaProfile, tmp_path: Path) -> None:
+    profile.save_pretrained(tmp_path / "profile")
+    loaded = FasaProfile.from_pretrained(tmp_path / "profile")
+    assert torch.equal(loaded.agreement, profile.agreement)
+    assert loaded.agreement.dtype == torch.float32
+    assert torch.equal(loaded.layout.chunks, profile.layout.chunks)
+    assert dataclasses.asdict(loaded.provenance) == dataclasses.asdict(profile.provenance)
+    assert loaded.fingerprint == profile.fingerprint
+
+
+def test_saving_what_was_loaded_writes_the_same_bytes(profile: FasaProfile, tmp_path: Path) -> None:
+    profile.save_pretrained(tmp_path / "first")
+    FasaProfile.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    first = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()}
+    assert first == {path.name: path.read_bytes() for path in (tmp_path / "second").iterdir()}
+
+
+def test_files_are_safetensors_and_json_and_nothing_else(profile: FasaProfile, tmp_path: Path) -> None:
+    profile.save_pretrained(tmp_path)
+    suffixes = {path.suffix for path in tmp_path.iterdir()}
+    assert {".safetensors", ".json"} <= suffixes
+    assert suffixes <= {".safetensors", ".json", ".md"}
+
+
+def test_a_path_given_as_text_works_too(profile: FasaProfile, tmp_path: Path) -> None:
+    profile.save_pretrained(str(tmp_path))
+    assert torch.equal(FasaProfile.from_pretrained(str(tmp_path)).agreement, profile.agreement)
+
+
+def test_provenance_says_where_it_came_from(profile: FasaProfile) -> None:
+    provenance = profile.provenance
+    assert (provenance.top_k, provenance.max_new_tokens, provenance.kv_heads) == (8, 6, KV_HEADS)
+    assert provenance.model_type == "llama"
+    assert len(provenance.sample_hashes) == 1
+    assert {"fasa_flex", "torch", "transformers"} <= set(provenance.versions)
+
+
+@pytest.mark.parametrize("n_tip", [1, 3, CHUNKS])
+def test_dominant_chunks_equal_the_oracle(profile: FasaProfile, n_tip: int) -> None:
+    # eighths are exact in float32, and so are their means over a group; ties are common
+    table = torch.randint(0, 9, (LAYERS, HEADS, CHUNKS), generator=torch.Generator().manual_seed(0)) / 8
+    made = with_table(profile, table)
+    for per, heads, kv_heads in (("kv_head", KV_HEADS, KV_HEADS), ("query_head", HEADS, None)):
+        dominant = made.dominant(n_tip, per=per)  # type: ignore[arg-type]
+        assert dominant.shape == (LAYERS, heads, n_tip)
+        assert dominant.dtype == torch.long
+        for layer in range(LAYERS):
+            assert dominant[layer].tolist() == oracle.dominant(table[layer].numpy(), n_tip, kv_heads).tolist()
+    assert torch.equal(made.dominant(n_tip), made.dominant(n_tip, per="kv_head"))
+
+
+def test_dominant_per_kv_head_is_the_mean_over_the_group_written_out(profile: FasaProfile) -> None:
+    table = torch.zeros(1, 4, CHUNKS)
+    table[0, 0, 2], table[0, 1, 2], table[0, 1, 7] = 0.5, 0.5, 0.75  # group 0: chunk 2 has mean 0.5, chunk 7 0.375
+    table[0, 2, 6], table[0, 3, 1] = 1.0, 0.875  # group 1: chunk 6 has mean 0.5, chunk 1 0.4375
+    made = with_table(profile, table)
+    assert made.dominant(1).tolist() == [[[2], [6]]]
+    assert made.dominant(2).tolist() == [[[2, 7], [1, 6]]]
+    assert made.dominant(1, per="query_head").tolist() == [[[2], [7], [6], [1]]]
+
+
+def test_equal_hits_over_a_group_tie_whatever_float32_makes_of_them(profile: FasaProfile) -> None:
+    """6 decode queries and K = 8: entries are counts of 48. All chunks have 5 hits of 96 in a group: the lowest win."""
+    hits = torch.tensor([[0, 5, 1, 4, 2, 3, 1, 4], [5, 0, 4, 1, 3, 2, 4, 1]])
+    table = (hits.double() / 48).float().repeat(1, 2, 1).view(1, HEADS, CHUNKS)
+    assert table.view(2, 2, CHUNKS).mean(1).unique().numel() > 1, "float32 sees no difference: the example is weak"
+    assert with_table(profile, table).dominant(3).tolist() == [[[0, 1, 2], [0, 1, 2]]]
+
+
+@pytest.mark.parametrize("n_tip", [0, -1, CHUNKS + 1])
+def test_an_impossible_number_of_chunks_is_refused(profile: FasaProfile, n_tip: int) -> None:
+    with pytest.raises(ValueError, match=str(n_tip)):
+        profile.dominant(n_tip)
+
+
+def test_an_unknown_sharing_is_refused(profile: FasaProfile) -> None:
+    with pytest.raises(ValueError, match="layer"):
+        profile.dominant(1, per="layer")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("Llama", {"num_hidden_layers": 2}, "layers"),
+        ("Llama", {"num_attention_heads": 2}, "heads|head"),
+        ("Llama", {"num_key_value_heads": 4}, "heads|head"),
+        ("Llama", {"head_dim": 32}, "head"),
+        ("Llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}, "rot|rope|config|theta"),
+        ("Qwen2", {}, "qwen2"),
+        ("Cohere", {}, "cohere"),
+    ],
+)
+def test_a_profile_of_another_model_is_refused_with_the_reason(
+    profile: FasaProfile, make_model: Callable[..., PreTrainedModel], name: str, changes: dict[str, object], reason: str
+) -> None:
+    other = make_model(name, **changes)
+    with pytest.raises(ValueError, match=f"(?i){reason}") as error:
+        enable(other, profile, FasaConfig(n_fac=4))
+    assert "\n" not in str(error.value)
+    assert other.config._attn_implementation == "sdpa"  # refused before anything was changed
+
+
+def test_a_profile_fits_other_weights_of_the_same_configuration(
+    profile: FasaProfile, make_model: Callable[..., PreTrainedModel]
+) -> None:
+    profile.check_fits(make_model("Llama", seed=1))
+    profile.check_fits(make_model("Llama", seed=1).to(torch.bfloat16))
+
+
+def saved(profile: FasaProfile, folder: Path, suffix: str) -> Path:
+    profile.save_pretrained(folder)
+    return next(path for path in sorted(folder.iterdir()) if path.suffix == suffix)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
+@pytest.mark.parametrize("keep", [0, 20, 0.5, -1])
+def test_a_truncated_file_is_a_clear_error(profile: FasaProfile, tmp_path: Path, suffix: str, keep: float) -> None:
+    path = saved(profile, tmp_path, suffix)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * keep)] if isinstance(keep, float) else whole[:keep])
+    with pytest.raises(ValueError, match=r"(?i)profile|agreement|json|safetensors") as error:
+        FasaProfile.from_pretrained(tmp_path)
+    assert path.name in str(error.value) or str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
+def test_a_missing_file_is_a_clear_error(profile: FasaProfile, tmp_path: Path, suffix: str) -> None:
+    path = saved(profile, tmp_path, suffix)
+    path.unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=path.name):
+        FasaProfile.from_pretrained(tmp_path)
+
+
+def test_an_empty_folder_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=tmp_path.name):
+        FasaProfile.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        torch.full((LAYERS, HEADS, CHUNKS), torch.nan),
+        torch.full((LAYERS, HEADS, CHUNKS), 1.5),
+        torch.full((LAYERS, HEADS, CHUNKS), -0.1),
+        torch.zeros(LAYERS, HEADS, CHUNKS - 1),
+        torch.zeros(HEADS, CHUNKS),
+    ],
+    ids=["nan", "above 1", "below 0", "a chunk too few", "no layers"],
+)
+def test_a_table_that_means_nothing_is_refused(profile: FasaProfile, table: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"(?i)agreement"):
+        with_table(profile, table)
+
+
+def test_a_tampered_table_is_refused(profile: FasaProfile, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = saved(profile, tmp_path, ".safetensors")
+    tensors = load_file(path)
+    name = next(name for name, tensor in tensors.items() if tensor.shape == profile.agreement.shape)
+    save_file({**tensors, name: tensors[name][:, :, :-1].contiguous()}, path)
+    with pytest.raises(ValueError, match=r"(?i)agreement|profile"):
+        FasaProfile.from_pretrained(tmp_path)
+
+
+def edited(profile: FasaProfile, folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    path = saved(profile, folder, ".json")
+    document = json.loads(path.read_text())
+    edit(document["fasa_profile"])
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda fields: fields.pop("layout"),
+        lambda fields: fields.pop("provenance"),
+        lambda fields: fields["provenance"].pop("top_k"),
+        lambda fields: fields["layout"]["chunks"].pop(),
+        lambda fields: fields["layout"].update(chunks=[[0, 1]] * CHUNKS),
+        lambda fields: fields.update(format=999),
+        lambda fields: fields["provenance"].update(kv_heads=3),
+    ],
+    ids=["no layout", "no provenance", "no top_k", "a chunk too few", "not planes", "future format", "3 KV heads of 4"],
+)
+def test_a_tampered_description_is_refused(
+    profile: FasaProfile, tmp_path: Path, edit: Callable[[dict[str, Any]], object]
+) -> None:
+    edited(profile, tmp_path, edit)
+    with pytest.raises(ValueError, match=r"(?i)profile|layout|chunk|heads"):
+        FasaProfile.from_pretrained(tmp_path)
+
+
+def test_a_table_swapped_for_another_is_refused(profile: FasaProfile, tmp_path: Path) -> None:
+    """Same shape, valid numbers, not the ones the description was written for."""
+    saved(with_table(profile, 1 - profile.agreement), tmp_path / "other", ".json")
+    saved(profile, tmp_path / "mine", ".json")
+    name = "agreement.safetensors"
+    (tmp_path / "mine" / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    with pytest.raises(ValueError, match=name):
+        FasaProfile.from_pretrained(tmp_path / "mine")
+
+
+def test_a_folder_with_another_config_is_not_overwritten(profile: FasaProfile, tmp_path: Path) -> None:
+    other = tmp_path / "config.json"
+    other.write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=r"config\.json"):
+        profile.save_pretrained(tmp_path)
+    assert json.loads(other.read_text()) == {"model_type": "llama"}

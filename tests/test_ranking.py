@@ -1,0 +1,37 @@
+"""rank_keys: float32 order as distinct integers, ties to the lower slot."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+
+from fasa_flex.ranking import top_slots
+
+INF, TINY = torch.inf, 1e-45  # the smallest subnormal of float32
+
+
+@pytest.mark.parametrize(
+    ("scores", "order"),
+    [
+        ([1.0, 3.0, 2.0], [1, 2, 0]),
+        ([-1.0, -3.0, -2.0], [0, 2, 1]),
+        ([0.0, -0.0, 0.0], [0, 1, 2]),
+        ([-0.0, 0.0, TINY, -TINY], [2, 0, 1, 3]),
+        ([-INF, INF, 0.0, 3e38, -3e38], [1, 3, 2, 4, 0]),
+        ([5.0] * 6, [0, 1, 2, 3, 4, 5]),
+        ([1.0, torch.nan, INF], [1, 2, 0]),  # NaN is selected and shows, instead of hiding
+    ],
+    ids=str,
+)
+def test_orders_written_out(scores: list[float], order: list[int]) -> None:
+    assert top_slots(torch.tensor(scores), len(scores)).tolist() == order
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 17, 300])
+def test_long_rows_with_many_ties_equal_the_oracle(dtype: torch.dtype, count: int) -> None:
+    scores = torch.randn(3, 300, generator=torch.Generator().manual_seed(0)).mul(4).round().div(4).to(dtype)
+    slots = top_slots(scores, count)
+    for row in range(3):
+        assert slots[row].tolist() == oracle.top(scores[row].double().numpy(), range(300), count)

@@ -1,0 +1,34 @@
+"""The README shows what the committed results say, and its example runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from fasa_flex import FasaConfig, enable
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_table_is_that_of_the_committed_results() -> None:
+    """`python -m evals.quality.demo --table` prints it."""
+    shown = re.search(r"<!-- demo table -->\n(.*?)\n<!-- /demo table -->", README, flags=re.DOTALL)
+    assert shown is not None
+    record = json.loads((ROOT / "evals" / "results" / "demo.json").read_text())
+    assert shown[1] == record["table"]
+
+
+def test_the_scorer_in_the_readme_runs(llama: PreTrainedModel) -> None:
+    """A rival method in a few lines: the keys of largest norm."""
+    code = re.search(r"```python\n(class LargestKeys.*?)\n\nenable", README, flags=re.DOTALL)
+    assert code is not None
+    names: dict[str, type] = {}
+    exec(code[1], names)
+    with enable(llama, None, FasaConfig(n_fac=4), scorer=lambda layer: names["LargestKeys"]()) as fasa:
+        llama.generate(torch.arange(1, 21)[None], max_new_tokens=3, do_sample=False, pad_token_id=0)
+        assert fasa.stats.sparse_queries == 4

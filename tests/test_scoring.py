@@ -1,0 +1,54 @@
+"""DominantChunks (TIP): scores per query head against the oracle, packed keys, other scorers through the same door."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from fasa_flex import RotaryLayout
+from fasa_flex.scoring import DominantChunks
+
+DIM = 8
+
+
+def chunks(heads: int, n_tip: int) -> torch.Tensor:
+    order = torch.rand(heads, DIM // 2, generator=torch.Generator().manual_seed(0)).argsort(-1)[:, :n_tip]
+    return RotaryLayout.half_split(DIM).chunks[order]
+
+
+@pytest.mark.parametrize("n_tip", [1, 2, 4])
+@pytest.mark.parametrize("rows", [2, 6], ids=["per kv head", "per query head"])
+def test_scores_equal_the_oracle(n_tip: int, rows: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    q, k = torch.randn(2, 6, 3, DIM, generator=generator), torch.randn(2, 2, 11, DIM, generator=generator)
+    pairs = chunks(rows, n_tip)
+    scores = DominantChunks.from_chunks(pairs)(q, k)
+    assert scores.shape == (2, 2, 3, 3, 11)
+    assert scores.dtype == torch.float32
+    for b, h, i in torch.cartesian_prod(torch.arange(2), torch.arange(6), torch.arange(3)).tolist():
+        mine = pairs[h if rows == 6 else h // 3].tolist()
+        expected = oracle.score(q[b, h, i].double().numpy(), k[b, h // 3].double().numpy(), mine)
+        np.testing.assert_allclose(scores[b, h // 3, h % 3, i].numpy(), expected, atol=1e-5)
+
+
+def test_packed_keys_hold_the_chunks_in_order_and_score_alike() -> None:
+    generator = torch.Generator().manual_seed(1)
+    q, k = torch.randn(1, 4, 2, DIM, generator=generator), torch.randn(1, 2, 11, DIM, generator=generator)
+    pairs = chunks(2, 2)
+    scorer = DominantChunks.from_chunks(pairs)
+    packed = scorer.pack(k)
+    assert packed.is_contiguous()
+    for n in range(2):
+        assert torch.equal(packed[:, n], k[:, n][..., pairs[n].flatten()])
+    torch.testing.assert_close(scorer(q, k, packed), scorer(q, k), atol=1e-6, rtol=0)
+
+
+def test_half_precision_is_accumulated_in_single() -> None:
+    """256 + 0.5 + ... : a bfloat16 sum would lose every half."""
+    q, k = torch.ones(1, 1, 1, DIM, dtype=torch.bfloat16), torch.full((1, 1, 2, DIM), 0.5, dtype=torch.bfloat16)
+    k[..., 0] = 256.0
+    k[0, 0, 1, 7] = 1.0
+    scores = DominantChunks.from_chunks(RotaryLayout.half_split(DIM).chunks[None])(q, k)
+    assert scores.flatten().tolist() == [259.5, 260.0]

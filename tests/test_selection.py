@@ -1,0 +1,69 @@
+"""select: budgets, validity, forced tokens, ties, against the oracle's sets."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import ceil
+
+import oracle
+import pytest
+import torch
+
+from fasa_flex.selection import budget, select, valid_keys
+
+CPU = torch.device("cpu")
+
+
+def test_valid_keys_are_causal_and_real_written_out() -> None:
+    mask = torch.tensor([[False, True, True, True], [True, True, True, False]])
+    assert valid_keys(2, 4, mask, CPU).int().flatten(0, 3).tolist() == [
+        [0, 1, 1, 0],
+        [0, 1, 1, 1],
+        [1, 1, 1, 0],
+        [1, 1, 1, 0],
+    ]
+    assert valid_keys(3, 4, None, CPU).int().flatten(0, 3).tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("n_fac", [1, 7, 10_000, 1.0, 0.5, 0.25, 0.1, 0.07, 0.3, 1 / 32, 0.7, 0.9, 1e-9])
+def test_budget_is_the_smaller_of_wanted_and_valid(n_fac: float) -> None:
+    n_valid = torch.arange(0, 2049)
+    expected = [oracle.budget(n_fac, n) for n in n_valid.tolist()]
+    assert budget(n_fac, n_valid).tolist() == expected
+
+
+@pytest.mark.parametrize(("share", "keys"), [(0.07, 100), (0.14, 50), (0.28, 25), (0.55, 100), (0.1, 30), (0.29, 100)])
+def test_a_share_means_the_number_that_was_written(share: float, keys: int) -> None:
+    """7 % of 100 keys are 7, although 0.07 * 100 is 7.000000000000001."""
+    assert budget(share, torch.tensor([keys])).tolist() == [ceil(Fraction(repr(share)) * keys)]
+
+
+@pytest.mark.parametrize(("n_sink", "n_recent"), [(0, 0), (2, 0), (0, 3), (2, 3)])
+@pytest.mark.parametrize("n_fac", [5, 12, 0.4])
+def test_slots_count_and_mask_equal_the_oracle(n_fac: float, n_sink: int, n_recent: int) -> None:
+    scores = torch.randint(-4, 5, (2, 2, 3, 4, 20), generator=torch.Generator().manual_seed(1)).float()
+    mask = torch.arange(20) >= torch.tensor([[0], [3]])
+    selection = select(scores, valid_keys(4, 20, mask, CPU), n_fac, n_sink, n_recent)
+    for b, h, g, i in torch.cartesian_prod(*map(torch.arange, scores.shape[:4])).tolist():
+        valid = oracle.valid_keys(20 - 4 + i, mask[b].tolist())
+        expected = oracle.select(scores[b, h, g, i].numpy(), valid, n_fac, n_sink, n_recent)
+        count = int(selection.count[b, 0, 0, i])
+        assert count == len(expected)
+        assert sorted(selection.slots[b, h, g, i, :count].tolist()) == expected
+        assert selection.mask[b, h, g, i].nonzero().flatten().tolist() == expected
+
+
+def test_infinite_scores_rank_and_do_not_confuse_validity() -> None:
+    """-inf for a valid key is a low score, not padding; +inf wins."""
+    scores = torch.tensor([-torch.inf, 1.0, torch.inf, 0.0, torch.inf]).view(1, 1, 1, 1, 5)
+    mask = torch.tensor([[True, True, True, True, False]])
+    for n_fac, expected in ((1, [2]), (2, [1, 2]), (3, [1, 2, 3]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 3])):
+        selection = select(scores, valid_keys(1, 5, mask, CPU), n_fac)
+        assert selection.mask.flatten().nonzero().flatten().tolist() == expected
+
+
+def test_close_scores_are_told_apart_down_to_float32() -> None:
+    step = torch.finfo(torch.float32).eps
+    scores = (1.0 + step * torch.tensor([0.0, 3.0, 1.0, 2.0])).view(1, 1, 1, 1, 4)
+    selection = select(scores, valid_keys(1, 4, None, CPU), 2)
+    assert selection.slots.flatten().tolist() == [1, 3]
