@@ -1,0 +1,159 @@
+r"""Facts hidden in real Python source: the fact language of the packaged tasks and of the reference model's training.
+
+A fact is a made-up constant on a line of its own, ``ZUBAKI="LOMUTE"``; its question is the bare beginning of the same
+line at the end of the document, ``\nZUBAKI="``, and the model goes on with ``LOMUTE"``. Only the standard library is
+used, and only generators that the caller passes in: the same seed gives the same documents on every machine.
+"""
+
+from __future__ import annotations
+
+import gzip
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from random import Random
+
+SYLLABLES = tuple(consonant + vowel for consonant in "BCDFGHJKLMNPRSTVWXYZ" for vowel in "AEIOU")
+"""The 100 consonant-vowel pairs that keys and values are made of."""
+
+KEY_SYLLABLES = (2, 3)
+VALUE_SYLLABLES = 3
+MAX_FACTS = len(SYLLABLES) // (max(KEY_SYLLABLES) + VALUE_SYLLABLES)
+"""Most facts of one document, 16: no syllable occurs twice in a document's facts."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A made-up constant: ``key`` of 2 or 3 syllables, ``value`` of 3."""
+
+    key: str
+    value: str
+
+    @property
+    def line(self) -> str:
+        """The fact as it stands in the haystack, without line end: ``ZUBAKI="LOMUTE"``."""
+        return f'{self.key}="{self.value}"'
+
+    @property
+    def question(self) -> str:
+        r"""What is put behind the haystack: ``\nZUBAKI="``."""
+        return f'\n{self.key}="'
+
+    @property
+    def answer(self) -> str:
+        """What the model must write behind the question, closing quote included: ``LOMUTE"``."""
+        return f'{self.value}"'
+
+
+@dataclass(frozen=True)
+class Document:
+    """Real text with facts on lines of their own, and the question about one of them.
+
+    Attributes:
+        text: The haystack with its facts, without a question and without a final line end.
+        facts: The facts in document order.
+        asked: Index into ``facts`` of the fact that ``prompt`` asks for.
+    """
+
+    text: str
+    facts: tuple[Fact, ...]
+    asked: int
+
+    @property
+    def prompt(self) -> str:
+        """The haystack and the question about ``facts[asked]``."""
+        return self.ask(self.asked)
+
+    @property
+    def answer(self) -> str:
+        """The answer to ``prompt``."""
+        return self.facts[self.asked].answer
+
+    def ask(self, index: int) -> str:
+        """The haystack and the question about ``facts[index]``."""
+        return self.text + self.facts[index].question
+
+    def depth(self, index: int) -> float:
+        """Where ``facts[index]`` begins, as a share of the haystack's characters (0: at its start)."""
+        return f"\n{self.text}\n".index(f"\n{self.facts[index].line}\n") / len(self.text)
+
+    def questions(self, rng: Random, k: int) -> list[tuple[str, Fact]]:
+        """``k`` different facts in random order, each with the prompt that asks for it alone."""
+        return [(self.ask(index), self.facts[index]) for index in rng.sample(range(len(self.facts)), k)]
+
+
+@cache
+def heldout_text() -> str:
+    """Standard-library source that the reference model was never trained on (see ``data/README.md``)."""
+    return gzip.decompress((files("fasa_flex.lm_eval") / "data" / "heldout.txt.gz").read_bytes()).decode()
+
+
+def draw_facts(rng: Random, n: int) -> list[Fact]:
+    """Draw ``n`` facts in which no syllable occurs twice, so that every question has one answer.
+
+    Args:
+        rng: Private generator; advanced.
+        n: Number of facts, 1 to ``MAX_FACTS``.
+    """
+    if not 1 <= n <= MAX_FACTS:
+        raise ValueError(f"n must be 1 to {MAX_FACTS} (no syllable may occur twice), got {n}")
+    syllables = iter(rng.sample(SYLLABLES, len(SYLLABLES)))
+
+    def word(size: int) -> str:
+        return "".join(next(syllables) for _ in range(size))
+
+    return [Fact(key=word(rng.choice(KEY_SYLLABLES)), value=word(VALUE_SYLLABLES)) for _ in range(n)]
+
+
+def document(
+    rng: Random, *, length: int, count_tokens: Callable[[str], int], n_facts: int, text: str | None = None
+) -> Document:
+    """Hide ``n_facts`` facts in a random cut of ``text``, each in front of a line at a uniformly random depth.
+
+    The cut ends with a full line and may begin within one. The size of the cut is searched for, so that the prompt
+    has at most ``length`` tokens and at least ``length - max(2, length // 64)``.
+
+    Args:
+        rng: Private generator; advanced by the same draws whatever ``length`` is.
+        length: Most tokens of ``Document.prompt``.
+        count_tokens: Number of tokens of a string, as the model under test counts them.
+        n_facts: 1 to ``MAX_FACTS``.
+        text: The source to cut from; the held-out text if None.
+    """
+    text = heldout_text() if text is None else text
+    facts = draw_facts(rng, n_facts)
+    depths = sorted(rng.random() for _ in facts)
+    asked, offset = rng.randrange(n_facts), rng.random()
+
+    last = text.rindex("\n")
+    most = min(8 * length, last)
+    end = text.index("\n", most + int(offset * (last - most)))
+
+    def cut(size: int) -> Document:
+        return Document(_insert(text[end - size : end], facts, depths), tuple(facts), asked)
+
+    slack = max(2, length // 64)
+    low, high = 0, most
+    while low < high:
+        size = (low + high + 1) // 2
+        tokens = count_tokens(cut(size).prompt)
+        if length - slack <= tokens <= length:
+            return cut(size)
+        low, high = (size, high) if tokens < length else (low, size - 1)
+    raise ValueError(
+        f"no cut of the text ({len(text)} characters) with {n_facts} facts makes a prompt of about {length} tokens: "
+        "pass a longer text, another length or fewer facts"
+    )
+
+
+def _insert(text: str, facts: list[Fact], depths: list[float]) -> str:
+    """``text`` with each fact's line in front of the first line that begins at or behind its depth."""
+    starts = [0] + [i + 1 for i, char in enumerate(text) if char == "\n"]
+    parts, done = [], 0
+    for fact, depth in zip(facts, depths, strict=True):
+        start = starts[min(bisect_left(starts, depth * len(text)), len(starts) - 1)]
+        parts += [text[done:start], fact.line, "\n"]
+        done = start
+    return "".join(parts) + text[done:]

@@ -1,0 +1,134 @@
+"""The shipped reference model and the sequences it was trained on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evals.reference_model import train
+from evals.reference_model.data import ANSWER, NOISE, Sampler, Vocabulary
+from evals.reference_model.recipe import Recipe, Stage
+from evals.reference_model.score import answered
+from fasa_flex.lm_eval.haystack import SYLLABLES, document, draw_facts, heldout_text
+
+FOLDER = Path(__file__).parents[2] / "evals" / "reference_model"
+KINDS = ("copy", "echo", "bare", "facts", "final")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def sampler(tokenizer):
+    vocabulary = Vocabulary.of(tokenizer.encode, len(tokenizer))
+    return Sampler(np.array(tokenizer.encode(heldout_text()[:100_000])), vocabulary, tokenizer.bos_token_id)
+
+
+def test_tokenizer_gives_text_back_and_adds_nothing(tokenizer):
+    text = heldout_text()[:20_000] + "\tétat\r\n\n  €  "
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert all(len(tokenizer.encode(syllable)) == 1 for syllable in SYLLABLES)
+    assert tokenizer.padding_side == "left"
+
+
+def test_tokens_meet_where_question_meets_answer(tokenizer):
+    encode = tokenizer.encode
+    doc = document(Random(0), length=512, count_tokens=lambda text: len(encode(text)), n_facts=8)
+    for index, fact in enumerate(doc.facts):
+        assert encode(doc.ask(index)) + encode(fact.answer) == encode(doc.ask(index) + fact.answer)
+        assert encode(doc.text) + encode(fact.question) == encode(doc.ask(index))
+        assert len(encode(fact.answer)) == 4
+
+
+def test_model_loads_and_answers_by_content(tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    assert sum(path.stat().st_size for path in FOLDER.glob("*.safetensors")) < 16e6
+    assert model.config.max_position_embeddings > 4096
+    docs = [
+        document(Random(i), length=1024, count_tokens=lambda text: len(tokenizer.encode(text)), n_facts=8)
+        for i in range(8)
+    ]
+    assert sum(answered(model, tokenizer, docs)) >= 7
+    doc = docs[0]
+    ids = torch.tensor([tokenizer.encode(doc.prompt)])
+    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    assert tokenizer.decode(written[0, ids.shape[1] :]) == doc.answer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_are_a_function_of_the_generator(sampler, kind):
+    ids, roles = sampler.batch(np.random.default_rng(5), kind, 4, 256)
+    again, _ = sampler.batch(np.random.default_rng(5), kind, 4, 256)
+    assert ids.shape == roles.shape == (4, 256)
+    assert (ids == again).all()
+    assert (roles == ANSWER).any(1).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_answer_token_stands_earlier_after_the_same_token(sampler, kind):
+    for seed in range(8):
+        row, role = (array.tolist() for array in getattr(sampler, kind)(np.random.default_rng(seed), 512))
+        pairs = [*pairwise(row)]
+        assert all(pairs[i - 1] in pairs[: i - 1] for i in range(1, 512) if role[i] == ANSWER)
+
+
+def test_sequences_with_facts_are_text_with_whole_lines_put_in(sampler, tokenizer):
+    ids, roles = sampler.batch(np.random.default_rng(2), "facts", 1, 512)
+    lines = tokenizer.decode(ids[0]).split("\n")
+    told = [line for line in lines if lines.count(line) == 2 and line.endswith('"') and line[:2] in SYLLABLES]
+    assert told
+    assert len([r for r in roles[0] if r == NOISE]) > 0
+
+
+def test_facts_are_tokens_of_the_fact_language(sampler, tokenizer):
+    facts = draw_facts(Random(3), 16)
+    used = {i for fact in facts for i in tokenizer.encode(fact.key + fact.value)}
+    assert used <= set(sampler.vocabulary.syllables.tolist())
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(sampler, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "REPORT", 2)
+    stages = (
+        Stage("copy", 4 * 64, (("copy", 32, 1.0),), (1e-2, 1e-2)),
+        Stage("text", 6 * 64, (("facts", 64, 0.5), ("echo", 32, 0.5)), (1e-2, 0.0)),
+    )
+    recipe = Recipe(stages, vocab=sampler.vocabulary.size, width=16, ffn=16, layers=1, batch_tokens=64, warmup=2)
+    device = torch.device("cpu")
+    train.Run(recipe, sampler, tmp_path / "whole", device).train()
+
+    broken = train.Run(recipe, sampler, tmp_path / "broken", device)
+    broken.saved = -1e9
+    monkeypatch.setattr(broken, "_report", _fail_at(broken, 8))
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    train.Run(recipe, sampler, tmp_path / "broken", device).train()
+
+    whole, resumed = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "broken"))
+    assert whole["progress"]["step"] == resumed["progress"]["step"] == 10
+    assert all(torch.equal(resumed["model"][name], value) for name, value in whole["model"].items())
+    steps = [json.loads(line)["step"] for line in (tmp_path / "broken" / "log.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6, 8, 10]
+
+    with pytest.raises(ValueError, match="another recipe"):
+        train.Run(replace(recipe, seed=1), sampler, tmp_path / "whole", device)
+
+
+def _fail_at(run, step):
+    report = run._report
+
+    def report_or_fail(stage, recent):
+        if run.step == step:
+            raise KeyboardInterrupt
+        return report(stage, recent)
+
+    return report_or_fail
