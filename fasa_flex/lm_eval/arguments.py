@@ -1,0 +1,83 @@
+"""What ``--model_args`` can say about FASA: its words turned into a configuration, or into one clear sentence."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from typing import Literal, get_args
+
+from lm_eval.models.huggingface import HFLM
+
+from fasa_flex import FasaConfig, FasaProfile
+from fasa_flex.baselines import Method, scorer_factory
+from fasa_flex.scoring import Scorer
+
+LayerSet = int | str | Sequence[int] | None
+
+
+def layer_set(value: LayerSet) -> tuple[int, ...]:
+    """The layers that stay dense: ``0``, ``"0+1"``, ``[0, 1]``; ``"none"`` or ``None`` for no layer.
+
+    The plus sign is there because a comma ends an argument on lm-eval's command line.
+    """
+    if value is None or value == "none":
+        return ()
+    if isinstance(value, str):
+        words = value.replace("+", " ").split()
+        if not all(word.isdigit() for word in words):
+            raise ValueError(f"dense_layers={value!r} is not a set of layers: write 0, 0+1 or none")
+        return tuple(sorted({int(word) for word in words}))
+    if isinstance(value, int):
+        return (value,)
+    return tuple(value)
+
+
+def sinks(method: str, n_fac: int | float) -> int:
+    """Sinks of a method by default: StreamingLLM's 8, or half of a budget below 16; none otherwise."""
+    if method != "streaming_llm":
+        return 0
+    return min(8, n_fac // 2) if isinstance(n_fac, int) else 8
+
+
+def scorer_of(
+    method: Literal["fasa"] | Method, profile: FasaProfile | None, config: FasaConfig
+) -> Callable[[int], Scorer] | None:
+    """`enable`'s scorer for a method; None for FASA itself, which needs a profile."""
+    if method == "fasa":
+        if profile is None:
+            raise ValueError(
+                "fasa_hf needs the profile of the model, got none: calibrate the model once and pass profile=<folder>"
+            )
+        return None
+    if method not in get_args(Method):
+        raise ValueError(f"method={method!r} is not one of fasa, {', '.join(get_args(Method))}: write one of these")
+    return scorer_factory(method, profile, n_tip=config.n_tip, per=config.per)
+
+
+def check_batch_size(batch_size: int | str | None) -> None:
+    """Refuse ``batch_size=auto``: its probe runs dense attention, so it measures another model's memory."""
+    if str(batch_size).startswith("auto"):
+        raise ValueError(f"batch_size={batch_size} probes memory with dense attention only: pass a number to fasa_hf")
+
+
+def check_tokens(name: str, value: object) -> None:
+    """Refuse what is not a count of tokens."""
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be a whole number of tokens, got {value!r}: pass 0 or more")
+
+
+def check_unknown(given: Iterable[str], own: Iterable[str], *, loads: bool) -> None:
+    """Refuse arguments that look like a slip of one of ours, which lm-eval would hand on to ``from_pretrained``.
+
+    Args:
+        given: Names that are not ours.
+        own: Our names.
+        loads: Whether the model is loaded by name, so that ``from_pretrained`` takes further arguments, and refuses
+            those it does not know; with a model object nothing would.
+    """
+    for name in sorted(set(given) - set(inspect.signature(HFLM.__init__).parameters)):
+        close = get_close_matches(name, own, n=1, cutoff=0.8)
+        if close or not loads:
+            hint = f"did you mean {close[0]!r}?" if close else "remove it"
+            raise ValueError(f"fasa_hf knows no argument {name!r}: {hint}")

@@ -1,0 +1,137 @@
+"""Scoring a continuation in one forward pass, exactly as if it had been decoded token by token.
+
+A request is a context and a continuation. The model sees all tokens but the last, ``m`` of them, and the ``n`` tokens
+of the continuation are predicted by the queries at slots ``m - n .. m - 1``. In real decoding the prompt is prefilled
+densely, so the first of these queries (it belongs to the prompt's last token) is dense, and each of the ``n - 1`` after
+it selects for itself: the queries at slots ``>= m - (n - 1)`` are sparse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ROWS = 512  # positions whose log-probabilities over the vocabulary exist at one time
+
+
+@dataclass(frozen=True)
+class Window:
+    """One request, ready for a forward pass.
+
+    Attributes:
+        ids: The m tokens that the model sees.
+        targets: The n tokens to score, predicted by the last n queries.
+        sparse_from: First slot whose query selects for itself; those before it are dense.
+        dropped: Tokens cut off on the left because the request was too long.
+    """
+
+    ids: list[int]
+    targets: list[int]
+    sparse_from: int
+    dropped: int
+
+    @classmethod
+    def of(
+        cls,
+        context: list[int],
+        continuation: list[int],
+        max_length: int,
+        *,
+        sparse_tail: int = 0,
+        dense_prefix: int = 0,
+    ) -> Window:
+        """Lay out a request of at most ``max_length`` input tokens, the rest cut on the left.
+
+        Args:
+            context: Token ids before the boundary, at least one.
+            continuation: Token ids behind it, at least one.
+            max_length: The model's maximum.
+            sparse_tail: How many of the context's last queries select for themselves, too.
+            dense_prefix: Queries at slots below this one stay dense.
+        """
+        if not context or not continuation:
+            raise ValueError(
+                f"a request needs a context and a continuation, got {len(context)} and {len(continuation)} tokens: "
+                "check the task's doc_to_text and doc_to_target"
+            )
+        if len(continuation) > max_length:
+            raise ValueError(
+                f"the continuation has {len(continuation)} tokens, the model takes {max_length}: "
+                "shorten it, or raise max_length if the model allows"
+            )
+        whole = context + continuation
+        kept = whole[-(max_length + 1) :]
+        first = len(kept) - len(continuation)
+        return cls(
+            ids=kept[:-1],
+            targets=continuation,
+            sparse_from=max(first - sparse_tail, dense_prefix, 0),
+            dropped=len(whole) - len(kept),
+        )
+
+    @property
+    def first(self) -> int:
+        """Slot of the query that predicts the first target."""
+        return len(self.ids) - len(self.targets)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows side by side, padded on the right.
+
+    Attributes:
+        ids: int64 [B, L].
+        mask: int64 [B, L], 1 = token, 0 = padding.
+        start: int64 [B], first sparse slot.
+        stop: int64 [B], first padding slot.
+        keep: The last ``keep`` positions cover every scored query.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    start: Tensor
+    stop: Tensor
+    keep: int
+
+    @classmethod
+    def of(cls, windows: Sequence[Window], pad: int, device: torch.device) -> Batch:
+        """Pad the windows to the longest of them."""
+        lengths = [len(window.ids) for window in windows]
+        width = max(lengths)
+        stop = torch.tensor(lengths, device=device)
+        rows = [window.ids + [pad] * (width - length) for window, length in zip(windows, lengths, strict=True)]
+        return cls(
+            ids=torch.tensor(rows, device=device),
+            mask=(torch.arange(width, device=device) < stop[:, None]).long(),
+            start=torch.tensor([window.sparse_from for window in windows], device=device),
+            stop=stop,
+            keep=width - min(window.first for window in windows),
+        )
+
+    def rows(self, logits: Tensor, windows: Sequence[Window]) -> list[Tensor]:
+        """Each window's scored logits [n, V], out of the last ``keep`` positions' logits [B, keep, V]."""
+        offset = self.ids.shape[1] - self.keep
+        return [
+            row[window.first - offset : len(window.ids) - offset] for row, window in zip(logits, windows, strict=True)
+        ]
+
+
+def score(logits: Tensor, targets: list[int], dtype: torch.dtype | None = None) -> tuple[float, bool]:
+    """Log-likelihood of ``targets`` under ``logits`` [n, V], and whether greedy decoding would have written them.
+
+    Args:
+        logits: One row for each target.
+        targets: Token ids.
+        dtype: Of the softmax; the logits' own if None, as in lm-eval.
+    """
+    wanted = torch.tensor(targets, device=logits.device)[:, None]
+    total, greedy = 0.0, True
+    for part, target in zip(logits.split(_ROWS), wanted.split(_ROWS), strict=True):
+        chosen = F.log_softmax(part, dim=-1, dtype=dtype).gather(1, target)
+        total += float(chosen.sum())
+        greedy = greedy and bool((part.argmax(dim=-1, keepdim=True) == target).all())
+    return total, greedy

@@ -1,0 +1,138 @@
+"""The documented commands, typed as a user types them, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fasa_flex import calibrate
+from fasa_flex.lm_eval import TASKS_PATH
+
+LM_EVAL = str(Path(sys.executable).with_name("lm_eval"))
+METADATA = '{"max_seq_lengths": [192], "num_docs": 4, "n_facts": 2}'
+
+
+def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    # never from the checkout's root, where `import fasa_flex` would find the sources instead of the installation
+    done = subprocess.run(
+        words, capture_output=True, text=True, env={**os.environ, **environment}, cwd=Path.home(), check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def python(code: str, **environment: str) -> str:
+    return command(sys.executable, "-c", code, **environment).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny model and its profile on disk."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder, profile = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("profile")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<pad>", "<eos>", *alphabet])}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    llama = LlamaForCausalLM(config)
+    llama.save_pretrained(folder)
+    sample = torch.randint(2, 258, (100,), generator=torch.Generator().manual_seed(0))
+    calibrate(llama, [sample], top_k=16, max_new_tokens=4, progress=False).save_pretrained(profile)
+    return {"model": folder, "profile": profile}
+
+
+def test_the_literal_command(model: dict[str, Path], tmp_path: Path) -> None:
+    arms = {
+        "fasa_hf": (f"pretrained={model['model']},profile={model['profile']},n_fac=24,n_tip=2", [LM_EVAL]),
+        "hf": (f"pretrained={model['model']}", [sys.executable, "-m", "fasa_flex.lm_eval"]),
+    }
+    hashes = {}
+    for name, (arguments, launcher) in arms.items():
+        include = ["--include_path", str(TASKS_PATH)] if launcher == [LM_EVAL] else []
+        command(
+            *launcher, "--model", name, "--model_args", arguments, *include,
+            "--tasks", "fasa_needle,fasa_recall,fasa_ppl", "--metadata", METADATA, "--limit", "3",
+            "--device", "cpu", "--batch_size", "2", "--output_path", str(tmp_path / name), "--log_samples",
+        )  # fmt: skip
+        (results,) = (json.loads(path.read_text()) for path in (tmp_path / name).rglob("results_*.json"))
+        assert set(results["results"]) == {"fasa_needle", "fasa_recall", "fasa_ppl"}
+        lines = [
+            json.loads(line)
+            for path in (tmp_path / name).rglob("samples_*.jsonl")
+            for line in path.read_text().splitlines()
+        ]
+        hashes[name] = sorted(line["prompt_hash"] for line in lines)
+        if name == "fasa_hf":
+            account = results["config"]["fasa"]
+            assert account["n_fac"] == 24
+            assert all(kind["sparse_queries"] > 0 for kind in account["requests"].values())
+            assert set(account["requests"]) == {"generate_until", "loglikelihood", "loglikelihood_rolling"}
+    assert len(hashes["hf"]) == 9
+    assert hashes["hf"] == hashes["fasa_hf"]
+
+
+def test_starting_python_imports_nothing_heavy() -> None:
+    loaded = python("import sys; print(*{'torch', 'transformers', 'lm_eval', 'fasa_flex'} & set(sys.modules))")
+    assert loaded == ""
+
+
+def test_the_name_is_registered_beside_lm_evals_own_and_can_be_switched_off() -> None:
+    code = (
+        "import lm_eval.models; from lm_eval.api.registry import model_registry as r; print('fasa_hf' in r, 'hf' in r)"
+    )
+    assert python(code) == "True True"
+    assert python(code, FASA_FLEX_NO_STARTUP="1") == "False True"
+
+
+def test_the_hook_is_gone_once_it_has_worked() -> None:
+    code = "import sys; before = len(sys.meta_path); import lm_eval.models; print(before - len(sys.meta_path))"
+    assert python(code) == "1"
+
+
+def test_the_hook_stands_aside_where_lm_eval_loads_plugins() -> None:
+    code = (
+        "from lm_eval.api import registry; registry.load_plugins = lambda: None; import lm_eval.models; "
+        "print('fasa_hf' in registry.model_registry)"
+    )
+    assert python(code) == "False"
+
+
+def test_importing_the_class_first_registers_it_once() -> None:
+    code = (
+        "from fasa_flex.lm_eval.model import FasaHFLM; import lm_eval.models; "
+        "from lm_eval.api.registry import get_model; print(get_model('fasa_hf') is FasaHFLM)"
+    )
+    assert python(code) == "True"
+
+
+def test_the_entry_point_names_the_module_that_defines_the_class() -> None:
+    (found,) = entry_points(group="lm_eval.models", name="fasa_hf")
+    loaded = found.load()
+    assert f"{loaded.__module__}:{loaded.__name__}" == found.value
+
+
+def test_the_tasks_path_is_printed() -> None:
+    assert command(sys.executable, "-m", "fasa_flex.lm_eval", "--tasks-path").stdout.strip() == str(TASKS_PATH)

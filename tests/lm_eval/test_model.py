@@ -1,0 +1,213 @@
+"""`fasa_hf` against real token-by-token decoding, against `hf`, and against its own account."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
+from lm_eval.models.huggingface import HFLM
+
+from fasa_flex.lm_eval.haystack import heldout_text
+from fasa_flex.lm_eval.model import FasaHFLM
+
+LAYERS, SPARSE_LAYERS, POSITIONS = 3, 2, 768
+Load = Callable[..., FasaHFLM]
+Requests = Callable[..., list[Instance]]
+
+
+def pairs(count: int = 6) -> list[tuple[list[int], list[int]]]:
+    """Contexts of 20 to 200 tokens with continuations of 1 to 12."""
+    rng = random.Random(3)
+    return [
+        ([rng.randrange(2, 400) for _ in range(rng.randrange(20, 200))], [rng.randrange(2, 400) for _ in range(length)])
+        for length in [1, 12, *(rng.randrange(2, 12) for _ in range(count - 2))]
+    ]
+
+
+@torch.no_grad()
+def decode(lm: HFLM, context: list[int], continuation: list[int], prompt: int) -> float:
+    """Log-likelihood by prefilling `prompt` tokens and feeding the rest one by one through the cache."""
+    tokens, start = context + continuation, len(context)
+    out = lm.model(torch.tensor([tokens[:prompt]]), use_cache=True)
+    total = 0.0
+    for slot in range(prompt, len(tokens)):
+        if slot >= start:
+            total += out.logits[0, -1].log_softmax(-1)[tokens[slot]].item()
+        if slot < len(tokens) - 1:
+            out = lm.model(torch.tensor([[tokens[slot]]]), past_key_values=out.past_key_values, use_cache=True)
+    return total
+
+
+@pytest.fixture
+def loaded(sparse: Load) -> Iterator[FasaHFLM]:
+    lm = sparse()
+    yield lm
+    lm.fasa.disable()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("method", ["fasa", "streaming_llm", "oracle"])
+def test_one_pass_equals_token_by_token_decode(
+    sparse: Load, dense: Callable[..., HFLM], method: str, batch_size: int
+) -> None:
+    lm = sparse(method=method, batch_size=batch_size)
+    scored = lm._loglikelihood_tokens([(("", str(i)), *pair) for i, pair in enumerate(pairs())], disable_tqdm=True)
+    stepped = [decode(lm, context, continuation, prompt=len(context)) for context, continuation in pairs()]
+    assert [total for total, _ in scored] == pytest.approx(stepped, abs=1e-4)
+    reference = [decode(dense(), context, continuation, prompt=len(context)) for context, continuation in pairs()]
+    differs = [abs(a - b) > 1e-3 for a, b in zip(stepped, reference, strict=True)]
+    assert differs == [len(continuation) > 1 for _, continuation in pairs()]  # one token alone is always dense
+
+
+def test_sparse_tail_equals_decoding_the_end_of_the_prompt(sparse: Load) -> None:
+    lm = sparse(sparse_tail=5)
+    scored = lm._loglikelihood_tokens([(("", str(i)), *pair) for i, pair in enumerate(pairs())], disable_tqdm=True)
+    stepped = [decode(lm, context, continuation, prompt=len(context) - 5) for context, continuation in pairs()]
+    assert [total for total, _ in scored] == pytest.approx(stepped, abs=1e-4)
+
+
+@pytest.mark.parametrize("dense_prefix", [0, 40])
+def test_rolling_equals_decoding_behind_the_prefix(sparse: Load, requests: Requests, dense_prefix: int) -> None:
+    lm = sparse(dense_prefix=dense_prefix)
+    text = heldout_text()[500:900]  # the first 400 hold a tie within rounding, which the two ways break differently
+    (total,) = lm.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)), disable_tqdm=True)
+    context, tokens = [lm.prefix_token_id], lm.tok_encode(text)
+    expected = decode(lm, context, tokens, prompt=1)
+    if dense_prefix:
+        lm.fasa.disable()
+        densely = decode(lm, context, tokens, prompt=1)
+        assert abs(total - expected) > 1e-3  # the prefix matters
+        assert total != pytest.approx(densely, abs=1e-3)  # and so does what follows it
+    else:
+        assert total == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_budget_beyond_the_context_equals_hf(
+    sparse: Load, dense: Callable[..., HFLM], requests: Requests, batch_size: int
+) -> None:
+    text = heldout_text()
+    scored = requests("loglikelihood", *((text[i * 300 : i * 300 + 200 + 90 * i], " return x") for i in range(6)))
+    rolled = requests("loglikelihood_rolling", *((text[i * 500 : i * 500 + 300 + 20 * i],) for i in range(3)))
+    written = requests(
+        "generate_until",
+        *((text[i * 300 : i * 300 + 150 + 60 * i], {"until": ["\n\n"], "max_gen_toks": 12}) for i in range(6)),
+    )
+    ours, theirs = sparse(n_fac=POSITIONS, batch_size=batch_size), dense(batch_size=batch_size)
+    for a, b in zip(ours.loglikelihood(scored), theirs.loglikelihood(scored), strict=True):
+        assert a[0] == pytest.approx(b[0], abs=1e-4)
+        assert a[1] == b[1]
+    assert ours.loglikelihood_rolling(rolled) == pytest.approx(theirs.loglikelihood_rolling(rolled), abs=1e-3)
+    assert ours.generate_until(written) == theirs.generate_until(written)
+
+
+def test_the_account_is_exact(loaded: FasaHFLM, requests: Requests, caplog: pytest.LogCaptureFixture) -> None:
+    context, continuation = heldout_text()[:300], heldout_text()[300:330]
+    head, tail = loaded._encode_pair(context, continuation)
+    length, scored = len(head) + len(tail) - 1, len(tail)
+    loaded.loglikelihood(requests("loglikelihood", (context, continuation)), disable_tqdm=True)
+    counts = loaded.get_model_info()["fasa"]["requests"]["loglikelihood"]
+    assert counts["sparse_queries"] == SPARSE_LAYERS * (scored - 1)
+    assert counts["dense_queries"] == LAYERS * length - SPARSE_LAYERS * (scored - 1)
+    valid = sum(range(length - scored + 2, length + 1))
+    assert counts["kv_share"] == pytest.approx(16 * (scored - 1) / valid)
+    assert "NO SPARSE QUERY" not in caplog.text
+
+
+def test_padding_is_not_counted(sparse: Load, requests: Requests) -> None:
+    asked = [(heldout_text()[i : i + 100 + 70 * i], " return x") for i in range(4)]
+    totals = []
+    for batch_size in (1, 4):
+        lm = sparse(batch_size=batch_size)
+        lm.loglikelihood(requests("loglikelihood", *asked), disable_tqdm=True)
+        totals.append(lm.get_model_info()["fasa"]["requests"])
+    assert totals[0] == totals[1]
+
+
+def test_generation_decodes_sparsely(loaded: FasaHFLM, requests: Requests) -> None:
+    prompt = heldout_text()[:300]
+    loaded.generate_until(requests("generate_until", (prompt, {"until": [], "max_gen_toks": 8})), disable_tqdm=True)
+    counts = loaded.get_model_info()["fasa"]["requests"]["generate_until"]
+    assert counts["sparse_queries"] == SPARSE_LAYERS * 7  # the first of 8 tokens comes from the dense prefill
+
+
+def test_sparse_tail_reaches_generation(sparse: Load, requests: Requests) -> None:
+    prompts = [heldout_text()[:300], heldout_text()[:400]]
+    lm = sparse(sparse_tail=3, batch_size=2)
+    lm.generate_until(requests("generate_until", *((p, {"until": [], "max_gen_toks": 4}) for p in prompts)))
+    assert lm.get_model_info()["fasa"]["requests"]["generate_until"]["sparse_queries"] == SPARSE_LAYERS * 2 * (3 + 3)
+
+
+def test_a_dense_result_says_so(
+    loaded: FasaHFLM, sparse: Load, requests: Requests, caplog: pytest.LogCaptureFixture
+) -> None:
+    one_token = requests("loglikelihood", (heldout_text()[:300], "("))
+    loaded.loglikelihood(one_token, disable_tqdm=True)
+    assert "NO SPARSE QUERY in loglikelihood requests, this result is dense attention" in caplog.text
+    caplog.clear()
+    sparse(sparse_tail=1).loglikelihood(one_token, disable_tqdm=True)
+    assert "NO SPARSE QUERY" not in caplog.text
+
+
+def test_lost_tokens_are_counted_or_refused(sparse: Load, requests: Requests) -> None:
+    text = heldout_text()[:4000]
+    asked = requests("loglikelihood", (text, " x = 1")), requests("generate_until", (text, {"max_gen_toks": 4}))
+    lm = sparse()
+    lm.loglikelihood(asked[0], disable_tqdm=True)
+    assert lm.get_model_info()["fasa"]["truncated_inputs"] == 1
+    lm.generate_until(asked[1], disable_tqdm=True)
+    assert lm.get_model_info()["fasa"]["truncated_inputs"] == 2
+    strict = sparse(on_truncation="error")
+    for run, batch in zip((strict.loglikelihood, strict.generate_until), asked, strict=True):
+        with pytest.raises(ValueError, match=r"exceeds the model's maximum of 768 tokens"):
+            run(batch, disable_tqdm=True)
+
+
+def test_everything_that_decides_a_score_is_recorded(sparse: Load) -> None:
+    lm = sparse(n_fac=0.25, n_sink=1, n_recent=2, dense_layers="0+2", dense_prefix=7)
+    recorded = lm.get_model_info()["fasa"]
+    assert recorded["profile"] == lm.profile.fingerprint
+    expected = {"method": "fasa", "n_tip": 2, "n_fac": 0.25, "n_sink": 1, "n_recent": 2, "dense_layers": [0, 2]}
+    assert expected.items() <= recorded.items()
+    assert recorded["dense_prefix"] == 7
+    assert set(recorded["versions"]) == {"fasa-flex", "lm-eval", "torch", "transformers"}
+
+
+def test_loading_leaves_the_global_generators_alone(sparse: Load) -> None:
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    sparse(method="random_chunks")
+    assert before == (random.getstate(), np.random.get_state()[1].tolist())
+
+
+def test_an_answer_file_belongs_to_one_budget(sparse: Load, requests: Requests, tmp_path: Path) -> None:
+    path, asked = str(tmp_path / "answers.db"), requests("loglikelihood", (heldout_text()[:300], " return x"))
+    first = CachingLM(sparse(), path).loglikelihood(asked)
+    assert CachingLM(sparse(), path).loglikelihood(asked) == first
+    with pytest.raises(ValueError, match="give --use_cache a path of its own"):
+        CachingLM(sparse(n_fac=17), path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"batch_size": "auto"}, "batch_size=auto probes memory with dense attention only"),
+        ({"nfac": 16}, "knows no argument 'nfac': did you mean 'n_fac'"),
+        ({"method": "snapkv"}, "method='snapkv' is not one of fasa, streaming_llm"),
+        ({"profile": None}, "needs the profile of the model"),
+        ({"on_truncation": "ignore"}, "on_truncation='ignore' is not an option"),
+        ({"n_fac": 0}, "n_fac must be an integer of at least 1, got 0"),
+        ({"n_fac": 1.5}, "n_fac as a share must lie in"),
+        ({"dense_layers": "0-2"}, "dense_layers='0-2' is not a set of layers"),
+        ({"dense_layers": 9}, "dense_layers names layer 9, the model has 3"),
+        ({"sparse_tail": -1}, "sparse_tail must be a whole number of tokens, got -1"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(sparse: Load, arguments: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        sparse(**arguments)
