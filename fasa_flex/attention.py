@@ -50,8 +50,8 @@ def fasa_attention(
         scaling: softmax scale; None is D ** -0.5.
         n_sink: first valid tokens that are always selected, inside the budget.
         n_recent: last valid tokens that are always selected, inside the budget.
-        group_reduce: how a GQA group ranks as one: "max", "mean", "softmax"; "none" selects per query head (always so
-            where ``chunks`` has Hq rows and Hq > Hkv).
+        group_reduce: how a GQA group ranks as one: "max" (the cheapest), "mean", "softmax" (measured best, the default
+            of `FasaConfig`); "none" selects per query head (always so where ``chunks`` has Hq rows and Hq > Hkv).
         key_mask: bool [B, T], True = real token; None: all real.
         packed_keys: float [B, Hkv, T, 2 * n_tip], ``k`` at the dominant dimensions, to be read instead of ``k``.
         backend: "flex", "gather", "reference" or "auto"; equal within rounding. "flex" has no gradients on CPU.

@@ -24,8 +24,9 @@ class FasaConfig:
         n_recent: last valid tokens that are always selected, inside the budget.
         dense_layers: layers that keep dense attention.
         per: ``"kv_head"``: one chunk set per key/value head; ``"query_head"``: one per query head, as in the paper.
-        group_reduce: how the scores of a GQA group become one ranking: ``"max"``, ``"mean"``, ``"softmax"`` (mean
-            attention weight), or ``"none"`` for a selection per query head (always so with ``per="query_head"``).
+        group_reduce: how the scores of a GQA group become one ranking: ``"softmax"`` (mean attention weight; measured
+            best, evals/results/group_reduce.json), ``"max"``, ``"mean"``, or ``"none"`` for a selection per query head
+            (always so with ``per="query_head"``).
         backend: ``"flex"`` (compiled `flex_attention`), ``"gather"`` (selected rows, then SDPA), ``"reference"`` (plain
             loops), or ``"auto"``: flex on CUDA, gather elsewhere.
         prefill: what a forward of several tokens does: ``"dense"``, or ``"sparse"``: every query selects for itself.
@@ -40,7 +41,7 @@ class FasaConfig:
     n_recent: int = 0
     dense_layers: tuple[int, ...] = (0,)
     per: Sharing = "kv_head"
-    group_reduce: GroupReduce = "max"
+    group_reduce: GroupReduce = "softmax"
     backend: Backend = "auto"
     prefill: Prefill = "dense"
 

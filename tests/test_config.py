@@ -13,7 +13,7 @@ from fasa_flex import FasaConfig
 def test_defaults_are_the_documented_ones() -> None:
     config = FasaConfig()
     assert (config.n_tip, config.n_fac, config.n_sink, config.n_recent) == (None, 256, 0, 0)
-    assert (config.dense_layers, config.per, config.group_reduce) == ((0,), "kv_head", "max")
+    assert (config.dense_layers, config.per, config.group_reduce) == ((0,), "kv_head", "softmax")
     assert (config.backend, config.prefill) == ("auto", "dense")
 
 
