@@ -191,6 +191,7 @@ class Fasa:
         self._count(layer, n_valid, chosen, first_slot)
         if chosen is None:
             return dense(module, query, key, value, attention_mask, **kwargs)
+        _check_plain(module, kwargs)
         scaling: float = kwargs.get("scaling") or query.shape[-1] ** -0.5
         valid = valid_from_mask(attention_mask, q_len, kv_len, query.device)[:, :, :, first:]
         scorer = self._scorers[layer]
@@ -267,4 +268,14 @@ class Fasa:
         if q_len > 1 and not torch.compiler.is_compiling() and key[:, :, -q_len:].isnan().any():
             raise ValueError(
                 f"the keys of layer {layer} hold NaN; check the model's weights, its dtype and its inputs."
+            )
+
+
+def _check_plain(module: nn.Module, options: dict[str, Any]) -> None:
+    """Refuse what the model's attention does beyond a scaled softmax, rather than leave it out."""
+    for name, what in (("softcap", "caps its logits"), ("s_aux", "has learned sinks"), ("dropout", "uses dropout")):
+        if options.get(name) is not None and not (name == "dropout" and options[name] == 0):
+            raise ValueError(
+                f"{type(module).__name__} {what} ({name}), which sparse attention does not do; "
+                f"{'call model.eval() first' if name == 'dropout' else 'use another model, or leave it dense'}."
             )

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import oracle
@@ -239,3 +240,22 @@ def test_a_folder_with_another_config_is_not_overwritten(profile: FasaProfile, t
     with pytest.raises(ValueError, match=r"config\.json"):
         profile.save_pretrained(tmp_path)
     assert json.loads(other.read_text()) == {"model_type": "llama"}
+
+
+def test_push_to_hub_uploads_table_and_json(profile: FasaProfile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network: the Hub's client is replaced, and what it is given to upload loads again as the same profile."""
+    uploaded: dict[str, FasaProfile] = {}
+
+    class Client:
+        def __init__(self, **_: object) -> None: ...
+
+        def create_repo(self, repo_id: str, **_: object) -> SimpleNamespace:
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, *, repo_id: str, folder_path: str, **_: object) -> str:
+            uploaded[repo_id] = FasaProfile.from_pretrained(folder_path)
+            return "done"
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Client)
+    profile.push_to_hub("someone/profile")
+    assert uploaded["someone/profile"].fingerprint == profile.fingerprint
