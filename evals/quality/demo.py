@@ -38,7 +38,7 @@ from fasa_flex.lm_eval import TASKS_PATH
 from fasa_flex.lm_eval.haystack import document
 from fasa_flex.plots import agreement_heatmap, score_curves
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(os.path.relpath(Path(__file__).parents[2]))  # relative, so that results name no machine's folders
 MODEL = ROOT / "evals" / "reference_model"
 RESULTS = ROOT / "evals" / "results"
 
@@ -47,6 +47,7 @@ N_TIP = 8
 BUDGETS = (32, 64, 128, 256)
 CALIBRATION_SAMPLES = 4
 ANSWER_TOKENS = 5
+"""Decode steps a sample contributes: those that answer. Queries that write source text agree on other chunks."""
 TASKS = {"fasa_needle": ("exact_match", 64), "fasa_recall": ("acc", 32), "fasa_ppl": ("bits_per_byte", 4)}
 """Each task's metric and how many of its documents are used."""
 
@@ -76,8 +77,8 @@ def arms(profile: Path, head_dim: int) -> list[Arm]:
     return [Arm("dense", "hf"), *sparse]
 
 
-def calibrate_reference(folder: Path) -> FasaProfile:
-    """The reference model's profile, from a few documents with facts in training text."""
+def calibrate_reference(folder: Path, steps: int = ANSWER_TOKENS) -> FasaProfile:
+    """The reference model's profile, from ``steps`` decode steps on each of a few documents made of training text."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     text = training_text()
@@ -91,8 +92,7 @@ def calibrate_reference(folder: Path) -> FasaProfile:
         ).prompt
         for number in range(CALIBRATION_SAMPLES)
     ]
-    # as many tokens as an answer has: queries that only write source text agree on other chunks (see the README)
-    profile = calibrate(model, samples, tokenizer=tokenizer, max_new_tokens=ANSWER_TOKENS)
+    profile = calibrate(model, samples, tokenizer=tokenizer, max_new_tokens=steps)
     profile.save_pretrained(folder)
     return profile
 
