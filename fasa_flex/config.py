@@ -25,7 +25,7 @@ class FasaConfig:
         dense_layers: layers that keep dense attention.
         per: ``"kv_head"``: one chunk set per key/value head; ``"query_head"``: one per query head, as in the paper.
         group_reduce: how the scores of a GQA group become one ranking: ``"softmax"`` (mean attention weight; measured
-            best, evals/results/group_reduce.json), ``"max"``, ``"mean"``, or ``"none"`` for a selection per query head
+            best, evals/results/choices.json), ``"max"``, ``"mean"``, or ``"none"`` for a selection per query head
             (always so with ``per="query_head"``).
         backend: ``"flex"`` (compiled `flex_attention`), ``"gather"`` (selected rows, then SDPA), ``"reference"`` (plain
             loops), or ``"auto"``: flex on CUDA, gather elsewhere.

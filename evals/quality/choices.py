@@ -1,0 +1,67 @@
+"""Two choices the paper leaves open, measured on the reference model with the packaged tasks, at two budgets.
+
+    python -m evals.quality.choices          # about six minutes on two cores
+
+How should the query heads of a GQA group rank keys as one (``group_reduce``)? And which decode steps should calibration
+look at: the five that answer, or sixteen, eleven of which go on writing source text? Writes ``choices.json`` to
+``evals/results/``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import get_args
+
+import transformers
+
+from evals.quality.demo import (
+    ANSWER_TOKENS,
+    N_TIP,
+    RESULTS,
+    TASKS,
+    Arm,
+    calibrate_reference,
+    evaluate,
+    provenance,
+    rows_of,
+    table,
+)
+from fasa_flex.config import GroupReduce
+
+BUDGETS = (64, 256)
+DOCUMENTS = 32
+STEPS = (ANSWER_TOKENS, 16)
+
+
+def main() -> None:
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    begun = time.time()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        profiles = {steps: calibrate_reference(Path(folder) / str(steps), steps) for steps in STEPS}
+        choices = [(reduce, ANSWER_TOKENS) for reduce in get_args(GroupReduce)] + [("softmax", STEPS[1])]
+        for budget in BUDGETS:
+            for reduce, steps in choices:
+                arguments = {
+                    "profile": str(Path(folder) / str(steps)),
+                    "n_tip": N_TIP,
+                    "n_fac": budget,
+                    "group_reduce": reduce,
+                }
+                name = f"{reduce}, calibrated on {steps} steps"
+                arm = Arm(name, "fasa_hf", budget, N_TIP / profiles[steps].layout.head_dim, arguments)
+                print(f"[{time.time() - begun:.0f} s] {arm}", flush=True)
+                rows += rows_of(arm, evaluate(arm, {task: min(DOCUMENTS, count) for task, (_, count) in TASKS.items()}))
+    record = {**provenance(begun, profiles[ANSWER_TOKENS]), "rows": rows, "table": table(rows)}
+    (RESULTS / "choices.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(record["table"])
+
+
+if __name__ == "__main__":
+    main()
