@@ -1,4 +1,4 @@
-"""Contextual agreement: how well one chunk alone ranks the keys as the full head does (paper section 3)."""
+"""Contextual agreement: how well one chunk alone ranks the keys as the full head does (Wang et al., 2026)."""
 
 from __future__ import annotations
 

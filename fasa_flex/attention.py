@@ -1,4 +1,4 @@
-"""Focused attention: exact attention over the selected keys (FAC, paper section 4), and the whole method at once."""
+"""Focused attention: exact attention over the selected keys (the paper's FAC), and the whole method at once."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ def fasa_attention(
     packed_keys: Tensor | None = None,
     backend: Backend = "flex",
 ) -> Tensor:
-    """Frequency-aware sparse attention: score all keys with the dominant chunks, attend to the best (method.md 3 and
-    4).
+    """Frequency-aware sparse attention: score all keys with the dominant chunks, attend to the best (TIP, then FAC).
 
     Runs eagerly, where the flex backend compiles itself, and under ``torch.compile(fullgraph=True)``; a growing cache
     is compiled twice in all, once for its first length and once for any length.

@@ -75,7 +75,7 @@ class PackedLayer(DynamicLayer):
 
 
 class FasaCache(DynamicCache):
-    """A growing cache with packed dominant keys (method.md section 6, FASA-C), passed as ``past_key_values=``.
+    """A growing cache with packed dominant keys (FASA-C in the paper), passed as ``past_key_values=``.
 
     It costs ``n_tip / head_dim`` of the keys and values in memory, and the results are the same as without it. Layers
     that are dense under ``config``, or keep a sliding window, hold keys and values alone.

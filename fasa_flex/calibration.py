@@ -1,4 +1,4 @@
-"""Find the dominant chunks of a model, once: dense generation, agreement of every decode query (paper section 3)."""
+"""Find the dominant chunks of a model, once: dense generation, agreement of every decode query (Wang et al., 2026)."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ Prefill = Literal["dense", "sparse"]
 
 @dataclass(frozen=True)
 class FasaConfig:
-    """How a model attends under FASA (paper sections 3 and 4; defaults: method.md section 5).
+    """How a model attends under FASA (Wang et al., 2026: TIP and FAC).
 
     Args:
         n_tip: dominant frequency chunks a head scores with; ``None`` is ``head_dim // 8`` (16 of 64 chunks at 128).

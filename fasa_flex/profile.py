@@ -89,7 +89,7 @@ class FasaProfile(
         return object.__new__(cls)
 
     def dominant(self, n_tip: int, per: Sharing = "kv_head") -> Tensor:
-        """The ``n_tip`` chunks of highest mean agreement (paper section 3; ties to the lower chunk).
+        """The ``n_tip`` chunks of highest mean agreement (the paper's I_dom; ties to the lower chunk).
 
         Args:
             n_tip: chunks a head keeps.

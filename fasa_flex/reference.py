@@ -23,7 +23,7 @@ def reference_attention(
     n_recent: int,
     scaling: float,
 ) -> Tensor:
-    """Exact attention over the best-scored keys (paper sections 3 and 4, TIP and FAC).
+    """Exact attention over the best-scored keys (the paper's TIP and FAC).
 
     Args:
         query: float [B, Hq, Q, D]; key and value: float [B, Hkv, T, D].

@@ -18,8 +18,7 @@ _TWIN_LAYERS = 8
 
 
 class RotaryLayout:
-    """The frequency chunks of a head: RoPE's 2-D planes first, unrotated dimensions paired behind them (paper section
-    2).
+    """The frequency chunks of a head: RoPE's 2-D planes first, unrotated dimensions paired behind them.
 
     Attributes:
         chunks: int64 [head_dim // 2, 2], the two dimensions of each chunk.

@@ -1,4 +1,4 @@
-"""Token scorers: how important each key is to each query. The dominant-chunk scorer is TIP (paper section 3).
+"""Token scorers: how important each key is to each query. The dominant-chunk scorer is the paper's TIP.
 
 Every method of sparse attention here is a scorer; selection, masks and attention are shared. Writing another one takes
 a `__call__` of the signature of `Scorer`.

@@ -1,4 +1,4 @@
-"""Which keys each query attends to: validity, budget, forced tokens, top-k (paper section 3, T_t)."""
+"""Which keys each query attends to: validity, budget, forced tokens, top-k (the paper's T_t)."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def enable(
     Args:
         model: a transformers model with attention implementation "sdpa" or "eager".
         profile: from `calibrate`; may be None where ``scorer`` needs none.
-        config: budget and options; None is the defaults of method.md section 5.
+        config: budget and options; None is `FasaConfig`'s defaults.
         scorer: another method than FASA: makes the scorer of a layer.
 
     Returns:
@@ -139,7 +139,7 @@ class Fasa:
 
     @contextmanager
     def sparse_from(self, start: Tensor, stop: Tensor | None = None) -> Iterator[None]:
-        """Evaluate with an explicit boundary: one forward equal to token-by-token sparse decode (method.md section 7).
+        """Evaluate with an explicit boundary: one forward equal to token-by-token sparse decode.
 
         It concerns forwards of several tokens; a single token is decoded sparsely as ever. Slots count from the first
         key of the cache, padding included.

@@ -1,4 +1,4 @@
-"""One forward with a boundary equals token-by-token sparse decode (method.md section 7)."""
+"""One forward with a boundary equals token-by-token sparse decode."""
 
 from __future__ import annotations
 
