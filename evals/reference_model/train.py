@@ -1,6 +1,6 @@
 """Train the reference model: copying first, then facts, then facts in text at growing lengths.
 
-``python -m evals.reference_model.train --out runs/reference`` takes a little over an hour on two cores. Every batch
+``python -m evals.reference_model.train --out runs/reference`` takes about an hour and a half on two cores. Every batch
 is a function of the seed and the step: an interrupted run goes on where it was when started with the same ``--out``.
 """
 
