@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fasa_flex.agreement import contextual_agreement
 from fasa_flex.profile import FasaProfile, Provenance, config_hash
 from fasa_flex.rotary import RotaryLayout
-from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention, attention_shape, maximum_positions
+from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention, attention_shape, layer_of, maximum_positions
 
 
 @torch.no_grad()
@@ -143,8 +143,7 @@ def _sample_agreement(model: PreTrainedModel, ids: Tensor, decoded: int, layout:
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> AttentionResult:
-        layer: int = module.layer_idx  # type: ignore[assignment]
-        tables[layer] = contextual_agreement(query[:, :, -decoded:], key, layout, top_k).double().cpu()
+        tables[layer_of(module)] = contextual_agreement(query[:, :, -decoded:], key, layout, top_k).double().cpu()
         return dense(module, query, key, value, attention_mask, **kwargs)
 
     with AttentionSeam(model, measure):

@@ -36,8 +36,3 @@ def rank_keys(scores: Tensor, first: Tensor | None = None) -> Tensor:
         ordered = torch.where(first, _FIRST, ordered)
     last_first = scores.shape[-1] - 1 - torch.arange(scores.shape[-1], device=scores.device)
     return (ordered.long() << 32) | last_first
-
-
-def top_slots(scores: Tensor, k: int) -> Tensor:
-    """The slots of the ``k`` highest of scores [..., T], best first; int64 [..., k]."""
-    return rank_keys(scores).topk(k, dim=-1).indices

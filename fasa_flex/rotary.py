@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention, attention_shape, maximum_positions
+from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention, attention_shape, layer_of, maximum_positions
 
 _TOLERANCE = 1e-5
 _RESIDUAL = 1e-3
@@ -169,7 +169,7 @@ def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, Tensor]]:
         attention_mask: Tensor | None,
         **_: Any,
     ) -> AttentionResult:
-        queries[int(module.layer_idx)] = query.flatten(0, 1).double().cpu()  # type: ignore[arg-type]
+        queries[layer_of(module)] = query.flatten(0, 1).double().cpu()
         return query.new_zeros(query.shape).transpose(1, 2).contiguous(), None
 
     training = model.training

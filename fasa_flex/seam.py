@@ -59,7 +59,7 @@ class AttentionSeam:
 
         AttentionInterface.register(name, routed)
         AttentionMaskInterface.register(name, AttentionMaskInterface._global_mapping[former])
-        self._model, self._former, self._name = weakref.ref(model), former, name
+        self._model, self._former = weakref.ref(model), former
         self._unregister = weakref.finalize(model, _unregister, name)
         model.set_attn_implementation(name)
         if model.config._attn_implementation != name:
@@ -85,11 +85,18 @@ class AttentionSeam:
         self.close()
 
 
+def layer_of(module: nn.Module) -> int:
+    """The number that transformers gives an attention module; counts from 0."""
+    layer = module.layer_idx
+    assert isinstance(layer, int), f"{type(module).__name__} does not say which layer it is"
+    return layer
+
+
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """The attention module of every layer: the innermost ones that know their ``layer_idx``."""
     numbered = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
     inner = [m for m in numbered if not any(child is not m and hasattr(child, "layer_idx") for child in m.modules())]
-    return {int(module.layer_idx): module for module in inner}
+    return {layer_of(module): module for module in inner}
 
 
 def attention_shape(model: PreTrainedModel) -> tuple[int, int, int, int]:

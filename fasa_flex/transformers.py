@@ -24,6 +24,7 @@ from fasa_flex.seam import (
     attention_modules,
     attention_shape,
     count_valid,
+    layer_of,
     maximum_positions,
     valid_from_mask,
 )
@@ -166,7 +167,7 @@ class Fasa:
         if isinstance(cache, FasaCache):
             kwargs = {**kwargs, "fasa_cache": cache}
         if cache is not None and self._window is not None:  # a sliding cache holds fewer keys than there were slots
-            kwargs = {**kwargs, "fasa_first_slot": int(cache.get_seq_length(module.layer_idx))}
+            kwargs = {**kwargs, "fasa_first_slot": int(cache.get_seq_length(layer_of(module)))}
         return args, kwargs
 
     def _attend(
@@ -181,7 +182,7 @@ class Fasa:
     ) -> AttentionResult:
         """The attention function: [B, Q, Hq, D] from query [B, Hq, Q, D] and the whole cache's key and value."""
         cache: FasaCache | None = kwargs.pop("fasa_cache", None)
-        layer: int = module.layer_idx  # type: ignore[assignment]
+        layer = layer_of(module)
         batch, _, q_len, _ = query.shape
         kv_len = key.shape[2]
         first_slot: int = kwargs.pop("fasa_first_slot", kv_len - q_len)

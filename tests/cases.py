@@ -83,5 +83,5 @@ class Case:
             n_fac=self.n_fac,
             key_mask=self.key_mask,
             backend=backend,
-            **self.options,  # type: ignore[arg-type]
+            **self.options,
         )

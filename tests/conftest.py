@@ -165,7 +165,7 @@ def _attention(model: PreTrainedModel, reader: Reader) -> Iterator[None]:
         **_: object,
     ) -> tuple[Tensor, None]:
         assert mask is None or bool(mask.any(-1).all()), "the test's attention is for unpadded input"
-        out = reader(int(module.layer_idx), query, key, value)  # type: ignore[arg-type]
+        out = reader(int(module.layer_idx), query, key, value)
         if out is None:
             group = query.shape[1] // key.shape[1]
             keys, values = (x.double().repeat_interleave(group, 1) for x in (key, value))

@@ -94,8 +94,8 @@ def test_no_query_with_enough_keys_is_an_error() -> None:
 
 def test_scores_of_all_chunks_sum_to_the_full_score(family: object) -> None:
     """The decomposition behind the method, for the layout of every family."""
-    make = RotaryLayout.half_split if family.layout == "half_split" else RotaryLayout.interleaved  # type: ignore[attr-defined]
-    layout = make(family.head_dim, family.rotary_dim)  # type: ignore[attr-defined]
+    make = RotaryLayout.half_split if family.layout == "half_split" else RotaryLayout.interleaved
+    layout = make(family.head_dim, family.rotary_dim)
     generator = torch.Generator().manual_seed(0)
     q, k = (
         torch.randn(5, layout.chunks.numel(), generator=generator),

@@ -84,7 +84,7 @@ def test_positive_and_negative_zero_are_a_tie(backend: str) -> None:
     q = torch.zeros(1, 1, 1, DIM)
     k = torch.ones(1, 1, 16, DIM)
     k[:, :, :4] = -1.0  # 0 * -1 is -0.0: the first four keys score -0.0 in every dimension
-    out = fasa_attention(q, k, torch.eye(16)[None, None], pick_chunks(1, 2), n_fac=3, backend=backend)  # type: ignore[arg-type]
+    out = fasa_attention(q, k, torch.eye(16)[None, None], pick_chunks(1, 2), n_fac=3, backend=backend)
     assert out.flatten().nonzero().flatten().tolist() == [0, 1, 2]
 
 
@@ -97,7 +97,7 @@ def test_scores_only_rank_and_are_no_weights(backend: str) -> None:
     k[0, 0, :, 1] = torch.tensor([9.0, -3.0, -2.0, 0.0])  # full logits: 9, 0, 0, 1
     v = torch.eye(4, DIM)[None, None]
     chunks = torch.tensor([[[0, 8]]])
-    out = fasa_attention(q, k, v, chunks, n_fac=2, scaling=1.0, backend=backend)  # type: ignore[arg-type]
+    out = fasa_attention(q, k, v, chunks, n_fac=2, scaling=1.0, backend=backend)
     torch.testing.assert_close(out[0, 0, 0, :4], torch.tensor([0.0, 0.5, 0.5, 0.0]))
 
 

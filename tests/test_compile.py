@@ -63,7 +63,7 @@ def test_one_graph_and_two_compilations_for_a_growing_cache(backend: str) -> Non
             n_sink=1,
             n_recent=2,
             key_mask=key_mask,
-            backend=backend,  # type: ignore[arg-type]
+            backend=backend,
         )
 
     for length in GROWTH:

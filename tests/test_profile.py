@@ -74,7 +74,7 @@ def test_dominant_chunks_equal_the_oracle(profile: FasaProfile, n_tip: int) -> N
     table = torch.randint(0, 9, (LAYERS, HEADS, CHUNKS), generator=torch.Generator().manual_seed(0)) / 8
     made = with_table(profile, table)
     for per, heads, kv_heads in (("kv_head", KV_HEADS, KV_HEADS), ("query_head", HEADS, None)):
-        dominant = made.dominant(n_tip, per=per)  # type: ignore[arg-type]
+        dominant = made.dominant(n_tip, per=per)
         assert dominant.shape == (LAYERS, heads, n_tip)
         assert dominant.dtype == torch.long
         for layer in range(LAYERS):
@@ -108,7 +108,7 @@ def test_an_impossible_number_of_chunks_is_refused(profile: FasaProfile, n_tip: 
 
 def test_an_unknown_sharing_is_refused(profile: FasaProfile) -> None:
     with pytest.raises(ValueError, match="layer"):
-        profile.dominant(1, per="layer")  # type: ignore[arg-type]
+        profile.dominant(1, per="layer")
 
 
 @pytest.mark.parametrize(

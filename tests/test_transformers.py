@@ -99,7 +99,7 @@ def test_flex_inside_a_model_equals_gather(llama: PreTrainedModel, ids: Ids) -> 
     prompt, profile = ids(PROMPT, rows=1), profile_of(llama)
     results = []
     for backend in ("gather", "flex"):
-        with enable(llama, profile, FasaConfig(n_fac=6, n_sink=1, backend=backend)):  # type: ignore[arg-type]
+        with enable(llama, profile, FasaConfig(n_fac=6, n_sink=1, backend=backend)):
             results.append(generate(llama, prompt, max_new_tokens=2))
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=1e-4)

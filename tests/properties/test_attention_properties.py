@@ -36,7 +36,7 @@ class Call:
             self.chunks,
             key_mask=self.key_mask,
             backend=backend,
-            **self.options,  # type: ignore[arg-type]
+            **self.options,
         )
 
     def oracle(self) -> oracle.Result:
