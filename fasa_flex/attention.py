@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from fasa_flex.agreement import check_heads
-from fasa_flex.config import Backend, GroupReduce, check_budget, check_choice
+from fasa_flex.budget import Budget
+from fasa_flex.config import Backend, GroupReduce, check_choice
 from fasa_flex.masks import kv_block_size, realize, to_block_mask
 from fasa_flex.reference import reference_attention
 from fasa_flex.scoring import DominantChunks, Scorer, reduce_group
 from fasa_flex.selection import Selection, select, valid_keys
+from fasa_flex.softmax import Softmax
 
 
 def fasa_attention(
@@ -34,6 +36,8 @@ def fasa_attention(
     key_mask: Tensor | None = None,
     packed_keys: Tensor | None = None,
     backend: Backend = "flex",
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Frequency-aware sparse attention: score all keys with the dominant chunks, attend to the best (TIP, then FAC).
 
@@ -53,7 +57,10 @@ def fasa_attention(
             of `FasaConfig`); "none" selects per query head (always so where ``chunks`` has Hq rows and Hq > Hkv).
         key_mask: bool [B, T], True = real token; None: all real.
         packed_keys: float [B, Hkv, T, 2 * n_tip], ``k`` at the dominant dimensions, to be read instead of ``k``.
-        backend: "flex", "gather", "reference" or "auto"; equal within rounding. "flex" has no gradients on CPU.
+        backend: "flex", "gather", "reference" or "auto"; equal within rounding. "flex" has no gradients, and
+            no ``sinks`` on CPU.
+        softcap: cap of the model's logits, None: none.
+        sinks: float [Hq], the model's learned sinks, None: none.
 
     Returns:
         [B, Hq, Q, D] in the dtype of ``q``; zeros for a query with no valid key. With a budget of at least the valid
@@ -65,7 +72,7 @@ def fasa_attention(
     """
     check_heads(q, k)
     _check_call(q, k, v, chunks, key_mask, packed_keys)
-    check_budget(n_fac, n_sink, n_recent)
+    budget = Budget(n_fac, n_sink, n_recent)
     check_choice("group_reduce", group_reduce, GroupReduce)
     check_choice("backend", backend, Backend)
     if not torch.compiler.is_compiling():
@@ -74,10 +81,8 @@ def fasa_attention(
         group_reduce = "none"
     valid = valid_keys(q.shape[2], k.shape[2], key_mask, q.device)
     scorer = DominantChunks.from_chunks(chunks)
-    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
-    return sparse_attention(
-        q, k, v, scorer, valid, n_fac, n_sink, n_recent, group_reduce, scaling, backend, packed_keys
-    )
+    softmax = Softmax(q.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sinks)
+    return sparse_attention(q, k, v, scorer, valid, budget, group_reduce, softmax, backend, packed_keys)
 
 
 def sparse_attention(
@@ -86,33 +91,31 @@ def sparse_attention(
     value: Tensor,
     scorer: Scorer,
     valid: Tensor,
-    n_fac: int | float,
-    n_sink: int,
-    n_recent: int,
+    budget: Budget,
     group_reduce: GroupReduce,
-    scaling: float,
+    softmax: Softmax,
     backend: Backend,
     packed_keys: Tensor | None = None,
 ) -> Tensor:
     """`fasa_attention` for any scorer and any validity [B or 1, 1, 1, Q, T], without the checks."""
     if backend == "auto":
         backend = "flex" if query.device.type == "cuda" else "gather"
-    if (
-        backend == "flex"
-        and torch.is_grad_enabled()
-        and (query.requires_grad or key.requires_grad or value.requires_grad)
-    ):
+    if backend != "flex":
+        return _score_select_attend(
+            query, key, value, scorer, valid, budget, group_reduce, softmax, backend, packed_keys
+        )
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         raise ValueError(
             "backend 'flex' computes no gradients; wrap the call in torch.no_grad(), or use backend='gather'."
         )
-    settings = (n_fac, n_sink, n_recent, group_reduce, scaling, backend)
-    if backend == "flex" and not torch.compiler.is_compiling():
+    if softmax.sinks is not None and query.device.type == "cpu":
+        raise ValueError("backend 'flex' has no learned sinks on CPU; use backend='gather'.")
+    step = _score_select_attend
+    if not torch.compiler.is_compiling():
         batch, query_heads, q_len, head_dim = query.shape
-        step = _compiled(
-            batch, query_heads, key.shape[1], head_dim, q_len == 1, query.dtype, query.device.type, settings
-        )
-        return step(query, key, value, scorer, valid, *settings, packed_keys)
-    return _score_select_attend(query, key, value, scorer, valid, *settings, packed_keys)
+        shape = (batch, query_heads, key.shape[1], head_dim, q_len == 1, query.dtype, query.device.type)
+        step = _compiled(*shape, budget, group_reduce, softmax.scaling, softmax.softcap)
+    return step(query, key, value, scorer, valid, budget, group_reduce, softmax, backend, packed_keys)
 
 
 def _score_select_attend(
@@ -121,20 +124,17 @@ def _score_select_attend(
     value: Tensor,
     scorer: Scorer,
     valid: Tensor,
-    n_fac: int | float,
-    n_sink: int,
-    n_recent: int,
+    budget: Budget,
     group_reduce: GroupReduce,
-    scaling: float,
+    softmax: Softmax,
     backend: Backend,
     packed_keys: Tensor | None,
 ) -> Tensor:
-    scores = reduce_group(scorer(query, key, packed_keys), valid, group_reduce, scaling)
+    scores = reduce_group(scorer(query, key, packed_keys), valid, group_reduce, softmax.scaling)
     if backend == "reference":
-        return reference_attention(query, key, value, scores, valid, n_fac, n_sink, n_recent, scaling)
-    selection = select(scores, valid, n_fac, n_sink, n_recent)
+        return reference_attention(query, key, value, scores, valid, budget, softmax)
     attend = flex_focused if backend == "flex" else gather_focused
-    return attend(query, key, value, selection, scaling)
+    return attend(query, key, value, select(scores, valid, budget), softmax)
 
 
 @functools.cache
@@ -152,7 +152,7 @@ def _compiled(*signature: object) -> Callable[..., Tensor]:
     return compiled
 
 
-def flex_focused(query: Tensor, key: Tensor, value: Tensor, selection: Selection, scaling: float) -> Tensor:
+def flex_focused(query: Tensor, key: Tensor, value: Tensor, selection: Selection, softmax: Softmax) -> Tensor:
     """`flex_attention` over the selection's block mask; the group's query heads are folded into its rows.
 
     To be compiled: eager `flex_attention` ignores the block list and computes every score.
@@ -165,13 +165,25 @@ def flex_focused(query: Tensor, key: Tensor, value: Tensor, selection: Selection
     # torch 2.13's CPU template for one query misreads folded queries; a partition longer than any cache switches it
     # off.
     options: Any = {"PARTITION_SIZE": 1 << 20} if query.device.type == "cpu" else None
-    out = flex_attention(realize(rows), key, value, block_mask=block_mask, scale=scaling, kernel_options=options)
-    assert isinstance(out, Tensor)
-    return out.view(batch, kv_heads, q_len, group, -1).transpose(2, 3).reshape(batch, query_heads, q_len, -1)
+    out: Any = flex_attention(
+        realize(rows),
+        key,
+        value,
+        score_mod=None if softmax.softcap is None else lambda score, b, h, row, slot: softmax.cap(score),
+        block_mask=block_mask,
+        scale=softmax.scaling,
+        kernel_options=options,
+        return_aux=None if softmax.sinks is None else AuxRequest(lse=True),
+    )
+    if softmax.sinks is not None:
+        sinks = softmax.sinks.view(kv_heads, 1, group).expand(-1, q_len, -1).reshape(kv_heads, -1)
+        out = (out[0] * torch.sigmoid(out[1].lse - sinks)[..., None]).to(query.dtype)
+    by_head: Tensor = out.view(batch, kv_heads, q_len, group, -1).transpose(2, 3)
+    return by_head.reshape(batch, query_heads, q_len, -1)
 
 
-def gather_focused(query: Tensor, key: Tensor, value: Tensor, selection: Selection, scaling: float) -> Tensor:
-    """The selected rows of K and V in a dense buffer [.., K, D], then `scaled_dot_product_attention`."""
+def gather_focused(query: Tensor, key: Tensor, value: Tensor, selection: Selection, softmax: Softmax) -> Tensor:
+    """The selected rows of K and V in a dense buffer [.., K, D], then attention over them."""
     batch, query_heads, q_len, head_dim = query.shape
     kv_heads = key.shape[1]
     slots = selection.slots
@@ -182,10 +194,17 @@ def gather_focused(query: Tensor, key: Tensor, value: Tensor, selection: Selecti
     rows = key[b, h, slots].view(batch, -1, width, head_dim)
     values = value[b, h, slots].view(batch, -1, width, value.shape[-1])
     grouped = query.view(batch, kv_heads, shared, members, q_len, head_dim).transpose(3, 4)
+    grouped = grouped.reshape(batch, -1, members, head_dim)
     taken = selection.taken.expand(batch, kv_heads, shared, q_len, width).reshape(batch, -1, 1, width)
-    out = F.scaled_dot_product_attention(
-        grouped.reshape(batch, -1, members, head_dim), rows, values, attn_mask=taken, scale=scaling
-    )
+    if softmax.plain:
+        out = F.scaled_dot_product_attention(grouped, rows, values, attn_mask=taken, scale=softmax.scaling)
+    else:
+        logits = softmax.cap((grouped @ rows.mT).float() * softmax.scaling).masked_fill(~taken, -torch.inf)
+        if softmax.sinks is not None:
+            sinks = softmax.sinks.float().view(kv_heads, shared, 1, members).expand(-1, -1, q_len, -1)
+            sinks = sinks.reshape(1, -1, members, 1).expand(batch, -1, -1, -1)
+            logits = torch.cat([logits, sinks], dim=-1)
+        out = logits.softmax(-1)[..., :width].to(values.dtype) @ values
     out = out.view(batch, kv_heads, shared, q_len, members, -1).transpose(3, 4)
     out = torch.where((selection.count > 0)[..., None, :, None], out, 0.0)
     return out.reshape(batch, query_heads, q_len, -1)

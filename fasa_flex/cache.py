@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from fasa_flex.config import FasaConfig
+from fasa_flex.layers import dense_layers
 from fasa_flex.profile import FasaProfile
 from fasa_flex.scoring import DominantChunks
 
@@ -78,7 +79,7 @@ class FasaCache(DynamicCache):
     """A growing cache with packed dominant keys (FASA-C in the paper), passed as ``past_key_values=``.
 
     It costs ``n_tip / head_dim`` of the keys and values in memory, and the results are the same as without it. Layers
-    that are dense under ``config``, or keep a sliding window, hold keys and values alone.
+    that are dense under ``config``, have no RoPE or a sliding window hold keys and values alone.
 
     Args:
         model: the model that will fill it.
@@ -97,9 +98,10 @@ class FasaCache(DynamicCache):
                 f"packed keys need one chunk set per key/value head, got per={config.per!r}; use 'kv_head'."
             )
         super().__init__(config=model.config)
+        dense = dense_layers(model, config.dense_layers, profile.layout.unrotated_layers)
         tables = profile.dominant_dims(config.chunks_of(profile.layout.head_dim))
         for layer, chunks in enumerate(tables):
-            if type(self.layers[layer]) is DynamicLayer and layer not in config.dense_layers:
+            if type(self.layers[layer]) is DynamicLayer and layer not in dense:
                 self.layers[layer] = PackedLayer(DominantChunks.from_chunks(chunks.to(model.device)))
 
     def packed_keys(self, layer: int, scorer: object) -> Tensor | None:

@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fasa_flex.agreement import contextual_agreement
+from fasa_flex.layers import attention_shape, check_supported, layer_of, maximum_positions
 from fasa_flex.profile import FasaProfile, Provenance, config_hash
 from fasa_flex.rotary import RotaryLayout
-from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention, attention_shape, layer_of, maximum_positions
+from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
 
 
 @torch.no_grad()
@@ -47,6 +48,7 @@ def calibrate(
     Raises:
         ValueError: samples that are empty, too short or too long for the model, or a model without RoPE.
     """
+    check_supported(model)
     encoded = [_encode(sample, tokenizer) for sample in samples]
     _check(model, encoded, top_k, max_new_tokens)
     layout = RotaryLayout.detect(model)

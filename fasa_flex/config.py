@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from fasa_flex.budget import Budget, check_count
+
 Sharing = Literal["kv_head", "query_head"]
 GroupReduce = Literal["max", "mean", "softmax", "none"]
 Backend = Literal["auto", "flex", "gather", "reference"]
@@ -47,8 +49,8 @@ class FasaConfig:
 
     def __post_init__(self) -> None:
         if self.n_tip is not None:
-            _check_count("n_tip", self.n_tip, 1)
-        check_budget(self.n_fac, self.n_sink, self.n_recent)
+            check_count("n_tip", self.n_tip, 1)
+        _ = self.budget
         try:
             object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         except TypeError:
@@ -56,7 +58,7 @@ class FasaConfig:
                 f"dense_layers must be a sequence of layer numbers, got {self.dense_layers!r}; write (0,)."
             ) from None
         for layer in self.dense_layers:
-            _check_count("each of dense_layers", layer, 0)
+            check_count("each of dense_layers", layer, 0)
         for name, choices in (
             ("per", Sharing),
             ("group_reduce", GroupReduce),
@@ -64,6 +66,11 @@ class FasaConfig:
             ("prefill", Prefill),
         ):
             check_choice(name, getattr(self, name), choices)
+
+    @property
+    def budget(self) -> Budget:
+        """``n_fac``, ``n_sink`` and ``n_recent`` as one."""
+        return Budget(self.n_fac, self.n_sink, self.n_recent)
 
     def chunks_of(self, head_dim: int) -> int:
         """``n_tip`` for heads of ``head_dim`` dimensions: as given, or an eighth of them."""
@@ -74,29 +81,8 @@ class FasaConfig:
         return {**dataclasses.asdict(self), "dense_layers": list(self.dense_layers)}
 
 
-def check_budget(n_fac: int | float, n_sink: int, n_recent: int) -> None:
-    """Refuse a budget that is no positive count or share in (0, 1], or is smaller than its forced tokens."""
-    if isinstance(n_fac, float):
-        if not 0.0 < n_fac <= 1.0:
-            raise ValueError(f"n_fac as a share must lie in (0, 1], got {n_fac}; an int counts tokens instead.")
-    else:
-        _check_count("n_fac", n_fac, 1)
-    _check_count("n_sink", n_sink, 0)
-    _check_count("n_recent", n_recent, 0)
-    if not isinstance(n_fac, float) and n_sink + n_recent > n_fac:
-        raise ValueError(
-            f"n_sink + n_recent = {n_sink + n_recent} exceeds the budget n_fac = {n_fac}; "
-            "forced tokens count inside the budget, so raise n_fac or force fewer."
-        )
-
-
 def check_choice(name: str, value: object, choices: object) -> None:
     """Refuse a value that is not one of the literals ``choices``."""
     allowed = get_args(choices)
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fasa_flex.config import Sharing, check_choice
+from fasa_flex.layers import attention_shape
 from fasa_flex.rotary import RotaryLayout
-from fasa_flex.seam import attention_shape
 
 FORMAT = 1
 _JSON = constants.CONFIG_NAME

@@ -11,6 +11,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from fasa_flex.budget import Budget
+from fasa_flex.softmax import Softmax
+
 
 def reference_attention(
     query: Tensor,
@@ -18,10 +21,8 @@ def reference_attention(
     value: Tensor,
     scores: Tensor,
     valid: Tensor,
-    n_fac: int | float,
-    n_sink: int,
-    n_recent: int,
-    scaling: float,
+    budget: Budget,
+    softmax: Softmax,
 ) -> Tensor:
     """Exact attention over the best-scored keys (the paper's TIP and FAC).
 
@@ -41,14 +42,17 @@ def reference_attention(
             kv_head, member = divmod(head, group)
             for q in range(q_len):
                 ranking = scores[b, kv_head, min(member, scores.shape[2] - 1), q]
-                slots = reference_selection(ranking, valid[b, 0, 0, q], n_fac, n_sink, n_recent)
-                logits = key[b, kv_head, slots] @ query[b, head, q] * scaling
-                rows.append(logits.softmax(0) @ value[b, kv_head, slots])
+                slots = reference_selection(ranking, valid[b, 0, 0, q], budget)
+                logits = softmax.cap(key[b, kv_head, slots] @ query[b, head, q] * softmax.scaling)
+                if softmax.sinks is not None:
+                    logits = torch.cat([logits, softmax.sinks[head, None].to(logits.dtype)])
+                rows.append(logits.softmax(0)[: len(slots)] @ value[b, kv_head, slots])
     return torch.stack(rows).view(batch, query_heads, q_len, value.shape[-1])
 
 
-def reference_selection(scores: Tensor, valid: Tensor, n_fac: int | float, n_sink: int, n_recent: int) -> Tensor:
+def reference_selection(scores: Tensor, valid: Tensor, budget: Budget) -> Tensor:
     """The slots one query attends to, from its scores [T] and valid keys bool [T]; int64 [min(budget, valid)]."""
+    n_fac, n_sink, n_recent = budget.n_fac, budget.n_sink, budget.n_recent
     candidates = valid.nonzero().flatten().tolist()
     allowed = math.ceil(len(candidates) * Fraction(repr(n_fac))) if isinstance(n_fac, float) else n_fac
     forced = candidates[:n_sink] + candidates[max(n_sink, len(candidates) - n_recent) :] if n_sink + n_recent else []

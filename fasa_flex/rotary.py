@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention, attention_shape, layer_of, maximum_positions
+from fasa_flex.layers import attention_shape, check_supported, layer_of, maximum_positions
+from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
 
 _TOLERANCE = 1e-5
 _RESIDUAL = 1e-3
@@ -70,13 +71,15 @@ class RotaryLayout:
         Identical embeddings are fed at several positions and attention returns zeros, so the hidden states of every
         layer stay independent of position and the query at position p is R_p times the query at position 0. Least
         squares gives R_p; its off-diagonal entries are the planes and its angles the frequencies. Models in half
-        precision, where rounding would hide the slow planes, are probed through a small float32 twin made from their
-        config.
+        precision, where rounding would hide the slow planes, show theirs through a small float32 twin made from their
+        config; which layers turn at all is asked of the model itself.
 
         Raises:
             ValueError: queries do not turn with position (no RoPE), or not by rotations in planes.
         """
-        positions, queries = _probe(model)
+        check_supported(model)
+        exact = model.dtype in (torch.float32, torch.float64)
+        positions, queries = _probe(model.base_model if exact else _float32_twin(model))
         fits = {layer: _fit_rotation(query, positions) for layer, query in queries.items()}
         pairs = {layer: pairing for layer, (pairing, _) in fits.items() if pairing}
         if not pairs:
@@ -92,7 +95,11 @@ class RotaryLayout:
         head_dim = next(iter(queries.values())).shape[-1]
         layout = cls._with_rest(torch.tensor(planes), head_dim)
         layout.frequencies = fits[layer][1]
-        layout.unrotated_layers = tuple(layer for layer, (pairing, _) in fits.items() if not pairing)
+        if exact:
+            still = (layer for layer, (pairing, _) in fits.items() if not pairing)
+        else:
+            still = (layer for layer, query in _probe(model.base_model)[1].items() if _is_still(query))
+        layout.unrotated_layers = tuple(still)
         return layout
 
     @classmethod
@@ -148,9 +155,6 @@ def _check_dims(head_dim: int, rotary_dim: int | None) -> int:
 @torch.no_grad()
 def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, Tensor]]:
     """Queries of every layer for identical inputs: positions [P] from 0 up, doubling, and {layer: [rows, P, D]}."""
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"expected a transformers model, got {type(model).__name__}; load one with from_pretrained.")
-    model = model.base_model if model.dtype in (torch.float32, torch.float64) else _float32_twin(model)
     _, query_heads, _, head_dim = attention_shape(model)
     last = min(1024, (maximum_positions(model) or 1025) - 1)
     steps = [0, *(2**power for power in range(last.bit_length()) if 2**power <= last)]
@@ -170,7 +174,8 @@ def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, Tensor]]:
         **_: Any,
     ) -> AttentionResult:
         queries[layer_of(module)] = query.flatten(0, 1).double().cpu()
-        return query.new_zeros(query.shape).transpose(1, 2).contiguous(), None
+        batch, heads, q_len = query.shape[:3]
+        return value.new_zeros(batch, q_len, heads, value.shape[-1]), None
 
     training = model.training
     model.eval()
@@ -198,8 +203,15 @@ def _float32_twin(model: PreTrainedModel) -> PreTrainedModel:
     for name in ("layer_types", "no_rope_layers"):
         if getattr(config, name, None):
             setattr(config, name, getattr(config, name)[:layers])
-    twin: PreTrainedModel = type(base)._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    implementation = base.config._attn_implementation
+    with torch.random.fork_rng(devices=[]):  # its weights are random, the caller's random state is not touched
+        twin: PreTrainedModel = type(base)._from_config(config, attn_implementation=implementation, dtype=torch.float32)
     return twin.to(model.device)
+
+
+def _is_still(query: Tensor) -> bool:
+    """Whether queries [rows, P, D] are the same at every position, as far as half precision tells."""
+    return bool((query - query[:, :1]).abs().max() < query.abs().mean() / 8)
 
 
 def _fit_rotation(query: Tensor, positions: Tensor) -> tuple[list[list[int]], Tensor]:

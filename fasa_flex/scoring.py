@@ -63,13 +63,18 @@ class DominantChunks:
         else:
             query_dims = _take_dims(query, self.dims)
             key_dims = _take_dims(key.repeat_interleave(group, dim=1), self.dims)
-        scores = query_dims.float() @ key_dims.float().mT
-        return scores.view(batch, kv_heads, group, q_len, kv_len)
+        return dot_products(query_dims, key_dims).view(batch, kv_heads, group, q_len, kv_len)
 
 
 def _take_dims(states: Tensor, dims: Tensor) -> Tensor:
     batch, _, length, _ = states.shape
     return states.gather(-1, dims.to(states.device)[None, :, None].expand(batch, -1, length, -1))
+
+
+def dot_products(query: Tensor, key: Tensor) -> Tensor:
+    """Queries [.., Q, D] with keys [.., T, D] -> float32 [.., Q, T], under autocast too: rounded scores would tie."""
+    with torch.autocast(query.device.type, enabled=False):
+        return query.float() @ key.float().mT
 
 
 def reduce_group(scores: Tensor, valid: Tensor, how: GroupReduce, scaling: float) -> Tensor:

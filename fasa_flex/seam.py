@@ -38,6 +38,9 @@ SeamFunction = Callable[..., AttentionResult]
 class AttentionSeam:
     """Route every attention call of ``model`` through ``function`` until `close`.
 
+    Attributes:
+        former: the attention implementation that the model had, and gets back.
+
     Raises:
         ValueError: the model's attention cannot be replaced by name, or is routed already.
     """
@@ -59,7 +62,8 @@ class AttentionSeam:
 
         AttentionInterface.register(name, routed)
         AttentionMaskInterface.register(name, AttentionMaskInterface._global_mapping[former])
-        self._model, self._former = weakref.ref(model), former
+        self.former: str = former
+        self._model = weakref.ref(model)
         self._unregister = weakref.finalize(model, _unregister, name)
         model.set_attn_implementation(name)
         if model.config._attn_implementation != name:
@@ -73,7 +77,7 @@ class AttentionSeam:
         """Give the model its former attention back; closing twice does nothing."""
         model = self._model()
         if self._unregister.alive and model is not None:
-            model.set_attn_implementation(self._former)
+            model.set_attn_implementation(self.former)
             self._unregister()
 
     def __enter__(self) -> AttentionSeam:
@@ -83,35 +87,6 @@ class AttentionSeam:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def layer_of(module: nn.Module) -> int:
-    """The number that transformers gives an attention module; counts from 0."""
-    layer = module.layer_idx
-    assert isinstance(layer, int), f"{type(module).__name__} does not say which layer it is"
-    return layer
-
-
-def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """The attention module of every layer: the innermost ones that know their ``layer_idx``."""
-    numbered = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
-    inner = [m for m in numbered if not any(child is not m and hasattr(child, "layer_idx") for child in m.modules())]
-    return {layer_of(module): module for module in inner}
-
-
-def attention_shape(model: PreTrainedModel) -> tuple[int, int, int, int]:
-    """(layers, query heads, key/value heads, head dim) as the model's config states them."""
-    config = model.config.get_text_config()
-    query_heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or query_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
-    return config.num_hidden_layers, query_heads, kv_heads, head_dim
-
-
-def maximum_positions(model: PreTrainedModel) -> int | None:
-    """The longest sequence the model's config allows, or None where it states none."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) else None
 
 
 def _unregister(name: str) -> None:

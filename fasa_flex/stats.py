@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasa_flex.selection import budget
+from fasa_flex.budget import Budget
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,20 @@ class FasaStats:
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._counts = [torch.zeros(4, dtype=torch.long, device=device) for device in devices]
 
-    def count(self, layer: int, n_valid: Tensor, sparse: Tensor | None, n_fac: int | float) -> None:
+    def count(self, layer: int, n_valid: Tensor, sparse: Tensor | None, budget: Budget) -> None:
         """Add one forward of a layer.
 
         Args:
             n_valid: int64 [B, Q], valid keys of each query, 0 for one that is not counted.
             sparse: bool [B, Q], the queries that attended to a selection; None: none did.
-            n_fac: their budget.
+            budget: theirs.
         """
         real = n_valid > 0
         if sparse is None:
             added = F.pad(real.sum()[None], (0, 3))
         else:
             sparse = sparse & real
-            selected = budget(n_fac, n_valid)
+            selected = budget.of(n_valid)
             added = torch.stack(
                 [(real & ~sparse).sum(), sparse.sum(), (selected * sparse).sum(), (n_valid * sparse).sum()]
             )

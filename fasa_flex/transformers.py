@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,20 +16,11 @@ from transformers import PreTrainedModel
 from fasa_flex.attention import sparse_attention
 from fasa_flex.cache import FasaCache
 from fasa_flex.config import FasaConfig, GroupReduce
+from fasa_flex.layers import attention_modules, check_supported, dense_layers, layer_of, maximum_positions
 from fasa_flex.profile import FasaProfile
 from fasa_flex.scoring import DominantChunks, Scorer
-from fasa_flex.seam import (
-    AttentionResult,
-    AttentionSeam,
-    DenseAttention,
-    attention_modules,
-    attention_shape,
-    count_valid,
-    layer_of,
-    maximum_positions,
-    valid_from_mask,
-)
-from fasa_flex.selection import budget, widest_budget
+from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention, count_valid, valid_from_mask
+from fasa_flex.softmax import Softmax
 from fasa_flex.stats import FasaStats
 
 ScorerFactory = Callable[[int], Scorer]
@@ -46,10 +38,11 @@ def enable(
 ) -> Fasa:
     """Let ``model`` decode with frequency-aware sparse attention, until `Fasa.disable`.
 
-    The model attends densely in the prefill and in ``config.dense_layers``; every query decoded after it selects its
-    own ``n_fac`` keys. Nothing is evicted from the cache. Nothing is patched: the attention function is registered
-    under a name of its own and set in this model's config, so that models with different profiles and budgets live side
-    by side.
+    The model attends densely in the prefill, in ``config.dense_layers``, and in layers without RoPE or with a sliding
+    window (`Fasa.dense_layers` tells which and why); every query decoded after the prefill selects its own ``n_fac``
+    keys elsewhere. Nothing is evicted from the cache. Nothing is patched: the attention function is registered under a
+    name of its own and set in this model's config, so that models with different profiles and budgets live side by
+    side.
 
     Args:
         model: a transformers model with attention implementation "sdpa" or "eager".
@@ -63,16 +56,16 @@ def enable(
     Raises:
         ValueError: the profile does not fit the model, with the reason, or settings that this model cannot take.
     """
+    check_supported(model)
     config = FasaConfig() if config is None else config
-    layers = attention_shape(model)[0]
-    if config.dense_layers and max(config.dense_layers) >= layers:
-        raise ValueError(f"dense_layers names layer {max(config.dense_layers)}, the model has {layers}; count from 0.")
     if profile is not None:
         profile.check_fits(model)
-    unrotated = () if profile is None else profile.layout.unrotated_layers
+    dense = dense_layers(model, config.dense_layers, () if profile is None else profile.layout.unrotated_layers)
     make = scorer or _dominant_chunks(model, profile, config)
-    sparse = set(range(layers)) - set(config.dense_layers) - set(unrotated)
-    return Fasa(model, config, {layer: make(layer) for layer in sorted(sparse)})
+    layers = sorted(attention_modules(model))
+    if not set(layers) - set(dense):
+        warnings.warn(f"every layer of {type(model).__name__} stays dense ({dense}): nothing is sparse.", stacklevel=2)
+    return Fasa(model, config, {layer: make(layer) for layer in layers if layer not in dense}, dense)
 
 
 def _dominant_chunks(model: PreTrainedModel, profile: FasaProfile | None, config: FasaConfig) -> ScorerFactory:
@@ -108,13 +101,18 @@ class Fasa:
 
     Attributes:
         config: the settings.
+        dense_layers: the layers that stay dense, each with its reason.
         stats: what the model did since `enable` or ``stats.reset()``.
     """
 
-    def __init__(self, model: PreTrainedModel, config: FasaConfig, scorers: dict[int, Scorer]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: FasaConfig, scorers: dict[int, Scorer], dense: dict[int, str]
+    ) -> None:
         self.config = config
+        self.dense_layers = dense
         self._scorers = scorers
         self._reduce: GroupReduce = "none" if config.per == "query_head" else config.group_reduce
+        self._budget = config.budget
         self._limit = maximum_positions(model)
         self._window: _Window | None = None
         self._seam = AttentionSeam(model, self._attend)
@@ -163,7 +161,7 @@ class Fasa:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Hand on to the attention function what transformers keeps from it: the cache, and where the queries begin."""
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # GPT-NeoX has a name of its own for it
         if isinstance(cache, FasaCache):
             kwargs = {**kwargs, "fasa_cache": cache}
         if cache is not None and self._window is not None:  # a sliding cache holds fewer keys than there were slots
@@ -192,12 +190,11 @@ class Fasa:
         self._count(layer, n_valid, chosen, first_slot)
         if chosen is None:
             return dense(module, query, key, value, attention_mask, **kwargs)
-        _check_plain(module, kwargs)
-        scaling: float = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        softmax = self._softmax(module, query, kwargs)
         valid = valid_from_mask(attention_mask, q_len, kv_len, query.device)[:, :, :, first:]
         scorer = self._scorers[layer]
         packed = None if cache is None else cache.packed_keys(layer, scorer)
-        focused = self._focused(query[:, :, first:], key, value, scorer, valid, scaling, packed)
+        focused = self._focused(query[:, :, first:], key, value, scorer, valid, softmax, packed)
         if self._window is None or q_len == 1:
             return focused, None
         out, weights = dense(module, query, key, value, attention_mask, **kwargs)
@@ -207,10 +204,10 @@ class Fasa:
     def _sparse_queries(self, layer: int, n_valid: Tensor, kv_len: int, first_slot: int) -> tuple[int, Tensor | None]:
         """Which queries of a forward are sparse: the first row that may be (Q for none), and bool [B, Q] for all."""
         q_len = n_valid.shape[1]
-        n_fac, window = self.config.n_fac, self._window
-        if layer not in self._scorers or widest_budget(n_fac, kv_len) >= kv_len:
+        window = self._window
+        if layer not in self._scorers or self._budget.widest(kv_len) >= kv_len:
             return q_len, None
-        over_budget = budget(n_fac, n_valid) < n_valid
+        over_budget = self._budget.of(n_valid) < n_valid
         if window is None or q_len == 1:
             return (0, over_budget) if q_len == 1 or self.config.prefill == "sparse" else (q_len, None)
         if len(window.start) not in (1, len(n_valid)):
@@ -228,7 +225,7 @@ class Fasa:
         value: Tensor,
         scorer: Scorer,
         valid: Tensor,
-        scaling: float,
+        softmax: Softmax,
         packed: Tensor | None,
     ) -> Tensor:
         """Sparse attention of every query, [B, Q, Hq, D], as many queries at a time as their scores fit in memory."""
@@ -241,11 +238,9 @@ class Fasa:
                 value,
                 scorer,
                 valid[:, :, :, at : at + step],
-                config.n_fac,
-                config.n_sink,
-                config.n_recent,
+                self._budget,
                 self._reduce,
-                scaling,
+                softmax,
                 config.backend,
                 packed,
             )
@@ -257,7 +252,23 @@ class Fasa:
         if self._window is not None and self._window.stop is not None:
             slots = torch.arange(first_slot, first_slot + n_valid.shape[1], device=n_valid.device)
             n_valid = n_valid * (slots < self._window.stop.to(n_valid.device)[:, None])
-        self.stats.count(layer, n_valid, chosen, self.config.n_fac)
+        self.stats.count(layer, n_valid, chosen, self._budget)
+
+    def _softmax(self, module: nn.Module, query: Tensor, options: dict[str, Any]) -> Softmax:
+        """The model's own softmax, from what it hands to its attention function."""
+        softmax = Softmax(
+            scaling=options.get("scaling") or query.shape[-1] ** -0.5,
+            softcap=options.get("softcap"),
+            sinks=options.get("s_aux"),
+        )
+        if not softmax.plain and self._seam.former == "sdpa":
+            raise ValueError(
+                f"{type(module).__name__} caps its logits or has learned sinks, which its implementation 'sdpa' leaves "
+                "out; call model.set_attn_implementation('eager') before enable."
+            )
+        if options.get("dropout"):
+            raise ValueError(f"{type(module).__name__} uses dropout, sparse attention does not; call model.eval().")
+        return softmax
 
     def _check(self, layer: int, key: Tensor, q_len: int) -> None:
         kv_len = key.shape[2]
@@ -269,14 +280,4 @@ class Fasa:
         if q_len > 1 and not torch.compiler.is_compiling() and key[:, :, -q_len:].isnan().any():
             raise ValueError(
                 f"the keys of layer {layer} hold NaN; check the model's weights, its dtype and its inputs."
-            )
-
-
-def _check_plain(module: nn.Module, options: dict[str, Any]) -> None:
-    """Refuse what the model's attention does beyond a scaled softmax, rather than leave it out."""
-    for name, what in (("softcap", "caps its logits"), ("s_aux", "has learned sinks"), ("dropout", "uses dropout")):
-        if options.get(name) is not None and not (name == "dropout" and options[name] == 0):
-            raise ValueError(
-                f"{type(module).__name__} {what} ({name}), which sparse attention does not do; "
-                f"{'call model.eval() first' if name == 'dropout' else 'use another model, or leave it dense'}."
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fasa_flex.budget import Budget
 from fasa_flex.masks import to_block_mask
 from fasa_flex.selection import select, valid_keys
 
@@ -17,7 +18,7 @@ def test_equals_the_selection(kv_block: int, group: int, shared: bool, queries: 
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(batch, heads, 1 if shared else group, queries, length, generator=generator)
     key_mask = torch.arange(length) >= torch.tensor([[0], [9]])
-    selection = select(scores, valid_keys(queries, length, key_mask, scores.device), 5)
+    selection = select(scores, valid_keys(queries, length, key_mask, scores.device), Budget(5))
     block_mask = to_block_mask(selection, group, kv_block)
 
     wanted = selection.mask.expand(-1, -1, group, -1, -1).transpose(2, 3).reshape(batch, heads, queries * group, length)

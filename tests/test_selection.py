@@ -9,7 +9,8 @@ import oracle
 import pytest
 import torch
 
-from fasa_flex.selection import budget, select, valid_keys
+from fasa_flex.budget import Budget
+from fasa_flex.selection import select, valid_keys
 
 CPU = torch.device("cpu")
 
@@ -29,13 +30,13 @@ def test_valid_keys_are_causal_and_real_written_out() -> None:
 def test_budget_is_the_smaller_of_wanted_and_valid(n_fac: float) -> None:
     n_valid = torch.arange(0, 2049)
     expected = [oracle.budget(n_fac, n) for n in n_valid.tolist()]
-    assert budget(n_fac, n_valid).tolist() == expected
+    assert Budget(n_fac).of(n_valid).tolist() == expected
 
 
 @pytest.mark.parametrize(("share", "keys"), [(0.07, 100), (0.14, 50), (0.28, 25), (0.55, 100), (0.1, 30), (0.29, 100)])
 def test_a_share_means_the_number_that_was_written(share: float, keys: int) -> None:
     """7 % of 100 keys are 7, although 0.07 * 100 is 7.000000000000001."""
-    assert budget(share, torch.tensor([keys])).tolist() == [ceil(Fraction(repr(share)) * keys)]
+    assert Budget(share).of(torch.tensor([keys])).tolist() == [ceil(Fraction(repr(share)) * keys)]
 
 
 @pytest.mark.parametrize(("n_sink", "n_recent"), [(0, 0), (2, 0), (0, 3), (2, 3)])
@@ -43,7 +44,7 @@ def test_a_share_means_the_number_that_was_written(share: float, keys: int) -> N
 def test_slots_count_and_mask_equal_the_oracle(n_fac: float, n_sink: int, n_recent: int) -> None:
     scores = torch.randint(-4, 5, (2, 2, 3, 4, 20), generator=torch.Generator().manual_seed(1)).float()
     mask = torch.arange(20) >= torch.tensor([[0], [3]])
-    selection = select(scores, valid_keys(4, 20, mask, CPU), n_fac, n_sink, n_recent)
+    selection = select(scores, valid_keys(4, 20, mask, CPU), Budget(n_fac, n_sink, n_recent))
     for b, h, g, i in torch.cartesian_prod(*map(torch.arange, scores.shape[:4])).tolist():
         valid = oracle.valid_keys(20 - 4 + i, mask[b].tolist())
         expected = oracle.select(scores[b, h, g, i].numpy(), valid, n_fac, n_sink, n_recent)
@@ -58,12 +59,12 @@ def test_infinite_scores_rank_and_do_not_confuse_validity() -> None:
     scores = torch.tensor([-torch.inf, 1.0, torch.inf, 0.0, torch.inf]).view(1, 1, 1, 1, 5)
     mask = torch.tensor([[True, True, True, True, False]])
     for n_fac, expected in ((1, [2]), (2, [1, 2]), (3, [1, 2, 3]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 3])):
-        selection = select(scores, valid_keys(1, 5, mask, CPU), n_fac)
+        selection = select(scores, valid_keys(1, 5, mask, CPU), Budget(n_fac))
         assert selection.mask.flatten().nonzero().flatten().tolist() == expected
 
 
 def test_close_scores_are_told_apart_down_to_float32() -> None:
     step = torch.finfo(torch.float32).eps
     scores = (1.0 + step * torch.tensor([0.0, 3.0, 1.0, 2.0])).view(1, 1, 1, 1, 4)
-    selection = select(scores, valid_keys(1, 4, None, CPU), 2)
+    selection = select(scores, valid_keys(1, 4, None, CPU), Budget(2))
     assert selection.slots.flatten().tolist() == [1, 3]

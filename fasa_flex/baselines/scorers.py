@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fasa_flex.scoring import dot_products
+
 
 @dataclass(frozen=True)
 class AllDimensions:
@@ -17,7 +19,7 @@ class AllDimensions:
         batch, query_heads, q_len, head_dim = query.shape
         kv_heads, kv_len = key.shape[1:3]
         grouped = query.reshape(batch, kv_heads, -1, head_dim)
-        return (grouped.float() @ key.float().mT).view(batch, kv_heads, query_heads // kv_heads, q_len, kv_len)
+        return dot_products(grouped, key).view(batch, kv_heads, query_heads // kv_heads, q_len, kv_len)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fasa_flex import RotaryLayout, contextual_agreement
-from fasa_flex.selection import budget, select, valid_keys, widest_budget
+from fasa_flex.budget import Budget
+from fasa_flex.selection import select, valid_keys
 
 shares = st.floats(1e-6, 1.0, exclude_min=True).map(lambda share: round(share, 6)).filter(lambda share: 0 < share <= 1)
 budgets = st.integers(1, 5000) | shares
@@ -17,12 +18,12 @@ budgets = st.integers(1, 5000) | shares
 
 @given(budgets, st.lists(st.integers(0, 100_000), min_size=1, max_size=20))
 def test_budget_equals_the_oracle(n_fac: float, n_valid: list[int]) -> None:
-    assert budget(n_fac, torch.tensor(n_valid)).tolist() == [oracle.budget(n_fac, n) for n in n_valid]
+    assert Budget(n_fac).of(torch.tensor(n_valid)).tolist() == [oracle.budget(n_fac, n) for n in n_valid]
 
 
 @given(budgets, st.integers(1, 5000))
 def test_the_widest_budget_is_that_of_the_whole_cache(n_fac: float, length: int) -> None:
-    assert widest_budget(n_fac, length) == int(budget(n_fac, torch.arange(length + 1)).max())
+    assert Budget(n_fac).widest(length) == int(Budget(n_fac).of(torch.arange(length + 1)).max())
 
 
 @given(st.data())
@@ -55,7 +56,7 @@ def test_selection_contracts(data: st.DataObject) -> None:
     n_sink, n_recent = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
     n_fac = data.draw(st.integers(max(1, n_sink + n_recent), 30))
     valid = valid_keys(1, length, torch.tensor([real]), torch.device("cpu"))
-    selection = select(torch.tensor(scores).view(1, 1, 1, 1, -1), valid, n_fac, n_sink, n_recent)
+    selection = select(torch.tensor(scores).view(1, 1, 1, 1, -1), valid, Budget(n_fac, n_sink, n_recent))
 
     slots = selection.mask.flatten().nonzero().flatten().tolist()
     real_slots = [j for j in range(length) if real[j]]

@@ -1,0 +1,88 @@
+"""What a model is made of: its attention modules, their shape, and the layers that FASA leaves dense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+_SELECTABLE = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+def layer_of(module: nn.Module) -> int:
+    """The number that transformers gives an attention module; counts from 0."""
+    layer = module.layer_idx
+    assert isinstance(layer, int), f"{type(module).__name__} does not say which layer it is"
+    return layer
+
+
+def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """The attention module of every layer: the innermost ones that know their ``layer_idx``."""
+    numbered = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    inner = [m for m in numbered if not any(child is not m and hasattr(child, "layer_idx") for child in m.modules())]
+    return {layer_of(module): module for module in inner}
+
+
+def attention_shape(model: PreTrainedModel) -> tuple[int, int, int, int]:
+    """(layers, query heads, key/value heads, dimensions of a query and key head) as the model's config states them."""
+    config = model.config.get_text_config()
+    query_heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or query_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+    if getattr(config, "kv_lora_rank", None):  # MLA: queries and keys as attention sees them, expanded and whole
+        kv_heads, head_dim = query_heads, config.qk_nope_head_dim + config.qk_rope_head_dim
+    return config.num_hidden_layers, query_heads, kv_heads, head_dim
+
+
+def maximum_positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence the model's config allows, or None where it states none."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Refuse a model that FASA cannot serve.
+
+    Raises:
+        ValueError: one sentence with the reason.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"expected a transformers model, got {type(model).__name__}; load one with from_pretrained.")
+    reason = _why_unsupported(model.config)
+    if reason is not None:
+        raise ValueError(f"{type(model).__name__} {reason}; FASA needs a decoder-only RoPE model, such as Llama.")
+
+
+def _why_unsupported(config: Any) -> str | None:
+    text = config.get_text_config()
+    if config.is_encoder_decoder:
+        return "is an encoder-decoder, whose positions are no rotations of queries and keys (no RoPE)"
+    if text.model_type == "bloom" or getattr(getattr(text, "attn_config", text), "alibi", False):
+        return "adds ALiBi to its logits and rotates no queries and keys (no RoPE), so it has no frequency chunks"
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - set(_SELECTABLE))
+    if others:
+        return f"has layers of type {', '.join(others)}, which keep no keys and values to select from"
+    if getattr(text, "num_attention_heads", None) is None:
+        return "has no attention heads (a recurrent model), so it has no queries and keys to compare"
+    return None
+
+
+def dense_layers(model: PreTrainedModel, asked: tuple[int, ...], unrotated: tuple[int, ...]) -> dict[int, str]:
+    """The layers that stay dense, each with its reason.
+
+    Args:
+        asked: ``FasaConfig.dense_layers``.
+        unrotated: ``RotaryLayout.unrotated_layers``.
+
+    Raises:
+        ValueError: layers that the model does not have.
+    """
+    layers = attention_shape(model)[0]
+    if asked and max(asked) >= layers:
+        raise ValueError(f"dense_layers names layer {max(asked)}, the model has {layers}; count from 0.")
+    reasons = dict.fromkeys(unrotated, "no RoPE, hence no frequency chunks")
+    for layer, cache in enumerate(DynamicCache(config=model.config).layers):
+        if cache.is_sliding:
+            reasons[layer] = "sliding window, which bounds its keys already"
+    return dict(sorted({**reasons, **dict.fromkeys(asked, "asked for by dense_layers")}.items()))
