@@ -23,6 +23,7 @@ from fasa_flex.rotary import RotaryLayout
 FORMAT = 1
 _JSON = constants.CONFIG_NAME
 _TENSORS = "agreement.safetensors"
+_MOST_BYTES = 1 << 26
 _ROPE_FIELDS = ("rope_parameters", "partial_rotary_factor", "qk_norm", "use_qk_norm", "sliding_window", "layer_types")
 
 
@@ -174,9 +175,10 @@ class FasaProfile(
         Raises:
             ValueError: no profile there, or a damaged or altered one.
         """
+        _check_size(Path(pretrained_model_name_or_path))
         try:
             profile: FasaProfile = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except json.JSONDecodeError as error:  # the mixin reads the JSON before we do
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, AttributeError) as error:
             raise _damaged(pretrained_model_name_or_path, error) from error
         return profile
 
@@ -220,6 +222,7 @@ class FasaProfile(
                 raise ValueError(
                     f"{folder} holds no FASA profile: {name} is missing; pass a folder that save_pretrained wrote."
                 )
+        _check_size(folder)
         data = (folder / _TENSORS).read_bytes()
         try:
             fields = json.loads((folder / _JSON).read_text())["fasa_profile"]
@@ -230,7 +233,7 @@ class FasaProfile(
             provenance = fields["provenance"]
             provenance["sample_hashes"] = tuple(provenance["sample_hashes"])
             return cls(load(data)["agreement"], RotaryLayout.from_dict(fields["layout"]), Provenance(**provenance))
-        except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise _damaged(folder, error) from error
 
     def _tensors(self) -> bytes:
@@ -249,6 +252,17 @@ class FasaProfile(
     def __repr__(self) -> str:
         layers, heads, chunks = self.agreement.shape
         return f"FasaProfile({self.provenance.model_id}: {layers} layers, {heads} query heads, {chunks} chunks)"
+
+
+def _check_size(folder: Path) -> None:
+    """Refuse files that no profile is as large as, before they are read."""
+    for name in (_JSON, _TENSORS):
+        file = folder / name
+        if file.is_file() and file.stat().st_size > _MOST_BYTES:
+            raise ValueError(
+                f"{file} has {file.stat().st_size} bytes, a profile's files at most {_MOST_BYTES}; "
+                "pass a folder that save_pretrained wrote."
+            )
 
 
 def _damaged(folder: str | Path, error: Exception) -> ValueError:

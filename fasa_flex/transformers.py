@@ -184,13 +184,15 @@ class Fasa:
         batch, _, q_len, _ = query.shape
         kv_len = key.shape[2]
         first_slot: int = kwargs.pop("fasa_first_slot", kv_len - q_len)
-        self._check(layer, key, q_len)
+        softmax = self._softmax(module, query, kwargs)
         n_valid = count_valid(attention_mask, batch, q_len, kv_len, query.device)
+        self._check(layer, key, n_valid)
         first, chosen = self._sparse_queries(layer, n_valid, kv_len, first_slot)
         self._count(layer, n_valid, chosen, first_slot)
         if chosen is None:
             return dense(module, query, key, value, attention_mask, **kwargs)
-        softmax = self._softmax(module, query, kwargs)
+        if kwargs.get("dropout"):
+            raise ValueError(f"{type(module).__name__} uses dropout, sparse attention does not; call model.eval().")
         valid = valid_from_mask(attention_mask, q_len, kv_len, query.device)[:, :, :, first:]
         scorer = self._scorers[layer]
         packed = None if cache is None else cache.packed_keys(layer, scorer)
@@ -266,18 +268,18 @@ class Fasa:
                 f"{type(module).__name__} caps its logits or has learned sinks, which its implementation 'sdpa' leaves "
                 "out; call model.set_attn_implementation('eager') before enable."
             )
-        if options.get("dropout"):
-            raise ValueError(f"{type(module).__name__} uses dropout, sparse attention does not; call model.eval().")
         return softmax
 
-    def _check(self, layer: int, key: Tensor, q_len: int) -> None:
-        kv_len = key.shape[2]
-        if self._limit is not None and kv_len > self._limit:
+    def _check(self, layer: int, key: Tensor, n_valid: Tensor) -> None:
+        """Refuse what cannot end well; in decode a check would stall the device, NaN keys rank first there and show."""
+        if torch.compiler.is_compiling():
+            return
+        if self._limit is not None and key.shape[2] > self._limit < int(n_valid.max()):
             raise ValueError(
-                f"the sequence has {kv_len} tokens and the model takes at most {self._limit}; shorten the prompt."
+                f"the sequence has {int(n_valid.max())} tokens and the model takes at most {self._limit}; "
+                "shorten the prompt."
             )
-        # In decode a check would stall the device at every step; NaN keys rank first there and show in the output.
-        if q_len > 1 and not torch.compiler.is_compiling() and key[:, :, -q_len:].isnan().any():
+        if n_valid.shape[1] > 1 and key.isnan().any():
             raise ValueError(
                 f"the keys of layer {layer} hold NaN; check the model's weights, its dtype and its inputs."
             )

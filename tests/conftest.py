@@ -2,84 +2,32 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from hypothesis import HealthCheck, settings
+from families import FAMILIES, VOCABULARY, Family, tiny
+from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-sys.path.insert(0, str(Path(__file__).parent))  # so that every test file can say `import oracle`
-
 settings.register_profile(
     "ci", max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
-settings.register_profile("thorough", max_examples=400, deadline=None)
+# the property tests scale max_examples by their cost (tests/properties/calls.py): `deep` makes 10^5 cases in all
+settings.register_profile(
+    "deep", max_examples=5000, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile(
+    "mutants", parent=settings.get_profile("ci"), database=None, phases=[Phase.explicit, Phase.generate]
+)
 settings.load_profile("ci")
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
-LAYERS, HEADS, KV_HEADS, VOCABULARY, POSITIONS = 3, 4, 2, 64, 512
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture at toy size."""
-
-    name: str
-    layout: str  # which two dimensions form plane i: half_split, interleaved, or none
-    head_dim: int = 16
-    rotary_dim: int | None = None  # None: the whole head rotates
-    extra: tuple[tuple[str, object], ...] = ()
-
-
-FAMILIES = {
-    family.name: family
-    for family in (
-        Family("Llama", "half_split"),
-        Family("Mistral", "half_split", extra=(("sliding_window", None),)),
-        Family("Qwen2", "half_split"),
-        Family("Qwen3", "half_split", head_dim=32, extra=(("head_dim", 32),)),
-        Family("Cohere", "interleaved"),
-        Family("Glm", "interleaved", rotary_dim=8, extra=(("head_dim", 16), ("partial_rotary_factor", 0.5))),
-        Family("StableLm", "half_split", rotary_dim=8, extra=(("partial_rotary_factor", 0.5),)),
-    )
-}
-SUPPORTED = ("Llama", "Mistral", "Qwen2", "Qwen3")  # what `enable` promises for now
-
-
-def tiny(name: str, seed: int = 0, **changes: object) -> PreTrainedModel:
-    """A random model of the family, float32, with weights large enough that attention is far from uniform."""
-    torch.manual_seed(seed)
-    if name == "GPT2":
-        config = transformers.GPT2Config(
-            vocab_size=VOCABULARY, n_embd=64, n_layer=LAYERS, n_head=HEADS, n_positions=POSITIONS, eos_token_id=None
-        )
-        return transformers.GPT2LMHeadModel(config).eval()
-    fields: dict[str, object] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "max_position_embeddings": POSITIONS,
-        "initializer_range": 0.2,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-    }
-    config = getattr(transformers, f"{name}Config")(**{**fields, **dict(FAMILIES[name].extra), **changes})
-    model: PreTrainedModel = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    model.generation_config.eos_token_id = None
-    return model
+SUPPORTED = ("Llama", "Mistral", "Qwen2", "Qwen3")  # the families of tests that need no more; integration/ has them all
 
 
 @pytest.fixture

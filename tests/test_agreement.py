@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from families import Family
 from torch import Tensor
 
 from fasa_flex import RotaryLayout, contextual_agreement
@@ -92,10 +93,9 @@ def test_no_query_with_enough_keys_is_an_error() -> None:
     assert "top_k" in str(error.value)
 
 
-def test_scores_of_all_chunks_sum_to_the_full_score(family: object) -> None:
+def test_scores_of_all_chunks_sum_to_the_full_score(family: Family) -> None:
     """The decomposition behind the method, for the layout of every family."""
-    make = RotaryLayout.half_split if family.layout == "half_split" else RotaryLayout.interleaved
-    layout = make(family.head_dim, family.rotary_dim)
+    layout = RotaryLayout(torch.tensor(family.pairs), (family.rotary_dim or family.head_dim) // 2)
     generator = torch.Generator().manual_seed(0)
     q, k = (
         torch.randn(5, layout.chunks.numel(), generator=generator),

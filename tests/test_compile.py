@@ -15,7 +15,7 @@ from generation import Ids, profile_of
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel, StaticCache
 
 from fasa_flex import FasaConfig, RotaryLayout, enable, fasa_attention
 
@@ -96,9 +96,9 @@ def test_a_share_is_one_graph_too(queries: int) -> None:
 
 
 @torch.no_grad()
-def test_a_whole_model_on_a_static_cache_is_one_graph(llama: PreTrainedModel, ids: Ids) -> None:
+def test_a_whole_model_on_a_static_cache_is_one_graph_for_200_steps(llama: PreTrainedModel, ids: Ids) -> None:
     """Decode of the compiled model: no graph break, tokens and counts as in eager, the buffer's tail never selected."""
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = {"max_new_tokens": 200, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     static = {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=True, mode=None)}
     static["compile_config"]._compile_all_devices = True  # generate compiles on accelerators only, unless told
     with enable(llama, profile_of(llama), FasaConfig(n_fac=6, n_tip=3, backend="gather")) as fasa:
@@ -108,4 +108,30 @@ def test_a_whole_model_on_a_static_cache_is_one_graph(llama: PreTrainedModel, id
         counters.clear()
         assert llama.generate(ids(30, rows=1), **options, **static).equal(eager)
         assert fasa.stats.as_dict() == counts
-    assert counters["stats"]["unique_graphs"] == 1
+        assert counters["stats"]["unique_graphs"] == 1
+        llama.generate(ids(50, seed=1, rows=1), **{**options, "max_new_tokens": 180}, **static)  # as long in all
+        assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_a_compiled_model_in_inference_mode(llama: PreTrainedModel, ids: Ids) -> None:
+    prompt, compiled = ids(30, rows=1), torch.compile(llama, fullgraph=True, backend="aot_eager")
+
+    def decode(model: PreTrainedModel) -> Tensor:
+        cache = StaticCache(config=llama.config, max_cache_len=64)
+        llama(prompt, past_key_values=cache)
+        return torch.cat([model(ids(1, seed=step, rows=1), past_key_values=cache).logits for step in range(3)])
+
+    with enable(llama, profile_of(llama), FasaConfig(n_fac=6, n_tip=3)), torch.inference_mode():
+        torch.testing.assert_close(decode(compiled), decode(llama), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_compiled_under_autocast(dtype: torch.dtype) -> None:
+    """Whole numbers below 256 are exact in half precision: the ranking must be too."""
+    compiled = torch.compile(fasa_attention, fullgraph=True, backend="aot_eager")
+    q, k, v, chunks, key_mask = step(40)
+    with torch.autocast("cpu", dtype=dtype):
+        out = compiled(q, k, v, chunks, n_fac=8, n_sink=1, n_recent=2, key_mask=key_mask, backend="gather")
+    np.testing.assert_allclose(out.float().numpy(), expected(q, k, v, chunks, key_mask, n_fac=8), atol=0.03)

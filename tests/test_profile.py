@@ -224,6 +224,32 @@ def test_a_tampered_description_is_refused(
         FasaProfile.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("suffix", ["json", "safetensors"])
+def test_an_oversized_file_is_refused_unread(
+    profile: FasaProfile, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob(f"*.{suffix}")
+    with file.open("ab") as stream:
+        stream.truncate(1 << 33)  # a hole: eight gigabytes by its size, none on the disk
+    monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail("was read"))
+    with pytest.raises(ValueError, match=str(1 << 33)) as error:
+        FasaProfile.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, "[]", '{"fasa_profile": []}', b"\xff\xfe\x00", '{"fasa_profile": {"format": 1}}']
+)
+def test_json_that_is_no_profile_is_a_clear_error(profile: FasaProfile, tmp_path: Path, content: str | bytes) -> None:
+    profile.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.json")
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match="damaged") as error:
+        FasaProfile.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_a_table_swapped_for_another_is_refused(profile: FasaProfile, tmp_path: Path) -> None:
     """Same shape, valid numbers, not the ones the description was written for."""
     saved(with_table(profile, 1 - profile.agreement), tmp_path / "other", ".json")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
+from ways import support_table
 
 from fasa_flex import FasaConfig, enable
 
@@ -21,6 +22,13 @@ def test_the_table_is_that_of_the_committed_results() -> None:
     assert shown is not None
     record = json.loads((ROOT / "evals" / "results" / "demo.json").read_text())
     assert shown[1] == record["table"]
+
+
+def test_the_support_table_is_the_matrix_of_the_tests() -> None:
+    """`python tests/ways.py` prints it."""
+    shown = re.search(r"<!-- support table -->\n(.*?)\n<!-- /support table -->", README, flags=re.DOTALL)
+    assert shown is not None
+    assert shown[1] == support_table()
 
 
 def test_the_scorer_in_the_readme_runs(llama: PreTrainedModel) -> None:

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import pytest
 import torch
+from families import Family
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fasa_flex import RotaryLayout
 
 Capture = Callable[..., list[tuple[Tensor, Tensor]]]
-
-
-class Family(Protocol):
-    name: str
-    layout: str
-    head_dim: int
-    rotary_dim: int | None
-
-
-def named(family: Family) -> RotaryLayout:
-    make = RotaryLayout.half_split if family.layout == "half_split" else RotaryLayout.interleaved
-    return make(family.head_dim, family.rotary_dim)
 
 
 @pytest.mark.parametrize(
@@ -70,12 +58,27 @@ def test_impossible_sizes_are_refused(
 def test_detect_finds_the_layout_of_every_family(family: Family, make_model: Callable[..., PreTrainedModel]) -> None:
     detected = RotaryLayout.detect(make_model(family.name))
     assert detected.chunks.dtype == torch.long
-    assert detected.chunks.tolist() == named(family).chunks.tolist()
+    assert detected.chunks.tolist() == family.pairs
 
 
-def test_detect_finds_the_layout_of_a_bfloat16_model(make_model: Callable[..., PreTrainedModel]) -> None:
-    detected = RotaryLayout.detect(make_model("Llama").to(torch.bfloat16))
-    assert detected.chunks.tolist() == RotaryLayout.half_split(16).chunks.tolist()
+def test_detect_in_half_precision_sees_the_layout_and_the_layers_of_the_model_itself(
+    family: Family, make_model: Callable[..., PreTrainedModel]
+) -> None:
+    """The planes come from a small float32 twin, which a model of more layers does not fit in."""
+    model = make_model(family.name)
+    exact, state = RotaryLayout.detect(model), torch.get_rng_state()
+    detected = RotaryLayout.detect(model.to(torch.bfloat16))
+    assert detected.chunks.tolist() == family.pairs
+    assert detected.unrotated_layers == exact.unrotated_layers
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_detect_in_half_precision_finds_a_layer_without_rope_beyond_the_twin(
+    make_model: Callable[..., PreTrainedModel],
+) -> None:
+    layers = [1] * 10 + [0, 1]
+    model = make_model("SmolLM3 (layers without RoPE)", num_hidden_layers=12, no_rope_layers=layers)
+    assert RotaryLayout.detect(model.to(torch.bfloat16)).unrotated_layers == (10,)
 
 
 def test_detect_leaves_the_model_and_the_random_state_alone(llama: PreTrainedModel, ids: Callable[..., Tensor]) -> None:
@@ -128,7 +131,7 @@ def shift_change(model: PreTrainedModel, capture: Capture, pairs: Tensor, ids: T
     return torch.stack(changes).amax(0)
 
 
-@pytest.mark.parametrize("name", ["Llama", "Cohere", "Glm", "StableLm"])
+@pytest.mark.parametrize("name", ["Llama", "Cohere", "GLM", "StableLM", "DeepSeek-V2 (MLA)", "DeepSeek-V3 (MLA)"])
 @pytest.mark.parametrize("shift", [1, 37])
 def test_shifting_all_positions_leaves_every_chunk_unchanged(
     name: str, shift: int, make_model: Callable[..., PreTrainedModel], capture: Capture, ids: Callable[..., Tensor]

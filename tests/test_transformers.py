@@ -54,18 +54,6 @@ def test_full_budget_beam_search_equals_dense(llama: PreTrainedModel, ids: Ids) 
         assert torch.equal(llama.generate(prompt, attention_mask=torch.ones_like(prompt), **options), dense)
 
 
-def test_a_budget_of_the_window_is_dense_in_sliding_window_layers(
-    make_model: Callable[..., PreTrainedModel], ids: Ids
-) -> None:
-    model, prompt = make_model("Mistral", sliding_window=16), ids(PROMPT, rows=1)
-    dense = generate(model, prompt)
-    with enable(model, profile_of(model), FasaConfig(n_fac=16, dense_layers=())) as fasa:
-        tokens, logits = generate(model, prompt)
-        assert fasa.stats.sparse_queries == 0
-    assert torch.equal(tokens, dense[0])
-    assert torch.equal(logits, dense[1])
-
-
 # A small budget is the method.
 
 CONFIGS = [
