@@ -17,6 +17,7 @@ from fasa_flex.agreement import check_heads
 from fasa_flex.budget import Budget
 from fasa_flex.config import Backend, GroupReduce, check_choice
 from fasa_flex.masks import kv_block_size, realize, to_block_mask
+from fasa_flex.packing import PackedKeys
 from fasa_flex.reference import reference_attention
 from fasa_flex.scoring import DominantChunks, Scorer, reduce_group
 from fasa_flex.selection import Selection, select, valid_keys
@@ -34,7 +35,7 @@ def fasa_attention(
     n_recent: int = 0,
     group_reduce: GroupReduce = "max",
     key_mask: Tensor | None = None,
-    packed_keys: Tensor | None = None,
+    packed_keys: PackedKeys | Tensor | None = None,
     backend: Backend = "flex",
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -56,7 +57,8 @@ def fasa_attention(
         group_reduce: how a GQA group ranks as one: "max" (the cheapest), "mean", "softmax" (measured best, the default
             of `FasaConfig`); "none" selects per query head (always so where ``chunks`` has Hq rows and Hq > Hkv).
         key_mask: bool [B, T], True = real token; None: all real.
-        packed_keys: float [B, Hkv, T, 2 * n_tip], ``k`` at the dominant dimensions, to be read instead of ``k``.
+        packed_keys: ``k`` at the dominant dimensions, read for the scores instead of ``k``: float
+            [B, Hkv, T, 2 * n_tip], or `PackedKeys` for one query a row, the faster form.
         backend: "flex", "gather", "reference" or "auto"; equal within rounding. "flex" has no gradients, and
             no ``sinks`` on CPU.
         softcap: cap of the model's logits, None: none.
@@ -95,7 +97,7 @@ def sparse_attention(
     group_reduce: GroupReduce,
     softmax: Softmax,
     backend: Backend,
-    packed_keys: Tensor | None = None,
+    packed_keys: PackedKeys | Tensor | None = None,
 ) -> Tensor:
     """`fasa_attention` for any scorer and any validity [B or 1, 1, 1, Q, T], without the checks."""
     if backend == "auto":
@@ -128,7 +130,7 @@ def _score_select_attend(
     group_reduce: GroupReduce,
     softmax: Softmax,
     backend: Backend,
-    packed_keys: Tensor | None,
+    packed_keys: PackedKeys | Tensor | None,
 ) -> Tensor:
     scores = reduce_group(scorer(query, key, packed_keys), valid, group_reduce, softmax.scaling)
     if backend == "reference":
@@ -189,13 +191,10 @@ def gather_focused(query: Tensor, key: Tensor, value: Tensor, selection: Selecti
     slots = selection.slots
     shared, width = slots.shape[2], slots.shape[4]
     members = query_heads // kv_heads // shared
-    b = torch.arange(batch, device=query.device)[:, None, None, None, None]
-    h = torch.arange(kv_heads, device=query.device)[:, None, None, None]
-    rows = key[b, h, slots].view(batch, -1, width, head_dim)
-    values = value[b, h, slots].view(batch, -1, width, value.shape[-1])
+    rows, values = _take_rows(key, slots), _take_rows(value, slots)
     grouped = query.view(batch, kv_heads, shared, members, q_len, head_dim).transpose(3, 4)
     grouped = grouped.reshape(batch, -1, members, head_dim)
-    taken = selection.taken.expand(batch, kv_heads, shared, q_len, width).reshape(batch, -1, 1, width)
+    taken = selection.taken.reshape(batch, -1, 1, width)
     if softmax.plain:
         out = F.scaled_dot_product_attention(grouped, rows, values, attn_mask=taken, scale=softmax.scaling)
     else:
@@ -206,12 +205,29 @@ def gather_focused(query: Tensor, key: Tensor, value: Tensor, selection: Selecti
             logits = torch.cat([logits, sinks], dim=-1)
         out = logits.softmax(-1)[..., :width].to(values.dtype) @ values
     out = out.view(batch, kv_heads, shared, q_len, members, -1).transpose(3, 4)
-    out = torch.where((selection.count > 0)[..., None, :, None], out, 0.0)
-    return out.reshape(batch, query_heads, q_len, -1)
+    some = selection.taken.any(-1)[:, :, :, None, :, None]
+    return torch.where(some, out, 0.0).reshape(batch, query_heads, q_len, -1)
+
+
+def _take_rows(states: Tensor, slots: Tensor) -> Tensor:
+    """Rows of keys or values [B, H, T, D] at ``slots`` [B, H, G, Q, K]: [B, H * G * Q, K, D].
+
+    One `index_select` over all heads, two to three times as fast as advanced indexing, where they lie in one piece.
+    """
+    batch, heads, kv_len, dim = states.shape
+    capacity = states.stride(1) // dim  # slots of a head in the buffer that the states are the first of
+    if capacity >= kv_len and states.stride() == (heads * capacity * dim, capacity * dim, dim, 1):
+        buffer = states.as_strided((batch * heads * capacity, dim), (dim, 1))
+        first = torch.arange(batch * heads, device=slots.device).view(batch, heads, 1, 1, 1) * capacity
+        rows = buffer.index_select(0, (slots + first).flatten())
+    else:
+        b = torch.arange(batch, device=slots.device).view(-1, 1, 1, 1, 1)
+        rows = states[b, torch.arange(heads, device=slots.device).view(-1, 1, 1, 1), slots]
+    return rows.view(batch, -1, slots.shape[-1], dim)
 
 
 def _check_call(
-    q: Tensor, k: Tensor, v: Tensor, chunks: Tensor, key_mask: Tensor | None, packed_keys: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, chunks: Tensor, key_mask: Tensor | None, packed_keys: PackedKeys | Tensor | None
 ) -> None:
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v {tuple(v.shape)} does not fit k {tuple(k.shape)}; expected [B, Hkv, T, D].")
@@ -236,9 +252,18 @@ def _check_call(
         )
     if packed_keys is not None:
         expected = (*k.shape[:3], 2 * chunks.shape[1])
-        if packed_keys.shape != expected or chunks.shape[0] != k.shape[1]:
+        if isinstance(packed_keys, PackedKeys):
+            batch, kv_heads, _, width, _ = packed_keys.tiles.shape
+            got: tuple[int, ...] = (batch, kv_heads, min(packed_keys.capacity, k.shape[2]), width)
+            if q.shape[2] != 1:
+                raise ValueError(
+                    f"PackedKeys score one query a row, got {q.shape[2]}; pass DominantChunks.pack(k), or nothing."
+                )
+        else:
+            got = tuple(packed_keys.shape)
+        if got != expected or chunks.shape[0] != k.shape[1]:
             raise ValueError(
-                f"packed_keys must be {expected} with one chunk set per key/value head, got {tuple(packed_keys.shape)} "
+                f"packed_keys must be {expected} with one chunk set per key/value head, got {got} "
                 f"and {chunks.shape[0]} sets; pack with DominantChunks.pack."
             )
 

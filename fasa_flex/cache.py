@@ -2,118 +2,272 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
 from fasa_flex.config import FasaConfig
 from fasa_flex.layers import dense_layers
+from fasa_flex.packing import PackedDtype, PackedKeys
 from fasa_flex.profile import FasaProfile
-from fasa_flex.scoring import DominantChunks
+from fasa_flex.scoring import DominantChunks, Scorer
 
 
-class PackedLayer(DynamicLayer):
-    """One layer's keys and values, and the scored dimensions of its keys, written once for each new token.
+class _Packs(CacheLayerMixin):
+    """The packed half of a layer: what follows every change of keys and values.
 
     Attributes:
         scorer: whose dimensions are packed; one set per key/value head.
-        packed: float [B, Hkv, T, 2 * n_tip], always ``scorer.pack(keys)``; None while the layer is empty.
+        packed: the keys at these dimensions; None while the layer is empty.
     """
 
-    def __init__(self, scorer: DominantChunks) -> None:
-        super().__init__()
-        self.scorer = scorer
-        self.packed: Tensor | None = None
+    keys: Tensor
+    values: Tensor
+    scorer: DominantChunks
+    dtype_packed: PackedDtype | None
+    packed: PackedKeys | None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values [B, Hkv, t, D]; returns all of them."""
-        packed = self.scorer.pack(key_states)
-        self.packed = packed if self.packed is None else torch.cat([self.packed, packed], dim=2)
-        states: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
-        return states
-
-    def crop(self, *args: Any) -> None:
-        """Drop tokens at the end, as `DynamicLayer.crop`."""
-        super().crop(*args)
-        self._change(lambda packed: packed[:, :, : self.get_seq_length()])
+    def repack(self, scorer: DominantChunks, dtype: PackedDtype | None) -> None:
+        """Pack the keys anew, for other dimensions."""
+        self.scorer, self.dtype_packed, self.packed = scorer, dtype, None
+        if self.is_initialized and self.keys.numel():
+            self.packed = PackedKeys.of(scorer.pack(self.keys), dtype)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search."""
         super().reorder_cache(beam_idx)
-        self._change(lambda packed: packed.index_select(0, beam_idx.to(packed.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        super().batch_repeat_interleave(repeats)
-        self._change(lambda packed: packed.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``."""
-        super().batch_select_indices(indices)
-        self._change(lambda packed: packed[indices])
+        self._change(lambda held: held.index_select(0, beam_idx.to(held.device)))
 
     def offload(self) -> None:
         """Move the layer to host memory."""
         super().offload()
-        self._change(lambda packed: packed.to("cpu", non_blocking=True))
+        self._change(lambda held: held.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         """Move the layer back to its device."""
         super().prefetch()
-        self._change(lambda packed: packed.to(self.device, non_blocking=True))
+        self._change(lambda held: held.to(self.device, non_blocking=True))
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.packed is not None:
+            self.packed = self.packed.change(change)
+
+
+class PackedLayer(_Packs, DynamicLayer):
+    """A growing layer with packed keys.
+
+    It grows in place, in buffers with an eighth to spare, where `DynamicLayer` copies all keys and values every time.
+    """
+
+    def __init__(self, scorer: DominantChunks, dtype: PackedDtype | None = None) -> None:
+        super().__init__()
+        self._buffers: dict[str, Tensor] = {}
+        self.repack(scorer, dtype)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, Hkv, t, D]; returns all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        self.keys = self._append("keys", self.keys, key_states, start)
+        self.values = self._append("values", self.values, value_states, start)
+        rows = self.scorer.pack(key_states.detach())
+        end = start + rows.shape[2]
+        if self.packed is None:
+            self.packed = PackedKeys.of(rows, self.dtype_packed, capacity=_room_for(end))
+        else:
+            if self.packed.capacity < end:
+                self.packed = self.packed.grown(_room_for(end))
+            elif not _writable(self.packed.tiles):
+                self.packed = self.packed.change(Tensor.clone)
+            self.packed.write(rows, torch.arange(start, end, device=rows.device))
+        return self.keys, self.values
+
+    def _append(self, name: str, held: Tensor, new: Tensor, start: int) -> Tensor:
+        """``held`` with ``new`` behind it: in its buffer, if it is the buffer's beginning and there is room."""
+        if torch.compiler.is_compiling() or new.requires_grad or held.requires_grad:
+            return torch.cat([held, new], dim=2) if start else new
+        end = start + new.shape[2]
+        buffer = self._buffers.get(name)
+        if buffer is None or not _begins(held, buffer) or buffer.shape[2] < end or not _writable(buffer):
+            buffer = new.new_empty(*new.shape[:2], _room_for(end), new.shape[3])
+            if start:
+                buffer[:, :, :start] = held
+            self._buffers[name] = buffer
+        buffer[:, :, start:end] = new
+        return buffer[:, :, :end]
+
+    def offload(self) -> None:
+        """Move the layer to host memory."""
+        super().offload()
+        self._buffers.clear()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        self._change(lambda held: held.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``."""
+        super().batch_select_indices(indices)
+        self._change(lambda held: held[indices])
 
     def reset(self) -> None:
         """Empty the layer."""
         self.packed = None
+        self._buffers.clear()
         super().reset()
 
-    def _change(self, change: Any) -> None:
+
+class StaticPackedLayer(_Packs, StaticLayer):
+    """A layer of a fixed length with packed keys, allocated at its first update; made for compiled decoding."""
+
+    def __init__(self, scorer: DominantChunks, max_cache_len: int, dtype: PackedDtype | None = None) -> None:
+        super().__init__(max_cache_len)
+        self.repack(scorer, dtype)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the buffers."""
+        super().lazy_initialization(key_states, value_states)
+        self.repack(self.scorer, self.dtype_packed)
+
+    def repack(self, scorer: DominantChunks, dtype: PackedDtype | None) -> None:
+        """Pack the keys anew, for other dimensions."""
+        super().repack(scorer, dtype)
+        if self.packed is not None and not torch.compiler.is_compiling():
+            for held in (self.packed.tiles, self.packed.scales):
+                if held is not None:
+                    torch._dynamo.mark_static_address(held)
+
+    def reset(self) -> None:
+        """Empty the layer; its buffers stay."""
+        super().reset()
         if self.packed is not None:
-            self.packed = change(self.packed)
+            self.packed.change(Tensor.zero_)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write keys and values [B, Hkv, t, D] behind those held; returns the whole buffers.
+
+        Raises:
+            ValueError: there is no room for them (not in a compiled graph, where it would stall the device).
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = key_states.shape[2]
+        if not torch.compiler.is_compiling() and int(self.cumulative_length) + length > self.max_cache_len:
+            raise ValueError(
+                f"the static cache holds {int(self.cumulative_length)} of at most {self.max_cache_len} tokens and "
+                f"{length} more were given; allocate a longer one (max_cache_len)."
+            )
+        slots = torch.arange(length, device=self.device) + self.cumulative_length
+        assert self.packed is not None
+        self.packed.write(self.scorer.pack(key_states), slots)
+        states: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+        return states
 
 
-class FasaCache(DynamicCache):
-    """A growing cache with packed dominant keys (FASA-C in the paper), passed as ``past_key_values=``.
+def _room_for(length: int) -> int:
+    """Slots to allocate for ``length`` tokens: an eighth more, and not few."""
+    return length + length // 8 + 128
 
-    It costs ``n_tip / head_dim`` of the keys and values in memory, and the results are the same as without it. Layers
-    that are dense under ``config``, have no RoPE or a sliding window hold keys and values alone.
+
+def _begins(held: Tensor, buffer: Tensor) -> bool:
+    return (
+        held.data_ptr() == buffer.data_ptr() and held.stride() == buffer.stride() and held.shape[0] == buffer.shape[0]
+    )
+
+
+def _writable(buffer: Tensor) -> bool:
+    """Tensors made in inference mode may not be written outside of it."""
+    return torch.is_inference_mode_enabled() or not buffer.is_inference()
+
+
+def pack_layer(cache: Cache, layer: int, scorer: Scorer, dtype: PackedDtype | None) -> None:
+    """Let a layer of any cache keep packed keys, if it is of a kind that can and ``scorer`` scores dimensions of keys.
+
+    A plain growing or static layer is replaced by one that packs, with the keys and values it holds. One that packs
+    already is packed anew where ``scorer`` scores other dimensions. In a compiled graph all stays as it is.
+    """
+    if not isinstance(scorer, DominantChunks) or layer >= len(cache.layers) or torch.compiler.is_compiling():
+        return
+    held = cache.layers[layer]
+    if type(held) is DynamicLayer:
+        held = _adopt(held, PackedLayer(scorer, dtype))
+    elif type(held) is StaticLayer:
+        held = _adopt(held, StaticPackedLayer(scorer, held.max_cache_len, dtype))
+    elif not isinstance(held, _Packs):
+        return
+    cache.layers[layer] = held
+    if held.scorer is not scorer:
+        same = held.dtype_packed == dtype and torch.equal(held.scorer.dims.cpu(), scorer.dims.cpu())
+        if same:
+            held.scorer = scorer
+        else:
+            held.repack(scorer, dtype)
+
+
+def packed_keys(cache: Cache, layer: int, scorer: Scorer) -> PackedKeys | None:
+    """The packed keys of a layer, if they are what ``scorer`` scores."""
+    held = cache.layers[layer]
+    return held.packed if isinstance(held, _Packs) and held.scorer is scorer else None
+
+
+def _adopt(plain: CacheLayerMixin, layer: Any) -> Any:
+    """``layer`` with all that ``plain`` holds."""
+    scorer, dtype = layer.scorer, layer.dtype_packed
+    vars(layer).update(vars(plain))
+    layer.repack(scorer, dtype)
+    return layer
+
+
+class FasaCache(Cache):
+    """Keys, values and packed dominant keys (FASA-C in the paper), made ahead for ``past_key_values=``.
+
+    `enable` packs the layers of any growing or static cache by itself, so this one is for those who allocate theirs.
+    Packed keys cost ``n_tip / head_dim`` of the keys and values in memory, less in a lower ``config.packed_dtype``.
+    Layers that are dense under ``config``, have no RoPE or a sliding window hold keys and values alone.
 
     Args:
         model: the model that will fill it.
         profile: the model's.
         config: that of `enable`; None is the default.
+        max_cache_len: slots to allocate, for compiled decoding; None: the cache grows.
 
     Raises:
         ValueError: the profile does not fit the model, or chunk sets per query head, which do not pack once a KV head.
     """
 
-    def __init__(self, model: PreTrainedModel, profile: FasaProfile, config: FasaConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        profile: FasaProfile,
+        config: FasaConfig | None = None,
+        *,
+        max_cache_len: int | None = None,
+    ) -> None:
         config = FasaConfig() if config is None else config
         profile.check_fits(model)
         if config.per != "kv_head":
             raise ValueError(
                 f"packed keys need one chunk set per key/value head, got per={config.per!r}; use 'kv_head'."
             )
-        super().__init__(config=model.config)
+        if max_cache_len is None:
+            layers = DynamicCache(config=model.config).layers
+        else:
+            layers = StaticCache(config=model.config, max_cache_len=max_cache_len).layers
+        super().__init__(layers=layers)
         dense = dense_layers(model, config.dense_layers, profile.layout.unrotated_layers)
         tables = profile.dominant_dims(config.chunks_of(profile.layout.head_dim))
         for layer, chunks in enumerate(tables):
-            if type(self.layers[layer]) is DynamicLayer and layer not in dense:
-                self.layers[layer] = PackedLayer(DominantChunks.from_chunks(chunks.to(model.device)))
+            if layer not in dense and packs(model):
+                scorer = DominantChunks.from_chunks(chunks.to(model.device))
+                pack_layer(self, layer, scorer, config.packed_dtype)
 
-    def packed_keys(self, layer: int, scorer: object) -> Tensor | None:
-        """The packed keys of a layer, if they are the dimensions ``scorer`` scores: float [B, Hkv, T, 2 * n_tip]."""
-        held = self.layers[layer]
-        if not isinstance(held, PackedLayer) or not isinstance(scorer, DominantChunks):
-            return None
-        same = held.scorer is scorer or torch.equal(held.scorer.dims.cpu(), scorer.dims.cpu())
-        if not same:
-            raise ValueError(
-                f"the cache packs other chunks of layer {layer} than this model scores; "
-                "make the FasaCache with the profile and config that enable was given."
-            )
-        held.scorer = scorer
-        return held.packed
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether the model's cache holds the keys that attention sees; MLA's holds the latent they are expanded from."""
+    return getattr(model.config.get_text_config(), "kv_lora_rank", None) is None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from fasa_flex.budget import Budget, check_count
+from fasa_flex.packing import PackedDtype
 
 Sharing = Literal["kv_head", "query_head"]
 GroupReduce = Literal["max", "mean", "softmax", "none"]
@@ -32,6 +33,8 @@ class FasaConfig:
         backend: ``"flex"`` (compiled `flex_attention`), ``"gather"`` (selected rows, then SDPA), ``"reference"`` (plain
             loops), or ``"auto"``: flex on CUDA, gather elsewhere.
         prefill: what a forward of several tokens does: ``"dense"``, or ``"sparse"``: every query selects for itself.
+        packed_dtype: precision of packed keys: ``"bfloat16"``, ``"float16"`` or ``"int8"`` (with a scale for each key);
+            None: the cache's. They only rank: a lower one changes a few selected keys, never their attention.
 
     Raises:
         ValueError: a value out of its range.
@@ -46,6 +49,7 @@ class FasaConfig:
     group_reduce: GroupReduce = "softmax"
     backend: Backend = "auto"
     prefill: Prefill = "dense"
+    packed_dtype: PackedDtype | None = None
 
     def __post_init__(self) -> None:
         if self.n_tip is not None:
@@ -66,6 +70,8 @@ class FasaConfig:
             ("prefill", Prefill),
         ):
             check_choice(name, getattr(self, name), choices)
+        if self.packed_dtype is not None:
+            check_choice("packed_dtype", self.packed_dtype, PackedDtype)
 
     @property
     def budget(self) -> Budget:

@@ -36,3 +36,8 @@ def rank_keys(scores: Tensor, first: Tensor | None = None) -> Tensor:
         ordered = torch.where(first, _FIRST, ordered)
     last_first = scores.shape[-1] - 1 - torch.arange(scores.shape[-1], device=scores.device)
     return (ordered.long() << 32) | last_first
+
+
+def slot_of(order: Tensor, kv_len: int) -> Tensor:
+    """The slots that `rank_keys` packed into its integers, int64; of INVALID: the last one."""
+    return kv_len - 1 - (order & 0xFFFFFFFF)

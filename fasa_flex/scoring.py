@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 
 from fasa_flex.config import GroupReduce
+from fasa_flex.packing import PackedKeys
 
 
 class Scorer(Protocol):
     """Importance of keys to queries; it only ranks and is never an attention weight."""
 
-    def __call__(self, query: Tensor, key: Tensor, packed_keys: Tensor | None = None) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
         """Score every key, valid or not.
 
         Args:
             query: float [B, Hq, Q, D], post-RoPE.
             key: float [B, Hkv, T, D], post-RoPE.
-            packed_keys: float [B, Hkv, T, 2 * n_tip], the scorer's own dimensions of ``key`` kept contiguously, if any.
+            packed_keys: what `DominantChunks.pack` makes of ``key``, if a cache holds it; others ignore it.
 
         Returns:
             float32 [B, Hkv, G, Q, T] per query head of each group, or [B, Hkv, 1, Q, T] where the group shares its
@@ -52,18 +53,21 @@ class DominantChunks:
         """The scored dimensions of ``key`` [B, Hkv, T, D], contiguous [B, Hkv, T, 2 * n_tip]; one set per KV head."""
         return _take_dims(key, self.dims)
 
-    def __call__(self, query: Tensor, key: Tensor, packed_keys: Tensor | None = None) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
         """As `Scorer`."""
         batch, query_heads, q_len, _ = query.shape
         kv_heads, kv_len = key.shape[1:3]
         group = query_heads // kv_heads
         if self.dims.shape[0] == kv_heads:
             query_dims = _take_dims(query.reshape(batch, kv_heads, group * q_len, -1), self.dims)
-            key_dims = self.pack(key) if packed_keys is None else packed_keys
+            if isinstance(packed_keys, PackedKeys):
+                scores = packed_keys.scores(query_dims, kv_len)
+            else:
+                scores = dot_products(query_dims, self.pack(key) if packed_keys is None else packed_keys)
         else:
             query_dims = _take_dims(query, self.dims)
-            key_dims = _take_dims(key.repeat_interleave(group, dim=1), self.dims)
-        return dot_products(query_dims, key_dims).view(batch, kv_heads, group, q_len, kv_len)
+            scores = dot_products(query_dims, _take_dims(key.repeat_interleave(group, dim=1), self.dims))
+        return scores.view(batch, kv_heads, group, q_len, kv_len)
 
 
 def _take_dims(states: Tensor, dims: Tensor) -> Tensor:

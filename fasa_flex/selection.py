@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fasa_flex.budget import Budget
-from fasa_flex.ranking import INVALID, rank_keys
+from fasa_flex.ranking import INVALID, rank_keys, slot_of
 
 
 @dataclass(frozen=True)
@@ -16,19 +16,25 @@ class Selection:
     """The selected slots of every query; H is Hkv, and G is 1 where a GQA group shares its selection.
 
     Attributes:
-        slots: int64 [B, H, G, Q, K], best first; entries at and beyond ``count`` repeat the best slot.
-        count: int64 [B or 1, 1, 1, Q], selected tokens of each query: min(budget, valid keys).
-        mask: bool [B, H, G, Q, T], the same sets by slot.
+        slots: int64 [B, H, G, Q, K], in any order; entries that do not count repeat the best slot.
+        taken: bool [B, H, G, Q, K], which entries count: min(budget, valid keys) of them.
+        order: int64 [B, H, G, Q, T], the ranking (`rank_keys`), INVALID where the key may not be selected.
     """
 
     slots: Tensor
-    count: Tensor
-    mask: Tensor
+    taken: Tensor
+    order: Tensor
 
     @property
-    def taken(self) -> Tensor:
-        """Which entries of ``slots`` count: bool [B or 1, 1, 1, Q, K]."""
-        return torch.arange(self.slots.shape[-1], device=self.slots.device) < self.count[..., None]
+    def mask(self) -> Tensor:
+        """The same sets by slot: bool [B, H, G, Q, T]."""
+        lowest = self.order.gather(-1, self.slots).amin(-1, keepdim=True)
+        return (self.order >= lowest) & (self.order > INVALID)
+
+    @property
+    def count(self) -> Tensor:
+        """Selected tokens of each query: int64 [B, H, G, Q]."""
+        return self.taken.sum(-1)
 
 
 def valid_keys(q_len: int, kv_len: int, key_mask: Tensor | None, device: torch.device) -> Tensor:
@@ -62,9 +68,11 @@ def select(scores: Tensor, valid: Tensor, budget: Budget) -> Selection:
         nth = valid.cumsum(-1)
         forced = (nth <= budget.n_sink) | (nth > n_valid[..., None] - budget.n_recent)
     order = torch.where(valid, rank_keys(scores, first=forced), INVALID)
-    best = order.topk(budget.widest(scores.shape[-1]), dim=-1)
-    count = budget.of(n_valid)
-    last = (count - 1).clamp(min=0)[..., None].expand(*best.values.shape[:-1], 1)
-    mask = (order >= best.values.gather(-1, last)) & valid
-    taken = torch.arange(best.indices.shape[-1], device=scores.device) < count[..., None]
-    return Selection(torch.where(taken, best.indices, best.indices[..., :1]), count, mask)
+    share = isinstance(budget.n_fac, float)  # then rows take different numbers of keys, the best of those found
+    best = order.topk(budget.widest(scores.shape[-1]), dim=-1, sorted=share).values
+    taken = best > INVALID
+    if share:
+        taken = torch.arange(best.shape[-1], device=scores.device) < budget.of(n_valid)[..., None]
+        taken = taken.expand(best.shape)
+    best = torch.where(taken, best, best.amax(-1, keepdim=True))
+    return Selection(slot_of(best, scores.shape[-1]), taken, order)

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from fasa_flex.attention import sparse_attention
-from fasa_flex.cache import FasaCache
+from fasa_flex.cache import pack_layer, packed_keys, packs
 from fasa_flex.config import FasaConfig, GroupReduce
 from fasa_flex.layers import attention_modules, check_supported, dense_layers, layer_of, maximum_positions
+from fasa_flex.packing import PackedKeys
 from fasa_flex.profile import FasaProfile
 from fasa_flex.scoring import DominantChunks, Scorer
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention, count_valid, valid_from_mask
@@ -113,6 +114,7 @@ class Fasa:
         self._scorers = scorers
         self._reduce: GroupReduce = "none" if config.per == "query_head" else config.group_reduce
         self._budget = config.budget
+        self._packs = packs(model) and config.per == "kv_head"
         self._limit = maximum_positions(model)
         self._window: _Window | None = None
         self._seam = AttentionSeam(model, self._attend)
@@ -162,10 +164,12 @@ class Fasa:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Hand on to the attention function what transformers keeps from it: the cache, and where the queries begin."""
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # GPT-NeoX has a name of its own for it
-        if isinstance(cache, FasaCache):
+        layer = layer_of(module)
+        if cache is not None and layer in self._scorers and self._packs:
+            pack_layer(cache, layer, self._scorers[layer], self.config.packed_dtype)
             kwargs = {**kwargs, "fasa_cache": cache}
         if cache is not None and self._window is not None:  # a sliding cache holds fewer keys than there were slots
-            kwargs = {**kwargs, "fasa_first_slot": int(cache.get_seq_length(layer_of(module)))}
+            kwargs = {**kwargs, "fasa_first_slot": int(cache.get_seq_length(layer))}
         return args, kwargs
 
     def _attend(
@@ -179,7 +183,7 @@ class Fasa:
         **kwargs: Any,
     ) -> AttentionResult:
         """The attention function: [B, Q, Hq, D] from query [B, Hq, Q, D] and the whole cache's key and value."""
-        cache: FasaCache | None = kwargs.pop("fasa_cache", None)
+        cache: Cache | None = kwargs.pop("fasa_cache", None)
         layer = layer_of(module)
         batch, _, q_len, _ = query.shape
         kv_len = key.shape[2]
@@ -195,7 +199,7 @@ class Fasa:
             raise ValueError(f"{type(module).__name__} uses dropout, sparse attention does not; call model.eval().")
         valid = valid_from_mask(attention_mask, q_len, kv_len, query.device)[:, :, :, first:]
         scorer = self._scorers[layer]
-        packed = None if cache is None else cache.packed_keys(layer, scorer)
+        packed = None if cache is None or q_len > 1 else packed_keys(cache, layer, scorer)
         focused = self._focused(query[:, :, first:], key, value, scorer, valid, softmax, packed)
         if self._window is None or q_len == 1:
             return focused, None
@@ -228,7 +232,7 @@ class Fasa:
         scorer: Scorer,
         valid: Tensor,
         softmax: Softmax,
-        packed: Tensor | None,
+        packed: PackedKeys | None,
     ) -> Tensor:
         """Sparse attention of every query, [B, Q, Hq, D], as many queries at a time as their scores fit in memory."""
         config = self.config

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fasa_flex.packing import PackedKeys
 from fasa_flex.scoring import dot_products
 
 
@@ -14,7 +15,7 @@ from fasa_flex.scoring import dot_products
 class AllDimensions:
     """The oracle: the full dot product, so the selection is the true top of the attention weights."""
 
-    def __call__(self, query: Tensor, key: Tensor, packed_keys: Tensor | None = None) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
         """As `Scorer`."""
         batch, query_heads, q_len, head_dim = query.shape
         kv_heads, kv_len = key.shape[1:3]
@@ -26,7 +27,7 @@ class AllDimensions:
 class Recency:
     """The latest keys first: with forced sinks this is StreamingLLM's window (Xiao et al., 2024), nothing evicted."""
 
-    def __call__(self, query: Tensor, key: Tensor, packed_keys: Tensor | None = None) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
         """As `Scorer`."""
         batch, kv_heads, kv_len, _ = key.shape
         slots = torch.arange(kv_len, dtype=torch.float32, device=key.device)
