@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from fasa_flex.attention import sparse_attention
-from fasa_flex.cache import pack_layer, packed_keys, packs
 from fasa_flex.config import FasaConfig, GroupReduce
 from fasa_flex.layers import attention_modules, check_supported, dense_layers, layer_of, maximum_positions
+from fasa_flex.packed_layers import pack_layer, packed_keys, packs
 from fasa_flex.packing import PackedKeys
 from fasa_flex.profile import FasaProfile
 from fasa_flex.scoring import DominantChunks, Scorer
@@ -193,7 +193,8 @@ class Fasa:
         self._check(layer, key, n_valid)
         first, chosen = self._sparse_queries(layer, n_valid, kv_len, first_slot)
         self._count(layer, n_valid, chosen, first_slot)
-        if chosen is None:
+        if chosen is None:  # keys and values of FASA-M may be the host's
+            key, value = key.to(query.device), value.to(query.device)
             return dense(module, query, key, value, attention_mask, **kwargs)
         if kwargs.get("dropout"):
             raise ValueError(f"{type(module).__name__} uses dropout, sparse attention does not; call model.eval().")

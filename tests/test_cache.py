@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from fasa_flex import FasaCache, FasaConfig, enable
-from fasa_flex.cache import PackedLayer, StaticPackedLayer
+from fasa_flex.packed_layers import HostLayer, PackedLayer, StaticPackedLayer
 
 CONFIG = FasaConfig(n_fac=6, n_tip=3)
 
@@ -174,6 +174,57 @@ def test_a_full_static_cache_is_a_clear_error_before_anything_is_lost(llama: Pre
         )
     assert "\n" not in str(error.value)
     assert all(layer.keys.equal(keys) for layer, keys in zip(packed_layers(cache), before, strict=True))
+
+
+# FASA-M.
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_keys_in_host_memory_change_no_result(llama: PreTrainedModel, ids: Ids, options: dict[str, int]) -> None:
+    prompt, profile = ids(30, rows=1), profile_of(llama)
+    run = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
+    with enable(llama, profile, CONFIG):
+        expected = llama.generate(prompt, **run)
+        cache = FasaCache(llama, profile, CONFIG, placement="host")
+        assert llama.generate(prompt, past_key_values=cache, **run).equal(expected)
+    assert [isinstance(layer, HostLayer) for layer in cache.layers] == [False, True, True]
+    assert_packed(cache)
+
+
+def test_sizes_are_those_of_the_paper(llama: PreTrainedModel) -> None:
+    """2 n_tip numbers a key beside 2 d: here 6 beside 32, two heads of four bytes; layer 0 is dense."""
+    for placement, device, host in (("device", (256 + 2 * 304) / 3, 0.0), ("host", (256 + 2 * 48) / 3, 512 / 3)):
+        cache = filled(llama, placement=placement)
+        assert (cache.size.device, cache.size.host, cache.size.dense) == pytest.approx((device, host, 256.0))
+    with pytest.raises(ValueError, match="empty"):
+        _ = FasaCache(llama, profile_of(llama), CONFIG).size
+
+
+def test_memory_that_cannot_be_pinned_is_a_clear_error_before_anything_is_lost(
+    llama: PreTrainedModel, ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = filled(llama, placement="host")
+    layer = packed_layers(cache)[0]
+    before, room = layer.keys.clone(), layer._buffers["keys"].shape[2]
+
+    def fail(*args: object, **options: object) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    with torch.no_grad():
+        monkeypatch.setattr(torch, "empty", fail)
+        with pytest.raises(ValueError, match=r"pinned memory .* placement='device'"):
+            layer.update(*torch.randn(2, 2, 2, room, 16).unbind())
+    assert layer.keys.equal(before)
+    assert layer.get_seq_length() == 20
+    assert layer.packed.rows(20).equal(layer.scorer.pack(before))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"), [({"placement": "disk"}, "disk"), ({"placement": "host", "max_cache_len": 64}, "64")], ids=str
+)
+def test_impossible_placements_are_refused(llama: PreTrainedModel, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        FasaCache(llama, profile_of(llama), CONFIG, **options)
 
 
 # Lower precision.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +93,53 @@ def test_the_literal_command(model: dict[str, Path], tmp_path: Path) -> None:
             assert set(account["requests"]) == {"generate_until", "loglikelihood", "loglikelihood_rolling"}
     assert len(hashes["hf"]) == 9
     assert hashes["hf"] == hashes["fasa_hf"]
+    script = str(Path(sys.executable).with_name("fasa-flex"))
+    printed = command(script, "compare", str(tmp_path / "hf"), str(tmp_path / "fasa_hf")).stdout
+    assert "| fasa_needle | exact_match | dense | - |" in printed
+    assert "| fasa_recall | nll | fasa | 24 |" in printed
+    assert "| fasa_ppl | bits_per_byte [nats per unit] | fasa | 24 |" in printed
+
+
+def run_of(folder: Path) -> tuple[dict[str, Any], dict[tuple[str, int], dict[str, Any]]]:
+    """Results, and every document's sample."""
+    (results,) = (json.loads(path.read_text()) for path in folder.rglob("results_*.json"))
+    samples = {}
+    for path in folder.rglob("samples_*.jsonl"):
+        task = path.name.split("_2")[0]
+        samples |= {(task, doc["doc_id"]): doc for doc in map(json.loads, path.read_text().splitlines())}
+    return results, samples
+
+
+@pytest.mark.slow
+def test_two_processes_answer_and_count_as_one(model: dict[str, Path], tmp_path: Path) -> None:
+    """Five documents for two processes: lm-eval gives the second a copy to answer, which must not count."""
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    for name, words in (("one", [sys.executable]), ("two", launch)):
+        command(
+            *words, "-m", "fasa_flex.lm_eval", "--model", "fasa_hf",
+            "--model_args", f"pretrained={model['model']},profile={model['profile']},n_fac=24,n_tip=2",
+            "--tasks", "fasa_needle,fasa_recall,fasa_ppl",
+            "--metadata", '{"max_seq_lengths": [192], "num_docs": 5, "n_facts": 2}',
+            "--output_path", str(tmp_path / name), "--log_samples",
+            ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1",
+        )  # fmt: skip
+    (one, alone), (two, together) = run_of(tmp_path / "one"), run_of(tmp_path / "two")
+    assert (one["config"]["fasa"]["processes"], two["config"]["fasa"]["processes"]) == (1, 2)
+    assert len(alone) == 15
+    assert set(alone) == set(together)
+    for key, doc in alone.items():
+        assert together[key]["prompt_hash"] == doc["prompt_hash"]
+        assert str(together[key]["filtered_resps"])[:12] == str(doc["filtered_resps"])[:12]
+    for task, run in one["config"]["fasa"]["tasks"].items():
+        other = two["config"]["fasa"]["tasks"][task]
+        assert set(other) == set(run)
+        for name, value in run.items():
+            assert other[name] == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value), (task, name)
+    for task, scores in one["results"].items():
+        for metric, score in scores.items():
+            if isinstance(score, float) and "stderr" not in metric:
+                assert two["results"][task][metric] == pytest.approx(score, rel=1e-5)
 
 
 def test_starting_python_imports_nothing_heavy() -> None:
