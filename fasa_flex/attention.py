@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from fasa_flex.agreement import check_heads
 from fasa_flex.budget import Budget
 from fasa_flex.config import Backend, GroupReduce, check_choice
+from fasa_flex.fused import decode_by_kernels, why_no_kernels
 from fasa_flex.masks import kv_block_size, realize, to_block_mask
 from fasa_flex.packing import PackedKeys
 from fasa_flex.reference import reference_attention
@@ -60,7 +61,7 @@ def fasa_attention(
         key_mask: bool [B, T], True = real token; None: all real.
         packed_keys: ``k`` at the dominant dimensions, read for the scores instead of ``k``: float
             [B, Hkv, T, 2 * n_tip], or `PackedKeys` for one query a row, the faster form.
-        backend: "flex", "gather", "reference" or "auto"; equal within rounding. "flex" has no gradients, and
+        backend: "flex", "gather", "triton", "reference" or "auto"; equal within rounding. "flex" has no gradients, and
             no ``sinks`` on CPU.
         softcap: cap of the model's logits, None: none.
         sinks: float [Hq], the model's learned sinks, None: none.
@@ -101,10 +102,16 @@ def sparse_attention(
     packed_keys: PackedKeys | Tensor | None = None,
 ) -> Tensor:
     """`fasa_attention` for any scorer and any validity [B or 1, 1, 1, Q, T], without the checks."""
+    if backend in ("auto", "triton"):
+        obstacle = why_no_kernels(query, key, value, scorer, budget, group_reduce, packed_keys)
+        if obstacle is None:
+            assert isinstance(scorer, DominantChunks) and isinstance(packed_keys, PackedKeys)  # noqa: PT018
+            return decode_by_kernels(query, key, value, scorer, valid, budget, group_reduce, softmax, packed_keys)
+        if backend == "triton":
+            raise ValueError(f"backend 'triton' cannot serve this call: {obstacle}; use backend='auto'.")
+        backend = "flex" if query.is_cuda else "gather"
     if key.device != query.device:  # FASA-M: only the selected rows leave the host
         backend = "gather"
-    if backend == "auto":
-        backend = "flex" if query.device.type == "cuda" else "gather"
     if backend != "flex":
         return _score_select_attend(
             query, key, value, scorer, valid, budget, group_reduce, softmax, backend, packed_keys
@@ -113,8 +120,11 @@ def sparse_attention(
         raise ValueError(
             "backend 'flex' computes no gradients; wrap the call in torch.no_grad(), or use backend='gather'."
         )
-    if softmax.sinks is not None and query.device.type == "cpu":
-        raise ValueError("backend 'flex' has no learned sinks on CPU; use backend='gather'.")
+    if query.device.type == "cpu":
+        if softmax.sinks is not None:
+            raise ValueError("backend 'flex' has no learned sinks on CPU; use backend='gather'.")
+        if isinstance(packed_keys, PackedKeys):  # with tiles of a growing cache Inductor's C++ does not compile (2.13)
+            packed_keys = None
     step = _score_select_attend
     if not torch.compiler.is_compiling():
         batch, query_heads, q_len, head_dim = query.shape

@@ -167,6 +167,7 @@ class StaticPackedLayer(_Packs, StaticLayer):
 
     def __init__(self, scorer: DominantChunks, max_cache_len: int, dtype: PackedDtype | None = None) -> None:
         super().__init__(max_cache_len)
+        self._written = 0
         self.repack(scorer, dtype)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -178,6 +179,7 @@ class StaticPackedLayer(_Packs, StaticLayer):
         """Pack the keys anew, for other dimensions."""
         super().repack(scorer, dtype)
         if self.packed is not None and not torch.compiler.is_compiling():
+            self._written = int(self.cumulative_length)
             for held in (self.packed.tiles, self.packed.scales):
                 if held is not None:
                     torch._dynamo.mark_static_address(held)
@@ -185,6 +187,7 @@ class StaticPackedLayer(_Packs, StaticLayer):
     def reset(self) -> None:
         """Empty the layer; its buffers stay."""
         super().reset()
+        self._written = 0
         if self.packed is not None:
             self.packed.change(Tensor.zero_)
 
@@ -192,16 +195,18 @@ class StaticPackedLayer(_Packs, StaticLayer):
         """Write keys and values [B, Hkv, t, D] behind those held; returns the whole buffers.
 
         Raises:
-            ValueError: there is no room for them (not in a compiled graph, where it would stall the device).
+            ValueError: there is no room for them, as far as eager calls tell: asking the device would stall it.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length = key_states.shape[2]
-        if not torch.compiler.is_compiling() and int(self.cumulative_length) + length > self.max_cache_len:
-            raise ValueError(
-                f"the static cache holds {int(self.cumulative_length)} of at most {self.max_cache_len} tokens and "
-                f"{length} more were given; allocate a longer one (max_cache_len)."
-            )
+        if not torch.compiler.is_compiling():
+            if self._written + length > self.max_cache_len:
+                raise ValueError(
+                    f"the static cache holds {self._written} of at most {self.max_cache_len} tokens and {length} more "
+                    "were given; allocate a longer one (max_cache_len)."
+                )
+            self._written += length
         slots = torch.arange(length, device=self.device) + self.cumulative_length
         assert self.packed is not None
         self.packed.write(self.scorer.pack(key_states), slots)

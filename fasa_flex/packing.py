@@ -12,20 +12,22 @@ from torch.nn import functional as F
 
 PackedDtype = Literal["bfloat16", "float16", "int8"]
 
-TILE = 32
-"""Keys of a tile. Measured on CPU: of 16 to 1024 the fastest in every precision; on GPU it is a warp."""
+
+def tile_of(device: torch.device) -> int:
+    """Keys of a tile: on CPU 32, of 16 to 1024 the fastest in every precision; elsewhere 1, which is rows of keys."""
+    return 32 if device.type == "cpu" else 1
 
 
 @dataclass(frozen=True, eq=False)
 class PackedKeys:
-    """Packed keys in tiles: within a tile the keys lie side by side, one dimension after the other.
+    """Packed keys in tiles of L keys: within a tile the keys lie side by side, one dimension after the other.
 
-    So a score is a sum of whole vectors, and a query's G heads read each tile once. S only ranks, which is why the
-    packed keys may be held in a lower precision than the cache.
+    So on CPU a score is a sum of whole vectors, and a query's G heads read each tile once. S only ranks, which is why
+    the packed keys may be held in a lower precision than the cache.
 
     Attributes:
-        tiles: [B, Hkv, N, 2 * n_tip, TILE], keys n * TILE ... n * TILE + TILE - 1 in tile n; a float dtype or int8.
-        scales: float16 [B, Hkv, N, TILE], what an int8 key is multiplied by; None for float tiles.
+        tiles: [B, Hkv, N, 2 * n_tip, L], keys n * L ... n * L + L - 1 in tile n; a float dtype or int8.
+        scales: float16 [B, Hkv, N, L], what an int8 key is multiplied by; None for float tiles.
     """
 
     tiles: Tensor
@@ -41,15 +43,16 @@ class PackedKeys:
             capacity: keys to make room for, at least T; the room holds zeros.
         """
         batch, heads, kv_len, width = rows.shape
-        count = -(-max(kv_len, capacity) // TILE)
-        rows, scales = _convert(F.pad(rows, (0, 0, 0, count * TILE - kv_len)), dtype)
-        tiles = rows.view(batch, heads, count, TILE, width).transpose(3, 4).contiguous()
-        return cls(tiles, None if scales is None else scales.view(batch, heads, count, TILE))
+        tile = tile_of(rows.device)
+        count = -(-max(kv_len, capacity) // tile)
+        rows, scales = _convert(F.pad(rows, (0, 0, 0, count * tile - kv_len)), dtype)
+        tiles = rows.view(batch, heads, count, tile, width).transpose(3, 4).contiguous()
+        return cls(tiles, None if scales is None else scales.view(batch, heads, count, tile))
 
     @property
     def capacity(self) -> int:
         """Keys there is room for."""
-        return self.tiles.shape[2] * TILE
+        return self.tiles.shape[2] * self.tiles.shape[4]
 
     @property
     def n_bytes(self) -> int:
@@ -59,7 +62,8 @@ class PackedKeys:
 
     def write(self, rows: Tensor, slots: Tensor) -> None:
         """Write keys [B, Hkv, t, 2 * n_tip] into the slots int64 [t], in place."""
-        tile, lane = slots // TILE, slots % TILE
+        lanes = self.tiles.shape[4]
+        tile, lane = slots // lanes, slots % lanes
         rows, scales = _convert(rows, None if self.scales is None else "int8")
         if self.scales is not None and scales is not None:
             self.scales[:, :, tile, lane] = scales
@@ -81,13 +85,14 @@ class PackedKeys:
         Returns:
             float32 [B, Hkv, G, T].
         """
-        count = -(-kv_len // TILE)
-        tiles, query = self.tiles[:, :, :count].float(), query.float()
-        if torch.compiler.is_compiling():  # one fused pass over the tiles
-            scores = (query[:, :, None, :, :, None] * tiles[:, :, :, None]).sum(-2)
+        count = -(-kv_len // self.tiles.shape[4])
+        tiles = self.tiles[:, :, :count]
+        if self.tiles.shape[4] == 1:
+            scores = dot_products(query, tiles.squeeze(4))[:, :, None].transpose(2, 4)
+        elif torch.compiler.is_compiling():  # one fused pass over the tiles
+            scores = (query.float()[:, :, None, :, :, None] * tiles.float()[:, :, :, None]).sum(-2)
         else:
-            with torch.autocast(query.device.type, enabled=False):
-                scores = query[:, :, None] @ tiles
+            scores = dot_products(query[:, :, None], tiles.mT)
         if self.scales is not None:
             scores = scores * self.scales[:, :, :count, None].float()
         return scores.transpose(2, 3).flatten(3)[..., :kv_len]
@@ -98,9 +103,18 @@ class PackedKeys:
 
     def grown(self, capacity: int) -> PackedKeys:
         """A copy with room for ``capacity`` keys."""
-        more = -(-capacity // TILE) - self.tiles.shape[2]
+        more = -(-capacity // self.tiles.shape[4]) - self.tiles.shape[2]
         tiles = F.pad(self.tiles, (0, 0, 0, 0, 0, more))
         return PackedKeys(tiles, None if self.scales is None else F.pad(self.scales, (0, 0, 0, more)))
+
+
+def dot_products(query: Tensor, key: Tensor) -> Tensor:
+    """Queries [.., Q, D] with keys [.., T, D] -> float32 [.., Q, T], under autocast too: rounded scores would tie."""
+    with torch.autocast(query.device.type, enabled=False):
+        if query.is_cuda and query.dim() == 4 and query.dtype == key.dtype in (torch.bfloat16, torch.float16):
+            scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).mT, out_dtype=torch.float32)
+            return scores.view(*query.shape[:3], -1)
+        return query.float() @ key.float().mT
 
 
 def _convert(rows: Tensor, dtype: PackedDtype | None) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fasa_flex.config import GroupReduce
-from fasa_flex.packing import PackedKeys
+from fasa_flex.packing import PackedKeys, dot_products
 
 
 class Scorer(Protocol):
@@ -53,13 +53,18 @@ class DominantChunks:
         """The scored dimensions of ``key`` [B, Hkv, T, D], contiguous [B, Hkv, T, 2 * n_tip]; one set per KV head."""
         return _take_dims(key, self.dims)
 
+    def of_query(self, query: Tensor) -> Tensor:
+        """The scored dimensions of ``query`` [B, Hq, Q, D]: [B, Hkv, G * Q, 2 * n_tip]; one set per KV head."""
+        batch, _, _, head_dim = query.shape
+        return _take_dims(query.reshape(batch, len(self.dims), -1, head_dim), self.dims)
+
     def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
         """As `Scorer`."""
         batch, query_heads, q_len, _ = query.shape
         kv_heads, kv_len = key.shape[1:3]
         group = query_heads // kv_heads
         if self.dims.shape[0] == kv_heads:
-            query_dims = _take_dims(query.reshape(batch, kv_heads, group * q_len, -1), self.dims)
+            query_dims = self.of_query(query)
             if isinstance(packed_keys, PackedKeys):
                 scores = packed_keys.scores(query_dims, kv_len)
             else:
@@ -73,12 +78,6 @@ class DominantChunks:
 def _take_dims(states: Tensor, dims: Tensor) -> Tensor:
     batch, _, length, _ = states.shape
     return states.gather(-1, dims.to(states.device)[None, :, None].expand(batch, -1, length, -1))
-
-
-def dot_products(query: Tensor, key: Tensor) -> Tensor:
-    """Queries [.., Q, D] with keys [.., T, D] -> float32 [.., Q, T], under autocast too: rounded scores would tie."""
-    with torch.autocast(query.device.type, enabled=False):
-        return query.float() @ key.float().mT
 
 
 def reduce_group(scores: Tensor, valid: Tensor, how: GroupReduce, scaling: float) -> Tensor:

@@ -51,6 +51,14 @@ def valid_keys(q_len: int, kv_len: int, key_mask: Tensor | None, device: torch.d
     return causal if key_mask is None else causal & key_mask[:, None, None, None]
 
 
+def forced_keys(valid: Tensor, budget: Budget) -> Tensor | None:
+    """The first and last valid keys that are always selected: bool, as ``valid`` [.., T]; None: no key is forced."""
+    if not budget.n_sink and not budget.n_recent:
+        return None
+    nth = valid.cumsum(-1)
+    return valid & ((nth <= budget.n_sink) | (nth > nth[..., -1:] - budget.n_recent))
+
+
 def select(scores: Tensor, valid: Tensor, budget: Budget) -> Selection:
     """The budget's worth of best valid keys for every query, ties to the lower slot.
 
@@ -62,17 +70,12 @@ def select(scores: Tensor, valid: Tensor, budget: Budget) -> Selection:
         valid: bool [B or 1, 1, 1, Q, T].
         budget: of every query.
     """
-    n_valid = valid.sum(-1)
-    forced = None
-    if budget.n_sink or budget.n_recent:
-        nth = valid.cumsum(-1)
-        forced = (nth <= budget.n_sink) | (nth > n_valid[..., None] - budget.n_recent)
-    order = torch.where(valid, rank_keys(scores, first=forced), INVALID)
+    order = torch.where(valid, rank_keys(scores, first=forced_keys(valid, budget)), INVALID)
     share = isinstance(budget.n_fac, float)  # then rows take different numbers of keys, the best of those found
     best = order.topk(budget.widest(scores.shape[-1]), dim=-1, sorted=share).values
     taken = best > INVALID
     if share:
-        taken = torch.arange(best.shape[-1], device=scores.device) < budget.of(n_valid)[..., None]
+        taken = torch.arange(best.shape[-1], device=scores.device) < budget.of(valid.sum(-1))[..., None]
         taken = taken.expand(best.shape)
     best = torch.where(taken, best, best.amax(-1, keepdim=True))
     return Selection(slot_of(best, scores.shape[-1]), taken, order)

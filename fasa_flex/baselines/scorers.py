@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fasa_flex.packing import PackedKeys
-from fasa_flex.scoring import dot_products
+from fasa_flex.packing import PackedKeys, dot_products
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,79 @@
+"""One decode step by `fasa_flex.kernels`: whether they can serve it, and what they are handed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fasa_flex.budget import Budget
+from fasa_flex.config import GroupReduce
+from fasa_flex.packing import PackedKeys
+from fasa_flex.scoring import DominantChunks, Scorer
+from fasa_flex.selection import forced_keys
+from fasa_flex.softmax import Softmax
+
+MOST_SELECTED = 512
+"""The largest budget of the kernels: as many tiles of 32 keys are searched in registers."""
+
+
+def why_no_kernels(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scorer: Scorer,
+    budget: Budget,
+    group_reduce: GroupReduce,
+    packed: PackedKeys | Tensor | None,
+) -> str | None:
+    """Why `fasa_flex.kernels` cannot serve a call, or None if they can."""
+    if not query.is_cuda:
+        return f"it needs a CUDA device, the query is on {query.device.type}"
+    if query.shape[2] != 1:
+        return f"it decodes one query a row, got {query.shape[2]}"
+    if not isinstance(scorer, DominantChunks) or not isinstance(packed, PackedKeys):
+        return "it needs the PackedKeys of dominant chunks"
+    if not isinstance(budget.n_fac, int) or budget.n_fac > MOST_SELECTED:
+        return f"n_fac must be an int of at most {MOST_SELECTED}, got {budget.n_fac}"
+    if group_reduce == "none" and query.shape[1] != key.shape[1]:
+        return "a group's query heads must select together"
+    if key.stride()[2:] != (key.shape[3], 1) or value.stride()[2:] != (value.shape[3], 1):
+        return "rows of keys and values must be contiguous"
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return "it computes no gradients"
+    return None
+
+
+def decode_by_kernels(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scorer: DominantChunks,
+    valid: Tensor,
+    budget: Budget,
+    group_reduce: GroupReduce,
+    softmax: Softmax,
+    packed: PackedKeys,
+) -> Tensor:
+    """`sparse_attention` of one query a row, [B, Hq, 1, Dv], where `why_no_kernels` finds no reason against it."""
+    from fasa_flex.kernels import decode  # Triton is there with CUDA only
+
+    codes = valid.to(torch.uint8)
+    forced = forced_keys(valid, budget)
+    if forced is not None:
+        codes = codes + forced
+    assert isinstance(budget.n_fac, int)
+    out: Tensor = decode(
+        query.contiguous(),
+        key,
+        value,
+        scorer.of_query(query),
+        packed.tiles.squeeze(4),
+        None if packed.scales is None else packed.scales.squeeze(3),
+        codes.expand(query.shape[0], -1, -1, -1, -1).flatten(1).contiguous(),
+        budget.n_fac,
+        "max" if group_reduce == "none" else group_reduce,
+        softmax.scaling,
+        softmax.softcap,
+        softmax.sinks,
+    )
+    return out
