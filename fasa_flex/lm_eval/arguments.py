@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lm_eval.models.huggingface import HFLM
 
@@ -55,10 +55,37 @@ def scorer_of(
     return scorer_factory(method, profile, n_tip=config.n_tip, per=config.per)
 
 
+def bytes_read(method: str, model_config: Any, config: FasaConfig) -> tuple[float, float]:
+    """What a sparse query reads, as shares of a token's key and value: to rank a token, and for a selected one.
+
+    FASA ranks with ``2 n_tip`` of a key's dimensions. Where each query head has chunks or a selection of its own, a
+    group's heads are taken to share none, so that the figure is the most that can be read.
+    """
+    heads = model_config.num_attention_heads
+    group = heads // (getattr(model_config, "num_key_value_heads", None) or heads)
+    head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
+    each = group if config.per == "query_head" else 1
+    rows = float(group if config.group_reduce == "none" or config.per == "query_head" else 1)
+    if method == "streaming_llm":
+        return 0.0, 1.0
+    if method == "oracle":  # every key to rank, then the values alone
+        return 0.5, 0.5 * rows
+    return min(0.5, each * config.chunks_of(head_dim) / head_dim), rows
+
+
 def check_batch_size(batch_size: int | str | None) -> None:
     """Refuse ``batch_size=auto``: its probe runs dense attention, so it measures another model's memory."""
     if str(batch_size).startswith("auto"):
         raise ValueError(f"batch_size={batch_size} probes memory with dense attention only: pass a number to fasa_hf")
+
+
+def check_parallel(tp_plan: object) -> None:
+    """Refuse tensor parallelism: each process would hold some of the heads, and a profile describes all of them."""
+    if tp_plan is not None:
+        raise ValueError(
+            f"tp_plan={tp_plan!r} shards the heads over processes and no profile is sharded with them: leave it out, "
+            "and use accelerate launch for data parallelism or parallelize=True to spread the layers"
+        )
 
 
 def check_tokens(name: str, value: object) -> None:

@@ -37,17 +37,17 @@ Document = dict[str, Any]
 
 def needle(**metadata: Any) -> dict[str, Dataset]:
     """Documents of ``fasa_needle``: several facts in real text, one of them asked for."""
-    return _test_split(metadata, _needle)
+    return split_of(metadata, _needle)
 
 
 def recall(**metadata: Any) -> dict[str, Dataset]:
     """Documents of ``fasa_recall``: as `needle`, with ``QUESTIONS`` questions about each text, each asked alone."""
-    return _test_split(metadata, _recall)
+    return split_of(metadata, _recall)
 
 
 def ppl(**metadata: Any) -> dict[str, Dataset]:
     """Documents of ``fasa_ppl``: the held-out text cut at line ends into pieces of at most the length."""
-    return _test_split(metadata, _ppl)
+    return split_of(metadata, _ppl)
 
 
 def by_length(doc: Document, name: str, value: float) -> dict[str, float]:
@@ -66,11 +66,21 @@ def recall_results(doc: Document, results: list[tuple[float, bool]]) -> dict[str
     return by_length(doc, "acc", float(is_greedy)) | by_length(doc, "nll", -loglikelihood)
 
 
-def _test_split(
+def needle_single(**metadata: Any) -> dict[str, Dataset]:
+    """Documents of ``fasa_needle_single``: as `needle`, with one fact."""
+    return needle(**{**metadata, "n_facts": 1})
+
+
+def needle_multikey(**metadata: Any) -> dict[str, Dataset]:
+    """Documents of ``fasa_needle_multikey``: as `needle`, with as many facts as there can be."""
+    return needle(**{**metadata, "n_facts": haystack.MAX_FACTS})
+
+
+def split_of(
     metadata: dict[str, Any], column: Callable[[str, int, int, int], Sequence[Document]]
 ) -> dict[str, Dataset]:
     """One test split in which the lengths alternate."""
-    lengths, tokenizer, num_docs, n_facts = _settings(metadata)
+    lengths, tokenizer, num_docs, n_facts = settings(metadata)
     columns = [column(tokenizer, length, num_docs, n_facts) for length in lengths]
     shared = {"several_lengths": len(lengths) > 1}
     rows = [{**doc, **shared} for docs in zip_longest(*columns) for doc in docs if doc is not None]
@@ -102,7 +112,7 @@ def _ppl(tokenizer: str, length: int, num_docs: int, n_facts: int) -> list[Docum
     pieces: list[str] = []
     piece, size = "", 0
     for line in heldout_text().splitlines(keepends=True):
-        tokens = _count(tokenizer, line)
+        tokens = count(tokenizer, line)
         if piece and size + tokens >= length:  # one slot is the prefix token's
             pieces.append(piece)
             piece, size = "", 0
@@ -111,11 +121,16 @@ def _ppl(tokenizer: str, length: int, num_docs: int, n_facts: int) -> list[Docum
 
 
 def _hidden(rng: Random, tokenizer: str, length: int, n_facts: int) -> haystack.Document:
-    count = partial(_count, tokenizer)
-    return document(rng, length=length - ANSWER_TOKENS, count_tokens=count, n_facts=n_facts)
+    counted = partial(count, tokenizer)
+    return document(rng, length=length - ANSWER_TOKENS, count_tokens=counted, n_facts=n_facts)
 
 
-def _settings(metadata: dict[str, Any]) -> tuple[list[int], str, int, int]:
+def settings(metadata: dict[str, Any]) -> tuple[list[int], str, int, int]:
+    """Lengths, tokenizer, documents a length and facts a document, out of lm-eval's keyword arguments.
+
+    Raises:
+        ValueError: One of them is missing or is no such number.
+    """
     given = metadata.get("max_seq_lengths", LENGTHS)
     lengths = [given] if isinstance(given, int) else list(given)
     if not lengths or not all(isinstance(length, int) and length > 4 * ANSWER_TOKENS for length in lengths):
@@ -141,5 +156,6 @@ def _load_tokenizer(name: str) -> Any:
     return AutoTokenizer.from_pretrained(name)
 
 
-def _count(tokenizer: str, text: str) -> int:
+def count(tokenizer: str, text: str) -> int:
+    """Tokens of ``text``, as the tokenizer of that name counts them."""
     return len(_load_tokenizer(tokenizer)(text).input_ids)

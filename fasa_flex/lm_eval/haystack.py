@@ -90,21 +90,25 @@ def heldout_text() -> str:
     return gzip.decompress((files("fasa_flex.lm_eval") / "data" / "heldout.txt.gz").read_bytes()).decode()
 
 
-def draw_facts(rng: Random, n: int) -> list[Fact]:
+def draw_facts(rng: Random, n: int, value_syllables: int = VALUE_SYLLABLES) -> list[Fact]:
     """Draw ``n`` facts in which no syllable occurs twice, so that every question has one answer.
 
     Args:
         rng: Private generator; advanced.
-        n: Number of facts, 1 to ``MAX_FACTS``.
+        n: Number of facts, 1 to ``MAX_FACTS``; to fewer where values are longer.
+        value_syllables: Length of every value.
     """
-    if not 1 <= n <= MAX_FACTS:
-        raise ValueError(f"n must be 1 to {MAX_FACTS} (no syllable may occur twice), got {n}")
+    most = len(SYLLABLES) // (max(KEY_SYLLABLES) + value_syllables)
+    if not 1 <= n <= most:
+        raise ValueError(f"n must be 1 to {most} (no syllable may occur twice), got {n}")
+    word = words(rng)
+    return [Fact(key=word(rng.choice(KEY_SYLLABLES)), value=word(value_syllables)) for _ in range(n)]
+
+
+def words(rng: Random) -> Callable[[int], str]:
+    """A function that makes words of a number of syllables, none of which ever occurs twice."""
     syllables = iter(rng.sample(SYLLABLES, len(SYLLABLES)))
-
-    def word(size: int) -> str:
-        return "".join(next(syllables) for _ in range(size))
-
-    return [Fact(key=word(rng.choice(KEY_SYLLABLES)), value=word(VALUE_SYLLABLES)) for _ in range(n)]
+    return lambda size: "".join(next(syllables) for _ in range(size))
 
 
 def document(
@@ -127,20 +131,48 @@ def document(
     depths = sorted(rng.random() for _ in facts)
     asked, offset = rng.randrange(n_facts), rng.random()
 
+    def hide(cut: str) -> Document:
+        return Document(_insert(cut, [fact.line for fact in facts], depths), tuple(facts), asked)
+
+    return hide(_fitting_cut(text, offset, length, lambda cut: count_tokens(hide(cut).prompt), n_facts))
+
+
+def hidden_lines(
+    rng: Random, lines: list[str], *, length: int, count_tokens: Callable[[str], int], tail: str
+) -> tuple[str, str]:
+    """Hide ``lines`` in a random cut of the held-out text, in their order, each at a uniformly random depth.
+
+    Args:
+        rng: Private generator; advanced by the same draws whatever ``length`` is.
+        lines: Without line ends.
+        length: Most tokens of the text and ``tail`` together; they have at least ``length - max(2, length // 64)``.
+        count_tokens: Number of tokens of a string, as the model under test counts them.
+        tail: What follows the text.
+
+    Returns:
+        The text without ``tail``, and the text with it.
+    """
+    depths = sorted(rng.random() for _ in lines)
+    cut = _fitting_cut(
+        heldout_text(), rng.random(), length, lambda cut: count_tokens(_insert(cut, lines, depths) + tail), len(lines)
+    )
+    text = _insert(cut, lines, depths)
+    return text, text + tail
+
+
+def _fitting_cut(text: str, offset: float, length: int, tokens_with: Callable[[str], int], n_facts: int) -> str:
+    """A cut of ``text``, at a relative ``offset``, that has about ``length`` tokens with what is put into it."""
     last = text.rindex("\n")
     most = min(8 * length, last)
     end = text.index("\n", most + int(offset * (last - most)))
-
-    def cut(size: int) -> Document:
-        return Document(_insert(text[end - size : end], facts, depths), tuple(facts), asked)
-
     slack = max(2, length // 64)
     low, high = 0, most
     while low < high:
         size = (low + high + 1) // 2
-        tokens = count_tokens(cut(size).prompt)
+        cut = text[end - size : end]
+        tokens = tokens_with(cut)
         if length - slack <= tokens <= length:
-            return cut(size)
+            return cut
         low, high = (size, high) if tokens < length else (low, size - 1)
     raise ValueError(
         f"no cut of the text ({len(text)} characters) with {n_facts} facts makes a prompt of about {length} tokens: "
@@ -148,12 +180,12 @@ def document(
     )
 
 
-def _insert(text: str, facts: list[Fact], depths: list[float]) -> str:
-    """``text`` with each fact's line in front of the first line that begins at or behind its depth."""
+def _insert(text: str, lines: list[str], depths: list[float]) -> str:
+    """``text`` with each of ``lines`` in front of the first line that begins at or behind its depth."""
     starts = [0] + [i + 1 for i, char in enumerate(text) if char == "\n"]
     parts, done = [], 0
-    for fact, depth in zip(facts, depths, strict=True):
+    for line, depth in zip(lines, depths, strict=True):
         start = starts[min(bisect_left(starts, depth * len(text)), len(starts) - 1)]
-        parts += [text[done:start], fact.line, "\n"]
+        parts += [text[done:start], line, "\n"]
         done = start
     return "".join(parts) + text[done:]

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import json
-import logging
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import Collator
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -24,20 +22,25 @@ from transformers import PreTrainedModel
 from fasa_flex import FasaConfig, FasaProfile, enable
 from fasa_flex.baselines import Method
 from fasa_flex.config import Backend, GroupReduce, Sharing
+from fasa_flex.lm_eval.account import Account
+from fasa_flex.lm_eval.answers import claim
 from fasa_flex.lm_eval.arguments import (
     LayerSet,
+    bytes_read,
     check_batch_size,
+    check_parallel,
     check_tokens,
     check_unknown,
     layer_set,
     scorer_of,
     sinks,
 )
-from fasa_flex.lm_eval.windows import Batch, Window, score
+from fasa_flex.lm_eval.passes import Answer, Passes
+from fasa_flex.lm_eval.profiles import FACTS, auto_profile, default_cache, preserved_rng
+from fasa_flex.lm_eval.windows import Window
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
-
-_log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @register_model("fasa_hf")
@@ -47,11 +50,12 @@ class FasaHFLM(HFLM):
     Generation prefills densely and decodes sparsely. Log-likelihoods are one forward pass in which the context's
     queries are dense and the continuation's queries select for themselves, which equals decoding it token by token
     (`fasa_flex.lm_eval.windows`). ``results["config"]["fasa"]`` says what ran: parameters, profile, versions, and for
-    each kind of request how many queries were dense and sparse and which share of their keys the sparse ones read.
+    each task how many queries were dense and sparse and which share of their keys the sparse ones read.
 
     Args:
         pretrained: Folder, repository or model object, as for ``hf``.
-        profile: Folder or repository of the model's `FasaProfile`, or the profile itself.
+        profile: Folder or repository of the model's `FasaProfile`, or the profile itself; ``auto`` calibrates the model
+            before the tasks and keeps the profile for the next time.
         method: ``fasa``, or a baseline at the same budget: ``streaming_llm`` (sinks and recent tokens), ``oracle``
             (exact scores) or ``random_chunks``.
         n_tip: Chunks scored per head; None for an eighth of the head dimension.
@@ -67,7 +71,11 @@ class FasaHFLM(HFLM):
         dense_prefix: In rolling log-likelihoods, queries at the start of each window that stay dense. With 0 the
             queries within the budget still equal dense ones, since they read every key.
         on_truncation: ``count`` inputs longer than the model's maximum, or raise an ``error``.
+        calibration_source: What ``profile=auto`` calibrates on: ``facts`` (documents with facts in the packaged text,
+            which end on a question) or the path of a text file.
+        profile_cache: Where ``profile=auto`` keeps profiles; None for ``~/.cache/fasa_flex/profiles``.
         batch_size: A number; ``auto`` is refused.
+        tp_plan: Refused; see `fasa_flex.lm_eval.arguments.check_parallel`.
         hf_args: Everything else ``hf`` understands.
     """
 
@@ -87,10 +95,14 @@ class FasaHFLM(HFLM):
         sparse_tail: int = 0,
         dense_prefix: int = 0,
         on_truncation: Literal["count", "error"] = "count",
+        calibration_source: str = FACTS,
+        profile_cache: str | None = None,
         batch_size: int | str | None = 1,
+        tp_plan: str | dict[str, str] | None = None,
         **hf_args: Any,
     ) -> None:
         check_batch_size(batch_size)
+        check_parallel(tp_plan)
         check_unknown(hf_args, inspect.signature(FasaHFLM.__init__).parameters, loads=isinstance(pretrained, str))
         if on_truncation not in ("count", "error"):
             raise ValueError(f"on_truncation={on_truncation!r} is not an option: write count or error")
@@ -107,51 +119,77 @@ class FasaHFLM(HFLM):
             backend=backend,
         )
         super().__init__(pretrained, backend="causal", batch_size=batch_size, **hf_args)
-        if isinstance(profile, str):
-            profile = FasaProfile.from_pretrained(profile)
-        self.fasa = enable(self.model, profile, config, scorer=scorer_of(method, profile, config))
+        if hasattr(self, "accelerator"):  # lm-eval reads these only where several GPUs are visible
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.calibration: dict[str, Any] | None = None
+        with preserved_rng():
+            if profile == "auto":
+                cache = Path(profile_cache) if profile_cache else default_cache()
+                profile, self.calibration = self._main_first(
+                    lambda: auto_profile(self.model, self.tokenizer, calibration_source, self.max_length, cache)
+                )
+            elif isinstance(profile, str):
+                profile = FasaProfile.from_pretrained(profile)
+            self.fasa = enable(self.model, profile, config, scorer=scorer_of(method, profile, config))
         self.method, self.profile, self.fasa_config = method, profile, config
         self.sparse_tail, self.dense_prefix, self.on_truncation = sparse_tail, dense_prefix, on_truncation
-        self.truncated = 0
-        self._counts: dict[str, Counter[str]] = {}
+        self.account = Account(self.fasa.stats)
+        self.passes = Passes(self.model, self.fasa, self.tokenizer.pad_token_id, self.softmax_dtype)
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
         """Score continuations: the context's queries dense, the continuation's sparse."""
-        with self._counted("loglikelihood"):
-            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Score whole texts in windows of the maximum length: every query sparse behind ``dense_prefix``."""
-        with self._counted("loglikelihood_rolling"):
-            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        return self._by_task(
+            "loglikelihood", requests, lambda own: super(FasaHFLM, self).loglikelihood(own, disable_tqdm)
+        )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate with dense prefill and sparse decoding."""
-        with self._counted("generate_until"):
-            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        return self._by_task(
+            "generate_until", requests, lambda own: super(FasaHFLM, self).generate_until(own, disable_tqdm)
+        )
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Score whole texts in windows of the maximum length: every query sparse behind ``dense_prefix``."""
+        return self._by_task("loglikelihood_rolling", requests, lambda own: self._rolling(own, disable_tqdm))
+
+    def _by_task(self, kind: str, requests: list[Instance], run: Callable[[list[Instance]], list[T]]) -> list[T]:
+        """Answer the requests task by task, so that each has an account of its own.
+
+        Of the copies that lm-eval adds to give every process as many requests, none runs: a process of ours waits for
+        no other in a forward, and they would be counted.
+        """
+        copies = 0
+        if self.world_size > 1:
+            copies = max(0, sum(request is requests[-1] for request in requests) - requests[-1].repeats)
+        wanted = requests[: len(requests) - copies]
+        tasks: dict[str, list[int]] = {}
+        for number, request in enumerate(wanted):
+            tasks.setdefault(request.task_name or "unnamed", []).append(number)
+        answers: dict[int, T] = {}
+        for task, numbers in tasks.items():
+            with self.account.of(task, kind, len(numbers)):
+                answers.update(zip(numbers, run([wanted[number] for number in numbers]), strict=True))
+        return [answers[min(number, len(wanted) - 1)] for number in range(len(requests))]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
-    ) -> list[tuple[float, bool]]:
-        """One forward pass a batch, longest requests first.
+    ) -> list[Answer]:
+        """Answer in forward passes of `fasa_flex.lm_eval.passes`.
 
         Requests are never grouped by their tokens as lm-eval's ``logits_cache`` does: the same tokens with another
         boundary have other sparse queries.
         """
-        order = Collator(requests, sort_fn=lambda request: (-len(request[1] + request[2]), request[1] + request[2]))
-        results: list[tuple[float, bool]] = []
-        quiet, rolling = disable_tqdm or self.rank != 0, override_bs is not None
-        with tqdm(total=len(requests), disable=quiet, leave=not rolling, desc="fasa_hf: log-likelihoods") as bar:
-            for chunk in order.get_batched(n=override_bs or self.batch_size):
-                for (key, _, _), answer in zip(
-                    chunk, self._score([self._window(*item) for item in chunk]), strict=True
-                ):
+        windows = [self._window(*request) for request in requests]
+        answers: dict[int, Answer] = {}
+        with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="fasa_hf: log-likelihoods") as bar:
+            for numbers, scored in self.passes.score(windows, override_bs or int(self.batch_size), self._autocast()):
+                for number, answer in zip(numbers, scored, strict=True):
+                    key = requests[number][0]
                     if key is not None:  # rolling requests are cached as a whole by their own method
                         self.cache_hook.add_partial("loglikelihood", key, answer)
-                    results.append(answer)
-                    bar.update()
-        original: list[tuple[float, bool]] = order.get_original(results)
-        return original
+                    answers[number] = answer
+                bar.update(len(numbers))
+        return [answers[number] for number in range(len(requests))]
 
     def _window(self, key: tuple[str, str] | None, context: list[int], continuation: list[int]) -> Window:
         rolling = key is None
@@ -162,26 +200,42 @@ class FasaHFLM(HFLM):
             sparse_tail=0 if rolling else self.sparse_tail,
             dense_prefix=self.dense_prefix if rolling else 0,
         )
+        self.account.current.dense_answers += window.is_dense
         if window.dropped:
             self._truncate(len(context) + len(continuation))
         return window
 
-    @torch.no_grad()
-    def _score(self, windows: Sequence[Window]) -> list[tuple[float, bool]]:
-        batch = Batch.of(windows, pad=self.tokenizer.pad_token_id, device=self.device)
-        with self._autocast(), self.fasa.sparse_from(batch.start, batch.stop):
-            logits: Tensor = self.model(
-                input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, logits_to_keep=batch.keep
-            ).logits
-        rows = batch.rows(logits, windows)
-        return [score(row, window.targets, self.softmax_dtype) for row, window in zip(rows, windows, strict=True)]
+    def _rolling(self, requests: list[Instance], disable_tqdm: bool) -> list[float]:
+        texts = [text for (text,) in (request.args for request in requests)]
+        windows = [[make_disjoint_window(pair) for pair in self._rolling_windows(text)] for text in texts]
+        scored = iter(
+            self._loglikelihood_tokens(
+                [(None, *window) for own in windows for window in own], disable_tqdm=disable_tqdm
+            )
+        )
+        totals = []
+        for text, own in zip(texts, windows, strict=True):
+            totals.append(sum(next(scored)[0] for _ in own))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
+        return totals
+
+    def _rolling_windows(self, text: str) -> Iterable[tuple[list[int], list[int]]]:
+        return get_rolling_token_windows(
+            token_list=self.tok_encode(text),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=self.max_length,
+            context_len=1,
+        )
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation: Any) -> Tensor:
-        if not self.sparse_tail:
-            return super()._model_generate(context, max_length, stop, **generation)
-        boundary = torch.tensor([max(0, context.shape[1] - self.sparse_tail)])  # one for all rows, padded on the left
-        with self.fasa.sparse_from(boundary):
-            return super()._model_generate(context, max_length, stop, **generation)
+        tail = torch.tensor([max(0, context.shape[1] - self.sparse_tail)])  # one for all rows, padded on the left
+        with self.fasa.sparse_from(tail) if self.sparse_tail else nullcontext():
+            written: Tensor = super()._model_generate(context, max_length, stop, **generation)
+        if len(stop) > 1:  # the task says how an answer ends, and not the end of the text alone
+            answers = [self.tokenizer.decode(row) for row in written[:, context.shape[1] :]]
+            full = written.shape[1] >= max_length
+            self.account.current.unfinished += sum(full and not any(end in text for end in stop) for text in answers)
+        return written
 
     def _autocast(self) -> torch.autocast:
         dtype: torch.dtype | None = self.mixed_precision_dtype
@@ -207,70 +261,53 @@ class FasaHFLM(HFLM):
                 f"an input of {length} tokens exceeds the model's maximum of {self.max_length} tokens less the answer: "
                 "shorten the task's documents, or pass on_truncation=count to cut it on the left"
             )
-        self.truncated += 1
+        self.account.current.truncated += 1
+
+    def _main_first(self, make: Callable[[], T]) -> T:
+        """Let the first process of each machine work, and the others find what it left."""
+        if self.world_size == 1:
+            return make()
+        with self.accelerator.local_main_process_first():
+            return make()
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """lm-eval's, which every process calls behind its last request; the counts travel along."""
+        gathered = super().gather_object((obj, self.account.export()), dst)
+        if gathered is None:
+            return None
+        self.account.gathered(counts for _, counts in gathered)
+        return [theirs for theirs, _ in gathered]
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """Refuse a ``--use_cache`` file with answers of another model or budget: its keys are the prompts alone."""
-        answers = cache_hook.dbdict
-        if answers is not None:
-            mine = json.dumps({"pretrained": str(self.pretrained), **self._parameters()}, sort_keys=True)
-            if len(answers) and answers.get("fasa_hf") != mine:
-                raise ValueError(
-                    f"the answers in {answers.filename} are another model's, or this one's with other parameters: "
-                    "give --use_cache a path of its own for each"
-                )
-            answers["fasa_hf"] = mine
+        """Refuse a ``--use_cache`` file with answers of another model or budget."""
+        if cache_hook.dbdict is not None:
+            claim(cache_hook.dbdict, {"pretrained": str(self.pretrained), **self._parameters()})
         super().set_cache_hook(cache_hook)
 
     def get_model_info(self) -> dict[str, Any]:
         """lm-eval's facts about the model, and under ``fasa`` everything that decides a sparse score."""
-        if self.truncated:
-            _log.warning("fasa_hf: %d inputs were too long and lost tokens on the left", self.truncated)
+        scoring = bytes_read(self.method, self.model.config.get_text_config(), self.fasa_config)
         return super().get_model_info() | {
             "fasa": {
                 **self._parameters(),
-                "requests": {kind: _described(counts) for kind, counts in self._counts.items()},
-                "truncated_inputs": self.truncated,
-                "counted_processes": f"1 of {self.world_size}",
+                "calibration": self.calibration,
+                "tasks": {task: run.as_dict(*scoring) for task, run in self.account.by("task").items()},
+                "requests": {kind: run.as_dict(*scoring) for kind, run in self.account.by("kind").items()},
+                "truncated_inputs": sum(run.truncated for run in self.account.by("kind").values()),
+                "warnings": self.account.warnings(),
+                "shared_prefills": self.passes.shared_prefills,
+                "processes": self.world_size,
                 "versions": {name: version(name) for name in ("fasa-flex", "lm-eval", "torch", "transformers")},
             }
         }
 
     def _parameters(self) -> dict[str, Any]:
+        profile = self.profile
         return {
             "method": self.method,
             **self.fasa_config.to_dict(),
-            "profile": self.profile.fingerprint if self.profile else None,
+            "n_tip": self.fasa_config.chunks_of(profile.layout.head_dim) if profile else self.fasa_config.n_tip,
+            "profile": profile.fingerprint if profile else None,
             "sparse_tail": self.sparse_tail,
             "dense_prefix": self.dense_prefix,
         }
-
-    @contextmanager
-    def _counted(self, kind: str) -> Iterator[None]:
-        """Book the queries of a run under its kind of request, and say so if none of them was sparse."""
-        before = self._totals()
-        yield
-        run = self._totals()
-        run.subtract(before)
-        self._counts.setdefault(kind, Counter()).update(run)
-        if not run["sparse"]:
-            _log.warning(
-                "fasa_hf: NO SPARSE QUERY in %s requests, this result is dense attention: the budget may cover every "
-                "context, continuations of one token may come from the prompt's last query alone (pass sparse_tail=1), "
-                "dense_layers may name every layer, or --use_cache may have answered",
-                kind,
-            )
-
-    def _totals(self) -> Counter[str]:
-        totals: Counter[str] = Counter()
-        for layer in self.fasa.stats.per_layer:
-            totals["dense"] += layer.dense_queries
-            totals["sparse"] += layer.sparse_queries
-            totals["selected"] += round(layer.mean_selected * layer.sparse_queries)
-            totals["valid"] += round(layer.mean_valid * layer.sparse_queries)
-        return totals
-
-
-def _described(counts: Counter[str]) -> dict[str, Any]:
-    share = counts["selected"] / counts["valid"] if counts["valid"] else None
-    return {"dense_queries": counts["dense"], "sparse_queries": counts["sparse"], "kv_share": share}

@@ -78,6 +78,19 @@ class Window:
         """Slot of the query that predicts the first target."""
         return len(self.ids) - len(self.targets)
 
+    @property
+    def unscored(self) -> int:
+        """Slots at the start whose queries are dense and predict no target, but for the last of them.
+
+        That one stays with the rest, which is then never a single dense token: a forward of one token is a decode step.
+        """
+        return max(0, min(self.first, self.sparse_from) - 1)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every target is predicted by a dense query, whatever the budget."""
+        return self.sparse_from >= len(self.ids)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -132,6 +145,6 @@ def score(logits: Tensor, targets: list[int], dtype: torch.dtype | None = None) 
     total, greedy = 0.0, True
     for part, target in zip(logits.split(_ROWS), wanted.split(_ROWS), strict=True):
         chosen = F.log_softmax(part, dim=-1, dtype=dtype).gather(1, target)
-        total += float(chosen.sum())
+        total += float(chosen.double().sum())
         greedy = greedy and bool((part.argmax(dim=-1, keepdim=True) == target).all())
     return total, greedy

@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import entry_points
+import sysconfig
+from importlib.metadata import entry_points, files
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"model": folder, "profile": profile}
 
 
+@pytest.mark.slow
 def test_the_literal_command(model: dict[str, Path], tmp_path: Path) -> None:
     arms = {
         "fasa_hf": (f"pretrained={model['model']},profile={model['profile']},n_fac=24,n_tip=2", [LM_EVAL]),
@@ -180,6 +182,30 @@ def test_the_entry_point_names_the_module_that_defines_the_class() -> None:
     (found,) = entry_points(group="lm_eval.models", name="fasa_hf")
     loaded = found.load()
     assert f"{loaded.__module__}:{loaded.__name__}" == found.value
+
+
+@pytest.mark.parametrize("first", ["hook", "lm-eval"])
+def test_the_next_lm_eval_and_the_hook_do_not_meet(first: str) -> None:
+    """It registers entry points by their value, once and lazily, and leaves names that are taken alone."""
+    code = (
+        "from importlib.metadata import entry_points; from lm_eval.api import registry; import lm_eval.models\n"
+        "(found,) = entry_points(group='lm_eval.models', name='fasa_hf')\n"
+        "names = registry.model_registry\n"
+        "if 'fasa_hf' not in names: names.register(found.name, target=found.value)\n"
+        "cls = registry.get_model('fasa_hf')\n"
+        "print(cls is found.load(), cls.__name__, list(names.keys()).count('fasa_hf'))"
+    )
+    environment = {"FASA_FLEX_NO_STARTUP": "1"} if first == "lm-eval" else {}
+    assert python(code, **environment) == "True FasaHFLM 1"
+
+
+def test_uninstalling_removes_everything_that_was_installed() -> None:
+    """pip removes what the record lists; beside the package these are the hook, its line, and the command."""
+    recorded = {Path(str(path)).name for path in files("fasa-flex") or ()}
+    assert {"_fasa_flex_startup.py", "fasa_flex_startup.pth", "fasa-flex"} <= recorded
+    site = Path(sysconfig.get_path("purelib"))
+    ours = {path.name for path in site.iterdir() if path.suffix in (".pth", ".py") and "fasa" in path.name}
+    assert ours <= recorded
 
 
 def test_the_tasks_path_is_printed() -> None:

@@ -94,4 +94,8 @@ def test_bad_metadata_is_one_sentence(given: dict[str, object], change: dict[str
 
 
 def test_tasks_are_packaged() -> None:
-    assert {path.stem for path in TASKS_PATH.glob("*.yaml")} == {"fasa_needle", "fasa_recall", "fasa_ppl"}
+    assert {path.stem for path in TASKS_PATH.glob("*.yaml")} == {
+        *("fasa_needle", "fasa_needle_single", "fasa_needle_multikey", "fasa_needle_multivalue"),
+        *("fasa_needle_multiquery", "fasa_recall", "fasa_recall_long", "fasa_variables", "fasa_copy", "fasa_count"),
+        *("fasa_ppl", "fasa_ppl_position"),
+    }

@@ -149,7 +149,7 @@ def test_a_dense_result_says_so(
 ) -> None:
     one_token = requests("loglikelihood", (heldout_text()[:300], "("))
     loaded.loglikelihood(one_token, disable_tqdm=True)
-    assert "NO SPARSE QUERY in loglikelihood requests, this result is dense attention" in caplog.text
+    assert "NO SPARSE QUERY in loglikelihood requests of unnamed, this result is dense attention" in caplog.text
     caplog.clear()
     sparse(sparse_tail=1).loglikelihood(one_token, disable_tqdm=True)
     assert "NO SPARSE QUERY" not in caplog.text
@@ -162,7 +162,10 @@ def test_lost_tokens_are_counted_or_refused(sparse: Load, requests: Requests) ->
     lm.loglikelihood(asked[0], disable_tqdm=True)
     assert lm.get_model_info()["fasa"]["truncated_inputs"] == 1
     lm.generate_until(asked[1], disable_tqdm=True)
-    assert lm.get_model_info()["fasa"]["truncated_inputs"] == 2
+    account = lm.get_model_info()["fasa"]
+    assert account["truncated_inputs"] == 2
+    assert account["requests"]["generate_until"]["truncated"] == 1
+    assert "2 inputs of unnamed were too long and lost tokens on the left" in account["warnings"]
     strict = sparse(on_truncation="error")
     for run, batch in zip((strict.loglikelihood, strict.generate_until), asked, strict=True):
         with pytest.raises(ValueError, match=r"exceeds the model's maximum of 768 tokens"):
@@ -193,9 +196,21 @@ def test_an_answer_file_belongs_to_one_budget(sparse: Load, requests: Requests, 
         CachingLM(sparse(n_fac=17), path)
 
 
+def test_hf_never_reads_sparse_answers_nor_the_other_way_round(
+    sparse: Load, dense: Callable[..., HFLM], requests: Requests, tmp_path: Path
+) -> None:
+    path, asked = str(tmp_path / "answers.db"), requests("loglikelihood", (heldout_text()[:300], " return x"))
+    ours = CachingLM(sparse(), path).loglikelihood(asked)
+    theirs = CachingLM(dense(), path).loglikelihood(asked)
+    assert theirs == dense().loglikelihood(asked) != ours
+    with pytest.raises(ValueError, match="give --use_cache a path of its own"):
+        CachingLM(sparse(), path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        ({"tp_plan": "auto"}, "tp_plan='auto' shards the heads over processes"),
         ({"batch_size": "auto"}, "batch_size=auto probes memory with dense attention only"),
         ({"nfac": 16}, "knows no argument 'nfac': did you mean 'n_fac'"),
         ({"method": "snapkv"}, "method='snapkv' is not one of fasa, streaming_llm"),

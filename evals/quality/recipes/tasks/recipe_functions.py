@@ -1,0 +1,54 @@
+"""What the task files beside this one name: answers in boxes, and WikiText in windows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+from lm_eval.tasks.aime import utils as aime
+from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
+from transformers import AutoTokenizer
+
+
+def boxed_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    r"""Whether the last \boxed{...} is the answer; without a box there is none."""
+    target = next(value for name, value in doc.items() if name.lower() == "answer")
+    boxed = aime.last_boxed_only_string(results[0])
+    try:
+        answer = None if boxed is None else aime.remove_boxed(boxed)
+    except AssertionError:  # lm-eval's way of saying that it is no box, such as \fbox
+        answer = None
+    return {"exact_match": float(answer is not None and aime.is_equiv(answer, str(target)))}
+
+
+def wikitext_windows(**metadata: Any) -> dict[str, datasets.Dataset]:
+    """Windows of `prefill` tokens of context and `decode` tokens to score, counted by the model's tokenizer."""
+    name = metadata.get("tokenizer") or metadata.get("pretrained")
+    if not isinstance(name, str):
+        raise ValueError(
+            f"WikiText's windows are cut by tokens, and tokenizer={name!r} names none: pass it in --metadata"
+        )
+    prefill, decode = int(metadata.get("prefill", 8000)), int(metadata.get("decode", 256))
+    pages = datasets.load_dataset("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", split="test")
+    text = "\n\n".join(wikitext_detokenizer(page) for page in pages)
+    return {"test": datasets.Dataset.from_list(windows(text, AutoTokenizer.from_pretrained(name), prefill, decode))}
+
+
+def windows(text: str, tokenizer: Any, prefill: int, decode: int) -> list[dict[str, Any]]:
+    """Cut where tokens begin that stand for whole characters, so that texts encode again to what they were cut from."""
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    starts = [start for start, _ in encoded["offset_mapping"]] + [len(text)]
+    cut = []
+    for first in range(0, len(starts) - 1 - prefill - decode + 1, prefill + decode):
+        begin, boundary, end = (starts[first + step] for step in (0, prefill, prefill + decode))
+        # lm-eval moves space at a context's end into the continuation, so it is there from the start
+        context = text[begin:boundary].rstrip()
+        target = text[begin + len(context) : end]
+        cut.append({"prompt": context, "target": target, "tokens": decode})
+    return cut
+
+
+def window_results(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, Any]:
+    """Perplexity over all decoded tokens, and nats a token."""
+    ((loglikelihood, _),) = results
+    return {"token_perplexity": (loglikelihood, doc["tokens"]), "nll": -loglikelihood / doc["tokens"]}

@@ -1,0 +1,163 @@
+"""What each task really ran on: dense and sparse queries, keys read, documents cut, summed over processes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fasa_flex.stats import FasaStats
+
+_log = logging.getLogger(__name__)
+
+DENSE = "this result is dense attention"
+
+
+@dataclass
+class Run:
+    """The requests of one kind that one task made.
+
+    Attributes:
+        task: Its name.
+        kind: ``loglikelihood``, ``loglikelihood_rolling`` or ``generate_until``.
+        requests: How many were answered here; those that ``--use_cache`` answered are not among them.
+        dense_answers: Log-likelihood requests all of whose tokens are predicted by dense queries.
+        truncated: Inputs that lost tokens on the left.
+        unfinished: Generations that ran into ``max_gen_toks``.
+        stats: Every number of `FasaStats.as_dict`: integers add up, others are means weighted by sparse queries.
+        selected: Keys that sparse queries attended to.
+        valid: Keys that sparse queries chose from.
+    """
+
+    task: str
+    kind: str
+    requests: int = 0
+    dense_answers: int = 0
+    truncated: int = 0
+    unfinished: int = 0
+    stats: dict[str, Any] = field(default_factory=dict)
+    selected: float = 0.0
+    valid: float = 0.0
+
+    def read(self, stats: FasaStats) -> None:
+        """Take over what the model counted."""
+        self.stats = stats.as_dict()
+        for layer in stats.per_layer:
+            self.selected += layer.mean_selected * layer.sparse_queries
+            self.valid += layer.mean_valid * layer.sparse_queries
+
+    def __add__(self, other: Run) -> Run:
+        """Both, under this one's name."""
+        mine, theirs = self.stats.get("sparse_queries", 0), other.stats.get("sparse_queries", 0)
+        merged: dict[str, Any] = {}
+        for name in self.stats | other.stats:
+            a, b = (stats.get(name) for stats in (self.stats, other.stats))
+            if a is None or b is None or not _is_number(a) or not _is_number(b):
+                merged[name] = b if a is None else a
+            elif isinstance(a, float) or isinstance(b, float):
+                merged[name] = (a * mine + b * theirs) / (mine + theirs) if mine + theirs else a
+            else:
+                merged[name] = a + b
+        return Run(
+            self.task,
+            self.kind,
+            self.requests + other.requests,
+            self.dense_answers + other.dense_answers,
+            self.truncated + other.truncated,
+            self.unfinished + other.unfinished,
+            merged,
+            self.selected + other.selected,
+            self.valid + other.valid,
+        )
+
+    @property
+    def sparse_queries(self) -> int:
+        """Queries that attended to a selection, over all layers."""
+        count: int = self.stats.get("sparse_queries", 0)
+        return count
+
+    def as_dict(self, scoring: float, rows: float) -> dict[str, Any]:
+        """JSON-ready; ``kv_share`` is what sparse queries attend to, ``kv_bytes_share`` what they read in all.
+
+        Args:
+            scoring: Share of its keys' and values' bytes that a query reads to rank them.
+            rows: Bytes read for a selected token, as a share of its key and value.
+        """
+        share = self.selected / self.valid if self.valid else None
+        read = None if share is None else min(1.0, scoring + rows * share)
+        counts = {name: getattr(self, name) for name in ("requests", "dense_answers", "truncated", "unfinished")}
+        return {"kind": self.kind, **counts, **self.stats, "kv_share": share, "kv_bytes_share": read}
+
+    def warnings(self) -> list[str]:
+        """What a reader of the score has to know, in sentences."""
+        said = []
+        if not self.sparse_queries:
+            said.append(
+                f"NO SPARSE QUERY in {self.kind} requests of {self.task}, {DENSE}: the budget may cover every context, "
+                "continuations of one token may come from the prompt's last query alone (pass sparse_tail=1), or "
+                "dense_layers may name every layer"
+            )
+        elif self.dense_answers:
+            said.append(
+                f"{self.dense_answers} of {self.requests} {self.kind} requests of {self.task} were answered by dense "
+                "queries alone, since their continuation is one token: pass sparse_tail=1 to decode it sparsely"
+            )
+        if self.truncated:
+            said.append(f"{self.truncated} inputs of {self.task} were too long and lost tokens on the left")
+        if self.unfinished:
+            said.append(
+                f"{self.unfinished} of {self.requests} answers of {self.task} were cut at max_gen_toks: if they were "
+                "meant to end by themselves, raise it with --gen_kwargs max_gen_toks=..."
+            )
+        return said
+
+
+class Account:
+    """All runs of one model.
+
+    Args:
+        stats: The model's counters; the account resets them for each run.
+    """
+
+    def __init__(self, stats: FasaStats) -> None:
+        self._stats = stats
+        self._runs: list[Run] = []
+        self._everywhere: list[Run] = []
+        self.current = Run("", "")
+
+    @contextmanager
+    def of(self, task: str, kind: str, requests: int) -> Iterator[Run]:
+        """Count what happens inside under ``task``; warn where it ends."""
+        self.current = run = Run(task, kind, requests)
+        self._stats.reset()
+        yield run
+        run.read(self._stats)
+        self._runs.append(run)
+        for warning in run.warnings():
+            _log.warning("fasa_hf: %s", warning)
+
+    def export(self) -> list[dict[str, Any]]:
+        """Everything counted here, to be sent to another process."""
+        return [asdict(run) for run in self._runs]
+
+    def gathered(self, exports: Iterable[list[dict[str, Any]]]) -> None:
+        """Answer from now on with what all processes counted; this process goes on counting its own."""
+        self._everywhere = [Run(**fields) for export in exports for fields in export]
+
+    def by(self, name: str) -> dict[str, Run]:
+        """Runs added up by their ``task`` or their ``kind``."""
+        totals: dict[str, Run] = {}
+        for run in self._everywhere or self._runs:
+            key = getattr(run, name)
+            totals[key] = totals[key] + run if key in totals else run
+        return totals
+
+    def warnings(self) -> list[str]:
+        """Of every task, over all processes."""
+        return [warning for run in self.by("task").values() for warning in run.warnings()]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,246 @@
+"""Requests become forward passes: many short ones side by side, a long one in parts, choices on one prefill.
+
+However a request is run, its context's queries are dense and its continuation's queries select for themselves, as
+`fasa_flex.lm_eval.windows` lays them out; only time and memory differ.
+
+* **side by side**: one forward over right-padded rows, the ordinary case.
+* **in parts**: a long request goes through the cache, so that neither the activations of all its tokens nor the
+  [L, V] log-probabilities ever exist at one time; the peak is the KV cache and a part's share of it.
+* **on one prefill**: requests that share a long context, such as the choices of one question, prefill it once and
+  crop the cache back between them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from fasa_flex.lm_eval.windows import Batch, Window, score
+from fasa_flex.transformers import Fasa
+
+Answer = tuple[float, bool]
+
+_SHARED = 256  # tokens of context from which one prefill for several continuations is worth leaving the batch
+_MASK = 1 << 28  # elements of the [B, L, L] mask that padding brings about
+_LOGITS = 1 << 25  # elements of the logits that exist at one time
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one forward may hold, so that nothing outgrows the KV cache.
+
+    Attributes:
+        whole: Longest request, in tokens, that runs in one forward.
+        part: Tokens of a forward over a part of the context.
+        rows: Tokens of a forward whose queries are scored or sparse.
+    """
+
+    whole: int
+    part: int
+    rows: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, whole: int = 4096) -> Limits:
+        """Read the sizes off the model.
+
+        A part of p tokens costs its masks and scores, p * T * 4 bytes for each of a few copies (and each query head
+        where scores are made), against T * (bytes of a token in the cache) for the cache itself.
+        """
+        config = model.config.get_text_config()
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        token = 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
+        logits = max(4, _LOGITS // config.vocab_size)
+        return cls(
+            whole=whole,
+            part=min(4096, max(128, token // 32)),
+            rows=min(512, logits, max(16, token // (64 * heads))),
+        )
+
+
+class Passes:
+    """Scores windows with a model under FASA.
+
+    Args:
+        model: The model.
+        fasa: Its handle, for the boundary.
+        pad: A token id to pad with.
+        softmax_dtype: As lm-eval's ``softmax_dtype``.
+        limits: What one forward may hold; `Limits.of` the model if None.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        fasa: Fasa,
+        pad: int,
+        softmax_dtype: torch.dtype | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self.model, self.fasa, self.pad, self.softmax_dtype = model, fasa, pad, softmax_dtype
+        self.limits = Limits.of(model) if limits is None else limits
+        self.shared_prefills = 0
+        layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
+        window = getattr(model.config.get_text_config(), "sliding_window", None)
+        self._crops = not window and all(kind == "full_attention" for kind in layers)
+
+    @torch.no_grad()
+    def score(
+        self, windows: Sequence[Window], batch_size: int, autocast: AbstractContextManager[Any]
+    ) -> Iterator[tuple[list[int], list[Answer]]]:
+        """Answers as they come: the numbers of some windows, and their answers.
+
+        Args:
+            windows: In any order.
+            batch_size: Rows of one forward.
+            autocast: Context of every forward; entered more than once.
+        """
+        beside: list[int] = []
+        for group in self._groups(windows):
+            if len(group) == 1 and not self._is_long(windows[group[0]]):
+                beside += group
+                continue
+            self.shared_prefills += len(group) > 1
+            with autocast:
+                yield group, self._in_parts([windows[number] for number in group])
+        for batch in self._batches(beside, windows, batch_size):
+            with autocast:
+                yield batch, self._side_by_side([windows[number] for number in batch])
+
+    def _is_long(self, window: Window) -> bool:
+        length, scored = len(window.ids), len(window.targets)
+        return length > self.limits.whole or scored * self.model.config.get_text_config().vocab_size > 4 * _LOGITS
+
+    def _groups(self, windows: Sequence[Window]) -> list[list[int]]:
+        """Numbers of the windows that share their dense context; longest first, so that memory fails early."""
+        groups: dict[Any, list[int]] = {}
+        for number, window in enumerate(windows):
+            shared = window.unscored
+            alone = not self._crops or shared < _SHARED
+            key = number if alone else (shared, hashlib.sha1(array("q", window.ids[:shared]).tobytes()).digest())
+            groups.setdefault(key, []).append(number)
+        return sorted(groups.values(), key=lambda group: -max(len(windows[number].ids) for number in group))
+
+    def _batches(self, numbers: list[int], windows: Sequence[Window], batch_size: int) -> Iterator[list[int]]:
+        """Cut ``numbers``, longest window first, into batches whose padding mask stays within bounds."""
+        ordered = sorted(numbers, key=lambda number: (-len(windows[number].ids), windows[number].ids))
+        at = 0
+        while at < len(ordered):
+            longest = len(windows[ordered[at]].ids)
+            rows = min(batch_size, max(1, _MASK // longest**2))
+            yield ordered[at : at + rows]
+            at += rows
+
+    def _side_by_side(self, windows: Sequence[Window]) -> list[Answer]:
+        batch = Batch.of(windows, pad=self.pad, device=self.model.device)
+        with self.fasa.sparse_from(batch.start, batch.stop):
+            logits: Tensor = self.model(
+                input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, logits_to_keep=batch.keep
+            ).logits
+        rows = batch.rows(logits, windows)
+        return [score(row, window.targets, self.softmax_dtype) for row, window in zip(rows, windows, strict=True)]
+
+    def _in_parts(self, windows: Sequence[Window]) -> list[Answer]:
+        """Windows whose first ``unscored`` tokens are the same: one prefill of these, then each on its own."""
+        shared = windows[0].unscored
+        cache = reserved_cache(self.model, max(len(window.ids) for window in windows))
+        for start, stop in parts(0, shared, self.limits.part):
+            self._forward(windows[0], start, stop, cache, keep=1)
+        answers = []
+        for number, window in enumerate(windows):
+            answers.append(self._rest(window, shared, cache))
+            if number + 1 < len(windows):
+                cache.crop(shared - len(window.ids))
+        return answers
+
+    def _rest(self, window: Window, shared: int, cache: DynamicCache) -> Answer:
+        total, greedy = 0.0, True
+        for start, stop in parts(shared, len(window.ids), self.limits.rows):
+            scored = stop - max(start, window.first)
+            logits = self._forward(window, start, stop, cache, keep=max(1, scored))
+            if scored > 0:
+                targets = window.targets[stop - scored - window.first : stop - window.first]
+                part, is_greedy = score(logits[0, -scored:], targets, self.softmax_dtype)
+                total, greedy = total + part, greedy and is_greedy
+        return total, greedy
+
+    def _forward(self, window: Window, start: int, stop: int, cache: DynamicCache, keep: int) -> Tensor:
+        boundary = torch.tensor([window.sparse_from], device=self.model.device)
+        ids = torch.tensor([window.ids[start:stop]], device=self.model.device)
+        with self.fasa.sparse_from(boundary), _grouped_heads(ids.device):
+            logits: Tensor = self.model(
+                input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep
+            ).logits
+        return logits
+
+
+class ReservedLayer(DynamicLayer):
+    """A cache layer whose whole length is allocated at once, so that growing neither copies nor fragments memory.
+
+    Args:
+        length: Tokens it will hold at most.
+    """
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self._length = length
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Put the new tokens behind the others; returns views of the buffers."""
+        if self._buffers is None:
+            self.lazy_initialization(key_states, value_states)
+            keys, values = (x.new_empty(*x.shape[:2], self._length, x.shape[3]) for x in (key_states, value_states))
+            self._buffers = keys, values
+        start = self.get_seq_length()
+        stop = start + key_states.shape[2]
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:stop] = new
+        self.keys, self.values = (buffer[:, :, :stop] for buffer in self._buffers)
+        return self.keys, self.values
+
+
+def reserved_cache(model: PreTrainedModel, length: int) -> DynamicCache:
+    """The model's own kind of cache, with room for ``length`` tokens in every layer that keeps them all."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [ReservedLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+@contextmanager
+def _grouped_heads(device: torch.device) -> Iterator[None]:
+    """On CPU, keep transformers from repeating keys and values to every query head, at twice the time and memory.
+
+    It does so for a kernel of CUDA's that takes no groups beside a mask, and offers this variable to those without it.
+    """
+    name = "TRANSFORMERS_SDPA_FORCE_GQA"
+    if device.type != "cpu" or name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def parts(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    """Cut slots [start, stop) into even parts of at most ``size`` of them, none of one slot unless it is the only one.
+
+    A forward of a single token is a decode step, sparse wherever the boundary lies; a dense one must not be alone.
+    """
+    length = stop - start
+    count = -(-length // max(size, 3))
+    for number in range(count):
+        yield start + length * number // count, start + length * (number + 1) // count

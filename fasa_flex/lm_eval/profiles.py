@@ -1,0 +1,158 @@
+"""``profile=auto``: calibrate the model once before the tasks, and find its profile again the next time.
+
+The profile is kept by what decides it: a hash of the model's weights, and the source that was calibrated on. Global
+random state is the same before and after, since a task that draws from it (RULER's do) would otherwise ask other
+questions than it asks a model without calibration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fasa_flex import FasaProfile, calibrate
+from fasa_flex.lm_eval.haystack import document
+from fasa_flex.profile import config_hash
+
+FACTS = "facts"
+_VALUES = 64  # of each parameter, for the hash
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to calibrate on.
+
+    Attributes:
+        name: ``facts``: documents with facts in the packaged text, which end on a question, as the packaged tasks ask
+            them (other facts, the same kind of text); or the path of a text file, whose beginning is taken.
+        length: Tokens of a sample.
+        samples: How many.
+        steps: Decode steps that each sample contributes: those that answer.
+        top_k: K of contextual agreement.
+        sha256: Of the samples' text.
+    """
+
+    name: str
+    length: int
+    samples: int
+    steps: int
+    top_k: int
+    sha256: str
+
+
+def default_cache() -> Path:
+    """Where calibrated profiles are kept: ``$XDG_CACHE_HOME/fasa_flex/profiles``, by default below ``~/.cache``."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "fasa_flex" / "profiles"
+
+
+def auto_profile(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    max_length: int,
+    cache: Path,
+) -> tuple[FasaProfile, dict[str, Any]]:
+    """The model's profile, calibrated on ``source`` or found in ``cache``, and a record of where it comes from.
+
+    Args:
+        model: Under dense attention.
+        tokenizer: The model's.
+        source: See `Source`.
+        max_length: The model's maximum, which samples stay below.
+        cache: Folder of profiles.
+
+    Raises:
+        ValueError: A source that is neither ``facts`` nor a text file, or is too short.
+    """
+    with preserved_rng():
+        texts, described = samples_of(source, lambda text: len(tokenizer(text).input_ids), max_length)
+        key = hashlib.sha256(repr((model_hash(model), described)).encode()).hexdigest()[:32]
+        folder = cache / key
+        if folder.is_dir():
+            profile = FasaProfile.from_pretrained(folder)
+            profile.check_fits(model)
+            return profile, {**asdict(described), "cached": True}
+        encoded = [torch.tensor(tokenizer(text).input_ids)[: described.length] for text in texts]
+        profile = calibrate(
+            model, encoded, top_k=described.top_k, max_new_tokens=described.steps, tokenizer=tokenizer, progress=False
+        )
+        _keep(profile, folder)
+        return profile, {**asdict(described), "cached": False}
+
+
+def samples_of(source: str, count_tokens: Callable[[str], int], max_length: int) -> tuple[list[str], Source]:
+    """The texts to calibrate on."""
+    if source == FACTS:
+        steps = 8
+        length = min(2048, max_length - steps)
+        texts = [
+            document(random.Random(f"calibration/{number}"), length=length, count_tokens=count_tokens, n_facts=8).prompt
+            for number in range(4)
+        ]
+        length = max(count_tokens(text) for text in texts)
+        least = min(count_tokens(text) for text in texts)
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise ValueError(
+                f"calibration_source={source!r} is neither {FACTS!r} nor a text file: pass the path of a long text"
+            )
+        steps = 64
+        texts = [path.read_text(encoding="utf-8")]
+        length = least = min(count_tokens(texts[0]), 8192, max_length - steps)
+        if least < 64:
+            raise ValueError(
+                f"calibration_source={source!r} gives {least} tokens, calibration needs at least 64: pass a longer text"
+            )
+    sha256 = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    return texts, Source(source, length, len(texts), steps, min(256, least // 4), sha256)
+
+
+def model_hash(model: PreTrainedModel) -> str:
+    """SHA-256 over the rotary configuration and every parameter's name, shape, type and 64 of its values."""
+    digest = hashlib.sha256(config_hash(model).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        at = torch.linspace(0, max(0, len(flat) - 1), min(_VALUES, len(flat)), dtype=torch.float64).long()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode())
+        digest.update(flat[at.to(flat.device)].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Give Python's, NumPy's and torch's global generators back the state they had."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _keep(profile: FasaProfile, folder: Path) -> None:
+    """Save in one step, so that no other process finds half a profile."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".calibrating-") as unfinished:
+        whole = Path(unfinished) / "profile"
+        profile.save_pretrained(whole)
+        try:
+            whole.rename(folder)
+        except OSError:  # another process was faster
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(whole)

@@ -1,0 +1,111 @@
+"""Every task has an account of its own, and processes add up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from lm_eval.api.instance import Instance
+
+from fasa_flex import FasaConfig
+from fasa_flex.lm_eval.account import Account, Run
+from fasa_flex.lm_eval.arguments import bytes_read
+from fasa_flex.lm_eval.haystack import heldout_text
+from fasa_flex.lm_eval.model import FasaHFLM
+
+LAYERS, SPARSE_LAYERS = 3, 2
+Load = Callable[..., FasaHFLM]
+
+
+def asked(task: str, kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
+    return [Instance(kind, doc={}, arguments=args, idx=i, metadata=(task, i, 1)) for i, args in enumerate(arguments)]
+
+
+def test_tasks_of_one_kind_are_counted_apart(sparse: Load, caplog: pytest.LogCaptureFixture) -> None:
+    text = heldout_text()
+    letters = asked("letters", "loglikelihood", (text[:300], "("), (text[:300], ")"))
+    answers = asked("answers", "loglikelihood", (text[:200], " return x"), (text[:300], "["))
+    lm = sparse(batch_size=2)
+    together = lm.loglikelihood([letters[0], answers[0], letters[1], answers[1]], disable_tqdm=True)
+    warned = caplog.text
+    alone = sparse()
+    apart = [
+        alone.loglikelihood([own], disable_tqdm=True)[0] for own in (letters[0], answers[0], letters[1], answers[1])
+    ]
+    assert [total for total, _ in together] == pytest.approx([total for total, _ in apart], abs=1e-4)
+    account = lm.get_model_info()["fasa"]
+    tasks = account["tasks"]
+    assert set(tasks) == {"letters", "answers"}
+    assert tasks["letters"]["sparse_queries"] == 0 < tasks["answers"]["sparse_queries"]
+    assert tasks["letters"]["dense_answers"] == 2
+    assert tasks["answers"]["dense_answers"] == 1
+    assert account["requests"]["loglikelihood"]["requests"] == 4
+    assert "NO SPARSE QUERY in loglikelihood requests of letters" in warned
+    assert "NO SPARSE QUERY in loglikelihood requests of answers" not in warned
+    assert "1 of 2 loglikelihood requests of answers were answered by dense queries alone" in warned
+    assert [warning.split(":")[0][:15] for warning in account["warnings"]] == ["NO SPARSE QUERY", "1 of 2 loglikel"]
+    json.dumps(account)
+
+
+def test_answers_cut_at_their_maximum_are_counted(sparse: Load) -> None:
+    text = heldout_text()
+    lm = sparse()
+    lm.generate_until(asked("cut", "generate_until", (text[:200], {"until": ["\0"], "max_gen_toks": 4})))
+    lm.generate_until(asked("as long as asked", "generate_until", (text[:200], {"until": [], "max_gen_toks": 4})))
+    tasks = lm.get_model_info()["fasa"]["tasks"]
+    assert tasks["cut"]["unfinished"] == 1
+    assert tasks["as long as asked"]["unfinished"] == 0
+
+
+def test_runs_add_up_and_shares_are_weighted() -> None:
+    one = Run("t", "k", 1, 0, 1, 0, {"sparse_queries": 10, "kv_share": 0.5, "note": "a"}, selected=5.0, valid=10.0)
+    other = Run("t", "k", 2, 1, 0, 3, {"sparse_queries": 30, "kv_share": 0.1, "new_bytes": 7}, selected=3.0, valid=30.0)
+    both = one + other
+    assert (both.requests, both.dense_answers, both.truncated, both.unfinished) == (3, 1, 1, 3)
+    assert both.stats["sparse_queries"] == 40
+    assert both.stats["kv_share"] == pytest.approx(0.2)
+    assert (both.stats["note"], both.stats["new_bytes"]) == ("a", 7)
+    described = both.as_dict(scoring=0.125, rows=1.0)
+    assert described["kv_share"] == pytest.approx(8 / 40)  # of keys, not of queries
+    assert described["kv_bytes_share"] == pytest.approx(0.125 + 8 / 40)
+
+
+def test_gathering_twice_counts_once(sparse: Load) -> None:
+    """lm-eval gathers samples and metrics, each with a call of its own."""
+    lm = sparse()
+    lm.loglikelihood(asked("t", "loglikelihood", (heldout_text()[:200], " return x")), disable_tqdm=True)
+    counts = lm.account.export()
+    other = Account(lm.fasa.stats)
+    for _ in range(2):
+        other.gathered([counts, counts])
+    assert other.by("task")["t"].sparse_queries == 2 * lm.account.by("task")["t"].sparse_queries > 0
+    assert lm.gather_object("samples") == ["samples"]
+    assert lm.account.by("task")["t"].requests == 1
+
+
+def test_copies_that_even_out_processes_do_not_run(sparse: Load) -> None:
+    text = heldout_text()
+    requests = asked("t", "loglikelihood", (text[:200], " return x"), (text[:300], " return y"))
+    alone, one_of_two = sparse(), sparse()
+    one_of_two._world_size = 2
+    answers = one_of_two.loglikelihood([*requests, requests[1], requests[1]], disable_tqdm=True)
+    assert answers[:2] == alone.loglikelihood(requests, disable_tqdm=True)
+    assert answers[2:] == [answers[1]] * 2
+    assert one_of_two.account.export() == alone.account.export()
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("fasa", {"n_tip": 2}, (2 / 16, 1.0)),
+        ("fasa", {"n_tip": 2, "per": "query_head"}, (4 / 16, 2.0)),
+        ("fasa", {"n_tip": 2, "group_reduce": "none"}, (2 / 16, 2.0)),
+        ("random_chunks", {"n_tip": 4}, (4 / 16, 1.0)),
+        ("streaming_llm", {}, (0.0, 1.0)),
+        ("oracle", {}, (0.5, 0.5)),
+    ],
+)
+def test_bytes_read(sparse: Load, method: str, options: dict[str, Any], expected: tuple[float, float]) -> None:
+    assert bytes_read(method, sparse().model.config, FasaConfig(**options)) == expected

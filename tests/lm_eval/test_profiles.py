@@ -1,0 +1,89 @@
+"""`profile=auto`: calibrated once, found again, and nobody's random numbers are touched."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fasa_flex.lm_eval import profiles
+from fasa_flex.lm_eval.model import FasaHFLM
+
+Load = Callable[..., FasaHFLM]
+
+
+def state() -> tuple[object, ...]:
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+def test_calibrates_once_and_finds_the_profile_again(
+    sparse: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = state()
+    first = sparse(profile="auto", profile_cache=str(tmp_path))
+    assert state() == before
+    recorded = first.get_model_info()["fasa"]["calibration"]
+    assert recorded["name"] == "facts"
+    assert recorded["cached"] is False
+    assert first.profile.provenance.queries == recorded["samples"] * recorded["steps"]
+    monkeypatch.setattr(profiles, "calibrate", lambda *_, **__: pytest.fail("calibrated again"))
+    again = sparse(profile="auto", profile_cache=str(tmp_path))
+    assert again.profile.fingerprint == first.profile.fingerprint
+    assert again.get_model_info()["fasa"]["calibration"] == {**recorded, "cached": True}
+
+
+def test_other_weights_and_other_sources_are_calibrated_anew(sparse: Load, tmp_path: Path) -> None:
+    lm = sparse()
+    lm.fasa.disable()
+    text = tmp_path / "source.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 60)
+    lengths = {"steps": 64, "samples": 1, "name": str(text)}
+    cache = tmp_path / "profiles"
+    profile, recorded = profiles.auto_profile(lm.model, lm.tokenizer, str(text), 768, cache)
+    assert lengths.items() <= recorded.items()
+    assert recorded["length"] <= 768 - 64
+    profiles.auto_profile(lm.model, lm.tokenizer, "facts", 768, cache)
+    with torch.no_grad():
+        lm.model.model.layers[1].self_attn.q_proj.weight.add_(0.01)
+    other, _ = profiles.auto_profile(lm.model, lm.tokenizer, str(text), 768, cache)
+    assert len([folder for folder in cache.iterdir() if not folder.name.startswith(".")]) == 3
+    assert other.fingerprint != profile.fingerprint
+
+
+@pytest.mark.parametrize("source", ["qasper", "missing.txt"])
+def test_an_unknown_source_is_one_sentence(sparse: Load, tmp_path: Path, source: str) -> None:
+    with pytest.raises(ValueError, match=f"calibration_source='{source}' is neither 'facts' nor a text file"):
+        sparse(profile="auto", profile_cache=str(tmp_path), calibration_source=source)
+
+
+def test_a_short_source_is_refused(sparse: Load, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("def f(x)")
+    with pytest.raises(ValueError, match="calibration needs at least 64: pass a longer text"):
+        sparse(profile="auto", profile_cache=str(tmp_path), calibration_source=str(short))
+
+
+def test_profiles_are_kept_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert profiles.default_cache() == tmp_path / "fasa_flex" / "profiles"
+
+
+def test_prompts_that_draw_from_the_global_generator_stay_the_same(sparse: Load, tmp_path: Path) -> None:
+    """RULER's frequent words, built as lm-eval builds them: behind the model's constructor, which follows the seeds."""
+    from lm_eval.tasks.ruler.fwe_utils import sys_kwext
+
+    def prompts(load: Callable[[], object]) -> list[str]:
+        random.seed(0)
+        np.random.seed(1234)
+        load()
+        return [doc["input"] for doc in sys_kwext(plain, max_seq_length=600, num_samples=3)]
+
+    plain = sparse().tokenizer
+    without = prompts(lambda: None)
+    assert len(set(without)) == 3
+    assert prompts(lambda: sparse(profile="auto", profile_cache=str(tmp_path))) == without
+    assert prompts(lambda: sparse(profile="auto", profile_cache=str(tmp_path))) == without  # found, not calibrated
