@@ -38,6 +38,28 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Measure dense attention and FASA on this machine (under 10 minutes on 2 cores); ``-- --help`` lists options."""
+    install(session, "plots")
+    session.run("python", "-m", "fasa_flex.bench", *session.posargs)
+
+
+@nox.session
+def properties_deep(session: nox.Session) -> None:
+    """Try 10^5 cases of the contracts in tests/properties (hours; what fails is kept and tried first the next time)."""
+    install(session, "dev")
+    session.run("pytest", "tests/properties", "--hypothesis-profile=deep", *session.posargs)
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Change one operator or number of the method's modules at a time, and see whether a test notices (an hour)."""
+    install(session, "dev")
+    session.install("cosmic-ray==8.7.0")
+    session.run("python", "tests/mutants/run.py", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style, formatting and types."""
     install(session, "dev", "lm-eval", "plots")

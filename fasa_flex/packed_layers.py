@@ -202,6 +202,8 @@ class StaticPackedLayer(_Packs, StaticLayer):
         length = key_states.shape[2]
         if not torch.compiler.is_compiling():
             if self._written + length > self.max_cache_len:
+                self._written = int(self.cumulative_length)  # ask the device, which has the last word, only now
+            if self._written + length > self.max_cache_len:
                 raise ValueError(
                     f"the static cache holds {self._written} of at most {self.max_cache_len} tokens and {length} more "
                     "were given; allocate a longer one (max_cache_len)."

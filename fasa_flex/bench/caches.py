@@ -1,0 +1,95 @@
+"""Caches for the step benchmark: filled without a prefill, rewound after every step, and counted in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import StaticLayer
+
+from fasa_flex.bench.shapes import Shape
+from fasa_flex.cache import FasaCache
+from fasa_flex.config import FasaConfig
+from fasa_flex.profile import FasaProfile
+
+_PIECE = 4096
+_SHARED = ("keys", "values", "dtype", "device", "batch_size", "num_heads", "k_head_dim", "v_head_dim")
+
+
+def packed_cache(
+    model: PreTrainedModel, profile: FasaProfile, config: FasaConfig, length: int, placement: str = "device"
+) -> FasaCache:
+    """A `FasaCache` of ``length`` slots, or in host memory one that grows in place, with room to spare."""
+    if placement == "host":
+        return FasaCache(model, profile, config, placement="host")
+    return FasaCache(model, profile, config, max_cache_len=length)
+
+
+@torch.no_grad()
+def fill(cache: Any, layers: int, shape: Shape, batch: int, length: int, dtype: torch.dtype, device: Any) -> None:
+    """Write ``length`` random tokens into every layer, the same ones; a growing cache gets them at once."""
+    step = _PIECE if isinstance(cache.layers[-1], StaticLayer) else length
+    generator = torch.Generator(device).manual_seed(0)
+    for start in range(0, length, step):
+        size = (batch, shape.kv_heads, min(step, length - start), shape.head_dim)
+        key, value = (torch.randn(size, generator=generator, device=device, dtype=dtype) for _ in range(2))
+        for layer in range(layers):
+            cache.update(key, value, layer)
+
+
+def share(cache: Any, source: Any, length: int) -> bool:
+    """Let ``cache`` hold the keys, values and packed keys of ``source``, which is filled; False where it cannot."""
+    pairs = list(zip(cache.layers, source.layers, strict=True))
+    for mine, theirs in pairs:
+        static = isinstance(mine, StaticLayer) and isinstance(theirs, StaticLayer)
+        if not static or not theirs.is_initialized or theirs.keys.shape[2] != length:
+            return False
+    for mine, theirs in pairs:
+        for name in (*_SHARED, "packed") if type(mine) is type(theirs) else _SHARED:
+            if hasattr(theirs, name):
+                setattr(mine, name, getattr(theirs, name))
+        mine.cumulative_length = mine.cumulative_length.to(theirs.keys.device)
+        torch._dynamo.mark_static_address(mine.cumulative_length)
+        mine.is_initialized = True
+    return True
+
+
+def rewind(cache: Any, length: int) -> None:
+    """Make every layer hold ``length`` tokens again."""
+    for layer in cache.layers:
+        held = getattr(layer, "cumulative_length", None)
+        if isinstance(held, Tensor):
+            held.fill_(length)
+        elif layer.get_seq_length() > length:
+            layer.crop(length - layer.get_seq_length())  # negative: tokens to drop
+
+
+def nbytes(cache: Any) -> dict[str, int]:
+    """Bytes of all tensors that a cache holds, by the type of their device."""
+    storages = {
+        (tensor.device.type, tensor.untyped_storage().data_ptr()): tensor.untyped_storage().nbytes()
+        for tensor in _tensors(cache, set())
+    }
+    total: dict[str, int] = {}
+    for (device, _), size in storages.items():
+        total[device] = total.get(device, 0) + size
+    return total
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item, seen)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item, seen)
+    elif hasattr(value, "__dict__") and type(value).__module__.startswith(("transformers.cache", "fasa_flex")):
+        yield from _tensors(vars(value), seen)

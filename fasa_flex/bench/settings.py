@@ -1,0 +1,98 @@
+"""What a benchmark run measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fasa_flex.bench.shapes import SHAPES, Shape
+from fasa_flex.config import Backend, FasaConfig, GroupReduce
+from fasa_flex.packing import PackedDtype
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MODES = ("eager", "compiled")
+BACKENDS: tuple[Backend, ...] = ("gather", "flex", "triton")
+"""Of FASA-C; triton is for CUDA."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run.
+
+    Attributes:
+        device: where it runs.
+        dtype: of weights, queries, keys and values.
+        shapes: names in `SHAPES`.
+        contexts: keys of a row, the one being decoded included.
+        batches: rows.
+        n_tip: dominant chunks a head scores with; None: an eighth of the head's dimensions.
+        n_fac: tokens a query attends to.
+        group_reduce: how a GQA group ranks as one.
+        packed_dtype: of the packed keys, None: the cache's.
+        modes: "eager", "compiled" or both.
+        backends: FASA's, of `BACKENDS`.
+        repeats: rounds at most.
+        seconds: time for the rounds of one row, after a few of which it ends.
+        layers: of the model in the step part; None: as many as fit.
+        dense_layers: layers that stay dense in the step part; None: layer 0 at full depth, none in a cut model, where
+            one layer would weigh too much.
+        static_lengths: compile every context for itself; otherwise torch decides (the second length makes lengths
+            dynamic).
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    shapes: tuple[str, ...]
+    contexts: tuple[int, ...]
+    batches: tuple[int, ...]
+    n_tip: int | None = None
+    n_fac: int = 256
+    group_reduce: GroupReduce = FasaConfig().group_reduce
+    packed_dtype: PackedDtype | None = None
+    modes: tuple[str, ...] = MODES
+    backends: tuple[Backend, ...] = BACKENDS
+    repeats: int = 15
+    seconds: float = 10.0
+    layers: int | None = None
+    dense_layers: tuple[int, ...] | None = None
+    static_lengths: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.shapes if name not in SHAPES]
+        if unknown:
+            raise ValueError(f"unknown shape {unknown[0]!r}; known are {', '.join(SHAPES)}.")
+        for name, values in (("contexts", self.contexts), ("batches", self.batches)):
+            if not values or min(values) < 1:
+                raise ValueError(f"{name} must be positive integers, got {values}; write --{name} 4096,16384.")
+        for name, chosen, known in (("modes", self.modes, MODES), ("backends", self.backends, BACKENDS)):
+            if not chosen or set(chosen) - set(known):
+                raise ValueError(f"{name} must be of {', '.join(known)}, got {', '.join(chosen) or 'none'}.")
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("no CUDA device is available; use --device cpu.")
+
+    @property
+    def dynamic(self) -> bool | None:
+        """What `torch.compile` is told about lengths."""
+        return False if self.static_lengths else None
+
+    def chunks_of(self, shape: Shape) -> int:
+        """``n_tip`` for a shape."""
+        return FasaConfig(n_tip=self.n_tip).chunks_of(shape.head_dim)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values: all that a row's number depends on."""
+        names = {name: value for name, value in vars(self).items() if name not in ("shapes", "contexts", "batches")}
+        return {
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in names.items()},
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def quick(settings: Settings) -> Settings:
+    """The smallest run that goes through everything: a tiny shape and two contexts."""
+    smallest = {"shapes": ("tiny",), "contexts": (64, 128), "batches": (1,), "n_fac": 16}
+    fastest = {"modes": ("eager",), "backends": ("gather",), "repeats": 3, "seconds": 0.2}
+    return replace(settings, **smallest, **fastest)  # type: ignore[arg-type]

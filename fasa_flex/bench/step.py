@@ -1,0 +1,298 @@
+"""A whole decode step of a model with random weights: dense attention and FASA on the same weights and buffers.
+
+Every rival decodes the last token of a context whose cache is a buffer of exactly that length, and sets the cache's
+counters back first. Dense rivals attend without a mask, all slots being valid; one does what transformers does by
+itself. Layers are cut where the model does not fit, and a row says so; what the whole model would take is then
+projected from the time of a layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import AttentionInterface, PreTrainedModel, StaticCache
+
+from fasa_flex.bench import caches, op
+from fasa_flex.bench.limits import amdahl, project
+from fasa_flex.bench.settings import Settings
+from fasa_flex.bench.shapes import Shape, random_profile
+from fasa_flex.bench.timing import free_memory, graphed, interleave, peak_of
+from fasa_flex.config import Backend, FasaConfig
+from fasa_flex.profile import FasaProfile
+from fasa_flex.transformers import enable
+
+_SHARE_OF_MEMORY = 0.8
+_HEAD = "(final norm and output head)"
+_COMPILATIONS = 256
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to decode.
+
+    Attributes:
+        name: in the table.
+        kind: "dense" or "sparse".
+        attention: for a dense one, the name of its attention function in transformers.
+        backend: for a sparse one.
+        placement: where a sparse one keeps keys and values: "device" (FASA-C) or "host" (FASA-M).
+        compiled: whether the whole step is compiled.
+    """
+
+    name: str
+    kind: str
+    attention: str = "sdpa"
+    backend: str = "auto"
+    placement: str = "device"
+    compiled: bool = False
+
+
+def variants(settings: Settings) -> list[Variant]:
+    """All of them; another one is a line here."""
+    dense = [
+        Variant("transformers' SDPA", "dense"),
+        Variant("SDPA", "dense", _register("sdpa", op.sdpa)),
+        Variant("grouped SDPA", "dense", _register("grouped_sdpa", op.grouped_sdpa)),
+    ]
+    sparse = [Variant(f"FASA-C {backend}", "sparse", backend=backend) for backend in _backends(settings)]
+    host = Variant("FASA-M", "sparse", placement="host")
+    found = [*dense, *sparse] if "eager" in settings.modes else []
+    if settings.device.type == "cuda":
+        found.append(Variant("compiled flex", "dense", _register("flex", _flex_region(settings))))
+    if "compiled" in settings.modes:
+        found += [replace(v, name=f"{v.name}, compiled", compiled=True) for v in (*dense, *sparse)]
+    return [*found, host]
+
+
+def _backends(settings: Settings) -> list[Backend]:
+    return [name for name in settings.backends if name != "triton" or settings.device.type == "cuda"]
+
+
+def _register(name: str, call: op.Call) -> str:
+    """Make an attention call known to transformers, without a mask; the name it has there."""
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
+    ) -> tuple[Tensor, None]:
+        unused: Any = None
+        return call(op.Inputs(query, key, value, unused, unused)).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(f"fasa_bench_{name}", attend)
+    return f"fasa_bench_{name}"
+
+
+def _flex_region(settings: Settings) -> op.Call:
+    run: Any = torch.compile(flex_attention, dynamic=settings.dynamic)
+    return lambda x: run(x.q, x.k, x.v, enable_gqa=x.q.shape[1] != x.k.shape[1])
+
+
+def layers_that_fit(shape: Shape, batch: int, context: int, settings: Settings) -> int:
+    """How many of the shape's layers fit with their caches, before the model is built; 0 if not one does."""
+    item = settings.dtype.itemsize
+    buffers = op.bytes_needed(shape, batch, context, settings)
+    if settings.device.type == "cpu":
+        buffers *= 2  # dense and FASA-C share keys and values; FASA-M's host memory is the same memory here
+    free = int(_SHARE_OF_MEMORY * free_memory(settings.device)) - shape.head_parameters() * item - 2 * buffers
+    fit = free // (shape.layer_parameters() * item + buffers)
+    return max(0, min(shape.layers, fit, settings.layers or shape.layers))
+
+
+def twin(model: PreTrainedModel, layers: int, attention: str = "sdpa") -> PreTrainedModel:
+    """The first layers of ``model`` as a model of its own, on the same weights, with an attention of its own."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    other = copy.deepcopy(model, shared)
+    other.model.layers = other.model.layers[:layers]
+    other.config.num_hidden_layers = layers
+    if getattr(other.config, "layer_types", None):
+        other.config.layer_types = other.config.layer_types[:layers]
+    other.set_attn_implementation(attention)
+    return other
+
+
+def config_of(variant: Variant, settings: Settings, dense_layers: tuple[int, ...]) -> FasaConfig:
+    """The variant's `FasaConfig`."""
+    fields: dict[str, Any] = {"n_tip": settings.n_tip, "n_fac": settings.n_fac, "group_reduce": settings.group_reduce}
+    if settings.packed_dtype is not None:
+        fields["packed_dtype"] = settings.packed_dtype
+    return FasaConfig(dense_layers=dense_layers, backend=variant.backend, **fields)  # type: ignore[arg-type]
+
+
+class Stage:
+    """One row's buffers, and the decode step of each variant on them."""
+
+    def __init__(
+        self, model: PreTrainedModel, shape: Shape, batch: int, context: int, layers: int, settings: Settings
+    ) -> None:
+        self.model, self.shape, self.layers, self.settings = model, shape, layers, settings
+        self.batch, self.context = batch, context
+        chosen = (0,) if 1 < layers == shape.layers else ()
+        self.dense_layers = chosen if settings.dense_layers is None else settings.dense_layers
+        self.notes: dict[str, str] = {}
+        self.caches: dict[str, Any] = {}
+        self._profile: FasaProfile | None = None
+
+    def step(self, variant: Variant, stack: ExitStack) -> Callable[[], Tensor]:
+        """The decode step of a variant, until ``stack`` closes."""
+        model = twin(self.model, self.layers, variant.attention)
+        cache = self._cache(variant, model)
+        self.caches[variant.name] = cache
+        if variant.kind == "sparse":
+            stack.enter_context(enable(model, self.profile(model), self._config(variant)))
+        ids = torch.ones(self.batch, 1, dtype=torch.long, device=self.settings.device)
+        positions = torch.full_like(ids, self.context - 1)
+
+        def decode(run: Callable[..., Any]) -> Tensor:
+            caches.rewind(cache, self.context - 1)
+            logits: Tensor = run(ids, past_key_values=cache, position_ids=positions).logits
+            return logits
+
+        if not variant.compiled:
+            return lambda: decode(model)
+        decode(model)  # what a cache settles at its first use must not be in the graph
+        compiled: Callable[..., Any] = torch.compile(model, fullgraph=True, dynamic=False)
+        return lambda: decode(compiled)
+
+    def profile(self, model: PreTrainedModel) -> FasaProfile:
+        """Random, and the same for all variants."""
+        if self._profile is None:
+            self._profile = random_profile(self.shape, model, self.layers)
+        return self._profile
+
+    def _cache(self, variant: Variant, model: PreTrainedModel) -> Any:
+        """A cache of the variant's own, on keys and values that variants on the device share."""
+        settings, length = self.settings, self.context
+        cache: Any
+        if variant.kind == "dense":
+            cache = StaticCache(config=model.config, max_cache_len=length)
+        else:
+            config = self._config(variant)
+            cache = caches.packed_cache(model, self.profile(model), config, length, variant.placement)
+            if variant.placement == "host" and self.dense_layers:
+                self.notes[variant.name] = "the layers that stay dense grow by copying their keys and values"
+        if any(caches.share(cache, other, length) for other in self.caches.values()):
+            return cache
+        caches.fill(cache, self.layers, self.shape, self.batch, length - 1, settings.dtype, settings.device)
+        return cache
+
+    def _config(self, variant: Variant) -> FasaConfig:
+        return config_of(variant, self.settings, self.dense_layers)
+
+
+@torch.no_grad()
+@torch._dynamo.config.patch(recompile_limit=_COMPILATIONS)
+def measure(
+    shape: Shape, batch: int, context: int, settings: Settings, model: PreTrainedModel, layers: int
+) -> dict[str, Any]:
+    """One row: a decode step of ``layers`` layers of ``model`` at one context and batch, in every variant."""
+    eager = replace(settings, modes=("eager",), seconds=settings.seconds / 4)
+    attention = op.measure(shape, batch, context, eager, op.dense_rivals(eager), {})
+    alone = next(entry for entry in attention["rivals"] if entry["name"] == attention["best_dense"])
+    stage = Stage(model, shape, batch, context, layers, settings)
+    with ExitStack() as stack:
+        # sparse ones first: their cache is made once, and the dense ones take its keys and values
+        ordered = sorted(variants(settings), key=lambda variant: variant.kind, reverse=True)
+        steps, errors, left_out = _warmed(stage, ordered, stack)
+        hidden = torch.randn(batch, 1, shape.hidden, dtype=settings.dtype, device=settings.device)
+        steps[_HEAD] = lambda: model.lm_head(model.model.norm(hidden))
+        host = {variant.name for variant in ordered if variant.placement == "host"}  # waits for the host: no graph
+        timed = {
+            name: (step, "calls (the host takes part)") if name in host else graphed(step, settings.device)
+            for name, step in steps.items()
+        }
+        calls = {name: call for name, (call, _) in timed.items()}
+        times = interleave(calls, settings.device, settings.repeats, settings.seconds)
+        beyond = {name: peak_of(step, settings.device) for name, step in steps.items()}
+    by_name = {variant.name: variant for variant in ordered}
+    head = times.pop(_HEAD).median
+    best = min((name for name in times if by_name[name].kind == "dense"), key=lambda name: times[name].median)
+    weights = (layers * shape.layer_parameters() + shape.head_parameters()) * settings.dtype.itemsize
+    read_weights = shape.read_parameters(layers) * settings.dtype.itemsize
+    sparse_layers = layers - len(set(stage.dense_layers) & set(range(layers)))
+    reads, limit = attention["reads"], attention["limit"]
+    share = alone["seconds"] * layers / times[best].median
+    row: dict[str, Any] = {
+        "shape": shape.name,
+        "batch": batch,
+        "context": context,
+        "n_tip": settings.chunks_of(shape),
+        "n_fac": settings.n_fac,
+        "layers": layers,
+        "full_layers": shape.layers,
+        "dense_layers": list(stage.dense_layers),
+        "weights": weights,
+        "limit": limit,
+        "attention": {"name": alone["name"], "seconds_a_layer": alone["seconds"], "share_of_step": share},
+        "head_seconds": head,
+        "ceiling": amdahl(times[best].median, alone["seconds"] * layers, limit, sparse_layers / layers),
+        "best_dense": best,
+        "left_out": left_out,
+        "notes": stage.notes,
+        "rivals": [],
+    }
+    for name, timing in times.items():
+        variant = by_name[name]
+        sparse = sparse_layers if variant.kind == "sparse" else 0
+        read = read_weights + sparse * reads["sparse"] + (layers - sparse) * reads["dense"]
+        held = caches.nbytes(stage.caches[name])
+        on_device = held.get(settings.device.type, 0)
+        extra = beyond[name]
+        entry = op.describe(name, variant.kind, timing, times[best], read)
+        entry |= {
+            "tokens_per_s": batch / timing.median,
+            "timed": timed[name][1],
+            "error": errors[name],
+            "memory": {
+                "weights": weights,
+                "cache": held,
+                "beyond": extra.bytes,
+                "how": f"bytes of weights and cache tensors, and {extra.how} during a step",
+                "peak": weights + on_device + (extra.bytes or 0),
+            },
+            "projected": project(timing.median, times[best].median, head, batch, (layers, shape.layers), sparse > 0),
+        }
+        if variant.kind == "sparse":
+            entry["ceiling_share"] = entry["speedup"] / row["ceiling"]
+        row["rivals"].append(entry)
+    return row
+
+
+def _warmed(
+    stage: Stage, wanted: list[Variant], stack: ExitStack
+) -> tuple[dict[str, Callable[[], Any]], dict[str, float], dict[str, str]]:
+    """The steps that run and agree with the first of their kind, their errors, and why others are left out."""
+    steps: dict[str, Callable[[], Any]] = {}
+    errors: dict[str, float] = {}
+    left_out: dict[str, str] = {}
+    first: dict[str, Tensor] = {}
+    for variant in wanted:
+        try:
+            step = stage.step(variant, stack)
+            logits = step().float()
+        except Exception as error:
+            left_out[variant.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+            continue
+        expected = first.setdefault(variant.kind, logits)
+        wrong = float((logits - expected).norm() / expected.norm())
+        if wrong <= op.TOLERANCE[stage.settings.dtype]:
+            steps[variant.name], errors[variant.name] = step, wrong
+        else:
+            left_out[variant.name] = f"differs from the first {variant.kind} step by {wrong:.2g} of its norm"
+    if "dense" not in first:
+        raise RuntimeError(f"no dense step runs here: {left_out}.")
+    return steps, errors, left_out
+
+
+def plan(shape: Shape, settings: Settings) -> Mapping[tuple[int, int], int]:
+    """Layers of every (batch, context), before the model takes its memory."""
+    return {
+        (batch, context): layers_that_fit(shape, batch, context, settings)
+        for batch in settings.batches
+        for context in settings.contexts
+    }

@@ -1,0 +1,194 @@
+"""Timing rivals side by side: interleaved rounds, medians and quartiles, a synchronised clock, memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LEAST_ROUNDS = 5
+_COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
+_LARGEST_CACHE = 1 << 25
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what the device was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one rival, seconds a call, one for each round.
+
+    Attributes:
+        seconds: in the order of the rounds, so that rounds of several rivals pair up.
+    """
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle round."""
+        return statistics.median(self.seconds)
+
+    def quartiles(self) -> tuple[float, float]:
+        """First and third quartile."""
+        return _quartiles(self.seconds)
+
+    def ratio(self, other: Timing) -> tuple[float, float, float]:
+        """How many times faster this is than ``other``, round by round: median, first and third quartile."""
+        ratios = [theirs / mine for mine, theirs in zip(self.seconds, other.seconds, strict=True)]
+        return (statistics.median(ratios), *_quartiles(ratios))
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def interleave(
+    rivals: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    repeats: int = 15,
+    seconds: float = 20.0,
+) -> dict[str, Timing]:
+    """Time all rivals round by round, each round beginning with another one; what disturbs a round disturbs all.
+
+    On CUDA a call is timed by events, between synchronisations. Call every rival once before: nothing here warms up.
+
+    Args:
+        rivals: what to call.
+        device: where they run.
+        repeats: rounds.
+        seconds: stop after so long, but not before a few rounds are done.
+    """
+    names = list(rivals)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    begun = time.perf_counter()
+    for done in range(repeats):
+        if done >= LEAST_ROUNDS and time.perf_counter() - begun > seconds:
+            break
+        for name in names[done % len(names) :] + names[: done % len(names)]:
+            times[name].append(time_call(rivals[name], device))
+    return {name: Timing(tuple(values)) for name, values in times.items()}
+
+
+def time_call(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call."""
+    synchronize(device)
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
+
+
+def graphed(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], Any], str]:
+    """``call`` as a CUDA graph's replay, so that launches cost next to nothing, and what it became.
+
+    Returns:
+        the call as it is with "calls" off CUDA, and with "calls (<reason>)" where it cannot be captured.
+    """
+    if device.type != "cuda":
+        return call, "calls"
+    stream: Any = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except Exception as error:
+        torch.cuda.synchronize(device)
+        return call, f"calls ({type(error).__name__} in capture: {str(error).splitlines()[0][:120]})"
+    return graph.replay, "graph"
+
+
+def bandwidth(device: torch.device, repeats: int = 9) -> dict[str, float]:
+    """The machine's own rates, GB/s: a large copy, bytes read and written counted, and a large read (a sum)."""
+    size = _COPY_BYTES[device.type] // 4
+    source, target = torch.ones(size, device=device), torch.empty(size, device=device)
+    calls: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source), "read": lambda: source.sum()}
+    for warm_up in calls.values():
+        warm_up()
+    moved = {"copy": 2 * source.nbytes, "read": source.nbytes}
+    return {name: moved[name] / t.median / 1e9 for name, t in interleave(calls, device, repeats).items()}
+
+
+def last_level_cache(device: torch.device) -> int:
+    """Bytes of the cache that repeated calls must not be served from."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = [_bytes(file.read_text()) for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max(sizes, default=_LARGEST_CACHE)
+
+
+def _bytes(size: str) -> int:
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    size = size.strip()
+    return int(size[:-1]) * units[size[-1]] if size[-1] in units else int(size)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Memory that a call needed beyond what was there before it.
+
+    Attributes:
+        bytes: at most, or None where it could not be measured.
+        how: what was read.
+    """
+
+    bytes: int | None
+    how: str
+
+
+def peak_of(call: Callable[[], Any], device: torch.device) -> Peak:
+    """What one call allocates at most, on top of everything that exists; warm it up first."""
+    if device.type == "cuda":
+        synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        synchronize(device)
+        return Peak(torch.cuda.max_memory_allocated(device) - before, "torch.cuda.max_memory_allocated")
+    resident, forget = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        forget.write_text("5")  # resets VmHWM, the peak
+        before = _status(resident, "VmRSS")
+        call()
+        return Peak(max(0, _status(resident, "VmHWM") - before), "growth of the resident set (VmHWM)")
+    except (OSError, KeyError):
+        call()
+        return Peak(None, "not measurable here")
+
+
+def _status(file: Path, field: str) -> int:
+    fields = dict(line.split(":", 1) for line in file.read_text().splitlines())
+    return int(fields[field].split()[0]) << 10
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be taken."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        return 8 << 30
+    fields = dict(line.split(":", 1) for line in info.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) << 10
