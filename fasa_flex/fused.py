@@ -57,7 +57,7 @@ def decode_by_kernels(
     """`sparse_attention` of one query a row, [B, Hq, 1, Dv], where `why_no_kernels` finds no reason against it."""
     from fasa_flex.kernels import decode  # Triton is there with CUDA only
 
-    codes = valid.to(torch.uint8)
+    codes = valid.view(torch.uint8)
     forced = forced_keys(valid, budget)
     if forced is not None:
         codes = codes + forced
@@ -69,7 +69,7 @@ def decode_by_kernels(
         scorer.of_query(query),
         packed.tiles.squeeze(4),
         None if packed.scales is None else packed.scales.squeeze(3),
-        codes.expand(query.shape[0], -1, -1, -1, -1).flatten(1).contiguous(),
+        codes.flatten(1),
         budget.n_fac,
         "max" if group_reduce == "none" else group_reduce,
         softmax.scaling,

@@ -30,10 +30,12 @@ def _rank_bits(scores):
 
 
 @triton.jit
-def _store_order(ranking, slot, row, block, codes, order, maxima, kv_len, KV_HEADS: tl.constexpr, BLOCK: tl.constexpr):
+def _store_order(
+    ranking, slot, row, block, codes, order, maxima, kv_len, code_stride, KV_HEADS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Write the order of a block of keys, and the maximum of every 32 of them."""
     inside = slot < kv_len
-    code = tl.load(codes + (row // KV_HEADS) * kv_len + slot, mask=inside, other=0)
+    code = tl.load(codes + (row // KV_HEADS) * code_stride + slot, mask=inside, other=0)
     bits = tl.where(code > 1, 0x7FFFFFFF, _rank_bits(ranking))
     bits = tl.where(code > 0, bits, -2147483648)
     tl.store(order + row * kv_len + slot, bits, mask=inside)
@@ -44,7 +46,7 @@ def _store_order(ranking, slot, row, block, codes, order, maxima, kv_len, KV_HEA
 
 @triton.jit
 def _score(
-    query, keys, scales, codes, scores, top, total, order, maxima, kv_len, key_stride, blocks, scaling,
+    query, keys, scales, codes, scores, top, total, order, maxima, kv_len, code_stride, key_stride, blocks, scaling,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, BLOCK: tl.constexpr,
     SCALED: tl.constexpr, HOW: tl.constexpr, KV_HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +69,7 @@ def _score(
         score *= tl.load(scales + row * (key_stride // WIDTH) + slot, mask=inside, other=0).to(tl.float32)[None, :]
     if HOW == "softmax":
         score *= scaling
-        code = tl.load(codes + (row // KV_HEADS) * kv_len + slot, mask=inside, other=0)
+        code = tl.load(codes + (row // KV_HEADS) * code_stride + slot, mask=inside, other=0)
         real = tl.where((code > 0)[None, :] & member[:, None], score, float("-inf"))
         best = tl.max(real, 1)
         weight = tl.sum(tl.exp(real - tl.where(best == float("-inf"), 0.0, best)[:, None]), 1)
@@ -80,7 +82,7 @@ def _score(
             ranking = tl.sum(tl.where(member[:, None], score, 0.0), 0) / GROUP
         else:
             ranking = tl.max(tl.where(member[:, None], score, float("-inf")), 0)
-        _store_order(ranking, slot, row, block, codes, order, maxima, kv_len, KV_HEADS, BLOCK)
+        _store_order(ranking, slot, row, block, codes, order, maxima, kv_len, code_stride, KV_HEADS, BLOCK)
 
 
 @triton.jit
@@ -96,7 +98,7 @@ def _normalise(top, total, norm, blocks, BLOCKS_PAD: tl.constexpr):
 
 @triton.jit
 def _mix(
-    scores, norm, codes, order, maxima, kv_len,
+    scores, norm, codes, order, maxima, kv_len, code_stride,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr, KV_HEADS: tl.constexpr,
 ):  # fmt: skip
     """The logarithm of the group's mean attention weight (the summed one ranks alike) for a block of keys."""
@@ -112,7 +114,7 @@ def _mix(
     best = tl.max(log, 0)
     best = tl.where(best == float("-inf"), 0.0, best)
     ranking = best + tl.log(tl.sum(tl.exp(log - best[None, :]), 0))
-    _store_order(ranking, slot, row, block, codes, order, maxima, kv_len, KV_HEADS, BLOCK)
+    _store_order(ranking, slot, row, block, codes, order, maxima, kv_len, code_stride, KV_HEADS, BLOCK)
 
 
 @triton.jit
@@ -238,7 +240,7 @@ def decode(
         query_dims: float [B, Hkv, G, 2 * n_tip], the dominant dimensions of ``query``.
         packed: [B, Hkv, C, 2 * n_tip], contiguous, C >= T; a float dtype or int8.
         scales: float16 [B, Hkv, C] of int8 keys.
-        codes: uint8 [B, T], 0 for an invalid key, 1 for a valid one, 2 for one that is forced in.
+        codes: uint8 [B or 1, T], rows contiguous: 0 for an invalid key, 1 for a valid one, 2 for one that is forced in.
         n_fac: tokens; K tiles of 32 keys are searched in registers, so a few hundred.
         how: "softmax", "mean" or "max", over the group.
         scaling: of the softmax.
@@ -263,10 +265,12 @@ def decode(
         torch.empty(rows, group, size if mixed else 0, device=query.device) for size in (kv_len, blocks, blocks, 1)
     )
     query_dims = query_dims.contiguous()
+    code_stride = 0 if codes.shape[0] == 1 else codes.stride(0)
     _score[(blocks, rows)](
-        query_dims, packed, codes if scales is None else scales, codes, scores, top, total, order, maxima,
-        kv_len, packed.stride(1), blocks, scaling, group, group_pad, width, max(16, triton.next_power_of_2(width)),
-        block, scales is not None, how if mixed or how == "mean" else "max", kv_heads, num_warps=4,
+        query_dims, packed, codes if scales is None else scales, codes, scores, top, total, order, maxima, kv_len,
+        code_stride, packed.stride(1), blocks, scaling, group, group_pad, width,
+        max(16, triton.next_power_of_2(width)), block, scales is not None,
+        how if mixed or how == "mean" else "max", kv_heads, num_warps=4,
     )  # fmt: skip
     if mixed:
         _normalise[(rows * group,)](top, total, norm, blocks, triton.next_power_of_2(blocks), num_warps=4)

@@ -163,11 +163,15 @@ class HostLayer(PackedLayer):
 
 
 class StaticPackedLayer(_Packs, StaticLayer):
-    """A layer of a fixed length with packed keys, allocated at its first update; made for compiled decoding."""
+    """A layer of a fixed length with packed keys, allocated at its first update; made for compiled decoding.
+
+    Attributes:
+        written: tokens held, as far as eager calls know without asking the device.
+    """
 
     def __init__(self, scorer: DominantChunks, max_cache_len: int, dtype: PackedDtype | None = None) -> None:
         super().__init__(max_cache_len)
-        self._written = 0
+        self.written = 0
         self.repack(scorer, dtype)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -179,7 +183,7 @@ class StaticPackedLayer(_Packs, StaticLayer):
         """Pack the keys anew, for other dimensions."""
         super().repack(scorer, dtype)
         if self.packed is not None and not torch.compiler.is_compiling():
-            self._written = int(self.cumulative_length)
+            self.written = int(self.cumulative_length)
             for held in (self.packed.tiles, self.packed.scales):
                 if held is not None:
                     torch._dynamo.mark_static_address(held)
@@ -187,7 +191,7 @@ class StaticPackedLayer(_Packs, StaticLayer):
     def reset(self) -> None:
         """Empty the layer; its buffers stay."""
         super().reset()
-        self._written = 0
+        self.written = 0
         if self.packed is not None:
             self.packed.change(Tensor.zero_)
 
@@ -201,14 +205,14 @@ class StaticPackedLayer(_Packs, StaticLayer):
             self.lazy_initialization(key_states, value_states)
         length = key_states.shape[2]
         if not torch.compiler.is_compiling():
-            if self._written + length > self.max_cache_len:
-                self._written = int(self.cumulative_length)  # ask the device, which has the last word, only now
-            if self._written + length > self.max_cache_len:
+            if self.written + length > self.max_cache_len:
+                self.written = int(self.cumulative_length)  # ask the device, which has the last word, only now
+            if self.written + length > self.max_cache_len:
                 raise ValueError(
-                    f"the static cache holds {self._written} of at most {self.max_cache_len} tokens and {length} more "
+                    f"the static cache holds {self.written} of at most {self.max_cache_len} tokens and {length} more "
                     "were given; allocate a longer one (max_cache_len)."
                 )
-            self._written += length
+            self.written += length
         slots = torch.arange(length, device=self.device) + self.cumulative_length
         assert self.packed is not None
         self.packed.write(self.scorer.pack(key_states), slots)

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
@@ -99,36 +98,3 @@ def _eager_attention(
 ) -> AttentionResult:
     eager: Callable[..., AttentionResult] = sys.modules[type(module).__module__].eager_attention_forward
     return eager(module, query, key, value, attention_mask, **kwargs)
-
-
-def valid_from_mask(attention_mask: Tensor | None, q_len: int, kv_len: int, device: torch.device) -> Tensor:
-    """Which keys each query may attend to, from the mask that transformers hands to the attention function.
-
-    Args:
-        attention_mask: bool (True = attend) or additive float [B, 1, Q, >= T], or None: all keys for one query,
-            otherwise upper-left causal (a first prefill, whatever the length of the buffer).
-
-    Returns:
-        bool [B or 1, 1, 1, Q, T].
-    """
-    if attention_mask is None:
-        slots = torch.arange(kv_len, device=device)
-        last = slots[:q_len, None] if q_len > 1 else slots[-1:, None]
-        return (slots <= last)[None, None, None]
-    if attention_mask.dim() != 4 or attention_mask.shape[1] != 1:
-        raise ValueError(
-            f"FASA selects one set of valid keys for all heads, got an attention mask of shape "
-            f"{tuple(attention_mask.shape)}; pass [batch, length], or [batch, 1, queries, keys]."
-        )
-    mask = attention_mask[..., :kv_len]
-    if mask.dtype is not torch.bool:
-        mask = mask > torch.finfo(mask.dtype).min / 2
-    return mask[:, :, None]
-
-
-def count_valid(attention_mask: Tensor | None, batch: int, q_len: int, kv_len: int, device: torch.device) -> Tensor:
-    """Keys that `valid_from_mask` leaves each query: int64 [B, Q], without making the mask where there is none."""
-    if attention_mask is None:
-        counts = torch.arange(1, q_len + 1, device=device) if q_len > 1 else torch.full((1,), kv_len, device=device)
-        return counts.expand(batch, -1)
-    return valid_from_mask(attention_mask, q_len, kv_len, device).sum(-1)[:, 0, 0].expand(batch, -1)

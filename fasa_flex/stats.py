@@ -30,6 +30,22 @@ class LayerStats:
     mean_valid: float
 
 
+def tally(n_valid: Tensor, sparse: Tensor | None, budget: Budget) -> Tensor:
+    """The counts of one forward of a layer: int64 [4], dense queries, sparse ones, tokens selected and valid for these.
+
+    Args:
+        n_valid: int64 [B, Q], valid keys of each query, 0 for one that is not counted.
+        sparse: bool [B, Q], the queries that attended to a selection; None: none did.
+        budget: theirs.
+    """
+    real = n_valid > 0
+    if sparse is None:
+        return F.pad(real.sum()[None], (0, 3))
+    sparse = sparse & real
+    selected = budget.of(n_valid)
+    return torch.stack([(real & ~sparse).sum(), sparse.sum(), (selected * sparse).sum(), (n_valid * sparse).sum()])
+
+
 class FasaStats:
     """Counters of every layer, kept as tensors on the layers' devices: counting never waits for the device.
 
@@ -39,26 +55,11 @@ class FasaStats:
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._counts = [torch.zeros(4, dtype=torch.long, device=device) for device in devices]
 
-    def count(self, layer: int, n_valid: Tensor, sparse: Tensor | None, budget: Budget) -> None:
-        """Add one forward of a layer.
-
-        Args:
-            n_valid: int64 [B, Q], valid keys of each query, 0 for one that is not counted.
-            sparse: bool [B, Q], the queries that attended to a selection; None: none did.
-            budget: theirs.
-        """
-        real = n_valid > 0
-        if sparse is None:
-            added = F.pad(real.sum()[None], (0, 3))
-        else:
-            sparse = sparse & real
-            selected = budget.of(n_valid)
-            added = torch.stack(
-                [(real & ~sparse).sum(), sparse.sum(), (selected * sparse).sum(), (n_valid * sparse).sum()]
-            )
-        if self._counts[layer].device != added.device:  # the model has moved since
-            self._counts[layer] = self._counts[layer].to(added.device)
-        self._counts[layer].add_(added)
+    def add(self, layer: int, tally: Tensor) -> None:
+        """Add a `tally` to the counts of a layer."""
+        if self._counts[layer].device != tally.device:  # the model has moved since
+            self._counts[layer] = self._counts[layer].to(tally.device)
+        self._counts[layer].add_(tally)
 
     def reset(self) -> None:
         """Start counting anew."""

@@ -16,13 +16,14 @@ from transformers import Cache, PreTrainedModel
 from fasa_flex.attention import sparse_attention
 from fasa_flex.config import FasaConfig, GroupReduce
 from fasa_flex.layers import attention_modules, check_supported, dense_layers, layer_of, maximum_positions
+from fasa_flex.masking import DecodeStep, Once, count_valid, valid_from_mask
 from fasa_flex.packed_layers import pack_layer, packed_keys, packs
 from fasa_flex.packing import PackedKeys
 from fasa_flex.profile import FasaProfile
 from fasa_flex.scoring import DominantChunks, Scorer
-from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention, count_valid, valid_from_mask
+from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
 from fasa_flex.softmax import Softmax
-from fasa_flex.stats import FasaStats
+from fasa_flex.stats import FasaStats, tally
 
 ScorerFactory = Callable[[int], Scorer]
 """Makes the scorer of one layer."""
@@ -117,6 +118,7 @@ class Fasa:
         self._packs = packs(model) and config.per == "kv_head"
         self._limit = maximum_positions(model)
         self._window: _Window | None = None
+        self._step = DecodeStep()
         self._seam = AttentionSeam(model, self._attend)
         modules = attention_modules(model)
         self.stats = FasaStats([next(modules[layer].parameters()).device for layer in sorted(modules)])
@@ -189,16 +191,17 @@ class Fasa:
         kv_len = key.shape[2]
         first_slot: int = kwargs.pop("fasa_first_slot", kv_len - q_len)
         softmax = self._softmax(module, query, kwargs)
-        n_valid = count_valid(attention_mask, batch, q_len, kv_len, query.device)
+        once = self._step.of(attention_mask, (batch, q_len, kv_len), query.device)
+        n_valid = once("n_valid", count_valid)
         self._check(layer, key, n_valid)
-        first, chosen = self._sparse_queries(layer, n_valid, kv_len, first_slot)
-        self._count(layer, n_valid, chosen, first_slot)
+        first, chosen = self._sparse_queries(layer, once, n_valid, kv_len, first_slot)
+        self._count(layer, once, n_valid, chosen, first_slot)
         if chosen is None:  # keys and values of FASA-M may be the host's
             key, value = key.to(query.device), value.to(query.device)
             return dense(module, query, key, value, attention_mask, **kwargs)
         if kwargs.get("dropout"):
             raise ValueError(f"{type(module).__name__} uses dropout, sparse attention does not; call model.eval().")
-        valid = valid_from_mask(attention_mask, q_len, kv_len, query.device)[:, :, :, first:]
+        valid = once("valid", valid_from_mask)[:, :, :, first:]
         scorer = self._scorers[layer]
         packed = None if cache is None or q_len > 1 else packed_keys(cache, layer, scorer)
         focused = self._focused(query[:, :, first:], key, value, scorer, valid, softmax, packed)
@@ -208,13 +211,14 @@ class Fasa:
         merged = torch.where(chosen[:, first:, None, None], focused, out[:, first:])
         return torch.cat([out[:, :first], merged], dim=1), weights
 
-    def _sparse_queries(self, layer: int, n_valid: Tensor, kv_len: int, first_slot: int) -> tuple[int, Tensor | None]:
+    def _sparse_queries(
+        self, layer: int, once: Once, n_valid: Tensor, kv_len: int, first_slot: int
+    ) -> tuple[int, Tensor | None]:
         """Which queries of a forward are sparse: the first row that may be (Q for none), and bool [B, Q] for all."""
-        q_len = n_valid.shape[1]
-        window = self._window
+        q_len, window = n_valid.shape[1], self._window
         if layer not in self._scorers or self._budget.widest(kv_len) >= kv_len:
             return q_len, None
-        over_budget = self._budget.of(n_valid) < n_valid
+        over_budget = once("over budget", lambda *_: self._budget.of(n_valid) < n_valid)
         if window is None or q_len == 1:
             return (0, over_budget) if q_len == 1 or self.config.prefill == "sparse" else (q_len, None)
         if len(window.start) not in (1, len(n_valid)):
@@ -255,11 +259,14 @@ class Fasa:
         ]
         return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
-    def _count(self, layer: int, n_valid: Tensor, chosen: Tensor | None, first_slot: int) -> None:
+    def _count(self, layer: int, once: Once, n_valid: Tensor, chosen: Tensor | None, first_slot: int) -> None:
         if self._window is not None and self._window.stop is not None:
             slots = torch.arange(first_slot, first_slot + n_valid.shape[1], device=n_valid.device)
             n_valid = n_valid * (slots < self._window.stop.to(n_valid.device)[:, None])
-        self.stats.count(layer, n_valid, chosen, self._budget)
+            self.stats.add(layer, tally(n_valid, chosen, self._budget))
+        else:
+            name = "dense tally" if chosen is None else "sparse tally"
+            self.stats.add(layer, once(name, lambda *_: tally(n_valid, chosen, self._budget)))
 
     def _softmax(self, module: nn.Module, query: Tensor, options: dict[str, Any]) -> Softmax:
         """The model's own softmax, from what it hands to its attention function."""

@@ -204,7 +204,7 @@ def check_decoding(device: torch.device, backend: str, steps: int) -> dict[str, 
         "logits_error": error,
         "gap_where_they_part": None if same == steps else gap,
         "sparse_queries": sparse,
-        "ok": sparse > 0 and error < 1e-3 and (same == steps or gap < NEAR_TIE),
+        "ok": sparse > 0 and error < 1e-2 and (same == steps or gap < NEAR_TIE),
     }
 
 

@@ -13,6 +13,7 @@ from transformers.cache_utils import StaticLayer
 from fasa_flex.bench.shapes import Shape
 from fasa_flex.cache import FasaCache
 from fasa_flex.config import FasaConfig
+from fasa_flex.packed_layers import StaticPackedLayer
 from fasa_flex.profile import FasaProfile
 
 _PIECE = 4096
@@ -31,13 +32,20 @@ def packed_cache(
 @torch.no_grad()
 def fill(cache: Any, layers: int, shape: Shape, batch: int, length: int, dtype: torch.dtype, device: Any) -> None:
     """Write ``length`` random tokens into every layer, the same ones; a growing cache gets them at once."""
-    step = _PIECE if isinstance(cache.layers[-1], StaticLayer) else length
     generator = torch.Generator(device).manual_seed(0)
-    for start in range(0, length, step):
-        size = (batch, shape.kv_heads, min(step, length - start), shape.head_dim)
-        key, value = (torch.randn(size, generator=generator, device=device, dtype=dtype) for _ in range(2))
-        for layer in range(layers):
-            cache.update(key, value, layer)
+    pieces: list[list[Tensor]] = []
+    for start in range(0, length, _PIECE):
+        size = (batch, shape.kv_heads, min(_PIECE, length - start), shape.head_dim)
+        pieces.append([torch.randn(size, generator=generator, device=device, dtype=dtype) for _ in range(2)])
+        if isinstance(cache.layers[-1], StaticLayer):
+            _append(cache, layers, *pieces.pop())
+    if pieces:
+        _append(cache, layers, *(torch.cat(parts, dim=2) for parts in zip(*pieces, strict=True)))
+
+
+def _append(cache: Any, layers: int, key: Tensor, value: Tensor) -> None:
+    for layer in range(layers):
+        cache.update(key, value, layer)
 
 
 def share(cache: Any, source: Any, length: int) -> bool:
@@ -63,6 +71,8 @@ def rewind(cache: Any, length: int) -> None:
         held = getattr(layer, "cumulative_length", None)
         if isinstance(held, Tensor):
             held.fill_(length)
+            if isinstance(layer, StaticPackedLayer):
+                layer.written = length
         elif layer.get_seq_length() > length:
             layer.crop(length - layer.get_seq_length())  # negative: tokens to drop
 

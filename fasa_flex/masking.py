@@ -1,0 +1,85 @@
+"""Which keys a query may attend to, read from the masks that transformers hands to an attention function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, int, int]
+"""Batch, queries, keys: B, Q, T."""
+
+Make = Callable[["Tensor | None", Shape, torch.device], Tensor]
+Once = Callable[[str, Make], Tensor]
+
+
+def valid_from_mask(attention_mask: Tensor | None, shape: Shape, device: torch.device) -> Tensor:
+    """Which keys each query may attend to, from the mask that transformers hands to the attention function.
+
+    Args:
+        attention_mask: bool (True = attend) or additive float [B, 1, Q, >= T], or None: all keys for one query,
+            otherwise upper-left causal (a first prefill, whatever the length of the buffer).
+        shape: B, Q and T.
+
+    Returns:
+        bool [B or 1, 1, 1, Q, T].
+    """
+    _, q_len, kv_len = shape
+    if attention_mask is None:
+        slots = torch.arange(kv_len, device=device)
+        last = slots[:q_len, None] if q_len > 1 else slots[-1:, None]
+        return (slots <= last)[None, None, None]
+    if attention_mask.dim() != 4 or attention_mask.shape[1] != 1:
+        raise ValueError(
+            f"FASA selects one set of valid keys for all heads, got an attention mask of shape "
+            f"{tuple(attention_mask.shape)}; pass [batch, length], or [batch, 1, queries, keys]."
+        )
+    mask = attention_mask[..., :kv_len]
+    if mask.dtype is not torch.bool:
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    return mask[:, :, None]
+
+
+def count_valid(attention_mask: Tensor | None, shape: Shape, device: torch.device) -> Tensor:
+    """Keys that `valid_from_mask` leaves each query: int64 [B, Q], without making the mask where there is none."""
+    batch, q_len, kv_len = shape
+    if attention_mask is None:
+        counts = torch.arange(1, q_len + 1, device=device) if q_len > 1 else torch.full((1,), kv_len, device=device)
+        return counts.expand(batch, -1)
+    return valid_from_mask(attention_mask, shape, device).sum(-1)[:, 0, 0].expand(batch, -1)
+
+
+class DecodeStep:
+    """What the layers of one decode step have in common, computed by the first of them.
+
+    They are handed one mask, and its sums and comparisons cost a launch each. A mask is known by what it is and by its
+    version, so that one written to in between is another. Nothing is kept of a forward of several tokens, whose masks
+    are large, nor in a compiled graph, which finds common expressions by itself.
+    """
+
+    def __init__(self) -> None:
+        self._mask: Tensor | None = None
+        self._key: tuple[Any, ...] = ()
+        self._known: dict[str, Tensor] = {}
+
+    def of(self, mask: Tensor | None, shape: Shape, device: torch.device) -> Once:
+        """For a forward with this mask: ``once(name, make)`` is ``make(mask, shape, device)``, of the layer before."""
+        if shape[1] > 1 or torch.compiler.is_compiling():
+            return lambda name, make: make(mask, shape, device)
+        key = (shape, device, torch.is_inference_mode_enabled(), _version(mask))
+        if mask is not self._mask or key != self._key:
+            self._mask, self._key, self._known = mask, key, {}
+        known = self._known
+
+        def once(name: str, make: Make) -> Tensor:
+            if name not in known:
+                known[name] = make(mask, shape, device)
+            return known[name]
+
+        return once
+
+
+def _version(mask: Tensor | None) -> int:
+    return 0 if mask is None or mask.is_inference() else mask._version
