@@ -26,7 +26,7 @@ def install(session: nox.Session, *extras: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests against the installed package."""
-    install(session, "dev", "lm-eval", "plots")
+    install(session, "dev", "kernels", "lm-eval", "plots")
     session.run("pytest", *session.posargs)
 
 

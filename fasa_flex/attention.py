@@ -61,7 +61,7 @@ def fasa_attention(
         key_mask: bool [B, T], True = real token; None: all real.
         packed_keys: ``k`` at the dominant dimensions, read for the scores instead of ``k``: float
             [B, Hkv, T, 2 * n_tip], or `PackedKeys` for one query a row, the faster form.
-        backend: "flex", "gather", "triton", "reference" or "auto"; equal within rounding. "flex" has no gradients, and
+        backend: as in `FasaConfig`, here always sparse; equal within rounding. "flex" has no gradients, and
             no ``sinks`` on CPU.
         softcap: cap of the model's logits, None: none.
         sinks: float [Hq], the model's learned sinks, None: none.
@@ -102,7 +102,7 @@ def sparse_attention(
     packed_keys: PackedKeys | Tensor | None = None,
 ) -> Tensor:
     """`fasa_attention` for any scorer and any validity [B or 1, 1, 1, Q, T], without the checks."""
-    if backend in ("auto", "triton"):
+    if backend in ("auto", "fastest", "triton"):
         obstacle = why_no_kernels(query, key, value, scorer, budget, group_reduce, packed_keys)
         if obstacle is None:
             assert isinstance(scorer, DominantChunks) and isinstance(packed_keys, PackedKeys)  # noqa: PT018

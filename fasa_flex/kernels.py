@@ -275,18 +275,9 @@ def decode(
     if mixed:
         _normalise[(rows * group,)](top, total, norm, blocks, triton.next_power_of_2(blocks), num_warps=4)
         _mix[(triton.cdiv(kv_len, 1024), rows)](
-            scores,
-            norm,
-            codes,
-            order,
-            maxima,
-            kv_len,
-            group,
-            triton.next_power_of_2(group),
-            1024,
-            kv_heads,
-            num_warps=4,
-        )
+            scores, norm, codes, order, maxima, kv_len, code_stride, group, triton.next_power_of_2(group), 1024,
+            kv_heads, num_warps=4,
+        )  # fmt: skip
     wanted_pad = max(16, triton.next_power_of_2(wanted))
     slots, chosen = integers(wanted), integers(wanted_pad)
     _select[(rows,)](

@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedModel
 
 from fasa_flex.attention import sparse_attention
 from fasa_flex.config import FasaConfig, GroupReduce
+from fasa_flex.crossover import sparse_is_faster
 from fasa_flex.layers import attention_modules, check_supported, dense_layers, layer_of, maximum_positions
 from fasa_flex.masking import DecodeStep, Once, count_valid, valid_from_mask
 from fasa_flex.packed_layers import pack_layer, packed_keys, packs
@@ -195,6 +196,8 @@ class Fasa:
         n_valid = once("n_valid", count_valid)
         self._check(layer, key, n_valid)
         first, chosen = self._sparse_queries(layer, once, n_valid, kv_len, first_slot)
+        if self.config.backend == "fastest" and not sparse_is_faster(query, key, value, self._budget.widest(kv_len)):
+            first, chosen = q_len, None
         self._count(layer, once, n_valid, chosen, first_slot)
         if chosen is None:  # keys and values of FASA-M may be the host's
             key, value = key.to(query.device), value.to(query.device)

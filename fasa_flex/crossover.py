@@ -1,0 +1,30 @@
+"""From which size on a decode step's sparse attention is faster than dense attention, as measured."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+KV_BYTES = {"cuda": 140_000_000, "cpu": 8_000_000}
+"""Keys and values of one layer, over the batch, from which sparse attention is the faster.
+
+Below, a fixed cost decides: on an H100 (bfloat16, Llama-3.1-8B's heads, replayed as a graph) the crossovers of batch 1
+and 8 are 35.0k and 4.3k tokens, both 141 to 143 MB (evals/results/bench_op_cuda.json); on two CPU cores (float32) it is
+about a thousand tokens (evals/results/bench_op_cpu.json).
+"""
+
+BUDGETS = 4
+"""And at least so many times the budget: reading a quarter of the keys row by row is no faster than reading all."""
+
+
+def sparse_is_faster(query: Tensor, key: Tensor, value: Tensor, most_selected: int) -> bool:
+    """Whether the rule says so for one layer's decode step; shapes alone decide, so it compiles.
+
+    Args:
+        query: float [B, Hq, 1, D].
+        key: float [B, Hkv, T, D]; T counts the slots of a static buffer, all of which dense attention reads.
+        value: float [B, Hkv, T, Dv].
+        most_selected: the budget among T keys.
+    """
+    held = (key.numel() + value.numel()) * key.element_size()
+    least = KV_BYTES.get(query.device.type, 0)
+    return held >= least and key.shape[2] >= BUDGETS * most_selected

@@ -1,0 +1,55 @@
+"""backend="fastest": dense below the measured crossover, sparse above it; every other backend is always sparse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from generation import Ids, generate, profile_of
+from transformers import PreTrainedModel
+
+import fasa_flex.crossover
+from fasa_flex import FasaConfig, enable
+from fasa_flex.crossover import sparse_is_faster
+
+
+def layer(batch: int, heads: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, keys and values of 128 float32 dimensions, without memory of their own."""
+    states = torch.empty(1).expand(batch, heads, length, 128)
+    return torch.empty(1).expand(batch, 4 * heads, 1, 128), states, states
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "length", "budget", "expected"),
+    [
+        (1, 8, 900, 64, False),
+        (1, 8, 1000, 64, True),  # 1000 tokens of eight heads, float32: 8.2 MB
+        (8, 8, 125, 16, True),  # the same bytes
+        (8, 8, 125, 64, False),  # but half of them would be selected
+        (1, 1, 7000, 256, False),
+        (1, 8, 65536, 256, True),
+        (1, 8, 65536, 16385, False),
+    ],
+)
+def test_the_rule(batch: int, heads: int, length: int, budget: int, expected: bool) -> None:
+    assert sparse_is_faster(*layer(batch, heads, length), budget) is expected
+
+
+def test_below_the_crossover_the_model_is_dense_to_the_bit_and_counts_so(llama: PreTrainedModel, ids: Ids) -> None:
+    prompt, profile = ids(40, rows=1), profile_of(llama)
+    dense = generate(llama, prompt)
+    with enable(llama, profile, FasaConfig(n_fac=6, backend="fastest")) as fasa:
+        tokens, logits = generate(llama, prompt)
+        assert fasa.stats.sparse_queries == 0
+    assert torch.equal(tokens, dense[0])
+    assert torch.equal(logits, dense[1])
+
+
+def test_above_the_crossover_it_is_auto(llama: PreTrainedModel, ids: Ids, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a crossover of 43 tokens, the steps before it are dense."""
+    prompt, profile = ids(40, rows=1), profile_of(llama)
+    token = 2 * 2 * 16 * 4  # keys and values, two heads of 16 float32
+    monkeypatch.setitem(fasa_flex.crossover.KV_BYTES, "cpu", 43 * token)
+    with enable(llama, profile, FasaConfig(n_fac=6, backend="fastest")) as fasa:
+        generate(llama, prompt, max_new_tokens=6)
+        assert [layer.sparse_queries for layer in fasa.stats.per_layer] == [0, 3, 3]  # at 43, 44 and 45 keys
+        assert [layer.dense_queries for layer in fasa.stats.per_layer] == [45, 42, 42]

@@ -1,0 +1,133 @@
+"""The Triton kernels in Triton's interpreter, against the oracle; on a GPU evals/bench/check_cuda.py compares them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from cases import generator, integers, pick_chunks
+from torch import Tensor
+
+from fasa_flex import fasa_attention
+from fasa_flex.packing import PackedKeys
+from fasa_flex.scoring import DominantChunks
+
+pytest.importorskip("triton")
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's log(0) of masked lanes
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decode step."""
+
+    length: int
+    batch: int = 1
+    kv_heads: int = 2
+    group: int = 2
+    dim: int = 16
+    n_tip: int = 2
+    n_fac: int = 6
+    how: str = "max"
+    softcap: float | None = None
+    sinks: bool = False
+    forced: int = 0
+    masked: float = 0.0
+    limit: int = 2
+
+
+STEPS = {
+    "a search over tiles": Step(1100, n_fac=16),
+    "no more tiles than budget": Step(200),
+    "more budget than keys": Step(5, n_fac=16),
+    "a single key": Step(1),
+    "softmax": Step(700, batch=2, group=4, how="softmax"),
+    "mean": Step(300, group=3, how="mean", n_fac=16),
+    "one query head": Step(90, group=1, how="softmax"),
+    "all scores equal": Step(600, limit=0),
+    "padding and an empty row": Step(130, batch=2, masked=0.4),
+    "sinks and recent": Step(90, forced=2, masked=0.3, how="softmax"),
+    "softcap": Step(100, softcap=2.0, group=4),
+    "learned sinks": Step(100, sinks=True, how="softmax"),
+    "an odd width": Step(70, dim=24, n_tip=3, n_fac=7),
+}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_decode_equals_the_oracle(step: Step) -> None:
+    from fasa_flex.kernels import decode
+
+    heads = step.kv_heads * step.group
+    q = integers(step.batch, heads, 1, step.dim, seed=1, limit=step.limit)
+    k = integers(step.batch, step.kv_heads, step.length, step.dim, seed=2, limit=step.limit)
+    v = torch.randn(step.batch, step.kv_heads, step.length, step.dim, generator=generator(3))
+    chunks = pick_chunks(step.kv_heads, step.n_tip, dim=step.dim)
+    sinks = torch.randn(heads, generator=generator(4)) if step.sinks else None
+    real = torch.rand(step.batch, step.length, generator=generator(5)) >= step.masked
+    if step.masked:
+        real[0] = step.batch == 1
+    scorer = DominantChunks.from_chunks(chunks)
+    out = decode(
+        q,
+        k,
+        v,
+        scorer.of_query(q),
+        scorer.pack(k),
+        None,
+        codes(real, step.forced),
+        step.n_fac,
+        step.how,
+        step.dim**-0.5,
+        step.softcap,
+        sinks,
+    )
+    expected = oracle.fasa(
+        *(x.double().numpy() for x in (q, k, v)),
+        chunks.numpy(),
+        n_fac=step.n_fac,
+        n_sink=step.forced,
+        n_recent=step.forced,
+        group_reduce=step.how,
+        key_mask=real.numpy(),
+        softcap=step.softcap,
+        sinks=None if sinks is None else sinks.double().numpy(),
+    )
+    np.testing.assert_allclose(out.numpy(), expected.out, atol=1e-5)
+
+
+def codes(real: Tensor, forced: int) -> Tensor:
+    """0 for padding, 1 for a key, 2 for one of the first or last real ones."""
+    nth = real.cumsum(-1)
+    ends = (nth <= forced) | (nth > nth[:, -1:] - forced)
+    return (real.int() + (real & ends).int() * bool(forced)).to(torch.uint8)
+
+
+def test_int8_keys_are_scored_with_their_scales() -> None:
+    """Keys of very different lengths: without the scales, others would be selected."""
+    from fasa_flex.kernels import decode
+
+    q, k = integers(1, 2, 1, 16, seed=1), integers(1, 1, 80, 16, seed=2)
+    k = k * torch.logspace(-2, 2, 80)[None, None, torch.randperm(80, generator=generator(3)), None]
+    v, chunks = torch.randn(1, 1, 80, 16, generator=generator(4)), pick_chunks(1, 3)
+    scorer = DominantChunks.from_chunks(chunks)
+    packed = PackedKeys.of(scorer.pack(k), "int8")
+    rows, scales = packed.tiles.transpose(3, 4).flatten(2, 3).contiguous(), packed.scales.flatten(2)
+    everyone = torch.ones(1, 80, dtype=torch.uint8)
+    out = decode(q, k, v, scorer.of_query(q), rows, scales, everyone, 5, "max", 0.25, None, None)
+    held = k.clone()
+    held[..., scorer.dims[0]] = packed.rows(80)
+    ranked = oracle.fasa(*(x.double().numpy() for x in (q, held, v)), chunks.numpy(), n_fac=5)
+    rows_of = ranked.selected[0, 0, 0]
+    for head in range(2):
+        expected = oracle.attend(*(x.double().numpy() for x in (q[0, head, 0], k[0, 0], v[0, 0])), rows_of, 0.25)
+        np.testing.assert_allclose(out[0, head, 0].numpy(), expected, atol=1e-5)
+
+
+def test_the_kernels_are_refused_where_they_cannot_run() -> None:
+    q, k = integers(1, 2, 1, 16, seed=1), integers(1, 1, 8, 16, seed=2)
+    with pytest.raises(ValueError, match=r"CUDA .* backend='auto'") as error:
+        fasa_attention(q, k, k, pick_chunks(1, 2), n_fac=4, backend="triton")
+    assert "\n" not in str(error.value)
