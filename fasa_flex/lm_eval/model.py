@@ -290,6 +290,7 @@ class FasaHFLM(HFLM):
         return super().get_model_info() | {
             "fasa": {
                 **self._parameters(),
+                "stays_dense": {str(layer): reason for layer, reason in self.fasa.dense_layers.items()},
                 "calibration": self.calibration,
                 "tasks": {task: run.as_dict(*scoring) for task, run in self.account.by("task").items()},
                 "requests": {kind: run.as_dict(*scoring) for kind, run in self.account.by("kind").items()},

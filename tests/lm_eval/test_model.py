@@ -179,6 +179,7 @@ def test_everything_that_decides_a_score_is_recorded(sparse: Load) -> None:
     expected = {"method": "fasa", "n_tip": 2, "n_fac": 0.25, "n_sink": 1, "n_recent": 2, "dense_layers": [0, 2]}
     assert expected.items() <= recorded.items()
     assert recorded["dense_prefix"] == 7
+    assert recorded["stays_dense"] == dict.fromkeys(("0", "2"), "asked for by dense_layers")
     assert set(recorded["versions"]) == {"fasa-flex", "lm-eval", "torch", "transformers"}
 
 
