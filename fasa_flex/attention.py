@@ -20,7 +20,7 @@ from fasa_flex.fused import decode_by_kernels, why_no_kernels
 from fasa_flex.masks import kv_block_size, realize, to_block_mask
 from fasa_flex.packing import PackedKeys
 from fasa_flex.reference import reference_attention
-from fasa_flex.rows import take_rows
+from fasa_flex.rows import take_rows, whole_buffer
 from fasa_flex.scoring import DominantChunks, Scorer, reduce_group
 from fasa_flex.selection import Selection, select, valid_keys
 from fasa_flex.softmax import Softmax
@@ -109,28 +109,42 @@ def sparse_attention(
             return decode_by_kernels(query, key, value, scorer, valid, budget, group_reduce, softmax, packed_keys)
         if backend == "triton":
             raise ValueError(f"backend 'triton' cannot serve this call: {obstacle}; use backend='auto'.")
-        backend = "flex" if query.is_cuda else "gather"
+        compiles = backend == "fastest" and key.device == query.device
+        backend = "flex" if query.is_cuda and not compiles else "gather"
+    else:
+        compiles = False
     if key.device != query.device:  # FASA-M: only the selected rows leave the host
         backend = "gather"
-    if backend != "flex":
-        return _score_select_attend(
-            query, key, value, scorer, valid, budget, group_reduce, softmax, backend, packed_keys
-        )
+    if backend == "flex":
+        _check_flex(query, key, value, softmax)
+        compiles = True  # uncompiled, flex_attention ignores block lists and computes every score
+        if query.device.type == "cpu" and isinstance(packed_keys, PackedKeys):
+            packed_keys = None  # with the tiles of a growing cache Inductor's C++ does not compile (torch 2.13)
+    step = _score_select_attend
+    if compiles and not torch.compiler.is_compiling():
+        if isinstance(packed_keys, PackedKeys):
+            key, value, valid = _with_room(key, value, valid, packed_keys)
+        batch, query_heads, q_len, head_dim = query.shape
+        shape = (batch, query_heads, key.shape[1], head_dim, q_len == 1, query.dtype, query.device.type)
+        step = _compiled(*shape, budget, group_reduce, softmax.scaling, softmax.softcap, backend)
+    return step(query, key, value, scorer, valid, budget, group_reduce, softmax, backend, packed_keys)
+
+
+def _with_room(key: Tensor, value: Tensor, valid: Tensor, packed: PackedKeys) -> tuple[Tensor, Tensor, Tensor]:
+    """A growing cache's whole buffers, whose free slots are not valid: of one length until they are full."""
+    keys, values = whole_buffer(key), whole_buffer(value)
+    if not keys.shape[2] == values.shape[2] <= packed.capacity:
+        return key, value, valid
+    return keys, values, F.pad(valid, (0, keys.shape[2] - key.shape[2]))
+
+
+def _check_flex(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> None:
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         raise ValueError(
             "backend 'flex' computes no gradients; wrap the call in torch.no_grad(), or use backend='gather'."
         )
-    if query.device.type == "cpu":
-        if softmax.sinks is not None:
-            raise ValueError("backend 'flex' has no learned sinks on CPU; use backend='gather'.")
-        if isinstance(packed_keys, PackedKeys):  # with tiles of a growing cache Inductor's C++ does not compile (2.13)
-            packed_keys = None
-    step = _score_select_attend
-    if not torch.compiler.is_compiling():
-        batch, query_heads, q_len, head_dim = query.shape
-        shape = (batch, query_heads, key.shape[1], head_dim, q_len == 1, query.dtype, query.device.type)
-        step = _compiled(*shape, budget, group_reduce, softmax.scaling, softmax.softcap)
-    return step(query, key, value, scorer, valid, budget, group_reduce, softmax, backend, packed_keys)
+    if query.device.type == "cpu" and softmax.sinks is not None:
+        raise ValueError("backend 'flex' has no learned sinks on CPU; use backend='gather'.")
 
 
 def _score_select_attend(

@@ -32,8 +32,9 @@ class FasaConfig:
             (always so with ``per="query_head"``).
         backend: ``"flex"`` (compiled `flex_attention`), ``"gather"`` (selected rows, then SDPA), ``"triton"`` (our
             kernels for decoding on CUDA), ``"reference"`` (plain loops), or ``"auto"``: triton where it can, flex on
-            CUDA elsewhere, gather without CUDA. ``"fastest"`` is auto where sparse attention is faster than dense by
-            this project's measurements (`fasa_flex.crossover`), and dense elsewhere: for speed, not for evaluation.
+            CUDA elsewhere, gather without CUDA. ``"fastest"``: triton where it can, gather
+            compiled elsewhere (tens of seconds at first), and dense where that was measured to be faster
+            (`fasa_flex.crossover`): for speed, not for evaluation.
         prefill: what a forward of several tokens does: ``"dense"``, or ``"sparse"``: every query selects for itself.
         packed_dtype: precision of packed keys: ``"bfloat16"``, ``"float16"`` or ``"int8"`` (with a scale for each key);
             None: the cache's. They only rank: a lower one changes a few selected keys, never their attention.

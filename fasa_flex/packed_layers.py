@@ -221,8 +221,8 @@ class StaticPackedLayer(_Packs, StaticLayer):
 
 
 def _room_for(length: int) -> int:
-    """Slots to allocate for ``length`` tokens: an eighth more, and not few."""
-    return length + length // 8 + 128
+    """Slots to allocate for ``length`` tokens: an eighth more, not few, and whole tiles of packed keys."""
+    return (length + length // 8 + 159) // 32 * 32
 
 
 def _begins(held: Tensor, buffer: Tensor) -> bool:

@@ -32,3 +32,17 @@ def take_rows(states: Tensor, slots: Tensor) -> Tensor:
         b = torch.arange(batch, device=slots.device).view(-1, 1, 1, 1, 1)
         rows = states[b, torch.arange(heads, device=slots.device).view(-1, 1, 1, 1), slots]
     return rows.view(batch, -1, slots.shape[-1], dim).to(device)
+
+
+def whole_buffer(states: Tensor) -> Tensor:
+    """The buffer [B, H, C, D] of which ``states`` [B, H, T, D] are the first slots, or the states where they are none.
+
+    What lies behind the states is not to be used; a graph compiled for the buffer serves until it is full.
+    """
+    batch, heads, kv_len, dim = states.shape
+    capacity = states.stride(1) // dim
+    end = states.storage_offset() + batch * heads * capacity * dim
+    fits = end * states.element_size() <= states.untyped_storage().nbytes()
+    if capacity < kv_len or not fits or states.stride() != (heads * capacity * dim, capacity * dim, dim, 1):
+        return states
+    return states.as_strided((batch, heads, capacity, dim), states.stride())

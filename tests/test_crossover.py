@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from generation import Ids, generate, profile_of
+from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
 import fasa_flex.crossover
@@ -53,3 +54,22 @@ def test_above_the_crossover_it_is_auto(llama: PreTrainedModel, ids: Ids, monkey
         generate(llama, prompt, max_new_tokens=6)
         assert [layer.sparse_queries for layer in fasa.stats.per_layer] == [0, 3, 3]  # at 43, 44 and 45 keys
         assert [layer.dense_queries for layer in fasa.stats.per_layer] == [45, 42, 42]
+
+
+@pytest.mark.slow
+def test_it_compiles_twice_for_a_growing_cache_and_decodes_as_gather(
+    llama: PreTrainedModel, ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """300 steps go beyond the first buffer: the second compilation serves any length."""
+    monkeypatch.setitem(fasa_flex.crossover.KV_BYTES, "cpu", 0)
+    prompt, profile = ids(100, rows=2), profile_of(llama)
+    torch._dynamo.reset()
+    counters.clear()
+    results = []
+    for backend in ("gather", "fastest"):
+        with enable(llama, profile, FasaConfig(n_fac=8, n_sink=1, backend=backend)) as fasa:
+            results.append(generate(llama, prompt, max_new_tokens=300)[0])
+            assert fasa.stats.sparse_queries == 2 * 2 * 299
+    assert torch.equal(*results)
+    assert counters["stats"]["unique_graphs"] == 2
+    torch._dynamo.reset()
