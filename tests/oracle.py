@@ -40,18 +40,21 @@ def budget(n_fac: float, n_valid: int) -> int:
     return min(wanted, n_valid)
 
 
-def valid_keys(slot: int, key_mask: Sequence[bool] | None) -> list[int]:
-    """The keys that may compete for the query at `slot`: causal and not padding."""
-    return [j for j in range(slot + 1) if key_mask is None or key_mask[j]]
+def valid_keys(slot: int, key_mask: Sequence[bool] | None, window: int | None = None) -> list[int]:
+    """The keys that may compete for the query at `slot`: causal, not padding, among the last `window` slots."""
+    first = 0 if window is None else max(0, slot + 1 - window)
+    return [j for j in range(first, slot + 1) if key_mask is None or key_mask[j]]
 
 
 def select(scores: Array, valid: Sequence[int], n_fac: float, n_sink: int = 0, n_recent: int = 0) -> list[int]:
-    """The selected keys, ascending: the first valid ones and the last valid ones are forced in, inside the budget."""
+    """The selected keys, ascending: the first valid ones and the last valid ones are forced in, inside the budget.
+
+    Where a share of few keys is fewer than the forced ones, the first of them are in.
+    """
     size = budget(n_fac, len(valid))
-    forced = list(dict.fromkeys([*valid[:n_sink], *valid[len(valid) - n_recent :]]))
     if size >= len(valid):
         return sorted(valid)
-    assert len(forced) <= size, "the oracle does not say what happens when the forced tokens exceed the budget"
+    forced = list(dict.fromkeys([*valid[:n_sink], *valid[max(0, len(valid) - n_recent) :]]))[:size]
     return sorted(forced + top(scores, [j for j in valid if j not in forced], size - len(forced)))
 
 
@@ -71,13 +74,29 @@ def reduce_group(scores: Array, valid: Sequence[int], how: str, scaling: float) 
     return np.array([math.log(weights[:, j].mean()) if j in valid else -math.inf for j in range(scores.shape[1])])
 
 
-def attend(q: Array, k: Array, v: Array, rows: Sequence[int], scaling: float) -> Array:
-    """Exact softmax attention of one query [D] over the given rows of k and v [T, D]; no rows give zeros."""
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    rows: Sequence[int],
+    scaling: float,
+    softcap: float | None = None,
+    sink: float | None = None,
+) -> Array:
+    """Exact softmax attention of one query [D] over the given rows of k and v [T, D]; no rows give zeros.
+
+    `softcap` bounds the scaled logits; `sink` is one more logit, which takes weight and carries no value.
+    """
     if len(rows) == 0:
         return np.zeros(v.shape[-1])
     logits = [scaling * float(q @ k[j]) for j in rows]
-    weights = np.exp(np.array(logits) - max(logits))
-    return np.asarray((weights / weights.sum()) @ v[list(rows)])
+    if softcap is not None:
+        logits = [softcap * math.tanh(logit / softcap) for logit in logits]
+    others = [] if sink is None else [sink]
+    highest = max(logits + others)
+    weights = [math.exp(logit - highest) for logit in logits]
+    total = sum(weights) + sum(math.exp(logit - highest) for logit in others)
+    return np.asarray(sum(w / total * v[j] for w, j in zip(weights, rows, strict=True)))
 
 
 @dataclass
@@ -99,6 +118,9 @@ def fasa(
     n_recent: int = 0,
     group_reduce: str = "max",
     key_mask: npt.NDArray[np.bool_] | None = None,
+    softcap: float | None = None,
+    sinks: Array | None = None,
+    window: int | None = None,
 ) -> Result:
     """The whole method: TIP on the chunks [Hkv or Hq, n_tip, 2], then attention over what it selected."""
     batch, heads, queries, dim = q.shape
@@ -111,7 +133,7 @@ def fasa(
 
     for b in range(batch):
         for i in range(queries):
-            valid = valid_keys(length - queries + i, None if key_mask is None else key_mask[b].tolist())
+            valid = valid_keys(length - queries + i, None if key_mask is None else key_mask[b].tolist(), window)
             for n in range(kv_heads):
                 members = range(n * group, (n + 1) * group)
                 rank = {}
@@ -123,13 +145,14 @@ def fasa(
                 for h in members:
                     rows = select(rank[h], valid, n_fac, n_sink, n_recent)
                     selected[b, h, i] = rows
-                    out[b, h, i] = attend(q[b, h, i], k[b, n], v[b, n], rows, scale)
+                    sink = None if sinks is None else float(sinks[h])
+                    out[b, h, i] = attend(q[b, h, i], k[b, n], v[b, n], rows, scale, softcap, sink)
                     margin = min(margin, _margin(rank[h], valid, rows, n_sink, n_recent))
     return Result(out, selected, margin)
 
 
 def _margin(scores: Array, valid: list[int], rows: list[int], n_sink: int, n_recent: int) -> float:
-    forced = {*valid[:n_sink], *valid[len(valid) - n_recent :]}
+    forced = {*valid[:n_sink], *valid[max(0, len(valid) - n_recent) :]}
     taken = [scores[j] for j in rows if j not in forced]
     left = [scores[j] for j in valid if j not in rows]
     return float(min(taken) - max(left)) if taken and left else math.inf

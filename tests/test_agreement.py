@@ -9,7 +9,7 @@ import torch
 from families import Family
 from torch import Tensor
 
-from fasa_flex import RotaryLayout, contextual_agreement
+from fasa_flex import RotaryLayout, agreement, contextual_agreement
 
 
 def integers(*shape: int, seed: int = 0, limit: int = 3) -> Tensor:
@@ -129,6 +129,15 @@ def test_scale_and_other_heads_do_not_matter() -> None:
         ((2, 2, 2, 8), (1, 2, 9, 8), 2, "2"),  # batches differ
         ((1, 2, 10, 8), (1, 2, 9, 8), 2, "10"),  # more queries than keys
         ((2, 2, 8), (2, 9, 8), 2, r"(?i)b, hq|shape|\[2, 2, 8\]|\(2, 2, 8\)|4"),  # no batch dimension
+        ((1, 2, 2, 8), (2, 2, 9, 8), 2, "2"),  # batches differ the other way
+        ((1, 2, 8), (1, 2, 9, 8), 2, r"expected \[B, Hq"),  # queries without batch
+        ((1, 2, 2, 8), (1, 9, 8), 2, r"expected \[B, Hq"),  # keys without batch
+        ((1, 2, 2, 8, 3), (1, 2, 9, 8), 2, r"expected \[B, Hq"),
+        ((1, 2, 2, 8), (1, 2, 9, 8, 3), 2, r"expected \[B, Hq"),
+        ((1, 2, 2, 8), (1, 2, 9, 10), 2, r"expected \[B, Hq"),
+        ((1, 2, 2, 10), (1, 2, 9, 10), 2, "the layout is for head_dim 8"),
+        ((1, 2, 2, 8), (1, 0, 9, 8), 2, r"expected \[B, Hq"),  # no key heads
+        ((1, 2, 0, 8), (1, 2, 9, 8), 2, r"expected \[B, Hq"),  # no queries
         ((1, 2, 2, 8), (1, 2, 9, 8), 0, "0"),
     ],
 )
@@ -143,3 +152,33 @@ def test_nan_is_refused(where: str) -> None:
     (q if where == "q" else k)[0, 1, 1, 3] = torch.nan
     with pytest.raises(ValueError, match=r"(?i)nan"):
         contextual_agreement(q, k, RotaryLayout.half_split(8), top_k=2)
+
+
+def test_gradients_are_not_kept() -> None:
+    q, k = integers(1, 2, 2, 8).requires_grad_(), integers(1, 2, 9, 8).requires_grad_()
+    assert not contextual_agreement(q, k, RotaryLayout.half_split(8), top_k=2).requires_grad
+
+
+def test_k_is_256_unless_told() -> None:
+    q, k, layout = integers(1, 1, 40, 8, seed=1), integers(1, 1, 300, 8, seed=2), RotaryLayout.half_split(8)
+    tables = [contextual_agreement(q, k, layout, top_k=top_k) for top_k in (255, 256, 257)]
+    assert torch.equal(contextual_agreement(q, k, layout), tables[1])
+    assert not torch.equal(tables[0], tables[1])
+    assert not torch.equal(tables[2], tables[1])
+
+
+def test_long_queries_are_taken_in_pieces_that_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many queries at a time as their int64 scores fit, at least one, the same table for any size."""
+    q, k, layout = integers(3, 4, 7, 8, seed=1), integers(3, 2, 11, 8, seed=2), RotaryLayout.half_split(8)
+    whole = contextual_agreement(q, k, layout, top_k=3)
+    sizes: list[int] = []
+    hits = agreement._hits
+    monkeypatch.setattr(agreement, "_hits", lambda query, *rest: (sizes.append(query.shape[2]), hits(query, *rest))[1])
+    one = 8 * 3 * 4 * 11  # bytes of the scores of one query
+    for limit, expected in ((1, [1] * 7), (3 * one - 1, [2, 2, 2, 1]), (3 * one, [3, 3, 1]), (7 * one, [7])):
+        sizes.clear()
+        monkeypatch.setattr(agreement, "_BYTES", limit)
+        torch.testing.assert_close(contextual_agreement(q, k, layout, top_k=3), whole)
+        assert sizes == expected
+    monkeypatch.undo()
+    assert agreement._BYTES > 1 << 20, "so that a table of a usual length is made in few pieces"

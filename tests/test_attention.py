@@ -8,6 +8,8 @@ import torch
 from cases import DIM, EXACT, Case, generator
 from torch.nn import functional as F
 
+from fasa_flex import fasa_attention
+
 CASES = [
     Case("plain"),
     Case("group of 1", heads=2),
@@ -119,3 +121,13 @@ def test_a_budget_of_all_keys_is_dense_attention(backend: str, n_fac: float, que
     causal = torch.ones(queries, 24, dtype=torch.bool).tril(24 - queries)
     dense = F.scaled_dot_product_attention(q, k, v, attn_mask=causal, enable_gqa=True)
     torch.testing.assert_close(case.run(q, k, v, chunks, backend), dense, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("backend", EXACT)
+def test_the_budget_is_256_and_nothing_is_forced_unless_told(backend: str) -> None:
+    case = Case("defaults", length=300, n_fac=256)
+    q, k, v, chunks = case.tensors(dtype=torch.float64)
+    out = fasa_attention(q, k, v, chunks, backend=backend)
+    np.testing.assert_allclose(out.numpy(), case.oracle(q, k, v, chunks).out, atol=1e-12)
+    for n_fac in (255, 257):
+        assert not out.equal(fasa_attention(q, k, v, chunks, n_fac=n_fac, backend=backend))

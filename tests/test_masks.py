@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fasa_flex.budget import Budget
-from fasa_flex.masks import to_block_mask
-from fasa_flex.selection import select, valid_keys
+from fasa_flex.masks import kv_block_size, realize, to_block_mask
+from fasa_flex.selection import Selection, select, valid_keys
 
 
 @pytest.mark.parametrize("kv_block", [1, 4, 16])
@@ -39,3 +39,42 @@ def test_equals_the_selection(kv_block: int, group: int, shared: bool, queries: 
                 for slot in range(length):
                     index = (torch.tensor(x) for x in (b, h, row, slot))
                     assert bool(block_mask.mask_mod(*index)) == bool(wanted[b, h, row, slot])
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("kv_block", [1, 16])
+def test_shape_of_the_lists(queries: int, kv_block: int) -> None:
+    """Query blocks of 128; lists as wide as the keys, which the CPU kernel wants; no lists for a backward pass."""
+    scores = torch.zeros(1, 2, 1, queries, 37)
+    block_mask = to_block_mask(select(scores, valid_keys(queries, 37, None, scores.device), Budget(5)), 4, kv_block)
+    assert tuple(block_mask.BLOCK_SIZE) == (128, kv_block)
+    assert block_mask.kv_indices.shape == (1, 2, 1, -(-37 // kv_block))
+    assert block_mask.kv_num_blocks.shape == (1, 2, 1)
+    assert block_mask.q_indices is None
+    assert block_mask.q_num_blocks is None
+
+
+@pytest.mark.parametrize(("shared", "width"), [(1, 5), (4, 20)])
+def test_lists_off_the_cpu_hold_no_more_than_one_query_can_select(shared: int, width: int) -> None:
+    """On a device that computes nothing: the group's selections of 5 keys touch at most so many blocks."""
+    shape = (1, 2, shared, 1)
+    slots, order = torch.empty(*shape, 5, dtype=torch.long), torch.empty(*shape, 37, dtype=torch.long)
+    taken = torch.empty(*shape, 5, dtype=torch.bool)
+    selection = Selection(slots.to("meta"), taken.to("meta"), order.to("meta"))
+    assert to_block_mask(selection, 4, 1).kv_indices.shape == (1, 2, 1, width)
+    assert to_block_mask(selection, 4, 16).kv_indices.shape == (1, 2, 1, 3)
+
+
+def test_blocks_are_single_keys_on_cpu_and_what_triton_compiles_elsewhere() -> None:
+    assert kv_block_size(torch.device("cpu")) == 1
+    assert kv_block_size(torch.device("cuda")) == kv_block_size(torch.device("xpu")) == 16
+
+
+def test_realize_is_a_contiguous_copy() -> None:
+    tensor = torch.arange(6).view(2, 3).T
+    copy = realize(tensor)
+    assert copy.is_contiguous()
+    assert copy.equal(tensor)
+    assert copy.data_ptr() != tensor.data_ptr()
+    fake = realize(tensor.to("meta"))
+    assert (fake.shape, fake.stride()) == (copy.shape, copy.stride())

@@ -35,3 +35,14 @@ def test_long_rows_with_many_ties_equal_the_oracle(dtype: torch.dtype, count: in
     slots = rank_keys(scores).topk(count).indices
     for row in range(3):
         assert slots[row].tolist() == oracle.top(scores[row].double().numpy(), range(300), count)
+
+
+@pytest.mark.parametrize("number", [1.0, 2.0, 3.0, 1024.5, 1e30, 1e-30, -1.0, -2.0, -3.0, -1024.5, -1e30, -1e-30])
+def test_neighbouring_numbers_are_told_apart(number: float) -> None:
+    """The last bit of the mantissa counts, whatever sign and exponent."""
+    middle = torch.tensor(number)
+    scores = torch.stack(
+        [torch.nextafter(middle, torch.tensor(INF)), middle, torch.nextafter(middle, -torch.tensor(INF))]
+    )
+    for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
+        assert rank_keys(scores[order]).argsort(descending=True).tolist() == [order.index(slot) for slot in range(3)]

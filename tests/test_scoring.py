@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import numpy as np
 import oracle
 import pytest
 import torch
 
 from fasa_flex import RotaryLayout
-from fasa_flex.scoring import DominantChunks
+from fasa_flex.scoring import DominantChunks, reduce_group
 
 DIM = 8
 
@@ -52,3 +55,52 @@ def test_half_precision_is_accumulated_in_single() -> None:
     k[0, 0, 1, 7] = 1.0
     scores = DominantChunks.from_chunks(RotaryLayout.half_split(DIM).chunks[None])(q, k)
     assert scores.flatten().tolist() == [259.5, 260.0]
+
+
+def test_scorers_are_themselves_and_do_not_change() -> None:
+    """Equal dimensions do not make two scorers equal: a cache is asked whether it packs for this very one."""
+    pairs = chunks(2, 2)
+    scorer, other = DominantChunks.from_chunks(pairs), DominantChunks.from_chunks(pairs)
+    assert scorer == scorer
+    assert scorer != other
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        scorer.dims = other.dims
+
+
+def test_autocast_does_not_round_scores() -> None:
+    q, k = torch.ones(1, 1, 1, DIM), torch.full((1, 1, 2, DIM), 0.5)
+    k[..., 0] = 256.0
+    k[0, 0, 1, 7] = 1.0
+    scorer = DominantChunks.from_chunks(RotaryLayout.half_split(DIM).chunks[None])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = scorer(q, k)
+    assert scores.dtype == torch.float32
+    assert scores.flatten().tolist() == [259.5, 260.0]
+
+
+# Two heads of a group, three keys, the last one not valid; written out.
+TWO = torch.tensor([[0.0, 4.0, 9.0], [3.0, 1.0, 9.0]]).view(1, 1, 2, 1, 3)
+VALID = torch.tensor([True, True, False]).view(1, 1, 1, 1, 3)
+
+
+@pytest.mark.parametrize(("how", "expected"), [("max", [3.0, 4.0]), ("mean", [1.5, 2.5])])
+def test_a_group_ranks_as_one_written_out(how: str, expected: list[float]) -> None:
+    reduced = reduce_group(TWO, VALID, how, 0.5)
+    assert reduced.shape == (1, 1, 1, 1, 3)
+    assert reduced.flatten()[:2].tolist() == expected
+
+
+def test_a_group_ranks_by_its_mean_weight_written_out() -> None:
+    """Each head's softmax over its valid keys at scale 0.5, then the logarithm of the sum of both."""
+    weights = [[1 / (1 + math.exp(2)), 1 / (1 + math.exp(-2))], [1 / (1 + math.exp(-1)), 1 / (1 + math.exp(1))]]
+    expected = [math.log(weights[0][j] + weights[1][j]) for j in range(2)]
+    reduced = reduce_group(TWO, VALID, "softmax", 0.5)
+    assert reduced.shape == (1, 1, 1, 1, 3)
+    np.testing.assert_allclose(reduced.flatten()[:2].numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["max", "mean", "softmax", "none"])
+def test_a_group_of_one_ranks_by_its_scores(how: str) -> None:
+    """Unrounded: a softmax would make ties of close scores."""
+    assert reduce_group(TWO[:, :, :1], VALID, how, 0.5).equal(TWO[:, :, :1])
+    assert reduce_group(TWO, VALID, "none", 0.5).equal(TWO)

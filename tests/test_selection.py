@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from fractions import Fraction
 from math import ceil
 
@@ -68,3 +69,20 @@ def test_close_scores_are_told_apart_down_to_float32() -> None:
     scores = (1.0 + step * torch.tensor([0.0, 3.0, 1.0, 2.0])).view(1, 1, 1, 1, 4)
     selection = select(scores, valid_keys(1, 4, None, CPU), Budget(2))
     assert selection.slots.flatten().tolist() == [1, 3]
+
+
+def test_a_selection_does_not_change() -> None:
+    selection = select(torch.zeros(1, 1, 1, 1, 4), valid_keys(1, 4, None, CPU), Budget(2))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        selection.slots = selection.slots + 1
+
+
+@pytest.mark.parametrize("n_fac", [3, 0.75])
+def test_a_row_without_valid_keys_takes_none(n_fac: float) -> None:
+    valid = torch.tensor([[False] * 4, [False, True, False, False]]).view(2, 1, 1, 1, 4)
+    selection = select(torch.ones(2, 1, 1, 1, 4), valid, Budget(n_fac))
+    assert selection.count.expand(2, 1, 1, 1).flatten().tolist() == [0, 1]
+    assert selection.mask.flatten(0, 3).int().tolist() == [[0] * 4, [0, 1, 0, 0]]
+    assert selection.slots.min() >= 0
+    assert selection.slots.max() < 4
+    assert set(selection.slots[1].flatten().tolist()) == {1}

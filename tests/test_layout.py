@@ -1,0 +1,188 @@
+"""RotaryLayout as a value: what it refuses, what equals what, what survives JSON; and frequencies read off a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from fasa_flex import RotaryLayout, rotary
+
+PAIRS = torch.tensor([[0, 2], [1, 3], [4, 5]])
+
+
+@pytest.mark.parametrize(
+    ("chunks", "n_rotated", "named"),
+    [
+        (PAIRS.flatten(), 2, "exactly once"),
+        (PAIRS[None], 2, "exactly once"),
+        (torch.arange(6).view(1, 2, 3), 1, "exactly once"),
+        (torch.tensor([[0], [1]]), 2, "exactly once"),
+        (torch.arange(6).view(2, 3), 2, "exactly once"),
+        (torch.tensor([[0, 1], [2, 2]]), 2, "exactly once"),
+        (torch.tensor([[0, 1], [2, 4]]), 2, "exactly once"),
+        (PAIRS + 1, 2, "exactly once"),
+        (PAIRS, 0, "n_rotated must lie in 1..3, got 0"),
+        (PAIRS, -1, "n_rotated must lie in 1..3, got -1"),
+        (PAIRS, 4, "n_rotated must lie in 1..3, got 4"),
+    ],
+)
+def test_what_is_no_layout_is_refused(chunks: torch.Tensor, n_rotated: int, named: str) -> None:
+    with pytest.raises(ValueError, match=named) as error:
+        RotaryLayout(chunks, n_rotated)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("n_rotated", [1, 2, 3])
+def test_is_what_it_was_made_of(n_rotated: int) -> None:
+    layout = RotaryLayout(PAIRS.int(), n_rotated)
+    assert layout.chunks.dtype == torch.int64
+    assert (layout.head_dim, layout.n_rotated, layout.frequencies, layout.unrotated_layers) == (6, n_rotated, None, ())
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "rotary_dim", "named"),
+    [
+        (0, None, "^head_dim must be even and at least 2, got 0"),
+        (-2, None, "^head_dim must be even and at least 2, got -2"),
+        (7, None, "^head_dim must be even and at least 2, got 7"),
+        (1, None, "^head_dim must be even and at least 2, got 1"),
+        (8, 0, r"^rotary_dim must be even and lie in 2\.\.8, got 0"),
+        (8, -2, r"^rotary_dim must be even and lie in 2\.\.8, got -2"),
+        (8, 3, r"^rotary_dim must be even and lie in 2\.\.8, got 3"),
+        (2, 4, r"^rotary_dim must be even and lie in 2\.\.2, got 4"),
+    ],
+)
+@pytest.mark.parametrize("make", [RotaryLayout.half_split, RotaryLayout.interleaved])
+def test_sizes_out_of_range_are_refused(
+    make: Callable[..., RotaryLayout], head_dim: int, rotary_dim: int | None, named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        make(head_dim, rotary_dim)
+
+
+def test_partial_layouts_say_how_much_turns() -> None:
+    assert RotaryLayout.half_split(8, 4).n_rotated == RotaryLayout.interleaved(8, 4).n_rotated == 2
+    assert RotaryLayout.half_split(8).n_rotated == 4
+
+
+def test_equal_layouts_have_the_same_planes_and_as_many_that_turn() -> None:
+    layout = RotaryLayout(PAIRS, 2)
+    same = RotaryLayout(PAIRS.clone(), 2, torch.ones(2), (1,))
+    assert layout == same
+    assert hash(layout) == hash(same)
+    for other in (
+        RotaryLayout(PAIRS, 1),
+        RotaryLayout(PAIRS, 3),
+        RotaryLayout(PAIRS.flip(1), 2),
+        RotaryLayout.half_split(8),
+        "layout",
+        None,
+    ):
+        assert layout != other
+    assert len({layout, same, RotaryLayout(PAIRS, 3)}) == 2
+
+
+@pytest.mark.parametrize("frequencies", [None, torch.tensor([1.0, 0.1], dtype=torch.float64)])
+def test_survives_json(frequencies: torch.Tensor | None) -> None:
+    layout = RotaryLayout(PAIRS, 2, frequencies, (0, 3))
+    fields: dict[str, Any] = json.loads(json.dumps(layout.to_dict()))
+    assert fields == {
+        "chunks": [[0, 2], [1, 3], [4, 5]],
+        "n_rotated": 2,
+        "frequencies": None if frequencies is None else [1.0, 0.1],
+        "unrotated_layers": [0, 3],
+    }
+    loaded = RotaryLayout.from_dict(fields)
+    assert loaded == layout
+    assert loaded.unrotated_layers == (0, 3)
+    assert loaded.chunks.dtype == torch.int64
+    if frequencies is None:
+        assert loaded.frequencies is None
+    else:
+        assert loaded.frequencies is not None
+        assert loaded.frequencies.dtype == torch.float64
+        assert loaded.frequencies.equal(frequencies)
+
+
+def test_shows_its_first_and_last_plane_that_turns() -> None:
+    assert repr(RotaryLayout(PAIRS, 2)) == "RotaryLayout(head_dim=6, n_rotated=2, planes [0, 2] ... [1, 3])"
+
+
+@pytest.mark.parametrize("theta", [100.0, 10000.0, 500000.0])
+@pytest.mark.parametrize("limit", [2, 9, 100, 512, 100_000])
+def test_frequencies_are_those_of_the_model(
+    make_model: Callable[..., PreTrainedModel], theta: float, limit: int
+) -> None:
+    """Resolved at the longest distance that the model allows, at most 1024; the slowest plane turns little in two."""
+    rope = {"rope_type": "default", "rope_theta": theta}
+    layout = RotaryLayout.detect(make_model("Llama", rope_parameters=rope, max_position_embeddings=limit))
+    expected = theta ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
+    assert layout.frequencies is not None
+    assert layout.frequencies.dtype == torch.float64
+    relative = (layout.frequencies / expected - 1).abs().max()
+    assert relative < (0.1 if limit < 100 else 1e-4)
+    assert layout.unrotated_layers == ()
+
+
+def test_layers_without_rope_are_found(make_model: Callable[..., PreTrainedModel]) -> None:
+    layout = RotaryLayout.detect(make_model("SmolLM3 (layers without RoPE)"))
+    assert layout.unrotated_layers == (2,)
+    assert layout == RotaryLayout.half_split(16)
+
+
+def turned(pairs: list[list[int]], noise: float = 0.0, size: float = 1.0) -> torch.Tensor:
+    """Queries [rows, P, D] that turn in these planes, as a probe would see them; ``noise`` is relative."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(64, 8, generator=generator, dtype=torch.float64)
+    out = start[:, None].repeat(1, len(POSITIONS), 1)
+    for plane, (a, b) in enumerate(pairs):
+        cos, sin = (POSITIONS * 0.3**plane).cos(), (POSITIONS * 0.3**plane).sin()
+        out[..., a] = start[:, None, a] * cos - start[:, None, b] * sin
+        out[..., b] = start[:, None, a] * sin + start[:, None, b] * cos
+    spoiled = torch.randn(out.shape, generator=generator, dtype=torch.float64) * noise
+    spoiled[:, 0] = 0
+    return size * (out + spoiled)
+
+
+POSITIONS = torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
+HALF, PAIRED = [[0, 4], [1, 5], [2, 6], [3, 7]], [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def probe(monkeypatch: pytest.MonkeyPatch, *queries: torch.Tensor) -> None:
+    """Let detection see these queries, one tensor a layer."""
+    monkeypatch.setattr(rotary, "_probe", lambda model: (POSITIONS, dict(enumerate(queries))))
+
+
+def test_planes_and_frequencies_of_given_rotations(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    for pairs in (HALF, PAIRED, [[0, 7], [1, 3]]):
+        probe(monkeypatch, turned([]), turned(pairs), turned(pairs, size=1e-3))
+        layout = RotaryLayout.detect(llama)
+        assert layout.chunks[: layout.n_rotated].tolist() == pairs
+        assert layout.frequencies is not None
+        torch.testing.assert_close(layout.frequencies, 0.3 ** torch.arange(len(pairs), dtype=torch.float64))
+        assert layout.unrotated_layers == (0,)
+
+
+@pytest.mark.parametrize("order", [(HALF, PAIRED), (PAIRED, HALF)])
+def test_layers_that_rotate_different_planes_are_refused(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, order: tuple[list[list[int]], ...]
+) -> None:
+    probe(monkeypatch, *map(turned, order))
+    with pytest.raises(ValueError, match="rotate different planes"):
+        RotaryLayout.detect(llama)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_what_is_no_rotation_is_refused_whatever_its_size(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, size: float
+) -> None:
+    probe(monkeypatch, turned(HALF, noise=0.02, size=size))
+    with pytest.raises(ValueError, match="does not rotate its queries"):
+        RotaryLayout.detect(llama)
+    probe(monkeypatch, turned(HALF, noise=1e-5, size=size))
+    assert RotaryLayout.detect(llama).n_rotated == 4

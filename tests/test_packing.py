@@ -1,0 +1,142 @@
+"""PackedKeys: rows survive tiles, scores equal the oracle, room to grow changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from cases import EXACT, Case, generator, integers
+
+from fasa_flex import fasa_attention, packing
+from fasa_flex.packing import PackedKeys
+
+LENGTHS = (1, 31, 32, 33, 101)
+PAIRS = [[0, 1], [2, 3]]
+
+
+@pytest.fixture(autouse=True, params=[32, 1], ids=["tiles of 32", "rows"])
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Keys of a tile: on CPU, and elsewhere."""
+    monkeypatch.setattr(packing, "tile_of", lambda device: request.param)
+    size: int = request.param
+    return size
+
+
+def test_tiles_are_of_32_keys_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert [packing.tile_of(torch.device(device)) for device in ("cpu", "cuda", "xpu")] == [32, 1, 1]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
+@pytest.mark.parametrize("capacity", [0, 200])
+def test_rows_come_back_as_they_were(length: int, dtype: str | None, capacity: int, tile: int) -> None:
+    rows = integers(2, 3, length, 4, seed=1)
+    packed = PackedKeys.of(rows, dtype, capacity)
+    assert packed.scales is None
+    assert packed.tiles.dtype == (torch.float32 if dtype is None else getattr(torch, dtype))
+    assert packed.tiles.shape == (2, 3, -(-max(length, capacity) // tile), 4, tile)
+    assert packed.tiles.is_contiguous()
+    assert packed.capacity == packed.tiles.shape[2] * tile
+    assert packed.n_bytes == packed.tiles.numel() * packed.tiles.element_size()
+    assert packed.rows(length).float().equal(rows)
+    for slot in range(length):  # a tile holds its keys side by side
+        assert packed.tiles[:, :, slot // tile, :, slot % tile].float().equal(rows[:, :, slot])
+    assert not packed.rows(packed.capacity)[:, :, length:].any()
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
+def test_scores_equal_the_oracle(length: int, dtype: str | None) -> None:
+    """Of the rows as they are held; int8 is within half a step of the largest number, a 127th of it."""
+    rows = torch.randn(2, 3, length, 4, generator=generator(2))
+    rows[0, 0, 0] = 0.0
+    query = torch.randn(2, 3, 5, 4, generator=generator(3))
+    packed = PackedKeys.of(rows, dtype, 100)
+    held = packed.rows(length).double()
+    scores = packed.scores(query, length)
+    assert scores.dtype == torch.float32
+    assert scores.shape == (2, 3, 5, length)
+    for b, h, g in np.ndindex(2, 3, 5):
+        expected = oracle.score(query[b, h, g].double().numpy(), held[b, h].numpy(), PAIRS)
+        np.testing.assert_allclose(scores[b, h, g].numpy(), expected, atol=1e-5)
+    step = {None: 0.0, "bfloat16": 2**-8}.get(dtype, 0.51 / 127)
+    largest = rows.abs().amax(-1, keepdim=True)
+    assert ((held - rows).abs() <= step * largest + 1e-12).all()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert packed.scores(query, length).equal(scores)
+
+
+@pytest.mark.parametrize("dtype", [None, "float16", "int8"])
+def test_writing_key_by_key_is_packing_at_once(dtype: str | None) -> None:
+    rows = torch.randn(2, 3, 70, 4, generator=generator(4))
+    whole, written = PackedKeys.of(rows, dtype), PackedKeys.of(torch.zeros(2, 3, 1, 4), dtype, 70)
+    for start, end in ((0, 1), (1, 5), (5, 40), (40, 70)):
+        written.write(rows[:, :, start:end], torch.arange(start, end))
+    assert written.rows(70).equal(whole.rows(70))
+    assert (written.scales is None) == (dtype != "int8")
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_growing_and_reordering_keep_rows(dtype: str | None, tile: int) -> None:
+    rows = torch.randn(2, 3, 40, 4, generator=generator(5))
+    packed = PackedKeys.of(rows, dtype)
+    grown = packed.grown(100)
+    assert grown.capacity == (128 if tile == 32 else 100)
+    assert grown.rows(40).equal(packed.rows(40))
+    assert not grown.rows(100)[:, :, 64:].any()
+    turned = packed.change(lambda tensor: tensor.flip(0))
+    assert turned.rows(40).equal(packed.rows(40).flip(0))
+    if packed.scales is not None:
+        assert packed.scales.dtype == torch.float16
+        assert packed.n_bytes == packed.tiles.numel() + 2 * packed.scales.numel()
+        assert int(packed.tiles.abs().max()) == 127
+
+
+def test_int8_holds_tiny_and_zero_keys() -> None:
+    rows = torch.tensor([0.0, 1e-9, 1e4]).view(1, 1, 3, 1).expand(1, 1, 3, 2)
+    held = PackedKeys.of(rows, "int8").rows(3)[0, 0, :, 0]
+    assert held[0] == 0
+    assert abs(held[1]) < 1e-4
+    torch.testing.assert_close(held[2], torch.tensor(1e4), rtol=1e-3, atol=0)
+
+
+def test_packed_keys_serve_one_query_a_row_of_the_shape_they_were_made_for() -> None:
+    case = Case("packed", batch=2, length=40)
+    q, k, v, chunks = case.tensors()
+    packed = PackedKeys.of(torch.stack([k[:, n][..., chunks[n].flatten()] for n in range(2)], 1), capacity=70)
+    for backend in EXACT:
+        plain = case.run(q, k, v, chunks, backend)
+        assert fasa_attention(q, k, v, chunks, n_fac=6, packed_keys=packed, backend=backend).equal(plain)
+    two = q.expand(-1, -1, 2, -1)
+    with pytest.raises(ValueError, match="score one query a row, got 2"):
+        fasa_attention(two, k, v, chunks, n_fac=6, packed_keys=packed, backend="gather")
+    for wrong in (
+        PackedKeys.of(packed.rows(40)[:1]),
+        PackedKeys.of(packed.rows(40)[:, :1]),
+        PackedKeys.of(packed.rows(40)[..., :2]),
+        PackedKeys.of(packed.rows(40)[:, :, :32]),
+    ):
+        with pytest.raises(ValueError, match="packed_keys must be"):
+            fasa_attention(q, k, v, chunks, n_fac=6, packed_keys=wrong, backend="gather")
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_a_tracer_sees_the_same_scores(dtype: str | None) -> None:
+    """Under the compiler they are sums of products, for one fused pass."""
+    rows, query = torch.randn(2, 3, 70, 4, generator=generator(6)), torch.randn(2, 3, 5, 4, generator=generator(7))
+    packed = PackedKeys.of(rows, dtype)
+    traced = torch.compile(lambda packed, query: packed.scores(query, 70), fullgraph=True, backend="eager")
+    torch.testing.assert_close(traced(packed, query), packed.scores(query, 70), atol=1e-5, rtol=0)
+    torch._dynamo.reset()
+
+
+def test_they_are_themselves_and_do_not_change() -> None:
+    one, other = (PackedKeys.of(integers(1, 1, 3, 2, seed=1)) for _ in range(2))
+    assert one == one
+    assert one != other
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.tiles = other.tiles
