@@ -1,12 +1,11 @@
 """One decode step on a GPU as five Triton kernels behind one operator: TIP, the group's ranking, the selection, FAC.
 
-Inductor's kernels for the same step take three to five times as long on an H100 (evals/results): its score reduction
-reads the packed keys several times, and PyTorch's `topk` alone takes longer than dense attention at 4k tokens. Nothing
-here waits for the host or allocates more than scores, and everything can be captured in a CUDA graph.
+Inductor's kernels for the same step take 1.4 to 3.8 times as long on an H100 (evals/results/bench_op_cuda.json).
+Nothing here waits for the host or allocates more than scores, and everything can be captured in a CUDA graph.
 
 The selection is exact, with ties to the lower slot: the best K keys lie in the K tiles of best maximum (ties to the
 lower tile), so K tiles of 32 keys are searched and not the whole cache; thresholds are found by bisection over the
-order-preserving integers of `rank_bits`.
+order-preserving integers of `fasa_flex.ranking`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ TILE = 32
 
 @triton.jit
 def _rank_bits(scores):
-    """As `fasa_flex.ranking.rank_bits`."""
+    """Integers in the order of floats, as `fasa_flex.ranking.rank_keys` has them in its upper half."""
     scores = tl.where(scores == 0.0, 0.0, scores)
     bits = scores.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)

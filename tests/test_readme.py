@@ -6,11 +6,13 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import PreTrainedModel
 from ways import support_table
 
 from fasa_flex import FasaConfig, enable
+from fasa_flex.bench.report import summary
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -29,6 +31,15 @@ def test_the_support_table_is_the_matrix_of_the_tests() -> None:
     shown = re.search(r"<!-- support table -->\n(.*?)\n<!-- /support table -->", README, flags=re.DOTALL)
     assert shown is not None
     assert shown[1] == support_table()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_speed_tables_are_those_of_the_committed_results(device: str) -> None:
+    """`fasa_flex.bench.report.summary` of the rows."""
+    shown = re.search(rf"<!-- speed {device} -->\n(.*?)\n<!-- /speed {device} -->", README, flags=re.DOTALL)
+    assert shown is not None
+    rows = json.loads((ROOT / "evals" / "results" / f"bench_op_{device}.json").read_text())["rows"]
+    assert shown[1] == summary(rows)
 
 
 def test_the_scorer_in_the_readme_runs(llama: PreTrainedModel) -> None:

@@ -28,6 +28,20 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def summary(rows: Sequence[Row]) -> str:
+    """The op part in short: what the best dense attention takes, and how many times as fast FASA is."""
+    names = [name for name in _names(rows, "sparse") if name != "FASA-C gather"]  # uncompiled: never the one to use
+    header = ["batch", "context", "best dense", *names, "byte-count limit"]
+    lines = [header, ["--:", "--:", "---", *("--:" for _ in names), "--:"]]
+    for row in sorted(rows, key=lambda row: (row["batch"], row["context"])):
+        rivals = {rival["name"]: rival for rival in row["rivals"]}
+        best = rivals[row["best_dense"]]
+        found = [f"{rivals[name]['speedup']:.2f}x" if name in rivals else "-" for name in names]
+        dense = f"{1e3 * best['seconds']:.3g} ms, {row['best_dense']}"
+        lines.append([str(row["batch"]), _short(row["context"]), dense, *found, f"{row['limit']:.1f}x"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _shared(row: Row, rival: Row) -> list[str]:
     name = rival["name"] + (" (best dense)" if rival["name"] == row["best_dense"] else "")
     if rival["timed"].startswith("calls ("):  # on CUDA, where the others are graphs
