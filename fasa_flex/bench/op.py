@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from fasa_flex.attention import fasa_attention, sparse_attention
+from fasa_flex.attention import sparse_attention
 from fasa_flex.bench.limits import Reads, attention_reads
 from fasa_flex.bench.settings import Settings
 from fasa_flex.bench.shapes import Shape, random_chunks
@@ -139,28 +139,12 @@ def sparse_rivals(settings: Settings) -> dict[str, Call | str]:
 
     flex is there compiled only: uncompiled it computes every score and drops most.
     """
-
-    def fasa(backend: Backend) -> Call:
-        def run(x: Inputs) -> Tensor:
-            return fasa_attention(
-                x.q,
-                x.k,
-                x.v,
-                x.chunks,
-                n_fac=settings.n_fac,
-                group_reduce=settings.group_reduce,
-                packed_keys=x.packed,
-                backend=backend,
-            )
-
-        return run
-
     rivals: dict[str, Call | str] = {}
     if "eager" in settings.modes and "gather" in settings.backends:
-        rivals["FASA-C gather"] = fasa("gather")
+        rivals["FASA-C gather"] = _fasa(settings, "gather")
     if settings.device.type == "cuda" and "triton" in settings.backends:
-        rivals["FASA-C triton"] = _by_kernels(settings, host=False)
-        rivals["FASA-M triton"] = _by_kernels(settings, host=True)
+        rivals["FASA-C triton"] = _fasa(settings, "triton")
+        rivals["FASA-M triton"] = _fasa(settings, "triton", host=True)
     else:
         rivals["FASA-M"] = "without an accelerator it is FASA-C with more steps; the step part runs it"
     if "compiled" in settings.modes:
@@ -170,12 +154,12 @@ def sparse_rivals(settings: Settings) -> dict[str, Call | str]:
             # torch 2.13's CPU code for flex does not compile where two lengths (of keys, of packed tiles) are dynamic
             static = backend == "flex" and settings.device.type == "cpu"
             chosen = replace(settings, static_lengths=True) if static else settings
-            rivals[f"FASA-C {backend}, compiled"] = _compiled(fasa(backend), chosen)
+            rivals[f"FASA-C {backend}, compiled"] = _compiled(_fasa(settings, backend), chosen)
     return rivals
 
 
-def _by_kernels(settings: Settings, host: bool) -> Call:
-    """Without `fasa_attention`'s checks, which wait for the device."""
+def _fasa(settings: Settings, backend: Backend, host: bool = False) -> Call:
+    """What a model under `enable` runs: without `fasa_attention`'s checks, which read all keys."""
 
     def run(x: Inputs) -> Tensor:
         key, value = x.host if host and x.host is not None else (x.k, x.v)
@@ -183,7 +167,7 @@ def _by_kernels(settings: Settings, host: bool) -> Call:
         scorer, softmax = DominantChunks.from_chunks(x.chunks), Softmax(x.q.shape[-1] ** -0.5)
         budget = Budget(settings.n_fac)
         return sparse_attention(
-            x.q, key, value, scorer, valid, budget, settings.group_reduce, softmax, "triton", x.packed
+            x.q, key, value, scorer, valid, budget, settings.group_reduce, softmax, backend, x.packed
         )
 
     return run
