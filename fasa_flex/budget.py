@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -13,7 +14,8 @@ class Budget:
     """The tokens of one query.
 
     Attributes:
-        n_fac: an int counts tokens, a float in (0, 1] is a share of the query's valid keys, rounded up.
+        n_fac: an int counts tokens, a float in (0, 1] is a share of the query's valid keys, rounded up; a tuple counts
+            the tokens of each key/value head.
         n_sink: first valid tokens that are always selected, inside the budget.
         n_recent: last valid tokens that are always selected, inside the budget.
 
@@ -21,7 +23,7 @@ class Budget:
         ValueError: no positive count or share in (0, 1], or fewer tokens than are forced.
     """
 
-    n_fac: int | float
+    n_fac: int | float | tuple[int, ...]
     n_sink: int = 0
     n_recent: int = 0
 
@@ -30,28 +32,66 @@ class Budget:
             if not 0.0 < self.n_fac <= 1.0:
                 raise ValueError(f"n_fac as a share must lie in (0, 1], got {self.n_fac}; an int counts tokens.")
         else:
-            check_count("n_fac", self.n_fac, 1)
+            for count in self._counts:
+                check_count("n_fac", count, 1)
         check_count("n_sink", self.n_sink, 0)
         check_count("n_recent", self.n_recent, 0)
-        if not isinstance(self.n_fac, float) and self.n_sink + self.n_recent > self.n_fac:
+        if not isinstance(self.n_fac, float) and self.n_sink + self.n_recent > min(self._counts):
             raise ValueError(
                 f"n_sink + n_recent = {self.n_sink + self.n_recent} exceeds the budget n_fac = {self.n_fac}; "
                 "forced tokens count inside the budget, so raise n_fac or force fewer."
             )
 
+    @property
+    def _counts(self) -> tuple[Any, ...]:
+        return self.n_fac if isinstance(self.n_fac, tuple) else (self.n_fac,)
+
+    @property
+    def is_count(self) -> bool:
+        """Whether every query with enough keys attends to the same number of them, whatever its head and keys."""
+        return isinstance(self.n_fac, int)
+
     def of(self, n_valid: Tensor) -> Tensor:
-        """Tokens that queries with ``n_valid`` keys (int64) attend to, shaped alike: min(n_fac, n_valid)."""
+        """Tokens that queries attend to: min(n_fac, n_valid).
+
+        Args:
+            n_valid: int64 [B, 1, 1, Q], valid keys of each query; any shape where heads do not differ.
+
+        Returns:
+            int64, shaped as ``n_valid``; [B, Hkv, 1, Q] where heads differ.
+        """
+        if isinstance(self.n_fac, float):
+            allowed: Tensor = _share_of(n_valid, self.n_fac)
+            return allowed
         if isinstance(self.n_fac, int):
             return n_valid.clamp(max=self.n_fac)
-        allowed: Tensor = _share_of(n_valid, self.n_fac)
-        return allowed
+        return torch.minimum(n_valid, torch.tensor(self.n_fac, device=n_valid.device)[:, None, None])
+
+    def mean(self, n_valid: Tensor) -> Tensor:
+        """Tokens that queries attend to, the mean over heads rounded down: int64, shaped as ``n_valid`` int64 [B, Q]."""
+        if not isinstance(self.n_fac, tuple):
+            return self.of(n_valid)
+        return self.of(n_valid[:, None, None]).sum((1, 2)) // len(self.n_fac)
+
+    def exceeded(self, n_valid: Tensor) -> Tensor:
+        """Whether any head has more keys than it may attend to: bool, shaped as ``n_valid`` int64 [B, Q]."""
+        return min(self._counts) < n_valid if not isinstance(self.n_fac, float) else self.of(n_valid) < n_valid
 
     def widest(self, kv_len: int) -> int:
         """The most that a query among ``kv_len`` keys may take: the static width of `Selection.slots`."""
-        if isinstance(self.n_fac, int):
-            return min(self.n_fac, kv_len)
+        if not isinstance(self.n_fac, float):
+            most: int = max(self._counts)
+            return min(most, kv_len)
         widest: int = _share_of(kv_len, self.n_fac)
         return widest
+
+    def covers(self, kv_len: int) -> bool:
+        """Whether a query among ``kv_len`` keys attends to all of them in every head."""
+        return (self.widest(kv_len) if isinstance(self.n_fac, float) else min(self._counts)) >= kv_len
+
+    def of_head(self, head: int) -> Budget:
+        """That of one key/value head."""
+        return replace(self, n_fac=self.n_fac[head]) if isinstance(self.n_fac, tuple) else self
 
 
 def check_count(name: str, value: object, least: int) -> None:

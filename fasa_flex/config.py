@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from fasa_flex.budget import Budget, check_count
 from fasa_flex.packing import PackedDtype
+from fasa_flex.spread import LayerBudgets, check_layer_budgets
 
 Sharing = Literal["kv_head", "query_head"]
 GroupReduce = Literal["max", "mean", "softmax", "none"]
@@ -25,6 +26,9 @@ class FasaConfig:
             valid keys, rounded up.
         n_sink: first valid tokens that are always selected, inside the budget.
         n_recent: last valid tokens that are always selected, inside the budget.
+        layer_budgets: how ``n_fac``, the mean over sparse layers, is spread over them: ``"uniform"``, ``"pyramid"``
+            (falling with depth, as PyramidKV's), or a weight for each layer of the model, or for each of a layer's
+            key/value heads (`fasa_flex.spread`).
         dense_layers: layers that keep dense attention.
         per: ``"kv_head"``: one chunk set per key/value head; ``"query_head"``: one per query head, as in the paper.
         group_reduce: how the scores of a GQA group become one ranking: ``"softmax"`` (mean attention weight; measured
@@ -47,6 +51,7 @@ class FasaConfig:
     n_fac: int | float = 256
     n_sink: int = 0
     n_recent: int = 0
+    layer_budgets: LayerBudgets = "uniform"
     dense_layers: tuple[int, ...] = (0,)
     per: Sharing = "kv_head"
     group_reduce: GroupReduce = "softmax"
@@ -57,6 +62,10 @@ class FasaConfig:
     def __post_init__(self) -> None:
         if self.n_tip is not None:
             check_count("n_tip", self.n_tip, 1)
+        if not isinstance(self.n_fac, int | float):
+            raise ValueError(
+                f"n_fac must be one number, got {self.n_fac!r}; weigh layers and heads with layer_budgets."
+            )
         _ = self.budget
         try:
             object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
@@ -66,6 +75,7 @@ class FasaConfig:
             ) from None
         for layer in self.dense_layers:
             check_count("each of dense_layers", layer, 0)
+        object.__setattr__(self, "layer_budgets", check_layer_budgets(self.layer_budgets))
         for name, choices in (
             ("per", Sharing),
             ("group_reduce", GroupReduce),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ Shape = tuple[int, int, int]
 """Batch, queries, keys: B, Q, T."""
 
 Make = Callable[["Tensor | None", Shape, torch.device], Tensor]
-Once = Callable[[str, Make], Tensor]
+Once = Callable[[Hashable, Make], Tensor]
 
 
 def valid_from_mask(attention_mask: Tensor | None, shape: Shape, device: torch.device) -> Tensor:
@@ -62,7 +62,7 @@ class DecodeStep:
     def __init__(self) -> None:
         self._mask: Tensor | None = None
         self._key: tuple[Any, ...] = ()
-        self._known: dict[str, Tensor] = {}
+        self._known: dict[Hashable, Tensor] = {}
 
     def of(self, mask: Tensor | None, shape: Shape, device: torch.device) -> Once:
         """For a forward with this mask: ``once(name, make)`` is ``make(mask, shape, device)``, of the layer before."""
@@ -73,7 +73,7 @@ class DecodeStep:
             self._mask, self._key, self._known = mask, key, {}
         known = self._known
 
-        def once(name: str, make: Make) -> Tensor:
+        def once(name: Hashable, make: Make) -> Tensor:
             if name not in known:
                 known[name] = make(mask, shape, device)
             return known[name]

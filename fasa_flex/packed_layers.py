@@ -12,7 +12,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from fasa_flex.packing import PackedDtype, PackedKeys
-from fasa_flex.scoring import DominantChunks, Scorer
+from fasa_flex.scoring import DominantChunks
 
 
 class _Packs(CacheLayerMixin):
@@ -236,7 +236,7 @@ def _writable(buffer: Tensor) -> bool:
     return torch.is_inference_mode_enabled() or not buffer.is_inference()
 
 
-def pack_layer(cache: Cache, layer: int, scorer: Scorer, dtype: PackedDtype | None) -> None:
+def pack_layer(cache: Cache, layer: int, scorer: object, dtype: PackedDtype | None) -> None:
     """Let a layer of any cache keep packed keys, if it is of a kind that can and ``scorer`` scores dimensions of keys.
 
     A plain growing or static layer is replaced by one that packs, with the keys and values it holds. One that packs
@@ -260,7 +260,7 @@ def pack_layer(cache: Cache, layer: int, scorer: Scorer, dtype: PackedDtype | No
             held.repack(scorer, dtype)
 
 
-def packed_keys(cache: Cache, layer: int, scorer: Scorer) -> PackedKeys | None:
+def packed_keys(cache: Cache, layer: int, scorer: object) -> PackedKeys | None:
     """The packed keys of a layer, if they are what ``scorer`` scores."""
     held = cache.layers[layer]
     return held.packed if isinstance(held, _Packs) and held.scorer is scorer else None

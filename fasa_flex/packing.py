@@ -108,6 +108,13 @@ class PackedKeys:
         return PackedKeys(tiles, None if self.scales is None else F.pad(self.scales, (0, 0, 0, more)))
 
 
+def packed_bytes(width: int, dtype: PackedDtype | None, cache_dtype: torch.dtype) -> int:
+    """Bytes of one packed key of ``width`` dimensions in one head, its scale included."""
+    if dtype == "int8":
+        return width + 2
+    return width * (cache_dtype.itemsize if dtype is None else 2)
+
+
 def dot_products(query: Tensor, key: Tensor) -> Tensor:
     """Queries [.., Q, D] with keys [.., T, D] -> float32 [.., Q, T], under autocast too: rounded scores would tie."""
     with torch.autocast(query.device.type, enabled=False):

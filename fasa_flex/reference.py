@@ -42,7 +42,7 @@ def reference_attention(
             kv_head, member = divmod(head, group)
             for q in range(q_len):
                 ranking = scores[b, kv_head, min(member, scores.shape[2] - 1), q]
-                slots = reference_selection(ranking, valid[b, 0, 0, q], budget)
+                slots = reference_selection(ranking, valid[b, 0, 0, q], budget.of_head(kv_head))
                 logits = softmax.cap(key[b, kv_head, slots] @ query[b, head, q] * softmax.scaling)
                 if softmax.sinks is not None:
                     logits = torch.cat([logits, softmax.sinks[head, None].to(logits.dtype)])
@@ -53,6 +53,7 @@ def reference_attention(
 def reference_selection(scores: Tensor, valid: Tensor, budget: Budget) -> Tensor:
     """The slots one query attends to, from its scores [T] and valid keys bool [T]; int64 [min(budget, valid)]."""
     n_fac, n_sink, n_recent = budget.n_fac, budget.n_sink, budget.n_recent
+    assert not isinstance(n_fac, tuple)  # of one head
     candidates = valid.nonzero().flatten().tolist()
     allowed = math.ceil(len(candidates) * Fraction(repr(n_fac))) if isinstance(n_fac, float) else n_fac
     forced = candidates[:n_sink] + candidates[max(n_sink, len(candidates) - n_recent) :] if n_sink + n_recent else []

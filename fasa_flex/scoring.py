@@ -1,19 +1,22 @@
 """Token scorers: how important each key is to each query. The dominant-chunk scorer is the paper's TIP.
 
 Every method of sparse attention here is a scorer; selection, masks and attention are shared. Writing another one takes
-a `__call__` of the signature of `Scorer`.
+a `__call__` of the signature of `Scorer`, or `follow` of `SequenceScorer` where a method goes by more than the query
+and the keys.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from fasa_flex.budget import Budget
 from fasa_flex.config import GroupReduce
 from fasa_flex.packing import PackedKeys, dot_products
+from fasa_flex.reads import ReadShare
 
 
 class Scorer(Protocol):
@@ -32,6 +35,63 @@ class Scorer(Protocol):
             scores.
         """
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """One forward of one layer, of one token or many, as a `SequenceScorer` is shown it.
+
+    Attributes:
+        query: float [B, Hq, Q, D], post-RoPE.
+        key: float [B, Hkv, T, D], post-RoPE.
+        valid: bool [B or 1, 1, 1, Q, T], which keys each query may attend to: causal, no padding. A query of padding
+            may attend to none, or to keys before its own.
+        sparse: bool [B, Q], the queries that attend to a selection; the others attend to all valid keys.
+        first: the first query that is sparse in some row; Q where none is.
+        first_slot: the slot of the first query; 0 begins a sequence.
+        budget: of the layer.
+        scaling: of the softmax.
+    """
+
+    query: Tensor
+    key: Tensor
+    valid: Tensor
+    sparse: Tensor
+    first: int
+    first_slot: int
+    budget: Budget
+    scaling: float
+
+
+@runtime_checkable
+class SequenceScorer(Protocol):
+    """A method that goes by more than a query and the keys: by which keys are valid, or by the queries before.
+
+    It is shown every forward of its layer, the dense prefill too. One that evicts ranks what it dropped lowest, -inf,
+    for good: as it keeps no fewer keys than the budget, none of these is selected.
+    """
+
+    def follow(self, forward: Forward) -> Tensor:
+        """Score every key for the queries from ``forward.first`` on.
+
+        Returns:
+            float32 [B, Hkv, G or 1, Q - first, T]; what it says of dense queries is not read.
+
+        Raises:
+            ValueError: a forward that does not continue the one before, for a method that remembers it.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """Scores that are known already, as a `Scorer`: float32 [B, Hkv, G or 1, Q, T]."""
+
+    scores: Tensor
+
+    def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
+        """As `Scorer`."""
+        return self.scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +133,11 @@ class DominantChunks:
             query_dims = _take_dims(query, self.dims)
             scores = dot_products(query_dims, _take_dims(key.repeat_interleave(group, dim=1), self.dims))
         return scores.view(batch, kv_heads, group, q_len, kv_len)
+
+    def reads(self, head_dim: int, query_heads: int, kv_heads: int) -> ReadShare:
+        """``2 n_tip`` of a key's dimensions; for each query head anew where each has chunks of its own."""
+        heads, width = self.dims.shape
+        return ReadShare(ranking=min(0.5, heads // kv_heads * width / (2 * head_dim)))
 
 
 def _take_dims(states: Tensor, dims: Tensor) -> Tensor:

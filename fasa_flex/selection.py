@@ -71,10 +71,10 @@ def select(scores: Tensor, valid: Tensor, budget: Budget) -> Selection:
         budget: of every query.
     """
     order = torch.where(valid, rank_keys(scores, first=forced_keys(valid, budget)), INVALID)
-    share = isinstance(budget.n_fac, float)  # then rows take different numbers of keys, the best of those found
-    best = order.topk(budget.widest(scores.shape[-1]), dim=-1, sorted=share).values
+    varies = not budget.is_count  # rows or heads take different numbers of keys, the best of those found
+    best = order.topk(budget.widest(scores.shape[-1]), dim=-1, sorted=varies).values
     taken = best > INVALID
-    if share:
+    if varies:
         taken = torch.arange(best.shape[-1], device=scores.device) < budget.of(valid.sum(-1))[..., None]
         taken = taken.expand(best.shape)
     best = torch.where(taken, best, best.amax(-1, keepdim=True))

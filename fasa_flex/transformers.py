@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -14,19 +14,29 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from fasa_flex.attention import sparse_attention
+from fasa_flex.boundary import Boundary
 from fasa_flex.config import FasaConfig, GroupReduce
 from fasa_flex.crossover import sparse_is_faster
-from fasa_flex.layers import attention_modules, check_supported, dense_layers, layer_of, maximum_positions
+from fasa_flex.layers import (
+    attention_modules,
+    attention_shape,
+    check_supported,
+    dense_layers,
+    layer_of,
+    maximum_positions,
+)
 from fasa_flex.masking import DecodeStep, Once, count_valid, valid_from_mask
 from fasa_flex.packed_layers import pack_layer, packed_keys, packs
-from fasa_flex.packing import PackedKeys
+from fasa_flex.packing import PackedKeys, packed_bytes
 from fasa_flex.profile import FasaProfile
-from fasa_flex.scoring import DominantChunks, Scorer
+from fasa_flex.reads import ReadShare, StatesReads
+from fasa_flex.scoring import DominantChunks, Forward, Given, Scorer, SequenceScorer
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
 from fasa_flex.softmax import Softmax
+from fasa_flex.spread import spread_budget
 from fasa_flex.stats import FasaStats, tally
 
-ScorerFactory = Callable[[int], Scorer]
+ScorerFactory = Callable[[int], Scorer | SequenceScorer]
 """Makes the scorer of one layer."""
 
 _SCORE_BYTES = 1 << 27
@@ -80,25 +90,6 @@ def _dominant_chunks(model: PreTrainedModel, profile: FasaProfile | None, config
     return lambda layer: DominantChunks.from_chunks(tables[layer].to(devices[layer]))
 
 
-@dataclass(frozen=True)
-class _Window:
-    """Slots [start, stop) of each row, int64 [B], whose queries are sparse; ``first`` is the lowest start."""
-
-    start: Tensor
-    stop: Tensor | None
-    first: int
-
-    @classmethod
-    def of(cls, start: Tensor, stop: Tensor | None) -> _Window:
-        for name, slots in (("start", start), ("stop", start if stop is None else stop)):
-            if slots.dtype != torch.long or slots.dim() != 1 or slots.shape != start.shape or (slots < 0).any():
-                raise ValueError(
-                    f"{name} must be non-negative int64 slots, one for each row, got {slots.dtype} {slots.tolist()}; "
-                    "pass torch.tensor([...]) with as many entries as start and the batch have."
-                )
-        return cls(start, stop, int(start.min()))
-
-
 class Fasa:
     """A model under FASA; made by `enable`.
 
@@ -109,23 +100,48 @@ class Fasa:
     """
 
     def __init__(
-        self, model: PreTrainedModel, config: FasaConfig, scorers: dict[int, Scorer], dense: dict[int, str]
+        self,
+        model: PreTrainedModel,
+        config: FasaConfig,
+        scorers: dict[int, Scorer | SequenceScorer],
+        dense: dict[int, str],
     ) -> None:
         self.config = config
         self.dense_layers = dense
         self._scorers = scorers
         self._reduce: GroupReduce = "none" if config.per == "query_head" else config.group_reduce
-        self._budget = config.budget
+        kv_heads = attention_shape(model)[2]
+        self._budgets = spread_budget(config.budget, config.layer_budgets, sorted(scorers), kv_heads)
         self._packs = packs(model) and config.per == "kv_head"
         self._limit = maximum_positions(model)
-        self._window: _Window | None = None
+        self._boundary: Boundary | None = None
         self._step = DecodeStep()
         self._seam = AttentionSeam(model, self._attend)
         modules = attention_modules(model)
-        self.stats = FasaStats([next(modules[layer].parameters()).device for layer in sorted(modules)])
+        self.stats = FasaStats(
+            [next(modules[layer].parameters()).device for layer in sorted(modules)],
+            {layer: self._reads(scorer, model) for layer, scorer in scorers.items()},
+        )
         self._hooks = [
             module.register_forward_pre_hook(self._before_attention, with_kwargs=True) for module in modules.values()
         ]
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the method goes by earlier queries, so that a cropped or shared cache cannot be continued."""
+        return any(isinstance(scorer, SequenceScorer) for scorer in self._scorers.values())
+
+    def _reads(self, scorer: object, model: PreTrainedModel) -> ReadShare | None:
+        """What a sparse query of a layer reads, where the scorer states it."""
+        if not isinstance(scorer, StatesReads):
+            return None
+        _, query_heads, kv_heads, head_dim = attention_shape(model)
+        reads = scorer.reads(head_dim, query_heads, kv_heads)
+        dtype = model.dtype
+        if isinstance(scorer, DominantChunks) and self._packs:
+            packed = packed_bytes(scorer.dims.shape[1], self.config.packed_dtype, dtype)
+            reads = replace(reads, ranking=packed / (2 * head_dim * dtype.itemsize))
+        return reads.by_head(query_heads // kv_heads) if self._reduce == "none" else reads
 
     def disable(self) -> None:
         """Give the model its former attention back; its outputs are then bit-identical to those before `enable`."""
@@ -156,11 +172,11 @@ class Fasa:
         Raises:
             ValueError: boundaries of another shape, type or batch, or negative ones.
         """
-        former, self._window = self._window, _Window.of(start, stop)
+        former, self._boundary = self._boundary, Boundary.of(start, stop)
         try:
             yield
         finally:
-            self._window = former
+            self._boundary = former
 
     def _before_attention(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -171,7 +187,8 @@ class Fasa:
         if cache is not None and layer in self._scorers and self._packs:
             pack_layer(cache, layer, self._scorers[layer], self.config.packed_dtype)
             kwargs = {**kwargs, "fasa_cache": cache}
-        if cache is not None and self._window is not None:  # a sliding cache holds fewer keys than there were slots
+        asked = self._boundary is not None or isinstance(self._scorers.get(layer), SequenceScorer)
+        if cache is not None and asked:  # a sliding cache holds fewer keys than there were slots, a static one more
             kwargs = {**kwargs, "fasa_first_slot": int(cache.get_seq_length(layer))}
         return args, kwargs
 
@@ -196,19 +213,25 @@ class Fasa:
         n_valid = once("n_valid", count_valid)
         self._check(layer, key, n_valid)
         first, chosen = self._sparse_queries(layer, once, n_valid, kv_len, first_slot)
-        if self.config.backend == "fastest" and not sparse_is_faster(query, key, value, self._budget.widest(kv_len)):
+        if self.config.backend == "fastest" and not self._is_faster(layer, query, key, value):
             first, chosen = q_len, None
         self._count(layer, once, n_valid, chosen, first_slot)
+        scorer = self._scorers.get(layer)
+        if isinstance(scorer, SequenceScorer):
+            valid = once("valid", valid_from_mask)
+            sparse = torch.zeros_like(n_valid, dtype=torch.bool) if chosen is None else chosen
+            forward = Forward(query, key, valid, sparse, first, first_slot, self._budgets[layer], softmax.scaling)
+            scorer = Given(scorer.follow(forward))
         if chosen is None:  # keys and values of FASA-M may be the host's
             key, value = key.to(query.device), value.to(query.device)
             return dense(module, query, key, value, attention_mask, **kwargs)
         if kwargs.get("dropout"):
             raise ValueError(f"{type(module).__name__} uses dropout, sparse attention does not; call model.eval().")
+        assert scorer is not None
         valid = once("valid", valid_from_mask)[:, :, :, first:]
-        scorer = self._scorers[layer]
         packed = None if cache is None or q_len > 1 else packed_keys(cache, layer, scorer)
-        focused = self._focused(query[:, :, first:], key, value, scorer, valid, softmax, packed)
-        if self._window is None or q_len == 1:
+        focused = self._focused(layer, query[:, :, first:], key, value, scorer, valid, softmax, packed)
+        if self._boundary is None or q_len == 1:
             return focused, None
         out, weights = dense(module, query, key, value, attention_mask, **kwargs)
         merged = torch.where(chosen[:, first:, None, None], focused, out[:, first:])
@@ -218,22 +241,24 @@ class Fasa:
         self, layer: int, once: Once, n_valid: Tensor, kv_len: int, first_slot: int
     ) -> tuple[int, Tensor | None]:
         """Which queries of a forward are sparse: the first row that may be (Q for none), and bool [B, Q] for all."""
-        q_len, window = n_valid.shape[1], self._window
-        if layer not in self._scorers or self._budget.widest(kv_len) >= kv_len:
+        (batch, q_len), boundary = n_valid.shape, self._boundary
+        if layer not in self._scorers or self._budgets[layer].covers(kv_len):
             return q_len, None
-        over_budget = once("over budget", lambda *_: self._budget.of(n_valid) < n_valid)
-        if window is None or q_len == 1:
+        budget = self._budgets[layer]
+        over_budget = once(("over", budget), lambda *_: budget.exceeded(n_valid))
+        if boundary is None or q_len == 1:
             return (0, over_budget) if q_len == 1 or self.config.prefill == "sparse" else (q_len, None)
-        if len(window.start) not in (1, len(n_valid)):
-            raise ValueError(f"start names {len(window.start)} rows, the batch has {len(n_valid)}; give each one slot.")
-        first = max(0, window.first - first_slot)
-        if first >= q_len:
-            return q_len, None
-        slots = torch.arange(first_slot, first_slot + q_len, device=n_valid.device)
-        return first, over_budget & (slots >= window.start.to(n_valid.device)[:, None])
+        behind = boundary.behind(first_slot, batch, q_len, n_valid.device)
+        first = max(0, boundary.lowest - first_slot)
+        return (first, over_budget & behind) if first < q_len else (q_len, None)
+
+    def _is_faster(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        budget = self._budgets.get(layer)
+        return budget is not None and sparse_is_faster(query, key, value, budget.widest(key.shape[2]))
 
     def _focused(
         self,
+        layer: int,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -243,19 +268,18 @@ class Fasa:
         packed: PackedKeys | None,
     ) -> Tensor:
         """Sparse attention of every query, [B, Q, Hq, D], as many queries at a time as their scores fit in memory."""
-        config = self.config
         step = max(1, _SCORE_BYTES // (8 * query.shape[0] * query.shape[1] * key.shape[2]))
         parts = [
             sparse_attention(
                 query[:, :, at : at + step],
                 key,
                 value,
-                scorer,
+                Given(scorer.scores[..., at : at + step, :]) if isinstance(scorer, Given) else scorer,
                 valid[:, :, :, at : at + step],
-                self._budget,
+                self._budgets[layer],
                 self._reduce,
                 softmax,
-                config.backend,
+                self.config.backend,
                 packed,
             )
             for at in range(0, query.shape[2], step)
@@ -263,13 +287,14 @@ class Fasa:
         return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
     def _count(self, layer: int, once: Once, n_valid: Tensor, chosen: Tensor | None, first_slot: int) -> None:
-        if self._window is not None and self._window.stop is not None:
-            slots = torch.arange(first_slot, first_slot + n_valid.shape[1], device=n_valid.device)
-            n_valid = n_valid * (slots < self._window.stop.to(n_valid.device)[:, None])
-            self.stats.add(layer, tally(n_valid, chosen, self._budget))
+        budget = self._budgets.get(layer, self.config.budget)
+        counted = None
+        if self._boundary is not None:
+            counted = self._boundary.counted(first_slot, n_valid.shape[1], n_valid.device)
+        if counted is not None:
+            self.stats.add(layer, tally(n_valid * counted, chosen, budget))
         else:
-            name = "dense tally" if chosen is None else "sparse tally"
-            self.stats.add(layer, once(name, lambda *_: tally(n_valid, chosen, self._budget)))
+            self.stats.add(layer, once((chosen is None, budget), lambda *_: tally(n_valid, chosen, budget)))
 
     def _softmax(self, module: nn.Module, query: Tensor, options: dict[str, Any]) -> Softmax:
         """The model's own softmax, from what it hands to its attention function."""

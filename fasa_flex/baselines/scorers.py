@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fasa_flex.packing import PackedKeys, dot_products
+from fasa_flex.reads import ReadShare
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class AllDimensions:
         grouped = query.reshape(batch, kv_heads, -1, head_dim)
         return dot_products(grouped, key).view(batch, kv_heads, query_heads // kv_heads, q_len, kv_len)
 
+    def reads(self, head_dim: int, query_heads: int, kv_heads: int) -> ReadShare:
+        """Every key to rank, then the values alone."""
+        return ReadShare(ranking=0.5, rows=0.5)
+
 
 @dataclass(frozen=True)
 class Recency:
@@ -31,3 +36,7 @@ class Recency:
         batch, kv_heads, kv_len, _ = key.shape
         slots = torch.arange(kv_len, dtype=torch.float32, device=key.device)
         return slots.expand(batch, kv_heads, 1, query.shape[2], kv_len)
+
+    def reads(self, head_dim: int, query_heads: int, kv_heads: int) -> ReadShare:
+        """Nothing to rank."""
+        return ReadShare(ranking=0.0)

@@ -29,6 +29,7 @@ class Run:
         stats: Every number of `FasaStats.as_dict`: integers add up, others are means weighted by sparse queries.
         selected: Keys that sparse queries attended to.
         valid: Keys that sparse queries chose from.
+        bytes_read: Keys and values that sparse queries read, ranking included (`fasa_flex.reads`); None if not stated.
     """
 
     task: str
@@ -40,6 +41,7 @@ class Run:
     stats: dict[str, Any] = field(default_factory=dict)
     selected: float = 0.0
     valid: float = 0.0
+    bytes_read: float | None = 0.0
 
     def read(self, stats: FasaStats) -> None:
         """Take over what the model counted."""
@@ -47,6 +49,8 @@ class Run:
         for layer in stats.per_layer:
             self.selected += layer.mean_selected * layer.sparse_queries
             self.valid += layer.mean_valid * layer.sparse_queries
+        share = stats.kv_bytes_share
+        self.bytes_read = None if share is None else share * self.valid
 
     def __add__(self, other: Run) -> Run:
         """Both, under this one's name."""
@@ -70,6 +74,7 @@ class Run:
             merged,
             self.selected + other.selected,
             self.valid + other.valid,
+            None if self.bytes_read is None or other.bytes_read is None else self.bytes_read + other.bytes_read,
         )
 
     @property
@@ -78,15 +83,10 @@ class Run:
         count: int = self.stats.get("sparse_queries", 0)
         return count
 
-    def as_dict(self, scoring: float, rows: float) -> dict[str, Any]:
-        """JSON-ready; ``kv_share`` is what sparse queries attend to, ``kv_bytes_share`` what they read in all.
-
-        Args:
-            scoring: Share of its keys' and values' bytes that a query reads to rank them.
-            rows: Bytes read for a selected token, as a share of its key and value.
-        """
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready; ``kv_share`` is what sparse queries attend to, ``kv_bytes_share`` what they read in all."""
         share = self.selected / self.valid if self.valid else None
-        read = None if share is None else min(1.0, scoring + rows * share)
+        read = self.bytes_read / self.valid if self.valid and self.bytes_read is not None else None
         counts = {name: getattr(self, name) for name in ("requests", "dense_answers", "truncated", "unfinished")}
         return {"kind": self.kind, **counts, **self.stats, "kv_share": share, "kv_bytes_share": read}
 

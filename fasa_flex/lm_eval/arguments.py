@@ -33,6 +33,19 @@ def layer_set(value: LayerSet) -> tuple[int, ...]:
     return tuple(value)
 
 
+def layer_budgets(value: str | Sequence[Any]) -> Any:
+    """`FasaConfig.layer_budgets`: a name, or weights as ``2+1+0.5``, those of a layer's heads as ``2:1+1:1+1:1``."""
+    if not isinstance(value, str) or value in ("uniform", "pyramid"):
+        return value
+    try:
+        heads = [[float(weight) for weight in layer.split(":")] for layer in value.replace("+", " ").split()]
+    except ValueError:
+        raise ValueError(
+            f"layer_budgets={value!r} are no weights: write uniform, pyramid, or a number for every layer as in 2+1+0.5"
+        ) from None
+    return tuple(tuple(layer) if len(layer) > 1 else layer[0] for layer in heads)
+
+
 def sinks(method: str, n_fac: int | float) -> int:
     """Sinks of a method by default: StreamingLLM's 8, or half of a budget below 16; none otherwise."""
     if method != "streaming_llm":
@@ -53,24 +66,6 @@ def scorer_of(
     if method not in get_args(Method):
         raise ValueError(f"method={method!r} is not one of fasa, {', '.join(get_args(Method))}: write one of these")
     return scorer_factory(method, profile, n_tip=config.n_tip, per=config.per)
-
-
-def bytes_read(method: str, model_config: Any, config: FasaConfig) -> tuple[float, float]:
-    """What a sparse query reads, as shares of a token's key and value: to rank a token, and for a selected one.
-
-    FASA ranks with ``2 n_tip`` of a key's dimensions. Where each query head has chunks or a selection of its own, a
-    group's heads are taken to share none, so that the figure is the most that can be read.
-    """
-    heads = model_config.num_attention_heads
-    group = heads // (getattr(model_config, "num_key_value_heads", None) or heads)
-    head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
-    each = group if config.per == "query_head" else 1
-    rows = float(group if config.group_reduce == "none" or config.per == "query_head" else 1)
-    if method == "streaming_llm":
-        return 0.0, 1.0
-    if method == "oracle":  # every key to rank, then the values alone
-        return 0.5, 0.5 * rows
-    return min(0.5, each * config.chunks_of(head_dim) / head_dim), rows
 
 
 def check_batch_size(batch_size: int | str | None) -> None:

@@ -26,11 +26,11 @@ from fasa_flex.lm_eval.account import Account
 from fasa_flex.lm_eval.answers import claim
 from fasa_flex.lm_eval.arguments import (
     LayerSet,
-    bytes_read,
     check_batch_size,
     check_parallel,
     check_tokens,
     check_unknown,
+    layer_budgets as parse_layer_budgets,
     layer_set,
     scorer_of,
     sinks,
@@ -62,6 +62,8 @@ class FasaHFLM(HFLM):
         n_fac: The budget: tokens (int) or share of the valid keys (float in (0, 1]).
         n_sink: First tokens always selected, inside the budget; None for 0, and 8 under ``streaming_llm``.
         n_recent: Last tokens always selected, inside the budget.
+        layer_budgets: How the budget, then a mean, is spread: ``uniform``, ``pyramid``, or a weight for every layer as
+            ``2+1+0.5``, and of its heads as ``2:1+1:1+1:1``.
         dense_layers: Layers that stay dense: ``0``, ``0+1`` or ``none``.
         per: ``kv_head`` or ``query_head``.
         group_reduce: How a group's query heads become one ranking.
@@ -88,6 +90,7 @@ class FasaHFLM(HFLM):
         n_fac: int | float = 256,
         n_sink: int | None = None,
         n_recent: int = 0,
+        layer_budgets: str | Sequence[Any] = "uniform",
         dense_layers: LayerSet = 0,
         per: Sharing = "kv_head",
         group_reduce: GroupReduce = "softmax",
@@ -113,6 +116,7 @@ class FasaHFLM(HFLM):
             n_fac=n_fac,
             n_sink=sinks(method, n_fac) if n_sink is None else n_sink,
             n_recent=n_recent,
+            layer_budgets=parse_layer_budgets(layer_budgets),
             dense_layers=layer_set(dense_layers),
             per=per,
             group_reduce=group_reduce,
@@ -286,14 +290,13 @@ class FasaHFLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """lm-eval's facts about the model, and under ``fasa`` everything that decides a sparse score."""
-        scoring = bytes_read(self.method, self.model.config.get_text_config(), self.fasa_config)
         return super().get_model_info() | {
             "fasa": {
                 **self._parameters(),
                 "stays_dense": {str(layer): reason for layer, reason in self.fasa.dense_layers.items()},
                 "calibration": self.calibration,
-                "tasks": {task: run.as_dict(*scoring) for task, run in self.account.by("task").items()},
-                "requests": {kind: run.as_dict(*scoring) for kind, run in self.account.by("kind").items()},
+                "tasks": {task: run.as_dict() for task, run in self.account.by("task").items()},
+                "requests": {kind: run.as_dict() for kind, run in self.account.by("kind").items()},
                 "truncated_inputs": sum(run.truncated for run in self.account.by("kind").values()),
                 "warnings": self.account.warnings(),
                 "shared_prefills": self.passes.shared_prefills,

@@ -93,7 +93,7 @@ class Passes:
         self.shared_prefills = 0
         layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
         window = getattr(model.config.get_text_config(), "sliding_window", None)
-        self._crops = not window and all(kind == "full_attention" for kind in layers)
+        self._crops = not fasa.remembers and not window and all(kind == "full_attention" for kind in layers)
 
     @torch.no_grad()
     def score(

@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 from lm_eval.api.instance import Instance
 
-from fasa_flex import FasaConfig
 from fasa_flex.lm_eval.account import Account, Run
-from fasa_flex.lm_eval.arguments import bytes_read
 from fasa_flex.lm_eval.haystack import heldout_text
 from fasa_flex.lm_eval.model import FasaHFLM
 
@@ -60,16 +58,18 @@ def test_answers_cut_at_their_maximum_are_counted(sparse: Load) -> None:
 
 
 def test_runs_add_up_and_shares_are_weighted() -> None:
-    one = Run("t", "k", 1, 0, 1, 0, {"sparse_queries": 10, "kv_share": 0.5, "note": "a"}, selected=5.0, valid=10.0)
-    other = Run("t", "k", 2, 1, 0, 3, {"sparse_queries": 30, "kv_share": 0.1, "new_bytes": 7}, selected=3.0, valid=30.0)
+    one = Run("t", "k", 1, 0, 1, 0, {"sparse_queries": 10, "kv_share": 0.5, "note": "a"}, 5.0, 10.0, 6.0)
+    other = Run("t", "k", 2, 1, 0, 3, {"sparse_queries": 30, "kv_share": 0.1, "new_bytes": 7}, 3.0, 30.0, 7.0)
     both = one + other
     assert (both.requests, both.dense_answers, both.truncated, both.unfinished) == (3, 1, 1, 3)
     assert both.stats["sparse_queries"] == 40
     assert both.stats["kv_share"] == pytest.approx(0.2)
     assert (both.stats["note"], both.stats["new_bytes"]) == ("a", 7)
-    described = both.as_dict(scoring=0.125, rows=1.0)
+    described = both.as_dict()
     assert described["kv_share"] == pytest.approx(8 / 40)  # of keys, not of queries
-    assert described["kv_bytes_share"] == pytest.approx(0.125 + 8 / 40)
+    assert described["kv_bytes_share"] == pytest.approx(13 / 40)
+    unknown = Run("t", "k", valid=30.0, bytes_read=None)
+    assert (one + unknown).as_dict()["kv_bytes_share"] is None
 
 
 def test_gathering_twice_counts_once(sparse: Load) -> None:
@@ -97,15 +97,19 @@ def test_copies_that_even_out_processes_do_not_run(sparse: Load) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "options", "expected"),
+    ("options", "ranking", "rows"),
     [
-        ("fasa", {"n_tip": 2}, (2 / 16, 1.0)),
-        ("fasa", {"n_tip": 2, "per": "query_head"}, (4 / 16, 2.0)),
-        ("fasa", {"n_tip": 2, "group_reduce": "none"}, (2 / 16, 2.0)),
-        ("random_chunks", {"n_tip": 4}, (4 / 16, 1.0)),
-        ("streaming_llm", {}, (0.0, 1.0)),
-        ("oracle", {}, (0.5, 0.5)),
+        ({"n_tip": 2}, 2 / 16, 1.0),
+        ({"n_tip": 2, "per": "query_head"}, 4 / 16, 2.0),
+        ({"n_tip": 2, "group_reduce": "none"}, 2 / 16, 2.0),
+        ({"method": "random_chunks", "n_tip": 4}, 4 / 16, 1.0),
+        ({"method": "streaming_llm"}, 0.0, 1.0),
+        ({"method": "oracle"}, 0.5, 0.5),
     ],
 )
-def test_bytes_read(sparse: Load, method: str, options: dict[str, Any], expected: tuple[float, float]) -> None:
-    assert bytes_read(method, sparse().model.config, FasaConfig(**options)) == expected
+def test_bytes_read_are_ranking_and_rows(sparse: Load, options: dict[str, Any], ranking: float, rows: float) -> None:
+    lm = sparse(**options)
+    lm.loglikelihood(asked("t", "loglikelihood", (heldout_text()[:400], " return x")), disable_tqdm=True)
+    account = lm.get_model_info()["fasa"]["tasks"]["t"]
+    assert 0 < account["kv_share"] < 0.5
+    assert account["kv_bytes_share"] == pytest.approx(min(1.0, ranking + rows * account["kv_share"]))

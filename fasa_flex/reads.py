@@ -1,0 +1,39 @@
+"""What a sparse query reads: the one definition of KV bytes, by which all methods are compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+
+@dataclass(frozen=True)
+class ReadShare:
+    """Bytes of a layer's keys and values that a query reads, in units of one token's key and value in one head.
+
+    Whatever a method reads to rank keys counts, in the form in which it keeps it: packed keys, page bounds, labels.
+    What it writes, and a score for each key, does not. The query heads of a group read once what they share.
+
+    Attributes:
+        ranking: for each valid key, to rank it.
+        rows: for each selected key: 1 for its key and value, less where ranking has read some of it.
+    """
+
+    ranking: float
+    rows: float = 1.0
+
+    def of(self, n_selected: float, n_valid: float) -> float:
+        """Share of ``n_valid`` keys and values read where ``n_selected`` are attended to, at most 1: then as dense."""
+        return min(1.0, self.ranking + self.rows * n_selected / n_valid) if n_valid else 1.0
+
+    def by_head(self, group: int) -> ReadShare:
+        """Where the G query heads of a group select each for itself; taken to share no row, which is the most."""
+        return replace(self, rows=self.rows * group)
+
+
+@runtime_checkable
+class StatesReads(Protocol):
+    """A scorer that states what a query reads, for one selection in each key/value head."""
+
+    def reads(self, head_dim: int, query_heads: int, kv_heads: int) -> ReadShare:
+        """In units of a token's key and value, ``2 * head_dim`` numbers."""
+        ...
