@@ -12,8 +12,11 @@ from fasa_flex.scoring import DominantChunks, Scorer
 from fasa_flex.selection import forced_keys
 from fasa_flex.softmax import Softmax
 
-MOST_SELECTED = 512
-"""The largest budget of the kernels: as many tiles of 32 keys are searched in registers."""
+MOST_SELECTED = 1024
+"""The largest budget of the kernels: as many tiles of 16 keys are searched in registers."""
+
+MOST_KEYS = 65535 * 16
+"""The longest cache of the kernels: its tiles are counted in 16 bits."""
 
 
 def why_no_kernels(
@@ -34,6 +37,8 @@ def why_no_kernels(
         return "it needs the PackedKeys of dominant chunks"
     if not isinstance(budget.n_fac, int) or budget.n_fac > MOST_SELECTED:
         return f"n_fac must be an int of at most {MOST_SELECTED}, got {budget.n_fac}"
+    if key.shape[2] > MOST_KEYS:
+        return f"it searches at most {MOST_KEYS} keys, got {key.shape[2]}"
     if group_reduce == "none" and query.shape[1] != key.shape[1]:
         return "a group's query heads must select together"
     if key.stride()[2:] != (key.shape[3], 1) or value.stride()[2:] != (value.shape[3], 1):
@@ -66,7 +71,7 @@ def decode_by_kernels(
         query.contiguous(),
         key,
         value,
-        scorer.of_query(query),
+        scorer.dims.contiguous(),
         packed.tiles.squeeze(4),
         None if packed.scales is None else packed.scales.squeeze(3),
         codes.flatten(1),

@@ -1,11 +1,11 @@
-"""One decode step on a GPU as five Triton kernels behind one operator: TIP, the group's ranking, the selection, FAC.
+"""One decode step on a GPU as four Triton kernels behind one operator: TIP, the group's ranking, the selection, FAC.
 
 Inductor's kernels for the same step take 1.4 to 3.8 times as long on an H100 (evals/results/bench_op_cuda.json).
 Nothing here waits for the host or allocates more than scores, and everything can be captured in a CUDA graph.
 
 The selection is exact, with ties to the lower slot: the best K keys lie in the K tiles of best maximum (ties to the
-lower tile), so K tiles of 32 keys are searched and not the whole cache; thresholds are found by bisection over the
-order-preserving integers of `fasa_flex.ranking`.
+lower tile), so K tiles of 16 keys are searched and not the whole cache; thresholds are searched among the order-preserving
+integers of `fasa_flex.ranking`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 32
+TILE = tl.constexpr(16)
 """Keys whose maximum is kept for the search."""
+
+SCORE_BLOCK, MIXED_BLOCK, SCORE_WARPS = 128, 256, 4  # mixed: where every block adds to a softmax over all
+MIX_BLOCK, MIX_WARPS = 1024, 8
+SELECT_WARPS = 8
+ATTEND_BLOCK, ATTEND_WARPS = 128, 4
+"""Keys and warps of a program, the fastest of those tried on an H100."""
 
 
 @triton.jit
@@ -32,22 +38,22 @@ def _rank_bits(scores):
 def _store_order(
     ranking, slot, row, block, codes, order, maxima, kv_len, code_stride, KV_HEADS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Write the order of a block of keys, and the maximum of every 32 of them."""
+    """Write the order of a block of keys, and the maximum of every tile of them."""
     inside = slot < kv_len
     code = tl.load(codes + (row // KV_HEADS) * code_stride + slot, mask=inside, other=0)
     bits = tl.where(code > 1, 0x7FFFFFFF, _rank_bits(ranking))
     bits = tl.where(code > 0, bits, -2147483648)
     tl.store(order + row * kv_len + slot, bits, mask=inside)
-    tile = block * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
-    count = (kv_len + 31) // 32
-    tl.store(maxima + row * count + tile, tl.max(tl.reshape(bits, (BLOCK // 32, 32)), 1), mask=tile < count)
+    tile = block * (BLOCK // TILE) + tl.arange(0, BLOCK // TILE)
+    count = (kv_len + TILE - 1) // TILE
+    tl.store(maxima + row * count + tile, tl.max(tl.reshape(bits, (BLOCK // TILE, TILE)), 1), mask=tile < count)
 
 
 @triton.jit
 def _score(
-    query, keys, scales, codes, scores, top, total, order, maxima, kv_len, code_stride, key_stride, blocks, scaling,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    SCALED: tl.constexpr, HOW: tl.constexpr, KV_HEADS: tl.constexpr,
+    query, dims, keys, scales, codes, scores, top, total, order, maxima, kv_len, code_stride, key_stride, blocks,
+    scaling, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    WIDTH_PAD: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, HOW: tl.constexpr, KV_HEADS: tl.constexpr,
 ):  # fmt: skip
     """TIP for a block of keys of one key/value head, and the group's ranking unless that needs all keys (softmax)."""
     row, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
@@ -57,85 +63,118 @@ def _score(
         keys + row * key_stride + slot[:, None] * WIDTH + dim[None, :],
         mask=inside[:, None] & (dim < WIDTH)[None, :],
         other=0,
+        eviction_policy="evict_first",  # read once; what is written here is read again, from the cache
     )
+    taken = tl.load(dims + (row % KV_HEADS) * WIDTH + dim, mask=dim < WIDTH, other=0)
     asked = tl.load(
-        query + row * GROUP * WIDTH + head[:, None] * WIDTH + dim[None, :],
-        mask=member[:, None] & (dim < WIDTH)[None, :],
+        query + (row * GROUP + head[None, :]) * DIM + taken[:, None],
+        mask=member[None, :] & (dim < WIDTH)[:, None],
         other=0,
     )
-    score = tl.dot(asked, tl.trans(key.to(asked.dtype)), input_precision="ieee")
+    score = tl.dot(key.to(asked.dtype), asked, input_precision="ieee")
     if SCALED:
-        score *= tl.load(scales + row * (key_stride // WIDTH) + slot, mask=inside, other=0).to(tl.float32)[None, :]
+        score *= tl.load(scales + row * (key_stride // WIDTH) + slot, mask=inside, other=0).to(tl.float32)[:, None]
     if HOW == "softmax":
         score *= scaling
         code = tl.load(codes + (row // KV_HEADS) * code_stride + slot, mask=inside, other=0)
-        real = tl.where((code > 0)[None, :] & member[:, None], score, float("-inf"))
-        best = tl.max(real, 1)
-        weight = tl.sum(tl.exp(real - tl.where(best == float("-inf"), 0.0, best)[:, None]), 1)
+        real = tl.where((code > 0)[:, None] & member[None, :], score, float("-inf"))
+        best = tl.max(real, 0)
+        weight = tl.sum(tl.exp(real - tl.where(best == float("-inf"), 0.0, best)[None, :]), 0)
         tl.store(top + (row * GROUP + head) * blocks + block, best, mask=member)
         tl.store(total + (row * GROUP + head) * blocks + block, weight, mask=member)
-        place = scores + (row * GROUP + head)[:, None] * kv_len + slot[None, :]
-        tl.store(place, score, mask=inside[None, :] & member[:, None])
+        place = scores + (row * kv_len + slot[:, None]) * GROUP + head[None, :]
+        tl.store(place, score, mask=inside[:, None] & member[None, :])
     else:
         if HOW == "mean":
-            ranking = tl.sum(tl.where(member[:, None], score, 0.0), 0) / GROUP
+            ranking = tl.sum(tl.where(member[None, :], score, 0.0), 1) / GROUP
         else:
-            ranking = tl.max(tl.where(member[:, None], score, float("-inf")), 0)
+            ranking = tl.max(tl.where(member[None, :], score, float("-inf")), 1)
         _store_order(ranking, slot, row, block, codes, order, maxima, kv_len, code_stride, KV_HEADS, BLOCK)
 
 
 @triton.jit
-def _normalise(top, total, norm, blocks, BLOCKS_PAD: tl.constexpr):
-    """The log-sum-exp of one query head from those of its blocks."""
-    row, block = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCKS_PAD)
-    best = tl.load(top + row * blocks + block, mask=block < blocks, other=float("-inf"))
-    weight = tl.load(total + row * blocks + block, mask=block < blocks, other=0.0)
-    most = tl.max(best, 0)
-    most = tl.where(most == float("-inf"), 0.0, most)
-    tl.store(norm + row, most + tl.log(tl.sum(weight * tl.exp(best - most), 0)))
+def _normaliser(top, total, row, blocks, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, STEP: tl.constexpr):
+    """The log-sum-exp of a group's query heads, float32 [GROUP_PAD], from those of the blocks of keys."""
+    head = tl.arange(0, GROUP_PAD)
+    most = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    weight = tl.zeros([GROUP_PAD], tl.float32)
+    for start in range(0, blocks, STEP):
+        block = start + tl.arange(0, STEP)
+        place = (row * GROUP + head)[:, None] * blocks + block[None, :]
+        real = (head < GROUP)[:, None] & (block < blocks)[None, :]
+        best = tl.load(top + place, mask=real, other=float("-inf"))
+        part = tl.load(total + place, mask=real, other=0.0)
+        higher = tl.maximum(most, tl.max(best, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        weight = weight * tl.exp(most - shift) + tl.sum(part * tl.exp(best - shift[:, None]), 1)
+        most = higher
+    return tl.where(weight > 0.0, most + tl.log(weight), 0.0)
 
 
 @triton.jit
 def _mix(
-    scores, norm, codes, order, maxima, kv_len, code_stride,
+    scores, top, total, codes, order, maxima, kv_len, code_stride, blocks,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr, KV_HEADS: tl.constexpr,
 ):  # fmt: skip
     """The logarithm of the group's mean attention weight (the summed one ranks alike) for a block of keys."""
     row, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
     slot, head = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, GROUP_PAD)
     inside, member = slot < kv_len, head < GROUP
+    norm = _normaliser(top, total, row, blocks, GROUP, GROUP_PAD, 256)
     log = tl.load(
-        scores + (row * GROUP + head)[:, None] * kv_len + slot[None, :],
-        mask=inside[None, :] & member[:, None],
+        scores + (row * kv_len + slot[:, None]) * GROUP + head[None, :],
+        mask=inside[:, None] & member[None, :],
         other=float("-inf"),
     )
-    log -= tl.load(norm + row * GROUP + head, mask=member, other=0.0)[:, None]
-    best = tl.max(log, 0)
+    log -= norm[None, :]
+    best = tl.max(log, 1)
     best = tl.where(best == float("-inf"), 0.0, best)
-    ranking = best + tl.log(tl.sum(tl.exp(log - best[None, :]), 0))
+    ranking = best + tl.log(tl.sum(tl.exp(log - best[:, None]), 1))
     _store_order(ranking, slot, row, block, codes, order, maxima, kv_len, code_stride, KV_HEADS, BLOCK)
 
 
 @triton.jit
-def _best(values, real, wanted):
-    """Which ``wanted`` of the values int32 are largest, equal ones in order; at least as many must be real."""
-    low = tl.min(tl.where(real, values, 2147483647), 0)
-    high = tl.max(tl.where(real, values, -2147483648), 0)
-    found = tl.sum(real.to(tl.int32), 0)
+def _best(values, wanted, low):
+    """Which ``wanted`` of the values int32 are largest, equal ones in order, and a threshold that they reach.
+
+    At least as many must reach ``low``. Every round counts what reaches two thresholds in (low, high], in 16 bits each,
+    since the sum over the threads is what a round waits for. They enclose where a geometric fall of the counts puts the
+    last one wanted, and in every second round they are the thirds, which bounds the rounds.
+    """
+    low, high = low.to(tl.int64), tl.max(values, 0).to(tl.int64)
+    found, over, guessed = tl.sum((values >= low.to(tl.int32)).to(tl.int32), 0), 0, 0
     while (low < high) & (found != wanted):
-        middle = ((low.to(tl.int64) + high.to(tl.int64) + 1) >> 1).to(tl.int32)
-        count = tl.sum((real & (values >= middle)).to(tl.int32), 0)
-        enough = count >= wanted
-        low = tl.where(enough, middle, low)
-        found = tl.where(enough, count, found)
-        high = tl.where(enough, high, middle - 1)
-    taken = real & (values >= low)
+        span = high - low + 1
+        first, second = (span + 2) // 3, 2 * ((span + 2) // 3)
+        guessed = 1 - guessed
+        if guessed == 1:
+            count = found.to(tl.float32)
+            guess = span.to(tl.float32) * tl.log(count / wanted) / tl.log(count / (over + 0.5))
+            first, second = (guess * 0.85).to(tl.int64), (guess * 1.15).to(tl.int64) + 1
+        first = tl.minimum(tl.maximum(first, 1), span - 1)
+        second = tl.minimum(tl.maximum(second, first), span - 1)
+        one, two = (low + first).to(tl.int32), (low + second).to(tl.int32)
+        counts = tl.sum(tl.where(values >= one, 1, 0) + tl.where(values >= two, 65536, 0), 0)
+        over_one, over_two = counts & 65535, (counts >> 16) & 65535
+        if over_two >= wanted:
+            low, found = low + second, over_two
+        elif over_one >= wanted:
+            low, high, found, over = low + first, low + second - 1, over_one, over_two
+        else:
+            high, over = low + first - 1, over_one
+    threshold = low.to(tl.int32)
+    taken = values >= threshold
     if found > wanted:
-        above = real & (values > low)
-        equal = real & (values == low)
+        above, equal = values > threshold, values == threshold
         left = wanted - tl.sum(above.to(tl.int32), 0)
         taken = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
-    return taken
+    return taken, threshold
+
+
+@triton.jit
+def _lower_bound(values, COUNT: tl.constexpr, GROUPS: tl.constexpr):
+    """What at least ``GROUPS`` of ``COUNT`` values reach: each group has a maximum, and here is the least of these."""
+    return tl.min(tl.max(tl.reshape(values, (COUNT // GROUPS, GROUPS)), 0), 0)
 
 
 @triton.jit
@@ -145,22 +184,21 @@ def _select(
     """The slots of one key/value head, ascending; -1 where no valid key is left."""
     row = tl.program_id(0).to(tl.int64)
     if SEARCH:
-        count = (kv_len + 31) // 32
+        count = (kv_len + TILE - 1) // TILE
         number = tl.arange(0, TILES_PAD)
-        there = number < count
-        maximum = tl.load(maxima + row * count + number, mask=there, other=-2147483648)
-        taken = _best(maximum, there, wanted)
+        maximum = tl.load(maxima + row * count + number, mask=number < count, other=-2147483648)
+        taken, low = _best(maximum, wanted, _lower_bound(maximum, TILES_PAD, WANTED_PAD))
         tl.store(tiles + row * WANTED_PAD + tl.cumsum(taken.to(tl.int32), 0) - 1, number, mask=taken)
         tl.debug_barrier()  # the tiles are read by other threads than wrote them
-        place = tl.arange(0, WANTED_PAD * 32)
-        tile = tl.load(tiles + row * WANTED_PAD + place // 32, mask=place // 32 < wanted, other=0)
-        slot = tile * 32 + place % 32
-        real = (place // 32 < wanted) & (slot < kv_len)
+        place = tl.arange(0, WANTED_PAD * TILE)
+        searched = place // TILE < wanted
+        slot = tl.load(tiles + row * WANTED_PAD + place // TILE, mask=searched, other=0) * TILE + place % TILE
+        bits = tl.load(order + row * kv_len + slot, mask=searched & (slot < kv_len), other=-2147483648)
     else:
-        slot = tl.arange(0, TILES_PAD * 32)
-        real = slot < kv_len
-    bits = tl.load(order + row * kv_len + slot, mask=real, other=-2147483648)
-    taken = _best(bits, real, wanted)
+        slot = tl.arange(0, TILES_PAD * TILE)
+        bits = tl.load(order + row * kv_len + slot, mask=slot < kv_len, other=-2147483648)
+        low = _lower_bound(bits, TILES_PAD * TILE, WANTED_PAD)
+    taken, low = _best(bits, wanted, low)
     place = tl.cumsum(taken.to(tl.int32), 0) - 1
     tl.store(slots + row * wanted + place, tl.where(bits > -2147483648, slot, -1), mask=taken)
 
@@ -219,7 +257,7 @@ def decode(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    query_dims: Tensor,
+    dims: Tensor,
     packed: Tensor,
     scales: Tensor | None,
     codes: Tensor,
@@ -236,11 +274,11 @@ def decode(
         key: float [B, Hkv, T, D], rows contiguous; on the device, or pinned host memory (FASA-M), of which the kernel
             reads the selected rows.
         value: likewise, [B, Hkv, T, Dv].
-        query_dims: float [B, Hkv, G, 2 * n_tip], the dominant dimensions of ``query``.
+        dims: int64 [Hkv, 2 * n_tip], contiguous, the dominant dimensions.
         packed: [B, Hkv, C, 2 * n_tip], contiguous, C >= T; a float dtype or int8.
         scales: float16 [B, Hkv, C] of int8 keys.
         codes: uint8 [B or 1, T], rows contiguous: 0 for an invalid key, 1 for a valid one, 2 for one that is forced in.
-        n_fac: tokens; K tiles of 32 keys are searched in registers, so a few hundred.
+        n_fac: tokens; K tiles of 16 keys are searched in registers, so a few hundred.
         how: "softmax", "mean" or "max", over the group.
         scaling: of the softmax.
         softcap: of the logits, or None.
@@ -250,46 +288,44 @@ def decode(
         [B, Hq, 1, Dv]; zeros for a row without a valid key.
     """
     batch, kv_heads, kv_len, dim = key.shape
-    group, width = query_dims.shape[2:]
+    group, width = query.shape[1] // kv_heads, dims.shape[1]
     rows, wanted = batch * kv_heads, min(n_fac, kv_len)
-    group_pad, block = max(16, triton.next_power_of_2(group)), 256
-    blocks, tiles = triton.cdiv(kv_len, block), triton.cdiv(kv_len, TILE)
+    mixed = how == "softmax" and group > 1
+    group_pad, block = max(16, triton.next_power_of_2(group)), MIXED_BLOCK if mixed else SCORE_BLOCK
+    blocks, tiles = triton.cdiv(kv_len, block), triton.cdiv(kv_len, TILE.value)
 
     def integers(columns: int) -> Tensor:
         return torch.empty(rows, columns, dtype=torch.int32, device=query.device)
 
     order, maxima = integers(kv_len), integers(tiles)
-    mixed = how == "softmax" and group > 1
-    scores, top, total, norm = (
-        torch.empty(rows, group, size if mixed else 0, device=query.device) for size in (kv_len, blocks, blocks, 1)
+    scores, top, total = (
+        torch.empty(rows, group, size if mixed else 0, device=query.device) for size in (kv_len, blocks, blocks)
     )
-    query_dims = query_dims.contiguous()
     code_stride = 0 if codes.shape[0] == 1 else codes.stride(0)
     _score[(blocks, rows)](
-        query_dims, packed, codes if scales is None else scales, codes, scores, top, total, order, maxima, kv_len,
-        code_stride, packed.stride(1), blocks, scaling, group, group_pad, width,
+        query, dims, packed, codes if scales is None else scales, codes, scores, top, total, order, maxima, kv_len,
+        code_stride, packed.stride(1), blocks, scaling, group, group_pad, dim, width,
         max(16, triton.next_power_of_2(width)), block, scales is not None,
-        how if mixed or how == "mean" else "max", kv_heads, num_warps=4,
+        how if mixed or how == "mean" else "max", kv_heads, num_warps=SCORE_WARPS,
     )  # fmt: skip
     if mixed:
-        _normalise[(rows * group,)](top, total, norm, blocks, triton.next_power_of_2(blocks), num_warps=4)
-        _mix[(triton.cdiv(kv_len, 1024), rows)](
-            scores, norm, codes, order, maxima, kv_len, code_stride, group, triton.next_power_of_2(group), 1024,
-            kv_heads, num_warps=4,
+        _mix[(triton.cdiv(kv_len, MIX_BLOCK), rows)](
+            scores, top, total, codes, order, maxima, kv_len, code_stride, blocks, group,
+            triton.next_power_of_2(group), MIX_BLOCK, kv_heads, num_warps=MIX_WARPS,
         )  # fmt: skip
     wanted_pad = max(16, triton.next_power_of_2(wanted))
     slots, chosen = integers(wanted), integers(wanted_pad)
     _select[(rows,)](
         order, maxima, chosen, slots, kv_len, wanted, triton.next_power_of_2(tiles), wanted_pad, tiles > wanted_pad,
-        num_warps=8,
+        num_warps=SELECT_WARPS,
     )  # fmt: skip
-    value_dim, block = value.shape[-1], min(128 if key.element_size() == 2 else 32, wanted_pad)
+    value_dim, block = value.shape[-1], min(ATTEND_BLOCK if key.element_size() == 2 else 32, wanted_pad)
     out = torch.empty(batch, kv_heads * group, 1, value_dim, dtype=query.dtype, device=query.device)
     _attend[(rows,)](
         query, key, value, slots, query if sinks is None else sinks, out, key.stride(0), key.stride(1), value.stride(0),
         value.stride(1), wanted, scaling, softcap or 1.0, group, group_pad, dim, max(16, triton.next_power_of_2(dim)),
         value_dim, max(16, triton.next_power_of_2(value_dim)), wanted_pad, block, kv_heads,
-        softcap is not None, sinks is not None, num_warps=4,
+        softcap is not None, sinks is not None, num_warps=ATTEND_WARPS,
     )  # fmt: skip
     return out
 
@@ -299,7 +335,7 @@ def _(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    query_dims: Tensor,
+    dims: Tensor,
     packed: Tensor,
     scales: Tensor | None,
     codes: Tensor,

@@ -213,7 +213,9 @@ class StaticPackedLayer(_Packs, StaticLayer):
                     "were given; allocate a longer one (max_cache_len)."
                 )
             self.written += length
-        slots = torch.arange(length, device=self.device) + self.cumulative_length
+        slots = self.cumulative_length.view(1)
+        if length > 1:
+            slots = slots + torch.arange(length, device=self.device)
         assert self.packed is not None
         self.packed.write(self.scorer.pack(key_states), slots)
         states: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)

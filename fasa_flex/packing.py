@@ -63,8 +63,13 @@ class PackedKeys:
     def write(self, rows: Tensor, slots: Tensor) -> None:
         """Write keys [B, Hkv, t, 2 * n_tip] into the slots int64 [t], in place."""
         lanes = self.tiles.shape[4]
-        tile, lane = slots // lanes, slots % lanes
         rows, scales = _convert(rows, None if self.scales is None else "int8")
+        if lanes == 1:  # a kernel each, of which a decode step on a GPU should have few
+            self.tiles.squeeze(4).index_copy_(2, slots, rows.to(self.tiles.dtype))
+            if self.scales is not None and scales is not None:
+                self.scales.squeeze(3).index_copy_(2, slots, scales)
+            return
+        tile, lane = slots // lanes, slots % lanes
         if self.scales is not None and scales is not None:
             self.scales[:, :, tile, lane] = scales
         # indices apart from each other come first: [t, B, Hkv, 2 * n_tip]

@@ -74,7 +74,7 @@ def test_decode_equals_the_oracle(step: Step) -> None:
         q,
         k,
         v,
-        scorer.of_query(q),
+        scorer.dims,
         scorer.pack(k),
         None,
         codes(real, step.forced),
@@ -116,7 +116,7 @@ def test_int8_keys_are_scored_with_their_scales() -> None:
     packed = PackedKeys.of(scorer.pack(k), "int8")
     rows, scales = packed.tiles.transpose(3, 4).flatten(2, 3).contiguous(), packed.scales.flatten(2)
     everyone = torch.ones(1, 80, dtype=torch.uint8)
-    out = decode(q, k, v, scorer.of_query(q), rows, scales, everyone, 5, "max", 0.25, None, None)
+    out = decode(q, k, v, scorer.dims, rows, scales, everyone, 5, "max", 0.25, None, None)
     held = k.clone()
     held[..., scorer.dims[0]] = packed.rows(80)
     ranked = oracle.fasa(*(x.double().numpy() for x in (q, held, v)), chunks.numpy(), n_fac=5)
