@@ -4,8 +4,8 @@ Inductor's kernels for the same step take 1.4 to 3.8 times as long on an H100 (e
 Nothing here waits for the host or allocates more than scores, and everything can be captured in a CUDA graph.
 
 The selection is exact, with ties to the lower slot: the best K keys lie in the K tiles of best maximum (ties to the
-lower tile), so K tiles of 16 keys are searched and not the whole cache; thresholds are searched among the order-preserving
-integers of `fasa_flex.ranking`.
+lower tile), so K tiles of 16 keys are searched and not the whole cache; thresholds are found among the
+order-preserving integers of `fasa_flex.ranking`.
 """
 
 from __future__ import annotations

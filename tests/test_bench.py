@@ -11,7 +11,7 @@ import torch
 from transformers import StaticCache
 
 from fasa_flex import cli
-from fasa_flex.bench import caches, op, report, step, timing
+from fasa_flex.bench import caches, op, report, rivals, step, timing
 from fasa_flex.bench.command import main
 from fasa_flex.bench.limits import amdahl, attention_reads, crossover, project
 from fasa_flex.bench.record import Ledger, command_line, hardware, provenance
@@ -93,24 +93,24 @@ def test_ratios_are_of_the_same_round() -> None:
 
 
 def test_dense_rivals_compute_the_same_and_grouped_sdpa_is_among_them() -> None:
-    x = op.Inputs.random(TINY, 2, 40, settings())
+    x = rivals.Inputs.random(TINY, 2, 40, settings())
     expected = torch.softmax(x.q @ x.k.repeat_interleave(2, 1).mT / 4, -1) @ x.v.repeat_interleave(2, 1)
-    rivals = op.dense_rivals(settings(modes=("eager",)))
-    assert {"SDPA", "grouped SDPA"} <= set(rivals)
-    for call in rivals.values():
+    dense = rivals.dense_rivals(settings(modes=("eager",)))
+    assert {"SDPA", "grouped SDPA"} <= set(dense)
+    for call in dense.values():
         torch.testing.assert_close(call(x), expected)
 
 
 def test_a_rival_that_computes_something_else_or_fails_is_left_out() -> None:
-    def wrong(x: op.Inputs) -> torch.Tensor:
-        return 2 * op.sdpa(x)
+    def wrong(x: rivals.Inputs) -> torch.Tensor:
+        return 2 * rivals.sdpa(x)
 
-    def broken(x: op.Inputs) -> torch.Tensor:
+    def broken(x: rivals.Inputs) -> torch.Tensor:
         raise RuntimeError("no kernel")
 
-    x = op.Inputs.random(TINY, 1, 40, settings())
-    rivals = {"SDPA": op.sdpa, "wrong": wrong, "broken": broken, "absent": "a reason"}
-    good, _, left_out = op._warmed(rivals, {"SDPA", "wrong", "broken"}, x)
+    x = rivals.Inputs.random(TINY, 1, 40, settings())
+    asked = {"SDPA": rivals.sdpa, "wrong": wrong, "broken": broken, "absent": "a reason"}
+    good, _, left_out = op._warmed(asked, {"SDPA", "wrong", "broken"}, x)
     assert set(good) == {"SDPA"}
     assert left_out["absent"] == "a reason"
     assert "no kernel" in left_out["broken"]
@@ -120,7 +120,7 @@ def test_a_rival_that_computes_something_else_or_fails_is_left_out() -> None:
 @pytest.mark.parametrize("packed_dtype", [None, "bfloat16", "int8"])
 def test_the_limit_of_a_call_counts_the_packed_keys_that_are_there(packed_dtype: str | None) -> None:
     chosen = settings(n_fac=16, packed_dtype=packed_dtype)
-    x = op.Inputs.random(TINY, 1, 64, chosen)
+    x = rivals.Inputs.random(TINY, 1, 64, chosen)
     least = {None: 4, "bfloat16": 2, "int8": 1}[packed_dtype] * 2 * 64 * 2 * 2
     assert least <= x.packed.n_bytes <= 2 * least
     assert op.reads_of(x, TINY, chosen).sparse == x.packed.n_bytes + 2 * 16 * 2 * 16 * 4

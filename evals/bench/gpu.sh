@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Everything there is to measure on one GPU, in ten minutes: first whether results are right, then how fast they come.
 #
-#   evals/bench/gpu.sh [FOLDER]      results go to FOLDER (default: runs/gpu), one JSON for each part, written row by row
+#   evals/bench/gpu.sh [FOLDER [PART...]]
+#
+# Results go to FOLDER (default: runs/gpu), one JSON for each part, written row by row; parts are check, op and step.
 #
 # Needs torch with CUDA, transformers and matplotlib; the package itself need not be installed. Started again, it goes on
 # where it was stopped. PYTHON names the interpreter (default: python3).
@@ -23,16 +25,35 @@ part() {
     return "$status"
 }
 
-bench=("$python" -m fasa_flex.bench --device cuda --dtype bfloat16 --shapes llama-3.1-8b --out "$out")
-step=("${bench[@]}" --part step --row-seconds 3)
+bench=("$python" -m fasa_flex.bench --device cuda --dtype bfloat16 --shapes llama-3.1-8b)
 status=0
-part 160 "$python" -m evals.bench.check_cuda --out "$out" --seconds 140 || status=1
-part 150 "${bench[@]}" --part op --batches 1,8 --contexts 4k,32k,128k,16k,64k,8k --row-seconds 2 --seconds 125 || status=1
-# eager steps are replayed as graphs; of FASA's backends only the kernels can be captured whole
-part 130 "${step[@]}" --modes eager --backends triton --batches 1 --contexts 32k,128k,4k,64k,16k --seconds 100 || status=1
-part 60 "${step[@]}" --modes eager --backends triton --batches 8 --contexts 32k,4k --seconds 40 || status=1
-# a whole model compiles for minutes; four of its layers say what compiling gives
-part 90 "${step[@]}" --out "$out/compiled" --modes compiled --layers 4 --batches 1 --contexts 32k || status=1
 
-ls -l "$out" "$out/compiled"
+check() {
+    part 100 "$python" -m evals.bench.check_cuda --out "$out" --seconds 85 || status=1
+}
+
+# one attention call: with every rival; then the cheaper ranking, and packed keys in int8, with the kernels alone
+op() {
+    local call=("${bench[@]}" --part op --batches 1,8 --contexts 4k,32k,128k,16k,64k,8k)
+    part 120 "${call[@]}" --out "$out" --row-seconds 2 --seconds 100 || status=1
+    call+=(--modes eager --backends triton --group-reduce max --row-seconds 1)
+    part 40 "${call[@]}" --out "$out/max" --seconds 30 || status=1
+    part 40 "${call[@]}" --out "$out/int8" --packed-dtype int8 --seconds 30 || status=1
+}
+
+# a whole decode step: eager ones are replayed as graphs; of FASA's backends only the kernels can be captured whole
+step() {
+    local whole=("${bench[@]}" --part step --modes eager --backends triton --row-seconds 2)
+    part 100 "${whole[@]}" --out "$out" --batches 1 --contexts 128k,32k,4k,64k,16k --seconds 80 || status=1
+    part 60 "${whole[@]}" --out "$out/max" --group-reduce max --batches 1 --contexts 128k,32k --seconds 40 || status=1
+    part 60 "${whole[@]}" --out "$out" --batches 8 --contexts 32k,4k --seconds 40 || status=1
+    # a whole model compiles for minutes; four of its layers say what compiling gives
+    part 70 "${bench[@]}" --part step --out "$out/compiled" --modes compiled --backends triton --layers 4 \
+        --batches 1 --contexts 32k --row-seconds 2 || status=1
+}
+
+for wanted in "${@:2}"; do "$wanted"; done
+[ $# -gt 1 ] || for wanted in check op step; do "$wanted"; done
+
+ls -l "$out"
 exit "$status"

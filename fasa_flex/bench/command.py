@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 import torch
 
-from fasa_flex.bench import op, step
+from fasa_flex.bench import op, rivals, step
 from fasa_flex.bench.record import Ledger, command_line, provenance
 from fasa_flex.bench.report import absences, crossovers, picture, sentences, table
 from fasa_flex.bench.settings import BACKENDS, DTYPES, MODES, Settings, quick
@@ -134,7 +134,7 @@ def _op_rows(settings: Settings, ledger: Ledger) -> Iterator[tuple[Key, Measure 
         shape = SHAPES[name]
         for batch in settings.batches:
             torch._dynamo.reset()  # compiled for one shape and batch; among its contexts only lengths differ
-            dense, sparse = op.dense_rivals(settings), op.sparse_rivals(settings)
+            dense, sparse = rivals.dense_rivals(settings), rivals.sparse_rivals(settings)
             for context in settings.contexts:
                 key = {"shape": name, "batch": batch, "context": context}
                 if ledger.has(key):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AttentionInterface, PreTrainedModel, StaticCache
 
-from fasa_flex.bench import caches, op
+from fasa_flex.bench import caches, op, rivals
 from fasa_flex.bench.limits import amdahl, project
 from fasa_flex.bench.settings import Settings
 from fasa_flex.bench.shapes import Shape, random_profile
@@ -58,8 +58,8 @@ def variants(settings: Settings) -> list[Variant]:
     """All of them; another one is a line here."""
     dense = [
         Variant("transformers' SDPA", "dense"),
-        Variant("SDPA", "dense", _register("sdpa", op.sdpa)),
-        Variant("grouped SDPA", "dense", _register("grouped_sdpa", op.grouped_sdpa)),
+        Variant("SDPA", "dense", _register("sdpa", rivals.sdpa)),
+        Variant("grouped SDPA", "dense", _register("grouped_sdpa", rivals.grouped_sdpa)),
     ]
     sparse = [Variant(f"FASA-C {backend}", "sparse", backend=backend) for backend in _backends(settings)]
     host = Variant("FASA-M", "sparse", placement="host")
@@ -75,20 +75,20 @@ def _backends(settings: Settings) -> list[Backend]:
     return [name for name in settings.backends if name != "triton" or settings.device.type == "cuda"]
 
 
-def _register(name: str, call: op.Call) -> str:
+def _register(name: str, call: rivals.Call) -> str:
     """Make an attention call known to transformers, without a mask; the name it has there."""
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
     ) -> tuple[Tensor, None]:
         unused: Any = None
-        return call(op.Inputs(query, key, value, unused, unused)).transpose(1, 2).contiguous(), None
+        return call(rivals.Inputs(query, key, value, unused, unused, unused)).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(f"fasa_bench_{name}", attend)
     return f"fasa_bench_{name}"
 
 
-def _flex_region(settings: Settings) -> op.Call:
+def _flex_region(settings: Settings) -> rivals.Call:
     run: Any = torch.compile(flex_attention, dynamic=settings.dynamic)
     return lambda x: run(x.q, x.k, x.v, enable_gqa=x.q.shape[1] != x.k.shape[1])
 
@@ -192,7 +192,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row: a decode step of ``layers`` layers of ``model`` at one context and batch, in every variant."""
     eager = replace(settings, modes=("eager",), seconds=settings.seconds / 4)
-    attention = op.measure(shape, batch, context, eager, op.dense_rivals(eager), {})
+    attention = op.measure(shape, batch, context, eager, rivals.dense_rivals(eager), {})
     alone = next(entry for entry in attention["rivals"] if entry["name"] == attention["best_dense"])
     stage = Stage(model, shape, batch, context, layers, settings)
     with ExitStack() as stack:
