@@ -221,10 +221,10 @@ def main() -> int:
     head = {**origin, "settings": {"small": options.small, "device": device.type}}
     ledger = Ledger(options.out / f"check_{device.type}.json", head)
     calls = [(asdict(case), lambda c=case: check(c, device)) for case in cases(options.small, device.type == "cuda")]  # type: ignore[misc]
-    todo = [call for call in calls if call[0]["backend"] != "flex"]
-    for backend in ("triton", "gather", "flex") if device.type == "cuda" else ("gather",):  # flex compiles for minutes
-        todo.append(({"decoding": True, "backend": backend}, lambda b=backend: check_decoding(device, b, steps)))  # type: ignore[misc]
-    todo += [call for call in calls if call[0]["backend"] == "flex"]
+    for backend in ("triton", "gather", "flex") if device.type == "cuda" else ("gather",):
+        calls.append(({"decoding": True, "backend": backend}, lambda b=backend: check_decoding(device, b, steps)))  # type: ignore[misc]
+    # decoding first, for it is what users do; flex last, for it compiles for minutes
+    todo = sorted(calls, key=lambda call: (call[0]["backend"] == "flex", "decoding" not in call[0]))
     for key, run in todo:
         if ledger.has(key):
             continue

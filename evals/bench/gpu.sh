@@ -29,16 +29,16 @@ bench=("$python" -m fasa_flex.bench --device cuda --dtype bfloat16 --shapes llam
 status=0
 
 check() {
-    part 100 "$python" -m evals.bench.check_cuda --out "$out" --seconds 85 || status=1
+    part 100 "$python" -m evals.bench.check_cuda --out "$out" --seconds 75 || status=1
 }
 
 # one attention call: with every rival; then the cheaper ranking, and packed keys in int8, with the kernels alone
 op() {
     local call=("${bench[@]}" --part op --batches 1,8 --contexts 4k,32k,128k,16k,64k,8k)
-    part 120 "${call[@]}" --out "$out" --row-seconds 2 --seconds 100 || status=1
+    part 130 "${call[@]}" --out "$out" --row-seconds 2 --seconds 95 || status=1
     call+=(--modes eager --backends triton --group-reduce max --row-seconds 1)
-    part 40 "${call[@]}" --out "$out/max" --seconds 30 || status=1
-    part 40 "${call[@]}" --out "$out/int8" --packed-dtype int8 --seconds 30 || status=1
+    part 55 "${call[@]}" --out "$out/max" --seconds 30 || status=1
+    part 55 "${call[@]}" --out "$out/int8" --packed-dtype int8 --seconds 30 || status=1
 }
 
 # a whole decode step: eager ones are replayed as graphs; of FASA's backends only the kernels can be captured whole
