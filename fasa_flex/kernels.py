@@ -116,7 +116,7 @@ def _mix(
     scores, top, total, codes, order, maxima, kv_len, code_stride, blocks,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr, KV_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """The logarithm of the group's mean attention weight (the summed one ranks alike) for a block of keys."""
+    """The sum of the group's attention weights for a block of keys."""
     row, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
     slot, head = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, GROUP_PAD)
     inside, member = slot < kv_len, head < GROUP
@@ -126,10 +126,7 @@ def _mix(
         mask=inside[:, None] & member[None, :],
         other=float("-inf"),
     )
-    log -= norm[None, :]
-    best = tl.max(log, 1)
-    best = tl.where(best == float("-inf"), 0.0, best)
-    ranking = best + tl.log(tl.sum(tl.exp(log - best[:, None]), 1))
+    ranking = tl.sum(tl.exp(log - norm[None, :]), 1)
     _store_order(ranking, slot, row, block, codes, order, maxima, kv_len, code_stride, KV_HEADS, BLOCK)
 
 

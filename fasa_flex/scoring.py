@@ -151,7 +151,7 @@ def reduce_group(scores: Tensor, valid: Tensor, how: GroupReduce, scaling: float
     Args:
         scores: float32 [B, Hkv, G, Q, T].
         valid: bool [B or 1, 1, 1, Q, T], used by ``"softmax"``, which weighs each head's scores against its own keys.
-        how: ``"max"``, ``"mean"``, ``"softmax"`` (log of the mean attention weight) or ``"none"``.
+        how: ``"max"``, ``"mean"``, ``"softmax"`` (the sum of the heads' attention weights) or ``"none"``.
         scaling: the softmax scale, as in attention.
 
     Returns:
@@ -163,5 +163,4 @@ def reduce_group(scores: Tensor, valid: Tensor, how: GroupReduce, scaling: float
         return scores.amax(2, keepdim=True)
     if how == "mean":
         return scores.mean(2, keepdim=True)
-    weights = torch.where(valid, scores * scaling, -torch.inf).log_softmax(-1)
-    return weights.logsumexp(2, keepdim=True)
+    return torch.where(valid, scores * scaling, -torch.inf).softmax(-1).sum(2, keepdim=True)

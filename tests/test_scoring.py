@@ -90,10 +90,10 @@ def test_a_group_ranks_as_one_written_out(how: str, expected: list[float]) -> No
     assert reduced.flatten()[:2].tolist() == expected
 
 
-def test_a_group_ranks_by_its_mean_weight_written_out() -> None:
-    """Each head's softmax over its valid keys at scale 0.5, then the logarithm of the sum of both."""
+def test_a_group_ranks_by_the_sum_of_its_weights_written_out() -> None:
+    """Each head's softmax over its valid keys at scale 0.5, then the sum of both."""
     weights = [[1 / (1 + math.exp(2)), 1 / (1 + math.exp(-2))], [1 / (1 + math.exp(-1)), 1 / (1 + math.exp(1))]]
-    expected = [math.log(weights[0][j] + weights[1][j]) for j in range(2)]
+    expected = [weights[0][j] + weights[1][j] for j in range(2)]
     reduced = reduce_group(TWO, VALID, "softmax", 0.5)
     assert reduced.shape == (1, 1, 1, 1, 3)
     np.testing.assert_allclose(reduced.flatten()[:2].numpy(), expected, atol=1e-6)
