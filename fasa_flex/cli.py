@@ -7,6 +7,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+if TYPE_CHECKING:
+    from fasa_flex.profile import FasaProfile
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,44 @@ def _compare(options: argparse.Namespace) -> None:
         print(f"drawn to {options.plot}", file=sys.stderr)
 
 
+def _inspect_options(parser: argparse.ArgumentParser) -> None:
+    from fasa_flex.config import Sharing
+
+    parser.add_argument(
+        "profiles", nargs="+", metavar="PROFILE", help="a folder of save_pretrained, or a Hub repository"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw heat maps and dominance (needs matplotlib)")
+    parser.add_argument("--n-tip", type=int, metavar="N", help="dominant chunks a head keeps (default: head_dim / 8)")
+    parser.add_argument(
+        "--per", choices=get_args(Sharing), default="kv_head", help="whose chunks (default: %(default)s)"
+    )
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from fasa_flex import inspection
+
+    profiles = [_load_profile(name) for name in options.profiles]
+    n_tip = inspection.default_n_tip(profiles[0]) if options.n_tip is None else options.n_tip
+    print(inspection.report(options.profiles, profiles, n_tip, options.per))
+    if options.plot is not None:
+        from fasa_flex.plots import inspection as drawn
+
+        drawn(options.profiles, profiles, n_tip, options.per).savefig(options.plot, dpi=150)
+        print(f"drawn to {options.plot}", file=sys.stderr)
+
+
+def _load_profile(name: str) -> FasaProfile:
+    from fasa_flex.profile import FasaProfile
+
+    try:
+        return FasaProfile.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(
+            f"{name} is no folder, and the Hub gives no such profile ({type(error).__name__}); "
+            "pass a folder that save_pretrained wrote."
+        ) from error
+
+
 def _bench_options(parser: argparse.ArgumentParser) -> None:
     from fasa_flex.bench.command import add_arguments
 
@@ -67,6 +109,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 COMMANDS: tuple[Command, ...] = (
     Command("compare", "compare runs of lm-eval, document by document", _compare_options, _compare),
+    Command("inspect", "show what a profile holds, and how far several agree", _inspect_options, _inspect),
     Command("bench", "measure dense attention and FASA on this machine", _bench_options, _bench),
 )
 

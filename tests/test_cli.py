@@ -10,6 +10,8 @@ import pytest
 
 from fasa_flex import cli
 
+SHIPPED = Path(__file__).parents[1] / "evals" / "results" / "profile"
+
 
 def test_every_command_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -36,6 +38,40 @@ def test_errors_are_one_sentence_and_exit_code_2(tmp_path: Path, capsys: pytest.
     assert shown.count("\n") == 1
     with pytest.raises(SystemExit):
         cli.main([])
+
+
+def test_inspect_prints_the_profile_and_draws_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "profile.png"
+    assert cli.main(["inspect", str(SHIPPED), str(SHIPPED), "--n-tip", "6", "--plot", str(picture)]) == 0
+    shown = capsys.readouterr()
+    assert "The 6 dominant chunks of each key/value head" in shown.out
+    assert "| all | 1.00 |" in shown.out
+    assert str(picture) in shown.err
+    assert picture.stat().st_size > 5000
+    assert cli.main(["inspect", str(SHIPPED), "--per", "query_head"]) == 0
+    assert "The 8 dominant chunks of each query head" in capsys.readouterr().out
+
+
+def test_inspect_refuses_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*words: str) -> str:
+        assert cli.main(["inspect", *words]) == 2
+        shown = capsys.readouterr().err
+        assert shown.startswith("fasa-flex: ")
+        assert shown.count("\n") == 1
+        return shown
+
+    assert "n_tip must lie in 1..32" in refused(str(SHIPPED), "--n-tip", "33")
+    assert "config.json is missing" in refused(str(tmp_path))
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("several\nlines")
+
+    monkeypatch.setattr("fasa_flex.profile.snapshot_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", unreachable)
+    assert "someone/profile is no folder, and the Hub gives no such profile" in refused("someone/profile")
 
 
 def test_the_command_is_installed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from fasa_flex import FasaProfile, calibrate
-from fasa_flex.plots import agreement_heatmap, score_curves
+from fasa_flex import FasaProfile, RotaryLayout, calibrate
+from fasa_flex.inspection import dominance, is_dominant, overlap
+from fasa_flex.plots import agreement_heatmap, inspection, score_curves
 
 
 @pytest.fixture
@@ -32,6 +34,50 @@ def test_heatmap_is_the_table_with_the_dominant_chunks_on_it(profile: FasaProfil
     assert axes.get_xticklabels()[0].get_text() == f"{first:.0f}"
     figure.savefig(tmp_path / "table.png")
     assert (tmp_path / "table.png").stat().st_size > 5000
+
+
+@pytest.fixture
+def large(profile: FasaProfile) -> FasaProfile:
+    """32 layers of 32 query heads, 8 key/value heads and 64 chunks."""
+    table = torch.rand(32, 32, 64, generator=torch.Generator().manual_seed(0))
+    provenance = dataclasses.replace(profile.provenance, kv_heads=8)
+    return FasaProfile(table, RotaryLayout.half_split(128), provenance)
+
+
+def test_a_large_heatmap_has_a_row_for_each_layer(large: FasaProfile) -> None:
+    axes = agreement_heatmap(large, n_tip=32).axes[0]
+    assert np.array_equal(axes.images[0].get_array(), large.agreement.mean(1))
+    assert [label.get_text() for label in axes.get_yticklabels()] == [f"layer {layer}" for layer in range(32)]
+    drawn = {(int(layer), int(chunk)) for chunk, layer in axes.collections[0].get_offsets()}
+    often = is_dominant(large, 32).float().mean(1) >= 0.5
+    assert drawn == {(int(layer), int(chunk)) for layer, chunk in often.nonzero()}
+    assert axes.get_xlabel() == "chunk"  # the layout was named, so no period is known
+
+
+def test_chunks_of_query_heads_are_marked_on_their_own_rows(profile: FasaProfile) -> None:
+    axes = agreement_heatmap(profile, n_tip=1, per="query_head").axes[0]
+    drawn = {(int(row), int(chunk)) for chunk, row in axes.collections[0].get_offsets()}
+    best = profile.dominant(1, "query_head").flatten().tolist()
+    assert drawn == set(enumerate(best))
+
+
+def test_inspection_shows_maps_dominance_and_overlap(
+    profile: FasaProfile, llama: PreTrainedModel, ids: Callable[..., torch.Tensor], tmp_path: Path
+) -> None:
+    other = calibrate(llama, [ids(80, seed=1)], top_k=16, max_new_tokens=4, progress=False)
+    figure = inspection(["one", "other"], [profile, other], n_tip=3)
+    first, second, bars, square = figure.axes[:4]
+    assert (first.get_title(), second.get_title()) == ("one", "other")
+    assert np.array_equal(second.images[0].get_array(), other.agreement.flatten(0, 1))
+    heights = [bar.get_height() for bar in bars.containers[1]]
+    assert heights == pytest.approx(dominance(other, 3).tolist())
+    shared = overlap([profile, other], 3).mean(-1)
+    assert shared[0, 1] < 1
+    assert [text.get_text() for text in square.texts] == [f"{value:.2f}" for value in shared.flatten().tolist()]
+    figure.savefig(tmp_path / "both.png")
+
+    alone = inspection(["one"], [profile], n_tip=3)
+    assert [axes.get_title() for axes in alone.axes if axes.get_title()] == ["one"]
 
 
 def test_curves_have_a_panel_a_task_and_a_line_a_method(tmp_path: Path) -> None:

@@ -10,26 +10,25 @@ look at: the five that answer, or sixteen, eleven of which go on writing source 
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
 import time
 from pathlib import Path
 from typing import get_args
 
-import transformers
-
-from evals.quality.demo import (
+from evals.quality.arms import (
     ANSWER_TOKENS,
+    LENGTH,
     N_TIP,
     RESULTS,
-    TASKS,
     Arm,
     calibrate_reference,
     evaluate,
     provenance,
+    quiet,
     rows_of,
     table,
 )
+from evals.quality.demo import TASKS
 from fasa_flex.config import GroupReduce
 
 BUDGETS = (64, 256)
@@ -38,9 +37,7 @@ STEPS = (ANSWER_TOKENS, 16)
 
 
 def main() -> None:
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet()
     begun = time.time()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +55,8 @@ def main() -> None:
                 arm = Arm(name, "fasa_hf", budget, N_TIP / profiles[steps].layout.head_dim, arguments)
                 print(f"[{time.time() - begun:.0f} s] {arm}", flush=True)
                 rows += rows_of(arm, evaluate(arm, {task: min(DOCUMENTS, count) for task, (_, count) in TASKS.items()}))
-    record = {**provenance(begun, profiles[ANSWER_TOKENS]), "rows": rows, "table": table(rows)}
+    made = provenance(begun, profile=profiles[ANSWER_TOKENS].fingerprint, length=LENGTH, n_tip=N_TIP)
+    record = {**made, "rows": rows, "table": table(rows)}
     (RESULTS / "choices.json").write_text(json.dumps(record, indent=1) + "\n")
     print(record["table"])
 

@@ -1,0 +1,314 @@
+"""What the chunks agree on, measured in dense forwards of the reference model: the premise of FASA, table by table.
+
+    python -m evals.quality.agreement          # under ten minutes on one core; --quick: seconds, with wide intervals
+
+Chunks are chosen on documents of training text and measured on documents of held-out text, on decode steps that answer
+and on decode steps that write plain text, each calibrated on its own kind unless the row says otherwise. Every figure
+is a mean over documents, steps, layers and query heads, with a 95 % bootstrap interval over documents. These are cut
+from one text some 40 contexts long: they may overlap, but hardly in their steps. Writes ``agreement.json`` and pictures
+to ``evals/results/study/``. Started again, it goes on where it was stopped.
+
+Parts: ``compound`` (the paper's Table 1; true planes and adjacent pairs; sets per KV head and per query head),
+``transfer`` (calibrated on shorter documents), ``sharing`` (a group's one selection), ``quintiles`` (the paper's
+Table 11) and ``mass`` (attention that is held).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evals.quality.arms import MODEL, RESULTS, Ledger, provenance, quiet
+from evals.quality.pictures import agreement_curves, mass_by_head, transfer_curves
+from evals.quality.steps import (
+    ANSWER_TOKENS,
+    DEEPEST,
+    KINDS,
+    TEXT_TOKENS,
+    TOP_K,
+    WINDOW,
+    Steps,
+    attention,
+    dominant,
+    found,
+    held,
+    oracle,
+    overlap,
+    profile_of,
+    ranked,
+    scored,
+    sinks_and_recent,
+    snapkv,
+    steps_of,
+    valid_of,
+    with_interval,
+)
+from evals.reference_model.corpus import training_text
+from fasa_flex import FasaProfile, RotaryLayout
+from fasa_flex.baselines import scorer_factory
+from fasa_flex.budget import Budget
+from fasa_flex.config import GroupReduce, Sharing
+from fasa_flex.scoring import reduce_group
+from fasa_flex.selection import forced_keys
+
+CHUNKS = (2, 4, 6, 8, 12, 16)
+TOP_KS = (16, 64, 256, 512, 1024)
+BUDGETS = (16, 64, 256)
+N_TIP = 8
+"""A quarter of the 32 chunks, as the paper's 16 of 64."""
+RECENT = 8
+"""Last keys that are forced in where FASA is tried with some."""
+TRANSFER_TOP_K = 128
+"""K of the calibrations on documents as short as 512 tokens."""
+FIFTHS = 5
+STEPS = {"answer": ANSWER_TOKENS, "text": TEXT_TOKENS}
+OTHER = {"answer": "text", "text": "answer"}
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides every row: lengths in tokens, and counts of documents and of random draws."""
+
+    length: int = 4096
+    documents: int = 32
+    calibration: int = 8
+    draws: int = 10
+    calibration_lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
+
+
+QUICK = Settings(length=1280, documents=2, calibration=2, draws=2, calibration_lengths=(512, 1280))
+
+
+class Study:
+    """The documents and profiles that the parts share, made when one asks for them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.model = AutoModelForCausalLM.from_pretrained(MODEL)
+        self.scaling = self.model.config.head_dim**-0.5
+        true = RotaryLayout.detect(self.model)
+        self.layouts = {"true planes": true, "adjacent pairs": RotaryLayout.interleaved(true.head_dim)}
+        self._tokenizer = AutoTokenizer.from_pretrained(MODEL)
+        self._text = training_text()
+
+    @cached_property
+    def documents(self) -> list[dict[str, Steps]]:
+        """Steps of held-out text, which neither the model nor calibration saw."""
+        return [self._steps(f"agreement/{number}", self.settings.length) for number in range(self.settings.documents)]
+
+    @cached_property
+    def profiles(self) -> dict[tuple[str, str], FasaProfile]:
+        """Calibrations by kind of step and pairing of dimensions, on documents of training text."""
+        return self.calibrated(self.settings.length, TOP_K)
+
+    def calibrated(self, length: int, top_k: int) -> dict[tuple[str, str], FasaProfile]:
+        """As `profiles`, on documents of ``length`` tokens and at ``top_k``."""
+        samples = [self._steps(f"calibration/{n}", length, self._text) for n in range(self.settings.calibration)]
+        return {
+            (kind, pairing): profile_of(self.model, [sample[kind] for sample in samples], layout, top_k)
+            for kind in KINDS
+            for pairing, layout in self.layouts.items()
+        }
+
+    def rows(self, measure: Callable[[str, Steps], dict[Any, Tensor]], *names: str) -> Rows:
+        """Rows of what ``measure`` finds in each document's steps of each kind, its keys spelt out under ``names``."""
+        rows: Rows = []
+        for kind in KINDS:
+            figures = with_interval([measure(kind, document[kind]) for document in self.documents])
+            steps = STEPS[kind] * self.settings.documents
+            shared = {"queries": kind, "steps": steps}
+            rows += [{**shared, **dict(zip(names, key, strict=True)), **figure} for key, figure in figures.items()]
+        return rows
+
+    def _steps(self, seed: str, length: int, text: str | None = None) -> dict[str, Steps]:
+        return steps_of(self.model, self._tokenizer, seed, length, text)
+
+
+def compound(study: Study) -> Rows:
+    """Agreement of chunk sets, StreamingLLM and SnapKV with each head's own top-K; no group shares a selection."""
+
+    def measure(kind: str, steps: Steps) -> dict[Any, Tensor]:
+        valid = valid_of(steps)
+        full = ranked(scored(oracle, steps), valid)
+        static = {
+            "StreamingLLM": sinks_and_recent(steps),
+            "SnapKV": snapkv(steps, study.scaling),
+            "random keys": ranked(torch.rand(full.shape[:-1] + valid.shape[-1:], generator=_seeded()), valid),
+        }
+        figures = {
+            (method, None, top_k): overlap(full, slots, top_k)
+            for method, slots in static.items()
+            for top_k in TOP_KS
+            if method != "SnapKV" or top_k > WINDOW  # below, it would keep its window and nothing else
+        }
+        own, other = study.profiles[kind, "true planes"], study.profiles[OTHER[kind], "true planes"]
+        adjacent = study.profiles[kind, "adjacent pairs"]
+        for chunks in CHUNKS:
+            methods = {
+                "dominant": dominant(own, chunks),
+                "dominant, per query head": dominant(own, chunks, "query_head"),
+                "dominant, calibrated on the other kind": dominant(other, chunks),
+                "adjacent pairs": dominant(adjacent, chunks),
+                "adjacent pairs, per query head": dominant(adjacent, chunks, "query_head"),
+                **{
+                    f"draw {draw}": scorer_factory("random_chunks", own, n_tip=chunks, seed=draw)
+                    for draw in range(study.settings.draws)
+                },
+            }
+            for method, scorers in methods.items():
+                slots = ranked(scored(scorers, steps), valid)
+                figures |= {(method, chunks, top_k): overlap(full, slots, top_k) for top_k in TOP_KS}
+            for top_k in TOP_KS:
+                drawn = [figures[f"draw {draw}", chunks, top_k] for draw in range(study.settings.draws)]
+                figures["random chunks", chunks, top_k] = torch.stack(drawn).mean(0)
+        return figures
+
+    rows = study.rows(measure, "method", "chunks", "top_k")
+    drawn = [row for row in rows if row["method"].startswith("draw ")]
+    kept = [row for row in rows if row not in drawn]
+    for row in kept:
+        if row["method"] == "random chunks":
+            means = [d["mean"] for d in drawn if all(d[name] == row[name] for name in ("queries", "chunks", "top_k"))]
+            row["spread_of_draws"] = round(float(torch.tensor(means).std()), 4)
+    return kept
+
+
+def transfer(study: Study) -> Rows:
+    """Agreement of chunk sets that were chosen on documents of another length, as a method that finds planes may be.
+
+    A plane's share of a dot product depends on the distance of query and key alone, that of two other dimensions also
+    on where they stand.
+    """
+    profiles = {length: study.calibrated(length, TRANSFER_TOP_K) for length in study.settings.calibration_lengths}
+
+    def measure(kind: str, steps: Steps) -> dict[Any, Tensor]:
+        valid = valid_of(steps)
+        full = ranked(scored(oracle, steps), valid)
+        slots = {
+            (pairing, length, chunks): ranked(scored(dominant(several[kind, pairing], chunks), steps), valid)
+            for length, several in profiles.items()
+            for pairing in study.layouts
+            for chunks in (4, N_TIP, 16)
+        }
+        return {(*key, top_k): overlap(full, best, top_k) for key, best in slots.items() for top_k in (64, 256)}
+
+    return study.rows(measure, "planes", "calibration_length", "chunks", "top_k")
+
+
+def sharing(study: Study) -> Rows:
+    """The selection of a GQA group: agreement with each head's own top-K, and the attention that it holds."""
+
+    def measure(kind: str, steps: Steps) -> dict[Any, Tensor]:
+        valid, weights = valid_of(steps), attention(steps, study.scaling)
+        profile = study.profiles[kind, "true planes"]
+        full = ranked(scored(oracle, steps), valid)
+        figures = {}
+        for per in get_args(Sharing):
+            tip = scored(dominant(profile, N_TIP, per), steps)
+            for method, scores in {
+                "dominant": tip,
+                **({"oracle": scored(oracle, steps)} if per == "kv_head" else {}),
+            }.items():
+                for how in get_args(GroupReduce):
+                    slots = ranked(reduce_group(scores, valid, how, study.scaling), valid)
+                    for budget in BUDGETS:
+                        figures[method, per, how, budget, "agreement"] = overlap(full, slots, budget)
+                        figures[method, per, how, budget, "attention held"] = held(weights, slots, budget)
+        return figures
+
+    return study.rows(measure, "method", "per", "group_reduce", "budget", "figure")
+
+
+def quintiles(study: Study) -> Rows:
+    """Of a head's own top-K, cut in fifths by attention weight (1: the heaviest), the share that a method finds."""
+
+    def measure(kind: str, steps: Steps) -> dict[Any, Tensor]:
+        valid = valid_of(steps)
+        full = ranked(scored(oracle, steps), valid)
+        profile = study.profiles[kind, "true planes"]
+        methods = {
+            "dominant": ranked(scored(dominant(profile, N_TIP), steps), valid),
+            "random chunks": ranked(scored(scorer_factory("random_chunks", profile, n_tip=N_TIP), steps), valid),
+            "StreamingLLM": sinks_and_recent(steps),
+        }
+        return {
+            (method, top_k, fifth): part.mean((-1, -2)).flatten(1)
+            for method, slots in methods.items()
+            for top_k in (64, 256)
+            for fifth, part in enumerate(found(full, slots, top_k).tensor_split(FIFTHS, dim=-1), 1)
+        }
+
+    return study.rows(measure, "method", "top_k", "fifth")
+
+
+def mass(study: Study) -> Rows:
+    """Share of each head's attention that a selection holds, and how many keys would hold nine tenths of it."""
+
+    def measure(kind: str, steps: Steps) -> dict[Any, Tensor]:
+        valid, weights = valid_of(steps), attention(steps, study.scaling)
+        exact = scored(oracle, steps)
+        tip = scored(dominant(study.profiles[kind, "true planes"], N_TIP), steps)
+        shared = reduce_group(tip, valid, "softmax", study.scaling)
+        recent = forced_keys(valid, Budget(RECENT, n_recent=RECENT))
+        methods = {
+            "FASA": ranked(shared, valid),
+            f"FASA, {RECENT} recent forced": ranked(shared, valid, first=recent),
+            "oracle": ranked(reduce_group(exact, valid, "softmax", study.scaling), valid),
+            "oracle, each head for itself": ranked(exact, valid),
+            "sinks + recent": sinks_and_recent(steps),
+        }
+        figures = {
+            (method, budget): held(weights, slots, budget) for method, slots in methods.items() for budget in BUDGETS
+        }
+        needed = 1 + (weights.sort(-1, descending=True).values.cumsum(-1) < 0.9).sum(-1)
+        figures["keys for 90 %", None] = needed.float().mean(-1).flatten(1)
+        heads = {
+            (*key, layer, head): table[layer, head]
+            for key, table in figures.items()
+            for layer in range(table.shape[0])
+            for head in range(table.shape[1])
+        }
+        return {(*key, None, None): table for key, table in figures.items()} | heads
+
+    return study.rows(measure, "method", "budget", "layer", "query_head")
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+PARTS = (compound, transfer, sharing, quintiles, mass)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two short documents: to see that it works")
+    parser.add_argument("--out", type=Path, default=RESULTS / "study", help="folder (default: evals/results/study)")
+    options = parser.parse_args()
+    quiet()
+    study = Study(QUICK if options.quick else Settings())
+    settings = {**vars(study.settings), "calibrated_at": TOP_K, "deepest": DEEPEST, "n_tip": N_TIP, "steps": STEPS}
+    ledger = Ledger(options.out / "agreement.json", provenance(time.time()))
+    rows = {}
+    for part in PARTS:
+        rows[part.__name__] = ledger.part(part.__name__, settings, lambda part=part: part(study))
+        print(f"{part.__name__}: {len(rows[part.__name__])} rows", flush=True)
+    agreement_curves(rows["compound"]).savefig(options.out / "agreement.png", dpi=150)
+    transfer_curves(rows["transfer"]).savefig(options.out / "transfer.png", dpi=150)
+    mass_by_head(rows["mass"]).savefig(options.out / "mass.png", dpi=150)
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""What the parts of the study share: an arm of lm-eval, its rows, where results came from, results that go on.
+
+An arm is one model in a comparison. Every arm must see the same prompts (`prompt_hashes`) and every sparse arm must
+have had sparse queries (`rows_of`). A `Ledger` keeps what is measured as soon as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import transformers
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evals.reference_model.corpus import training_text
+from fasa_flex import FasaProfile, calibrate
+from fasa_flex.lm_eval import TASKS_PATH
+from fasa_flex.lm_eval.haystack import Document, document
+
+ROOT = Path(os.path.relpath(Path(__file__).parents[2]))  # relative, so that results name no machine's folders
+MODEL = ROOT / "evals" / "reference_model"
+RESULTS = ROOT / "evals" / "results"
+
+LENGTH = 2048
+N_TIP = 8
+N_FACTS = 8
+CALIBRATION_SAMPLES = 4
+ANSWER_TOKENS = 5
+"""Decode steps a sample contributes: those that answer. Queries that write source text agree on other chunks."""
+METRICS = {
+    "fasa_needle": "exact_match",
+    "fasa_needle_single": "exact_match",
+    "fasa_needle_multikey": "exact_match",
+    "fasa_needle_multivalue": "found",
+    "fasa_needle_multiquery": "found",
+    "fasa_recall": "acc",
+    "fasa_recall_long": "acc",
+    "fasa_variables": "found",
+    "fasa_copy": "copied",
+    "fasa_count": "listed",
+    "fasa_ppl": "bits_per_byte",
+    "fasa_ppl_position": "token_perplexity",
+}
+"""The metric that stands for each packaged task."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model in the table; ``scoring`` is what choosing the keys reads, as a share of all keys and values."""
+
+    method: str
+    model: str
+    budget: int | None = None
+    scoring: float = 0.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.method if self.budget is None else f"{self.method}, {self.budget} tokens"
+
+
+class Ledger:
+    """A JSON file of parts, each written as soon as it is measured; a run that was stopped goes on where it was.
+
+    Args:
+        path: The file; its folder is made.
+        head: Where the results come from (`provenance`), of the last run; the seconds are those of all parts.
+    """
+
+    def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
+        self.path, self.head = path, dict(head)
+        self.parts: dict[str, Any] = json.loads(path.read_text())["parts"] if path.exists() else {}
+
+    def part(
+        self, name: str, settings: Mapping[str, Any], measure: Callable[[], list[dict[str, Any]]]
+    ) -> list[dict[str, Any]]:
+        """The rows of a part: those in the file if they were measured with the same settings, new ones otherwise.
+
+        Args:
+            name: Of the part.
+            settings: All that decides its rows, JSON-ready.
+            measure: Makes the rows, JSON-ready.
+        """
+        wanted = json.loads(json.dumps(settings))
+        kept = self.parts.get(name)
+        if kept is None or kept["settings"] != wanted:
+            begun = time.time()
+            rows = measure()
+            kept = self.parts[name] = {"settings": wanted, "seconds": round(time.time() - begun), "rows": rows}
+            self.write()
+        rows = kept["rows"]
+        assert isinstance(rows, list)
+        return rows
+
+    def write(self) -> None:
+        """Replace the file in one step, so that no reader and no interruption finds half of it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole = self.path.with_suffix(".partial")
+        seconds = sum(part["seconds"] for part in self.parts.values())
+        whole.write_text(json.dumps({**self.head, "seconds": seconds, "parts": self.parts}, indent=1) + "\n")
+        whole.replace(self.path)
+
+
+def quiet() -> None:
+    """Leave the terminal to the study: no warnings of lm-eval, no progress of transformers."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def haystack(seed: str, length: int, tokenizer: Any, text: str | None = None) -> Document:
+    """A document of at most ``length`` tokens with `N_FACTS` facts; of held-out text if ``text`` is None."""
+    return document(
+        Random(seed),
+        length=length,
+        count_tokens=lambda string: len(tokenizer(string).input_ids),
+        n_facts=N_FACTS,
+        text=text,
+    )
+
+
+def calibrate_reference(folder: Path, steps: int = ANSWER_TOKENS) -> FasaProfile:
+    """The reference model's profile, from ``steps`` decode steps on each of a few documents made of training text."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    text = training_text()
+    samples = [
+        haystack(f"calibration/{number}", LENGTH - 64, tokenizer, text).prompt for number in range(CALIBRATION_SAMPLES)
+    ]
+    profile = calibrate(model, samples, tokenizer=tokenizer, max_new_tokens=steps)
+    profile.save_pretrained(folder)
+    return profile
+
+
+def evaluate(arm: Arm, counts: Mapping[str, int], length: int = LENGTH) -> dict[str, Any]:
+    """lm-eval's results of one arm.
+
+    Args:
+        arm: The model.
+        counts: For each task, how many of its first documents are used.
+        length: Of the documents, in tokens.
+    """
+    metadata = {"max_seq_lengths": [length], "tokenizer": str(MODEL), "num_docs": max(counts.values())}
+    results = simple_evaluate(
+        model=arm.model,
+        model_args={"pretrained": str(MODEL), **arm.arguments},
+        tasks=list(counts),
+        samples={task: list(range(count)) for task, count in counts.items()},
+        batch_size=4,
+        device="cpu",
+        bootstrap_iters=200,
+        task_manager=TaskManager(include_path=str(TASKS_PATH), include_defaults=False, metadata=metadata),
+    )
+    assert results is not None, "only the first process of several has results; run the study in one"
+    return results
+
+
+def rows_of(arm: Arm, results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """One row a task, with the account of its sparse queries."""
+    fasa = results["config"].get("fasa", {})
+    for task in (task for task in METRICS if task in results["configs"]):
+        metric = METRICS[task]
+        scores = results["results"][task]
+        kind = results["configs"][task]["output_type"]
+        account = fasa.get("tasks", {}).get(task) or fasa.get("requests", {}).get(kind, {})
+        if arm.budget is not None and not account.get("sparse_queries"):
+            sys.exit(f"{arm} had no sparse query in {task}: its result is dense attention, and the table would mislead")
+        stderr = scores.get(f"{metric}_stderr,none")
+        attended = account.get("kv_share", 1.0)
+        yield {
+            "task": task,
+            "metric": metric,
+            "method": arm.method,
+            "budget": arm.budget,
+            "score": scores[f"{metric},none"],
+            "stderr": stderr if isinstance(stderr, float) else None,
+            "documents": results["n-samples"][task]["effective"],
+            "attended": attended,
+            "read": attended + arm.scoring,
+            "sparse_queries": account.get("sparse_queries", 0),
+        }
+
+
+def prompt_hashes(results: Mapping[str, Any]) -> dict[str, str]:
+    """One hash for all prompts of a task, in document order."""
+    ordered = {task: sorted(docs, key=lambda doc: doc["doc_id"]) for task, docs in results["samples"].items()}
+    return {
+        task: hashlib.sha256("".join(doc["prompt_hash"] for doc in docs).encode()).hexdigest()
+        for task, docs in ordered.items()
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table, task by task."""
+    lines = [
+        "| task | attention | budget | score | keys and values attended | read, scoring included | sparse queries |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        for row in (row for row in rows if row["task"] == task):
+            stderr = "" if row["stderr"] is None else f" ± {row['stderr']:.3f}"
+            lines.append(
+                f"| {task} ({row['metric']}) | {row['method']} | {row['budget'] or '-'} | {row['score']:.3f}{stderr} "
+                f"| {row['attended']:.1%} | {row['read']:.1%} | {row['sparse_queries']} |"
+            )
+    return "\n".join(lines)
+
+
+def hardware() -> str:
+    """Processor and number of usable cores."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.exists()
+        else []
+    )
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def provenance(begun: float, **shared: Any) -> dict[str, Any]:
+    """What made a result: command, date, duration, machine, versions, and what its rows share.
+
+    Args:
+        begun: `time.time` at the start.
+        shared: Settings of all rows, JSON-ready.
+    """
+    module = "evals.quality." + Path(sys.argv[0]).stem
+    words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])
+    return {
+        "command": shlex.join(["python", "-m", module, *words]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(time.time() - begun),
+        "hardware": hardware(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("fasa-flex", "lm-eval", "torch", "transformers")},
+        **shared,
+    }

@@ -1,0 +1,163 @@
+"""Pictures of the study, drawn from its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fasa_flex.plots import COLOURS
+
+Rows = Sequence[Mapping[str, Any]]
+
+STEPS = {"answer": "steps that answer", "text": "steps that write text"}
+_CHUNK_METHODS = (
+    "dominant",
+    "dominant, per query head",
+    "dominant, calibrated on the other kind",
+    "adjacent pairs",
+    "random chunks",
+)
+_STATIC_METHODS = ("SnapKV", "StreamingLLM", "random keys")
+
+
+def agreement_curves(rows: Rows, top_ks: Sequence[int] = (64, 256)) -> Figure:
+    """Compound agreement against the number of chunks; a row of panels for each kind of step, a column for each K.
+
+    Args:
+        rows: Of `evals.quality.agreement.compound`.
+        top_ks: The columns.
+    """
+    figure = Figure(figsize=(9.5, 7.2), layout="constrained")
+    panels = figure.subplots(len(STEPS), len(top_ks), sharey="row", squeeze=False)
+    for (kind, words), line in zip(STEPS.items(), panels, strict=True):
+        for top_k, axes in zip(top_ks, line, strict=True):
+            here = [row for row in rows if row["queries"] == kind and row["top_k"] == top_k]
+            for method, colour in zip(_CHUNK_METHODS, COLOURS, strict=False):
+                _curve(axes, [row for row in here if row["method"] == method], "chunks", colour, method)
+            for method, style in zip(_STATIC_METHODS, ("--", ":", "-."), strict=True):
+                (row,) = (row for row in here if row["method"] == method)
+                axes.axhline(row["mean"], color="0.35", linestyle=style, linewidth=1.2, label=method)
+            axes.set_title(f"{words}, top {top_k}", fontsize=10)
+            axes.set_xlabel("chunks a head ranks with, of 32")
+            axes.set_xticks(sorted({row["chunks"] for row in here if row["chunks"]}))
+            axes.set_ylim(0, 0.85)
+        line[0].set_ylabel("share of the head's own top keys found")
+    return _with_legend(figure)
+
+
+def transfer_curves(rows: Rows, top_k: int = 256) -> Figure:
+    """Agreement against the length of the documents that were calibrated on; a panel for each kind of step.
+
+    Args:
+        rows: Of `evals.quality.agreement.transfer`.
+        top_k: K of the agreement.
+    """
+    figure = Figure(figsize=(9.5, 3.9), layout="constrained")
+    for (kind, words), axes in zip(STEPS.items(), figure.subplots(1, len(STEPS), sharey=True), strict=True):
+        here = [row for row in rows if row["queries"] == kind and row["top_k"] == top_k]
+        for planes, colour in zip(dict.fromkeys(row["planes"] for row in here), COLOURS, strict=False):
+            for chunks, style in ((4, ":"), (8, "-"), (16, "--")):
+                mine = [row for row in here if (row["planes"], row["chunks"]) == (planes, chunks)]
+                _curve(axes, mine, "calibration_length", colour, f"{planes}, {chunks} chunks", style)
+        _powers(axes, sorted({row["calibration_length"] for row in here}))
+        axes.set_title(f"{words}, top {top_k}", fontsize=10)
+        axes.set_xlabel("tokens of the calibration documents")
+    figure.axes[0].set_ylabel("share of the head's own top keys found")
+    return _with_legend(figure, columns=3)
+
+
+def mass_by_head(rows: Rows, budget: int = 64) -> Figure:
+    """Share of attention that a selection holds, head by head; a panel for each kind of step.
+
+    Args:
+        rows: Of `evals.quality.agreement.mass`.
+        budget: Tokens of the selection.
+    """
+    figure = Figure(figsize=(9.5, 6.4), layout="constrained")
+    for (kind, words), axes in zip(STEPS.items(), figure.subplots(len(STEPS), 1, sharex=True), strict=True):
+        here = [row for row in rows if row["queries"] == kind and row["budget"] == budget and row["layer"] is not None]
+        methods = ("oracle, each head for itself", "oracle", "FASA", "FASA, 8 recent forced", "sinks + recent")
+        labels = ("best keys of the head", "best keys of the group", *methods[2:])
+        for number, (method, label) in enumerate(zip(methods, labels, strict=True)):
+            mine = [row for row in here if row["method"] == method]
+            axes.errorbar(
+                [place + 0.15 * (number - 2) for place in range(len(mine))],
+                [row["mean"] for row in mine],
+                yerr=_errors(mine),
+                color=COLOURS[number],
+                marker="o",
+                markersize=4,
+                capsize=2,
+                linestyle="none",
+                label=label,
+            )
+        axes.set_xticks(range(len(mine)), [f"{row['layer']}.{row['query_head']}" for row in mine])
+        for place in range(1, len(mine)):
+            axes.axvline(place - 0.5, color="0.9" if mine[place]["query_head"] else "0.6", linewidth=0.8)
+        axes.set_xlim(-0.5, len(mine) - 0.5)
+        axes.set_ylim(0, 1.03)
+        axes.set_title(f"{words}, {budget} tokens", fontsize=10)
+        axes.set_ylabel("share of attention held")
+    axes.set_xlabel("layer.query head")
+    return _with_legend(figure, columns=5)
+
+
+def calibration_curves(rows: Rows) -> Figure:
+    """What a profile is worth by the number of its samples, and by K; a column for each kind of step.
+
+    Bars are intervals over documents, the bands reach from the poorest to the best choice of samples.
+
+    Args:
+        rows: Of `evals.quality.calibrations.worth`.
+    """
+    figure = Figure(figsize=(9.5, 7.0), layout="constrained")
+    upper, lower = figure.subplots(2, len(STEPS), sharey="row")
+    samples = max(row["samples"] for row in rows if row["calibration_top_k"] != 256)
+    for (kind, words), by_samples, by_top_k in zip(STEPS.items(), upper, lower, strict=True):
+        here = [row for row in rows if row["queries"] == kind]
+        for source, colour in zip(("recall", "text", "mixed"), COLOURS, strict=False):
+            mine = [row for row in here if row["calibrated_on"] == source]
+            usual = [r for r in mine if r["calibration_top_k"] == 256 and r["figure"] == "agreement on the top 256"]
+            _curve(by_samples, usual, "samples", colour, f"calibrated on {source}", band=True)
+            several = [r for r in mine if r["samples"] == samples and r["figure"] == "attention held by 64"]
+            _curve(by_top_k, several, "calibration_top_k", colour, f"calibrated on {source}", band=True)
+        _powers(by_samples, sorted({row["samples"] for row in here}))
+        _powers(by_top_k, sorted({row["calibration_top_k"] for row in here}))
+        by_samples.set_title(words, fontsize=10)
+        by_samples.set_xlabel("calibration samples (K = 256)")
+        by_top_k.set_xlabel(f"K of calibration ({samples} samples)")
+    upper[0].set_ylabel("agreement on the top 256, 8 chunks")
+    lower[0].set_ylabel("attention held by 64 tokens")
+    return _with_legend(figure)
+
+
+def _powers(axes: Axes, ticks: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+
+
+def _curve(axes: Axes, rows: Rows, across: str, colour: str, label: str, style: str = "-", band: bool = False) -> None:
+    rows = sorted(rows, key=lambda row: row[across])
+    places = [row[across] for row in rows]
+    means = [row["mean"] for row in rows]
+    look = {"color": colour, "linestyle": style, "marker": "o", "markersize": 4, "capsize": 2}
+    axes.errorbar(places, means, yerr=_errors(rows), label=label, **look)
+    if band:
+        ends = ([row[end] for row in rows] for end in ("poorest", "best"))
+        axes.fill_between(places, *ends, color=colour, alpha=0.15, linewidth=0)
+
+
+def _errors(rows: Rows) -> list[list[float]]:
+    return [[row["mean"] - row["low"] for row in rows], [row["high"] - row["mean"] for row in rows]]
+
+
+def _with_legend(figure: Figure, columns: int = 4) -> Figure:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    return figure

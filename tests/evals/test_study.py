@@ -1,0 +1,181 @@
+"""The study's figures against definitions written out, its ledger, and both scripts in small."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evals.quality import agreement, arms, calibrations, steps
+from fasa_flex import RotaryLayout, calibrate
+
+LAYERS, KV_HEADS, GROUP, QUERIES, KEYS, DIMS = 2, 2, 2, 3, 1100, 4
+
+
+@pytest.fixture
+def decoded() -> steps.Steps:
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(heads: int, length: int) -> Tensor:
+        return torch.randn(LAYERS, heads, length, DIMS, generator=generator)
+
+    return steps.Steps(drawn(KV_HEADS * GROUP, QUERIES), drawn(KV_HEADS * GROUP, steps.WINDOW), drawn(KV_HEADS, KEYS))
+
+
+def sets_of(slots: Tensor, count: int, head: int, query: int) -> set[int]:
+    group = min(head % GROUP, slots.shape[2] - 1)
+    return set(slots[1, head // GROUP, group, query, :count].tolist())
+
+
+def test_slots_are_the_best_valid_keys_of_each_query(decoded: steps.Steps) -> None:
+    slots = steps.ranked(steps.scored(steps.oracle, decoded), steps.valid_of(decoded))
+    for head in range(KV_HEADS * GROUP):
+        for query in range(QUERIES):
+            keys = decoded.key[1, head // GROUP, : KEYS - QUERIES + query + 1]
+            best = (keys @ decoded.query[1, head, query]).argsort(descending=True)[:20]
+            assert sets_of(slots, 20, head, query) == set(best.tolist())
+
+
+def test_overlap_and_held_attention_are_what_they_say(decoded: steps.Steps) -> None:
+    valid = steps.valid_of(decoded)
+    full = steps.ranked(steps.scored(steps.oracle, decoded), valid)
+    shared = steps.ranked(steps.scored(steps.oracle, decoded).amax(2, keepdim=True), valid)
+    weights = steps.attention(decoded, 0.5)
+    assert weights.sum(-1) == pytest.approx(1.0, abs=1e-5)
+    common, mass = steps.overlap(full, shared, 16), steps.held(weights, shared, 16)
+    assert common.shape == mass.shape == (LAYERS, KV_HEADS * GROUP)
+    for head in range(KV_HEADS * GROUP):
+        both = [sets_of(full, 16, head, query) & sets_of(shared, 16, head, query) for query in range(QUERIES)]
+        assert float(common[1, head]) == pytest.approx(sum(map(len, both)) / 16 / QUERIES)
+        mine = weights[1, head // GROUP, head % GROUP]
+        kept = [mine[query, sorted(sets_of(shared, 16, head, query))].sum() for query in range(QUERIES)]
+        assert float(mass[1, head]) == pytest.approx(float(sum(kept)) / QUERIES, rel=1e-5)
+    assert (steps.overlap(full, full, 16) == 1).all()
+
+
+def test_found_keeps_the_order_of_the_heads_own_keys() -> None:
+    full = torch.tensor([7, 1, 5, 3]).view(1, 1, 1, 1, 4)
+    slots = torch.tensor([3, 0, 1, 7]).view(1, 1, 1, 1, 4)
+    assert steps.found(full, slots, 4).flatten().tolist() == [1, 1, 0, 1]
+    assert steps.found(full, slots, 2).flatten().tolist() == [0, 0]
+
+
+def test_snapkv_ranks_the_window_then_what_the_window_saw_with_its_neighbours() -> None:
+    query, window = torch.zeros(1, 1, 2, 2), torch.tensor([8.0, 0.0]).expand(1, 1, steps.WINDOW, 2)
+    key = torch.zeros(1, 1, 1100, 2)
+    key[0, 0, 100, 0] = 1.0
+    slots = steps.snapkv(steps.Steps(query, window, key), 1.0)[0, 0, 0]
+    prompt = 1100 - 2
+    assert slots[0, : steps.WINDOW + 1].tolist() == list(range(prompt - steps.WINDOW, prompt + 1))
+    assert slots[0, steps.WINDOW + 1 : steps.WINDOW + 8].tolist() == list(range(97, 104))
+    assert slots[1, : steps.WINDOW + 2].tolist() == list(range(prompt - steps.WINDOW, prompt + 2))
+
+
+def test_intervals_are_over_documents() -> None:
+    documents = [{"same": torch.full((2, 3), 0.5), "apart": torch.tensor(float(n % 2))} for n in range(16)]
+    figures = steps.with_interval(documents)
+    assert figures["same"] == {"mean": 0.5, "low": 0.5, "high": 0.5, "documents": 16, "by_layer": [0.5, 0.5]}
+    apart = figures["apart"]
+    assert apart["mean"] == 0.5
+    assert 0.2 < apart["low"] < 0.35
+    assert 0.65 < apart["high"] < 0.8
+    assert figures == steps.with_interval(documents)
+
+
+def test_steps_are_those_that_calibration_looks_at() -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(arms.MODEL), AutoTokenizer.from_pretrained(arms.MODEL)
+    read = steps.steps_of(model, tokenizer, "a document", 600)
+    prompt = arms.haystack("a document", 600, tokenizer)
+    assert read["text"].key.shape[2] == len(tokenizer(prompt.text).input_ids)
+    layout = RotaryLayout.detect(model)
+    ours = steps.profile_of(model, [read["answer"]], layout, top_k=64)
+    theirs = calibrate(model, [prompt.prompt], 64, arms.ANSWER_TOKENS, progress=False, tokenizer=tokenizer)
+    assert ours.provenance.queries == theirs.provenance.queries
+    torch.testing.assert_close(ours.agreement, theirs.agreement)
+    adjacent = steps.profile_of(model, [read["answer"]], RotaryLayout.interleaved(64), top_k=64)
+    assert not torch.equal(adjacent.agreement, ours.agreement)
+
+
+def test_a_profile_of_several_samples_is_the_mean_of_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrations, "LENGTH", 464)
+    made = calibrations.Calibrations(calibrations.QUICK)
+    (mean,) = made.profiles(calibrations.Setting("recall", 2))
+    samples = [arms.haystack(f"calibration/{number}", 400, made.tokenizer, made._text).prompt for number in range(2)]
+    whole = calibrate(made.model, samples, 256, arms.ANSWER_TOKENS, progress=False, tokenizer=made.tokenizer)
+    torch.testing.assert_close(mean.agreement, whole.agreement)
+    assert mean.provenance == whole.provenance
+    (mixed,) = made.profiles(calibrations.Setting("mixed", 2))
+    halves = [made.single("recall", 0, 256).agreement, made.single("text", 1, 256).agreement]
+    torch.testing.assert_close(mixed.agreement, (halves[0] + halves[1]) / 2)
+
+
+def test_a_ledger_measures_each_part_once(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "rows.json"
+    ledger = arms.Ledger(path, {"command": "first"})
+    assert ledger.part("one", {"documents": (2,)}, lambda: [{"score": 1}]) == [{"score": 1}]
+
+    def never() -> list[dict[str, Any]]:
+        raise AssertionError("measured again")
+
+    again = arms.Ledger(path, {"command": "second"})
+    assert again.part("one", {"documents": (2,)}, never) == [{"score": 1}]
+    with pytest.raises(AssertionError, match="measured again"):
+        again.part("one", {"documents": (3,)}, never)
+    assert again.part("two", {}, lambda: [{"score": 2}]) == [{"score": 2}]
+    record = json.loads(path.read_text())
+    assert record["command"] == "second"
+    assert {name: part["rows"] for name, part in record["parts"].items()} == {
+        "one": [{"score": 1}],
+        "two": [{"score": 2}],
+    }
+    assert [file.name for file in path.parent.iterdir()] == ["rows.json"]
+
+
+def test_tasks_of_one_kind_have_accounts_of_their_own() -> None:
+    tasks = {"fasa_needle": 0.1, "fasa_copy": 0.2}
+    results = {
+        "results": {task: {f"{arms.METRICS[task]},none": 0.5} for task in tasks},
+        "config": {"fasa": {"tasks": {t: {"sparse_queries": 3, "kv_share": share} for t, share in tasks.items()}}},
+        "configs": {task: {"output_type": "generate_until"} for task in tasks},
+        "n-samples": {task: {"effective": 7} for task in tasks},
+    }
+    rows = list(arms.rows_of(arms.Arm("FASA", "fasa_hf", 64, 0.125), results))
+    assert {row["task"]: row["attended"] for row in rows} == tasks
+
+
+def run_in_small(script: Any, file: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The rows of each part, after a second run that has nothing left to measure."""
+    monkeypatch.setattr(sys, "argv", [script.__name__, "--quick", "--out", str(folder)])
+    script.main()
+    parts = json.loads((folder / file).read_text())["parts"]
+    monkeypatch.setattr(script, "steps_of", None)
+    script.main()
+    assert json.loads((folder / file).read_text())["parts"] == parts
+    rows = {name: part["rows"] for name, part in parts.items()}
+    assert all(row["low"] <= row["mean"] <= row["high"] for part in rows.values() for row in part if "mean" in row)
+    return rows
+
+
+@pytest.mark.slow
+def test_dominant_chunks_agree_best_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = run_in_small(agreement, "agreement.json", tmp_path, monkeypatch)
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"agreement", "transfer", "mass"}
+    rows = {(r["queries"], r["method"], r["chunks"], r["top_k"]): r["mean"] for r in parts["compound"]}
+    for kind in steps.KINDS:
+        assert rows[kind, "dominant", 8, 64] > rows[kind, "random chunks", 8, 64] + 0.1
+        assert rows[kind, "dominant", 16, 64] > rows[kind, "dominant", 8, 64] > rows[kind, "dominant", 2, 64]
+        assert rows[kind, "random keys", None, 1024] == pytest.approx(1024 / 1250, abs=0.03)
+
+
+@pytest.mark.slow
+def test_calibrations_are_compared_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = run_in_small(calibrations, "calibration.json", tmp_path, monkeypatch)
+    assert (tmp_path / "calibration.png").exists()
+    assert all(0 <= row["in_common"] <= 1 for row in parts["overlaps"])
+    assert all(row["poorest"] <= row["mean"] + 1e-4 <= row["best"] + 2e-4 for row in parts["worth"])
