@@ -32,6 +32,8 @@ class Budget:
             if not 0.0 < self.n_fac <= 1.0:
                 raise ValueError(f"n_fac as a share must lie in (0, 1], got {self.n_fac}; an int counts tokens.")
         else:
+            if not self._counts:
+                raise ValueError("n_fac must name a count for each key/value head, got none; give at least one.")
             for count in self._counts:
                 check_count("n_fac", count, 1)
         check_count("n_sink", self.n_sink, 0)
@@ -45,6 +47,11 @@ class Budget:
     @property
     def _counts(self) -> tuple[Any, ...]:
         return self.n_fac if isinstance(self.n_fac, tuple) else (self.n_fac,)
+
+    @property
+    def heads(self) -> int:
+        """Key/value heads that have counts of their own; 1 where heads do not differ."""
+        return len(self._counts)
 
     @property
     def is_count(self) -> bool:
@@ -65,13 +72,13 @@ class Budget:
             return allowed
         if isinstance(self.n_fac, int):
             return n_valid.clamp(max=self.n_fac)
-        return torch.minimum(n_valid, torch.tensor(self.n_fac, device=n_valid.device)[:, None, None])
+        return torch.cat([n_valid.clamp(max=count) for count in self.n_fac], dim=1)  # copies nothing to the device
 
-    def mean(self, n_valid: Tensor) -> Tensor:
-        """Tokens that queries attend to, the mean over heads rounded down: int64, shaped as ``n_valid`` int64 [B, Q]."""
+    def total(self, n_valid: Tensor) -> Tensor:
+        """Tokens that queries attend to, summed over `heads`: int64, shaped as ``n_valid`` int64 [B, Q]."""
         if not isinstance(self.n_fac, tuple):
             return self.of(n_valid)
-        return self.of(n_valid[:, None, None]).sum((1, 2)) // len(self.n_fac)
+        return self.of(n_valid[:, None, None]).sum((1, 2))
 
     def exceeded(self, n_valid: Tensor) -> Tensor:
         """Whether any head has more keys than it may attend to: bool, shaped as ``n_valid`` int64 [B, Q]."""

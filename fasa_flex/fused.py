@@ -37,6 +37,8 @@ def why_no_kernels(
         return "it needs the PackedKeys of dominant chunks"
     if not isinstance(budget.n_fac, int) or budget.n_fac > MOST_SELECTED:
         return f"n_fac must be an int of at most {MOST_SELECTED}, got {budget.n_fac}"
+    if packed.tiles.shape[4] != 1:
+        return f"it needs packed keys in rows, got tiles of {packed.tiles.shape[4]}"
     if key.shape[2] > MOST_KEYS:
         return f"it searches at most {MOST_KEYS} keys, got {key.shape[2]}"
     if group_reduce == "none" and query.shape[1] != key.shape[1]:

@@ -33,7 +33,8 @@ class _Packs(CacheLayerMixin):
         """Pack the keys anew, for other dimensions."""
         self.scorer, self.dtype_packed, self.packed = scorer, dtype, None
         if self.is_initialized and self.keys.numel():
-            self.packed = PackedKeys.of(scorer.pack(self.keys), dtype)
+            rows = scorer.pack(self.keys).to(scorer.dims.device)  # where the keys may not be: FASA-M, offloading
+            self.packed = PackedKeys.of(rows, dtype)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search."""

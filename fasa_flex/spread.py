@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from math import inf
+from math import floor, inf
 from typing import Any, Literal
 
 from fasa_flex.budget import Budget
@@ -41,18 +41,19 @@ def check_layer_budgets(given: object) -> LayerBudgets:
 def spread_budget(budget: Budget, how: LayerBudgets, layers: Sequence[int], kv_heads: int) -> dict[int, Budget]:
     """The budgets of layers, or of their heads, whose mean is the one given.
 
-    Each has its forced tokens, one at least, and of the rest what its weight says.
+    Each has its forced tokens and, of the rest, what is in proportion to its weight; none is left without a token.
+    Counts are rounded so that their sum is exact.
 
     Args:
         budget: the mean, a count or a share.
-        how: ``"uniform"``; ``"pyramid"``: falling linearly with depth to a twentieth of the mean (PyramidKV, Cai et
-            al., 2024; the paper's Table 4); or weights, one for every layer of the model, of which those of dense
-            layers are ignored.
+        how: ``"uniform"``; ``"pyramid"``: falling linearly with depth, in the last layer to a twentieth of the mean
+            (PyramidKV, Cai et al., 2024; the paper's Table 4); or weights, one for every layer of the model, of which
+            those of dense layers are ignored.
         layers: the sparse layers, ascending.
         kv_heads: of a layer.
 
     Raises:
-        ValueError: weights that do not fit the model, or weights of heads for a share.
+        ValueError: weights that do not fit the model, weights of heads for a share, or a layer's share above 1.
     """
     if how == "uniform" or not layers:
         return dict.fromkeys(layers, budget)
@@ -61,18 +62,35 @@ def spread_budget(budget: Budget, how: LayerBudgets, layers: Sequence[int], kv_h
     if isinstance(budget.n_fac, float):
         if by_head:
             raise ValueError(f"heads cannot have weights of a share, n_fac = {budget.n_fac}; count tokens instead.")
-        mean = sum(weights) / len(weights)
-        shares = [min(1.0, budget.n_fac * weight / mean) for weight in weights]
+        unit = budget.n_fac * len(weights) / sum(weights)
+        if unit * max(weights) > 1 + 1e-9:
+            raise ValueError(
+                f"layer_budgets gives a layer {unit * max(weights):.3g} of its keys, n_fac = {budget.n_fac} being the "
+                "mean; lower n_fac or weigh layers more evenly."
+            )
+        shares = [min(1.0, unit * weight) for weight in weights]
         return {layer: replace(budget, n_fac=share) for layer, share in zip(layers, shares, strict=True)}
     assert isinstance(budget.n_fac, int)
     heads = kv_heads if by_head else 1
     flat = [w for weight in weights for w in (weight if isinstance(weight, tuple) else (weight,) * heads)]
-    least = max(1, budget.n_sink + budget.n_recent)
-    unit = (budget.n_fac - least) * len(flat) / sum(flat)
-    ends = [round(unit * weight) for weight in accumulate(flat, initial=0)]
-    counts = [least + end - start for start, end in pairwise(ends)]  # so their sum is exact
+    forced = budget.n_sink + budget.n_recent
+    amounts = _in_proportion((budget.n_fac - forced) * len(flat), flat, least=0 if forced else 1)
+    ends = [floor(amount + 0.5) for amount in accumulate(amounts, initial=0)]
+    counts = [forced + end - start for start, end in pairwise(ends)]
     rows = [tuple(counts[at : at + heads]) for at in range(0, len(counts), heads)]
     return {layer: replace(budget, n_fac=row if by_head else row[0]) for layer, row in zip(layers, rows, strict=True)}
+
+
+def _in_proportion(total: int, weights: Sequence[float], least: int) -> list[float]:
+    """Amounts in proportion to the weights whose sum is ``total``; those below ``least`` are lifted to it."""
+    lifted: set[int] = set()
+    while True:
+        others = [number for number in range(len(weights)) if number not in lifted]
+        unit = (total - least * len(lifted)) / sum(weights[number] for number in others)
+        low = {number for number in others if unit * weights[number] < least * (1 - 1e-9)}
+        if not low:
+            return [least if number in lifted else max(least, unit * w) for number, w in enumerate(weights)]
+        lifted |= low
 
 
 def _pyramid(layers: int) -> list[Any]:

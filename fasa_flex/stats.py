@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from fasa_flex.budget import Budget
-from fasa_flex.reads import ReadShare
+from fasa_flex.config import FasaConfig
+from fasa_flex.layers import attention_shape
+from fasa_flex.packing import packed_bytes
+from fasa_flex.reads import ReadShare, StatesReads
+from fasa_flex.scoring import DominantChunks
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class LayerStats:
     Attributes:
         dense_queries: queries that attended to every valid key.
         sparse_queries: queries with more valid keys than budget, which attended to a selection.
-        mean_selected: tokens a sparse query attended to.
+        mean_selected: tokens a sparse query attended to, the mean over heads.
         mean_valid: valid keys a sparse query chose from.
         kv_bytes_share: bytes of keys and values that a sparse query read, ranking included, as a share of those that a
             dense one reads; None where the method does not state what it reads.
@@ -37,6 +42,8 @@ class LayerStats:
 def tally(n_valid: Tensor, sparse: Tensor | None, budget: Budget) -> Tensor:
     """The counts of one forward of a layer: int64 [4], dense queries, sparse ones, tokens selected and valid for these.
 
+    Where heads have budgets of their own, tokens selected are summed over them.
+
     Args:
         n_valid: int64 [B, Q], valid keys of each query, 0 for one that is not counted.
         sparse: bool [B, Q], the queries that attended to a selection; None: none did.
@@ -46,8 +53,28 @@ def tally(n_valid: Tensor, sparse: Tensor | None, budget: Budget) -> Tensor:
     if sparse is None:
         return F.pad(real.sum()[None], (0, 3))
     sparse = sparse & real
-    selected = budget.mean(n_valid)
+    selected = budget.total(n_valid)
     return torch.stack([(real & ~sparse).sum(), sparse.sum(), (selected * sparse).sum(), (n_valid * sparse).sum()])
+
+
+def read_share(scorer: object, model: PreTrainedModel, config: FasaConfig, packs: bool) -> ReadShare | None:
+    """What a sparse query of a layer reads, where the scorer states it.
+
+    Args:
+        scorer: of the layer.
+        model: whose layer it is.
+        config: of `enable`.
+        packs: whether caches hold packed keys, which are then what is ranked.
+    """
+    if not isinstance(scorer, StatesReads):
+        return None
+    _, query_heads, kv_heads, head_dim = attention_shape(model)
+    reads = scorer.reads(head_dim, query_heads, kv_heads)
+    if isinstance(scorer, DominantChunks) and packs:
+        packed = packed_bytes(scorer.dims.shape[1], config.packed_dtype, model.dtype)
+        reads = replace(reads, ranking=packed / (2 * head_dim * model.dtype.itemsize))
+    by_head = config.per == "query_head" or config.group_reduce == "none"
+    return reads.by_head(query_heads // kv_heads) if by_head else reads
 
 
 class FasaStats:
@@ -58,10 +85,13 @@ class FasaStats:
     Args:
         devices: of the layers.
         reads: what a sparse query of a layer reads; layers without an entry do not say.
+        heads: how many heads of a layer have budgets of their own (`Budget.heads`); 1 without an entry.
     """
 
-    def __init__(self, devices: Sequence[torch.device], reads: Mapping[int, ReadShare | None]) -> None:
-        self._reads = dict(reads)
+    def __init__(
+        self, devices: Sequence[torch.device], reads: Mapping[int, ReadShare | None], heads: Mapping[int, int]
+    ) -> None:
+        self._reads, self._heads = dict(reads), dict(heads)
         self._counts = [torch.zeros(4, dtype=torch.long, device=device) for device in devices]
 
     def add(self, layer: int, tally: Tensor) -> None:
@@ -80,7 +110,8 @@ class FasaStats:
         """Counts by layer."""
         stats = []
         for layer, counts in enumerate(self._counts):
-            dense, sparse, selected, valid = counts.tolist()
+            dense, sparse, total, valid = counts.tolist()
+            selected = total / self._heads.get(layer, 1)
             reads = self._reads.get(layer)
             share = None if reads is None else reads.of(selected, valid)
             stats.append(LayerStats(dense, sparse, selected / max(1, sparse), valid / max(1, sparse), share))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +16,7 @@ from fasa_flex.attention import sparse_attention
 from fasa_flex.boundary import Boundary
 from fasa_flex.config import FasaConfig, GroupReduce
 from fasa_flex.crossover import sparse_is_faster
+from fasa_flex.handed import check_keys, softmax_of
 from fasa_flex.layers import (
     attention_modules,
     attention_shape,
@@ -27,14 +27,14 @@ from fasa_flex.layers import (
 )
 from fasa_flex.masking import DecodeStep, Once, count_valid, valid_from_mask
 from fasa_flex.packed_layers import pack_layer, packed_keys, packs
-from fasa_flex.packing import PackedKeys, packed_bytes
+from fasa_flex.packing import PackedKeys
 from fasa_flex.profile import FasaProfile
-from fasa_flex.reads import ReadShare, StatesReads
+from fasa_flex.prompt_calibration import PromptCalibration
 from fasa_flex.scoring import DominantChunks, Forward, Given, Scorer, SequenceScorer
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
 from fasa_flex.softmax import Softmax
 from fasa_flex.spread import spread_budget
-from fasa_flex.stats import FasaStats, tally
+from fasa_flex.stats import FasaStats, read_share, tally
 
 ScorerFactory = Callable[[int], Scorer | SequenceScorer]
 """Makes the scorer of one layer."""
@@ -44,7 +44,7 @@ _SCORE_BYTES = 1 << 27
 
 def enable(
     model: PreTrainedModel,
-    profile: FasaProfile | None,
+    profile: FasaProfile | None = None,
     config: FasaConfig | None = None,
     *,
     scorer: ScorerFactory | None = None,
@@ -57,9 +57,13 @@ def enable(
     name of its own and set in this model's config, so that models with different profiles and budgets live side by
     side.
 
+    Without a profile the model calibrates itself: everything is dense until a forward of several tokens reads a prompt
+    of at least 128 tokens, whose last queries then choose the chunks of each layer (`fasa_flex.prompt_calibration`).
+    They stay until `Fasa.recalibrate`, and `Fasa.profile` keeps them for another time.
+
     Args:
         model: a transformers model with attention implementation "sdpa" or "eager".
-        profile: from `calibrate`; may be None where ``scorer`` needs none.
+        profile: from `calibrate`; None: from the first long prompt, unless a ``scorer`` is given, which needs none.
         config: budget and options; None is `FasaConfig`'s defaults.
         scorer: another method than FASA: makes the scorer of a layer.
 
@@ -71,20 +75,24 @@ def enable(
     """
     check_supported(model)
     config = FasaConfig() if config is None else config
-    if profile is not None:
-        profile.check_fits(model)
-    dense = dense_layers(model, config.dense_layers, () if profile is None else profile.layout.unrotated_layers)
-    make = scorer or _dominant_chunks(model, profile, config)
+    prompt = PromptCalibration(model, config) if profile is None and scorer is None else None
+    known = profile if prompt is None else prompt.blank
+    unrotated: tuple[int, ...] = ()
+    if known is not None:
+        known.check_fits(model)
+        unrotated = known.layout.unrotated_layers
+        scorer = scorer or _dominant_chunks(model, known, config)
+    assert scorer is not None
+    dense = dense_layers(model, config.dense_layers, unrotated)
     layers = sorted(attention_modules(model))
     if not set(layers) - set(dense):
         warnings.warn(f"every layer of {type(model).__name__} stays dense ({dense}): nothing is sparse.", stacklevel=2)
-    return Fasa(model, config, {layer: make(layer) for layer in layers if layer not in dense}, dense)
+    scorers = {layer: scorer(layer) for layer in layers if layer not in dense}
+    return Fasa(model, config, scorers, dense, profile if prompt is None else prompt)
 
 
-def _dominant_chunks(model: PreTrainedModel, profile: FasaProfile | None, config: FasaConfig) -> ScorerFactory:
+def _dominant_chunks(model: PreTrainedModel, profile: FasaProfile, config: FasaConfig) -> ScorerFactory:
     """TIP for every layer, its chunks on the device that holds the layer."""
-    if profile is None:
-        raise ValueError("enable needs a profile, got None; calibrate(model, samples) makes one.")
     tables = profile.dominant_dims(config.chunks_of(profile.layout.head_dim), config.per)
     devices = {layer: next(module.parameters()).device for layer, module in attention_modules(model).items()}
     return lambda layer: DominantChunks.from_chunks(tables[layer].to(devices[layer]))
@@ -105,13 +113,16 @@ class Fasa:
         config: FasaConfig,
         scorers: dict[int, Scorer | SequenceScorer],
         dense: dict[int, str],
+        source: FasaProfile | PromptCalibration | None,
     ) -> None:
         self.config = config
         self.dense_layers = dense
-        self._scorers = scorers
+        self._source = source
+        self._scorers = {} if isinstance(source, PromptCalibration) else scorers
         self._reduce: GroupReduce = "none" if config.per == "query_head" else config.group_reduce
-        kv_heads = attention_shape(model)[2]
-        self._budgets = spread_budget(config.budget, config.layer_budgets, sorted(scorers), kv_heads)
+        self._budgets = spread_budget(
+            config.budget, config.layer_budgets, sorted(scorers), kv_heads=attention_shape(model)[2]
+        )
         self._packs = packs(model) and config.per == "kv_head"
         self._limit = maximum_positions(model)
         self._boundary: Boundary | None = None
@@ -120,7 +131,8 @@ class Fasa:
         modules = attention_modules(model)
         self.stats = FasaStats(
             [next(modules[layer].parameters()).device for layer in sorted(modules)],
-            {layer: self._reads(scorer, model) for layer, scorer in scorers.items()},
+            {layer: read_share(scorer, model, config, self._packs) for layer, scorer in scorers.items()},
+            {layer: budget.heads for layer, budget in self._budgets.items()},
         )
         self._hooks = [
             module.register_forward_pre_hook(self._before_attention, with_kwargs=True) for module in modules.values()
@@ -131,17 +143,21 @@ class Fasa:
         """Whether the method goes by earlier queries, so that a cropped or shared cache cannot be continued."""
         return any(isinstance(scorer, SequenceScorer) for scorer in self._scorers.values())
 
-    def _reads(self, scorer: object, model: PreTrainedModel) -> ReadShare | None:
-        """What a sparse query of a layer reads, where the scorer states it."""
-        if not isinstance(scorer, StatesReads):
-            return None
-        _, query_heads, kv_heads, head_dim = attention_shape(model)
-        reads = scorer.reads(head_dim, query_heads, kv_heads)
-        dtype = model.dtype
-        if isinstance(scorer, DominantChunks) and self._packs:
-            packed = packed_bytes(scorer.dims.shape[1], self.config.packed_dtype, dtype)
-            reads = replace(reads, ranking=packed / (2 * head_dim * dtype.itemsize))
-        return reads.by_head(query_heads // kv_heads) if self._reduce == "none" else reads
+    @property
+    def profile(self) -> FasaProfile | None:
+        """What `enable` was given, or what the model found in a prompt; None before it has, and for another method."""
+        return self._source.profile if isinstance(self._source, PromptCalibration) else self._source
+
+    def recalibrate(self) -> None:
+        """Forget what was found in a prompt: all is dense until the next long one.
+
+        Raises:
+            ValueError: `enable` was given a profile or a scorer.
+        """
+        if not isinstance(self._source, PromptCalibration):
+            raise ValueError("enable was given a profile or a scorer; only enable(model) calibrates on prompts.")
+        self._source.forget()
+        self._scorers.clear()
 
     def disable(self) -> None:
         """Give the model its former attention back; its outputs are then bit-identical to those before `enable`."""
@@ -184,8 +200,8 @@ class Fasa:
         """Hand on to the attention function what transformers keeps from it: the cache, and where the queries begin."""
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # GPT-NeoX has a name of its own for it
         layer = layer_of(module)
-        if cache is not None and layer in self._scorers and self._packs:
-            pack_layer(cache, layer, self._scorers[layer], self.config.packed_dtype)
+        if cache is not None and layer in self._budgets and self._packs:
+            pack_layer(cache, layer, self._scorers.get(layer), self.config.packed_dtype)
             kwargs = {**kwargs, "fasa_cache": cache}
         asked = self._boundary is not None or isinstance(self._scorers.get(layer), SequenceScorer)
         if cache is not None and asked:  # a sliding cache holds fewer keys than there were slots, a static one more
@@ -208,10 +224,11 @@ class Fasa:
         batch, _, q_len, _ = query.shape
         kv_len = key.shape[2]
         first_slot: int = kwargs.pop("fasa_first_slot", kv_len - q_len)
-        softmax = self._softmax(module, query, kwargs)
+        softmax = softmax_of(module, query, kwargs, self._seam.former)
         once = self._step.of(attention_mask, (batch, q_len, kv_len), query.device)
         n_valid = once("n_valid", count_valid)
-        self._check(layer, key, n_valid)
+        check_keys(layer, key, n_valid, self._limit)
+        self._calibrate(layer, query, key, attention_mask, n_valid, first_slot, cache)
         first, chosen = self._sparse_queries(layer, once, n_valid, kv_len, first_slot)
         if self.config.backend == "fastest" and not self._is_faster(layer, query, key, value):
             first, chosen = q_len, None
@@ -236,6 +253,20 @@ class Fasa:
         out, weights = dense(module, query, key, value, attention_mask, **kwargs)
         merged = torch.where(chosen[:, first:, None, None], focused, out[:, first:])
         return torch.cat([out[:, :first], merged], dim=1), weights
+
+    def _calibrate(
+        self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, n_valid: Tensor, first_slot: int, cache: Any
+    ) -> None:
+        """Take a layer's scorer from the dense queries of a long prompt, and pack the keys that the layer holds."""
+        if not isinstance(self._source, PromptCalibration) or self._source.profile is not None:
+            return
+        (batch, q_len), boundary, device = n_valid.shape, self._boundary, n_valid.device
+        sparse = None if boundary is None else boundary.behind(first_slot, batch, q_len, device)
+        scorer = self._source.measure(layer, query, key, mask, n_valid, sparse)
+        if scorer is not None and layer in self._budgets:
+            self._scorers[layer] = scorer
+            if cache is not None:
+                pack_layer(cache, layer, scorer, self.config.packed_dtype)
 
     def _sparse_queries(
         self, layer: int, once: Once, n_valid: Tensor, kv_len: int, first_slot: int
@@ -284,7 +315,8 @@ class Fasa:
             )
             for at in range(0, query.shape[2], step)
         ]
-        return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return whole.transpose(1, 2).contiguous()
 
     def _count(self, layer: int, once: Once, n_valid: Tensor, chosen: Tensor | None, first_slot: int) -> None:
         budget = self._budgets.get(layer, self.config.budget)
@@ -295,31 +327,3 @@ class Fasa:
             self.stats.add(layer, tally(n_valid * counted, chosen, budget))
         else:
             self.stats.add(layer, once((chosen is None, budget), lambda *_: tally(n_valid, chosen, budget)))
-
-    def _softmax(self, module: nn.Module, query: Tensor, options: dict[str, Any]) -> Softmax:
-        """The model's own softmax, from what it hands to its attention function."""
-        softmax = Softmax(
-            scaling=options.get("scaling") or query.shape[-1] ** -0.5,
-            softcap=options.get("softcap"),
-            sinks=options.get("s_aux"),
-        )
-        if not softmax.plain and self._seam.former == "sdpa":
-            raise ValueError(
-                f"{type(module).__name__} caps its logits or has learned sinks, which its implementation 'sdpa' leaves "
-                "out; call model.set_attn_implementation('eager') before enable."
-            )
-        return softmax
-
-    def _check(self, layer: int, key: Tensor, n_valid: Tensor) -> None:
-        """Refuse what cannot end well; in decode a check would stall the device, NaN keys rank first there and show."""
-        if torch.compiler.is_compiling():
-            return
-        if self._limit is not None and key.shape[2] > self._limit < int(n_valid.max()):
-            raise ValueError(
-                f"the sequence has {int(n_valid.max())} tokens and the model takes at most {self._limit}; "
-                "shorten the prompt."
-            )
-        if n_valid.shape[1] > 1 and key.isnan().any():
-            raise ValueError(
-                f"the keys of layer {layer} hold NaN; check the model's weights, its dtype and its inputs."
-            )

@@ -60,3 +60,41 @@ def test_a_budget_does_not_change() -> None:
 def test_shares_at_their_edges(share: float, keys: int, expected: int) -> None:
     assert Budget(share).of(torch.tensor([keys])).tolist() == [expected]
     assert Budget(share).widest(keys) == expected
+
+
+# A count for each head.
+
+
+def test_heads_take_the_smaller_of_theirs_and_what_is_there() -> None:
+    n_valid = torch.tensor([[2, 5, 9], [0, 4, 7]])[:, None, None]  # [B, 1, 1, Q]
+    counts = Budget((3, 8)).of(n_valid)
+    assert counts[:, :, 0].tolist() == [[[2, 3, 3], [2, 5, 8]], [[0, 3, 3], [0, 4, 7]]]
+    assert Budget((3, 8)).total(n_valid[:, 0, 0]).tolist() == [[4, 8, 11], [0, 7, 10]]
+    assert Budget(3).total(n_valid[:, 0, 0]).tolist() == [[2, 3, 3], [0, 3, 3]]
+
+
+def test_heads_exceed_one_by_one_and_cover_together() -> None:
+    budget = Budget((3, 8))
+    assert budget.exceeded(torch.tensor([[3, 4, 8, 9]])).tolist() == [[False, True, True, True]]
+    assert [budget.covers(keys) for keys in (3, 4, 8)] == [True, False, False]
+    assert [budget.widest(keys) for keys in (2, 5, 9)] == [2, 5, 8]
+    assert (budget.heads, Budget(8).heads, Budget(0.5).heads) == (2, 1, 1)
+    assert [b.is_count for b in (budget, Budget(8), Budget(0.5))] == [False, True, False]
+    assert [Budget((3, 8), 1, 2).of_head(head) for head in (0, 1)] == [Budget(3, 1, 2), Budget(8, 1, 2)]
+    assert Budget(0.5).of_head(1) == Budget(0.5)
+
+
+@pytest.mark.parametrize(
+    ("n_fac", "named"),
+    [
+        ((), "a count for each key/value head, got none"),
+        ((3, 0), "n_fac must be an integer of at least 1, got 0"),
+        ((3, 0.5), "n_fac must be an integer of at least 1, got 0.5"),
+        ((8, 2), r"n_sink \+ n_recent = 3 exceeds the budget n_fac = \(8, 2\)"),
+    ],
+    ids=str,
+)
+def test_counts_of_heads_that_are_none_are_refused(n_fac: tuple[Any, ...], named: str) -> None:
+    with pytest.raises(ValueError, match=named) as error:
+        Budget(n_fac, n_sink=1, n_recent=2)
+    assert "\n" not in str(error.value)

@@ -219,11 +219,6 @@ def test_a_config_that_does_not_fit_the_model_is_refused(
     assert llama.config._attn_implementation == "sdpa"
 
 
-def test_no_profile_and_no_scorer_is_refused(llama: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match="profile"):
-        enable(llama, None)
-
-
 def test_a_model_without_rope_is_refused(gpt2: PreTrainedModel, llama: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match=r"(?i)gpt2|rope"):
         enable(gpt2, profile_of(llama))

@@ -86,3 +86,20 @@ def test_a_row_without_valid_keys_takes_none(n_fac: float) -> None:
     assert selection.slots.min() >= 0
     assert selection.slots.max() < 4
     assert set(selection.slots[1].flatten().tolist()) == {1}
+
+
+@pytest.mark.parametrize(("n_sink", "n_recent"), [(0, 0), (1, 2)])
+@pytest.mark.parametrize("shared", [1, 3])
+def test_every_head_takes_its_own_count(n_sink: int, n_recent: int, shared: int) -> None:
+    """Queries with 12 to 16 keys: head 0 is over its budget, head 1 sometimes, head 2 never; row 1 is padded."""
+    scores = torch.randint(-4, 5, (2, 3, shared, 5, 16), generator=torch.Generator().manual_seed(2)).float()
+    mask = torch.arange(16) >= torch.tensor([[0], [3]])
+    counts = (4, 13, 16)
+    selection = select(scores, valid_keys(5, 16, mask, CPU), Budget(counts, n_sink, n_recent))
+    for b, h, g, i in torch.cartesian_prod(*map(torch.arange, scores.shape[:4])).tolist():
+        valid = oracle.valid_keys(16 - 5 + i, mask[b].tolist())
+        expected = oracle.select(scores[b, h, g, i].numpy(), valid, counts[h], n_sink, n_recent)
+        assert int(selection.count[b, h, g, i]) == len(expected)
+        taken = selection.slots[b, h, g, i][selection.taken[b, h, g, i]]
+        assert sorted(taken.tolist()) == expected
+        assert selection.mask[b, h, g, i].nonzero().flatten().tolist() == expected

@@ -1,0 +1,94 @@
+"""FasaStats: what a forward adds, layers of different budgets, and bytes by the one definition of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from generation import NEW, PROMPT, Ids, generate, profile_of
+from transformers import PreTrainedModel
+
+from fasa_flex import FasaConfig, enable
+from fasa_flex.budget import Budget
+from fasa_flex.reads import ReadShare
+from fasa_flex.stats import FasaStats, tally
+
+CPU = torch.device("cpu")
+
+
+def test_a_tally_written_out() -> None:
+    """Two rows of three queries; no valid key means padding."""
+    n_valid = torch.tensor([[0, 5, 9], [0, 0, 7]])
+    sparse = torch.tensor([[True, False, True], [True, True, True]])
+    assert tally(n_valid, None, Budget(4)).tolist() == [3, 0, 0, 0]
+    assert tally(n_valid, sparse, Budget(4)).tolist() == [1, 2, 8, 16]
+    assert tally(n_valid, sparse, Budget(0.5)).tolist() == [1, 2, 5 + 4, 16]
+    assert tally(n_valid, sparse, Budget((4, 8))).tolist() == [1, 2, 8 + 8 + 7, 16]  # summed over the two heads
+
+
+def test_layers_of_different_budgets_and_reads() -> None:
+    """Layer 0 is dense; layer 1 attends to 5.75 of 8 keys, and 1/4 to rank; layer 2 to 2 of 8, and nothing to rank."""
+    stats = FasaStats([CPU] * 3, {1: ReadShare(0.25), 2: ReadShare(0.0)}, {1: 2})
+    n_valid = torch.tensor([[9, 7]])
+    every = torch.ones(1, 2, dtype=torch.bool)
+    stats.add(0, tally(n_valid, None, Budget(4)))
+    stats.add(1, tally(n_valid, every, Budget((4, 8))))
+    stats.add(2, tally(n_valid, every, Budget(2)))
+    assert (stats.dense_queries, stats.sparse_queries) == (2, 4)
+    assert [layer.mean_selected for layer in stats.per_layer] == [0, (8 + 15) / 4, 2]
+    assert [layer.mean_valid for layer in stats.per_layer] == [0, 8, 8]
+    assert stats.kv_share == pytest.approx((5.75 + 2) / 16)
+    assert [layer.kv_bytes_share for layer in stats.per_layer] == [None, 0.25 + 5.75 / 8, 2 / 8]
+    assert stats.kv_bytes_share == pytest.approx((2 + 5.75 + 2) / 16)
+    stats.reset()
+    assert (stats.dense_queries, stats.sparse_queries, stats.kv_share, stats.kv_bytes_share) == (0, 0, 1.0, 1.0)
+
+
+def test_a_layer_that_does_not_state_its_reads_leaves_the_bytes_unknown() -> None:
+    stats = FasaStats([CPU] * 2, {0: ReadShare(0.25)}, {})
+    some = tally(torch.tensor([[9]]), torch.tensor([[True]]), Budget(4))
+    stats.add(0, some)
+    assert stats.kv_bytes_share is not None
+    stats.add(1, some)
+    assert stats.kv_bytes_share is None
+    assert "kv_bytes_share=None" in repr(stats)
+
+
+@pytest.mark.parametrize(
+    ("weights", "counts"), [((1.0, 5, 3), [20, 12]), ((1.0, (2, 1), (3, 2)), [(16, 8), (24, 16)])], ids=str
+)
+def test_a_model_counts_each_layers_own_budget(
+    llama: PreTrainedModel, ids: Ids, weights: tuple[float, ...], counts: list[int | tuple[int, int]]
+) -> None:
+    """16 tokens in the mean of layers 1 and 2; 2 of a head's 8 chunks rank: a quarter of the keys."""
+    with enable(llama, profile_of(llama), FasaConfig(n_fac=16, layer_budgets=weights)) as fasa:
+        generate(llama, ids(PROMPT, rows=1))
+        valid = [PROMPT + step for step in range(1, NEW)]
+        layers = fasa.stats.per_layer[1:]
+    for layer, count in zip(layers, counts, strict=True):
+        heads = count if isinstance(count, tuple) else (count,)
+        selected = sum(sum(min(n, head) for head in heads) for n in valid) / len(heads)
+        assert layer.sparse_queries == NEW - 1
+        assert layer.mean_selected == pytest.approx(selected / (NEW - 1))
+        assert layer.kv_bytes_share == pytest.approx(1 / 8 + selected / sum(valid))
+
+
+@pytest.mark.parametrize(
+    ("config", "ranking", "rows"),
+    [
+        (FasaConfig(n_fac=4), 2 / 16, 1),
+        (FasaConfig(n_fac=4, packed_dtype="bfloat16"), 1 / 16, 1),
+        (FasaConfig(n_fac=4, packed_dtype="int8"), 6 / 128, 1),  # 4 numbers and a scale of 2 bytes, of 32 of 4 bytes
+        (FasaConfig(n_fac=4, group_reduce="none"), 2 / 16, 2),
+        (FasaConfig(n_fac=4, per="query_head"), 4 / 16, 2),
+    ],
+    ids=["packed", "bfloat16", "int8", "by head", "chunks by head"],
+)
+def test_what_a_query_reads(
+    make_model: Callable[..., PreTrainedModel], ids: Ids, config: FasaConfig, ranking: float, rows: int
+) -> None:
+    model = make_model("Llama")
+    with enable(model, profile_of(model), config) as fasa, torch.no_grad():
+        generate(model, ids(PROMPT, rows=1), max_new_tokens=2)
+        assert fasa.stats.kv_bytes_share == pytest.approx(ranking + rows * 4 / (PROMPT + 1))
