@@ -27,6 +27,7 @@ def calibrate(
     max_new_tokens: int = 64,
     progress: bool = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    layout: RotaryLayout | None = None,
 ) -> FasaProfile:
     """Measure contextual agreement on a few samples; one long document is enough (the paper uses one).
 
@@ -41,6 +42,7 @@ def calibrate(
         max_new_tokens: decode steps a sample.
         progress: show a progress bar.
         tokenizer: encodes the samples when they are texts.
+        layout: the chunks that are compared; None is the model's own planes, which is what FASA needs.
 
     Returns:
         the profile, with float32 agreement [layers, query heads, chunks].
@@ -49,9 +51,10 @@ def calibrate(
         ValueError: samples that are empty, too short or too long for the model, or a model without RoPE.
     """
     check_supported(model)
-    encoded = [_encode(sample, tokenizer) for sample in samples]
-    _check(model, encoded, top_k, max_new_tokens)
-    layout = RotaryLayout.detect(model)
+    if top_k < 1 or max_new_tokens < 1:
+        raise ValueError(f"top_k and max_new_tokens must be at least 1, got {top_k} and {max_new_tokens}.")
+    encoded = encode_samples(model, samples, tokenizer, least=top_k, room=max_new_tokens)
+    layout = RotaryLayout.detect(model) if layout is None else layout
     layers, query_heads, kv_heads, _ = attention_shape(model)
     total = torch.zeros(layers, query_heads, len(layout.chunks), dtype=torch.float64)
     queries = 0
@@ -79,6 +82,49 @@ def calibrate(
     return FasaProfile((total / queries).float().clamp(0, 1), layout, provenance)
 
 
+def encode_samples(
+    model: PreTrainedModel,
+    samples: Sequence[Tensor] | Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    least: int = 1,
+    room: int = 0,
+) -> list[Tensor]:
+    """Samples as 1-D LongTensors of token ids on CPU, checked.
+
+    Args:
+        model: whose vocabulary and longest sequence they must fit.
+        samples: token ids, or texts.
+        tokenizer: encodes the texts.
+        least: tokens that each must have, K of contextual agreement.
+        room: tokens to generate behind each.
+
+    Raises:
+        ValueError: no samples, or one that does not fit.
+    """
+    encoded = [_encode(sample, tokenizer) for sample in samples]
+    if not encoded:
+        raise ValueError("calibration needs at least one sample, got none; pass a long text or two.")
+    limit = maximum_positions(model)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    for number, ids in enumerate(encoded):
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise ValueError(
+                f"sample {number} holds token ids {int(ids.min())}..{int(ids.max())}, the model's vocabulary has "
+                f"{vocabulary}; encode it with the model's own tokenizer."
+            )
+        if len(ids) < least:
+            raise ValueError(
+                f"sample {number} has {len(ids)} tokens, calibration needs at least {least} (top_k for agreement); "
+                "pass longer samples or a smaller top_k."
+            )
+        if limit is not None and len(ids) + room > limit:
+            raise ValueError(
+                f"sample {number} has {len(ids)} tokens and {room} to generate, the model takes {limit}; "
+                "shorten the sample or lower max_new_tokens."
+            )
+    return encoded
+
+
 def _encode(sample: Tensor | str, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
     if isinstance(sample, str):
         if tokenizer is None:
@@ -88,31 +134,6 @@ def _encode(sample: Tensor | str, tokenizer: PreTrainedTokenizerBase | None) -> 
         shape = tuple(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
         raise ValueError(f"a sample must be a text or a 1-D LongTensor of token ids, got {shape}.")
     return sample.long().cpu()
-
-
-def _check(model: PreTrainedModel, samples: list[Tensor], top_k: int, max_new_tokens: int) -> None:
-    if not samples:
-        raise ValueError("calibration needs at least one sample, got none; pass a long text or two.")
-    if top_k < 1 or max_new_tokens < 1:
-        raise ValueError(f"top_k and max_new_tokens must be at least 1, got {top_k} and {max_new_tokens}.")
-    limit = maximum_positions(model)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    for number, ids in enumerate(samples):
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-            raise ValueError(
-                f"sample {number} holds token ids {int(ids.min())}..{int(ids.max())}, the model's vocabulary has "
-                f"{vocabulary}; encode it with the model's own tokenizer."
-            )
-        if len(ids) < top_k:
-            raise ValueError(
-                f"sample {number} has {len(ids)} tokens, agreement at top_k={top_k} needs at least {top_k}; "
-                "pass longer samples or a smaller top_k."
-            )
-        if limit is not None and len(ids) + max_new_tokens > limit:
-            raise ValueError(
-                f"sample {number} has {len(ids)} tokens and {max_new_tokens} to generate, the model takes {limit}; "
-                "shorten the sample or lower max_new_tokens."
-            )
 
 
 def _continue(model: PreTrainedModel, ids: Tensor, max_new_tokens: int) -> Tensor:

@@ -16,10 +16,12 @@ class ReadShare:
     Attributes:
         ranking: for each valid key, to rank it.
         rows: for each selected key: 1 for its key and value, less where ranking has read some of it.
+        together: whether the query heads of a group always share one selection, whatever is asked of the others.
     """
 
     ranking: float
     rows: float = 1.0
+    together: bool = False
 
     def of(self, n_selected: float, n_valid: float) -> float:
         """Share of ``n_valid`` keys and values read where ``n_selected`` are attended to, at most 1: then as dense."""
@@ -27,7 +29,7 @@ class ReadShare:
 
     def by_head(self, group: int) -> ReadShare:
         """Where the G query heads of a group select each for itself; taken to share no row, which is the most."""
-        return replace(self, rows=self.rows * group)
+        return self if self.together else replace(self, rows=self.rows * group)
 
 
 @runtime_checkable

@@ -53,6 +53,19 @@ def test_equals_the_oracle_on_captured_queries_and_keys(
     assert difference.mean() < 0.01 * one_key
 
 
+def test_chunks_of_another_layout_are_compared(
+    llama: PreTrainedModel, ids: Callable[..., Tensor], capture: Callable[..., list[tuple[Tensor, Tensor]]]
+) -> None:
+    layout = RotaryLayout.interleaved(16)
+    profile = calibrate(llama, [ids(30)], top_k=TOP_K, max_new_tokens=1, progress=False, layout=layout)
+    assert profile.layout == layout
+    with torch.no_grad():
+        whole = llama.generate(ids(30)[None], max_new_tokens=1, do_sample=False, attention_mask=torch.ones(1, 30))
+    query, key = (x.double().numpy() for x in capture(llama, whole)[1])
+    expected = oracle.contextual_agreement(query[:, :, -1:], key, layout.chunks.tolist(), TOP_K)
+    np.testing.assert_allclose(profile.agreement[1].numpy(), expected, atol=1e-6)
+
+
 def test_table_shape_and_range(model: PreTrainedModel, ids: Callable[..., Tensor]) -> None:
     profile = calibrate(model, [ids(32)], top_k=TOP_K, max_new_tokens=NEW, progress=False)
     head_dim = RotaryLayout.detect(model).chunks.numel()

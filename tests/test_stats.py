@@ -92,3 +92,8 @@ def test_what_a_query_reads(
     with enable(model, profile_of(model), config) as fasa, torch.no_grad():
         generate(model, ids(PROMPT, rows=1), max_new_tokens=2)
         assert fasa.stats.kv_bytes_share == pytest.approx(ranking + rows * 4 / (PROMPT + 1))
+
+
+def test_heads_that_select_for_themselves_read_rows_of_their_own_unless_they_select_together() -> None:
+    assert ReadShare(0.1, 1.0).by_head(4) == ReadShare(0.1, 4.0)
+    assert ReadShare(0.0, 1.5, together=True).by_head(4).rows == 1.5

@@ -1,4 +1,7 @@
-"""Rival ways to choose the same number of keys: same budget, same selection, same attention, another scorer."""
+"""Rival ways to choose the same number of keys: same budget, same selection, same attention, another scorer.
+
+Each states the bytes it reads (`fasa_flex.reads`), and in its docstring what it leaves out of its paper.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,53 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+from torch import Tensor
 
+from fasa_flex.baselines.calibrated import adjacent_pairs, channel_weights, heavy_channels
+from fasa_flex.baselines.h2o import H2O
+from fasa_flex.baselines.quest import Quest
 from fasa_flex.baselines.scorers import AllDimensions, Recency
+from fasa_flex.baselines.sparq import SparQ
+from fasa_flex.baselines.windowed import RKV, SnapKV
 from fasa_flex.config import Sharing, check_choice
 from fasa_flex.profile import FasaProfile
-from fasa_flex.scoring import DominantChunks, Scorer
+from fasa_flex.scoring import DominantChunks, Scorer, SequenceScorer
 
-__all__ = ["AllDimensions", "Method", "Recency", "scorer_factory"]
+__all__ = [
+    "H2O",
+    "RKV",
+    "AllDimensions",
+    "Method",
+    "Quest",
+    "Recency",
+    "SnapKV",
+    "SparQ",
+    "adjacent_pairs",
+    "channel_weights",
+    "scorer_factory",
+]
 
-Method = Literal["streaming_llm", "oracle", "random_chunks"]
+Method = Literal[
+    "streaming_llm",
+    "oracle",
+    "random_chunks",
+    "adjacent_pairs",
+    "snapkv",
+    "h2o",
+    "rkv",
+    "quest",
+    "sparq",
+    "double_sparsity",
+]
+
+_AS_THEY_ARE: dict[str, Callable[[], Scorer | SequenceScorer]] = {
+    "streaming_llm": Recency,
+    "oracle": AllDimensions,
+    "snapkv": SnapKV,
+    "h2o": H2O,
+    "rkv": RKV,
+    "quest": Quest,
+}
 
 
 def scorer_factory(
@@ -24,29 +65,49 @@ def scorer_factory(
     n_tip: int | None = None,
     per: Sharing = "kv_head",
     seed: int = 0,
-) -> Callable[[int], Scorer]:
-    """The ``scorer=`` argument of `enable` for a baseline.
+    channels: Tensor | None = None,
+) -> Callable[[int], Scorer | SequenceScorer]:
+    """The ``scorer=`` argument of `enable` for a baseline; a new one for every `enable`.
 
     Args:
         method: ``"streaming_llm"`` (most recent; force sinks with ``FasaConfig(n_sink=8)``), ``"oracle"`` (the full dot
-            product) or ``"random_chunks"`` (as FASA, with chunks drawn at random).
-        profile: the model's; ``"random_chunks"`` takes its shape.
-        n_tip: as in `FasaConfig`, for ``"random_chunks"``.
-        per: as in `FasaConfig`, for ``"random_chunks"``.
+            product), ``"random_chunks"`` (as FASA, with chunks drawn at random), ``"adjacent_pairs"`` (as FASA's
+            released code, with chunks (2i, 2i + 1)), ``"snapkv"``, ``"h2o"``, ``"rkv"`` (these three evict for good),
+            ``"quest"``, ``"sparq"`` or ``"double_sparsity"``.
+        profile: the model's: ``"random_chunks"`` takes its shape; of ``"adjacent_pairs"``, one calibrated with that
+            layout (`adjacent_pairs`).
+        n_tip: as in `FasaConfig`: ``"sparq"`` and ``"double_sparsity"`` take ``2 * n_tip`` dimensions, as many as FASA
+            reads; by default all read a quarter of a key.
+        per: as in `FasaConfig`, for chunks.
         seed: of the private generator that draws the chunks.
+        channels: what `channel_weights` makes, for ``"double_sparsity"``.
 
     Raises:
-        ValueError: an unknown method, or random chunks without a profile.
+        ValueError: an unknown method, or one without what it needs.
     """
     check_choice("method", method, Method)
-    if method == "streaming_llm":
-        return lambda layer: Recency()
-    if method == "oracle":
-        return lambda layer: AllDimensions()
+    if method in _AS_THEY_ARE:
+        return lambda layer: _AS_THEY_ARE[method]()
+    if method == "sparq":
+        return lambda layer: SparQ(n_tip and 2 * n_tip)
+    if method == "double_sparsity":
+        if channels is None:
+            raise ValueError("method 'double_sparsity' is calibrated; pass channels=channel_weights(model, samples).")
+        heavy = heavy_channels(channels, 2 * n_tip if n_tip else max(1, channels.shape[-1] // 4))
+        return lambda layer: DominantChunks(heavy[layer])
     if profile is None:
-        raise ValueError("method 'random_chunks' draws as many chunks as a profile has heads; pass profile=.")
-    layers, query_heads, chunks = profile.agreement.shape
-    heads = profile.provenance.kv_heads if per == "kv_head" else query_heads
-    drawn = torch.rand(layers, heads, chunks, generator=torch.Generator().manual_seed(seed)).argsort(-1)
-    dims = profile.layout.chunks[drawn[..., : n_tip or max(1, profile.layout.head_dim // 8)]]
+        raise ValueError(f"method {method!r} takes its chunks from a profile, got None; pass profile=.")
+    n_tip = n_tip or max(1, profile.layout.head_dim // 8)
+    if method == "adjacent_pairs":
+        if not profile.layout.chunks.equal(adjacent_pairs(profile.layout).chunks):
+            raise ValueError(
+                f"the profile of {profile.provenance.model_id} was not calibrated for method 'adjacent_pairs'; "
+                "pass one of calibrate(layout=adjacent_pairs(RotaryLayout.detect(model)))."
+            )
+        dims = profile.dominant_dims(n_tip, per)
+    else:
+        layers, query_heads, chunks = profile.agreement.shape
+        heads = profile.provenance.kv_heads if per == "kv_head" else query_heads
+        drawn = torch.rand(layers, heads, chunks, generator=torch.Generator().manual_seed(seed)).argsort(-1)
+        dims = profile.layout.chunks[drawn[..., :n_tip]]
     return lambda layer: DominantChunks.from_chunks(dims[layer])

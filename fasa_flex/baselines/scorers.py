@@ -39,4 +39,4 @@ class Recency:
 
     def reads(self, head_dim: int, query_heads: int, kv_heads: int) -> ReadShare:
         """Nothing to rank."""
-        return ReadShare(ranking=0.0)
+        return ReadShare(ranking=0.0, together=True)

@@ -9,9 +9,10 @@ from typing import Any, Literal, get_args
 
 from lm_eval.models.huggingface import HFLM
 
-from fasa_flex import FasaConfig, FasaProfile
+from fasa_flex import FasaConfig
 from fasa_flex.baselines import Method, scorer_factory
-from fasa_flex.scoring import Scorer
+from fasa_flex.lm_eval.profiles import Calibration
+from fasa_flex.scoring import Scorer, SequenceScorer
 
 LayerSet = int | str | Sequence[int] | None
 
@@ -33,7 +34,7 @@ def layer_set(value: LayerSet) -> tuple[int, ...]:
     return tuple(value)
 
 
-def layer_budgets(value: str | Sequence[Any]) -> Any:
+def budget_weights(value: str | Sequence[Any]) -> Any:
     """`FasaConfig.layer_budgets`: a name, or weights as ``2+1+0.5``, those of a layer's heads as ``2:1+1:1+1:1``."""
     if not isinstance(value, str) or value in ("uniform", "pyramid"):
         return value
@@ -46,6 +47,24 @@ def layer_budgets(value: str | Sequence[Any]) -> Any:
     return tuple(tuple(layer) if len(layer) > 1 else layer[0] for layer in heads)
 
 
+def config_of(
+    method: str,
+    n_fac: int | float,
+    n_sink: int | None,
+    layer_budgets: str | Sequence[Any],
+    dense_layers: LayerSet,
+    **others: Any,
+) -> FasaConfig:
+    """The configuration that the words of the command line mean; the ``others`` as they are."""
+    return FasaConfig(
+        n_fac=n_fac,
+        n_sink=sinks(method, n_fac) if n_sink is None else n_sink,
+        layer_budgets=budget_weights(layer_budgets),
+        dense_layers=layer_set(dense_layers),
+        **others,
+    )
+
+
 def sinks(method: str, n_fac: int | float) -> int:
     """Sinks of a method by default: StreamingLLM's 8, or half of a budget below 16; none otherwise."""
     if method != "streaming_llm":
@@ -53,19 +72,26 @@ def sinks(method: str, n_fac: int | float) -> int:
     return min(8, n_fac // 2) if isinstance(n_fac, int) else 8
 
 
+def check_method(method: object) -> None:
+    """Refuse what is neither FASA nor a baseline."""
+    known = ("fasa", *get_args(Method))
+    if method not in known:
+        raise ValueError(f"method={method!r} is not one of {', '.join(known)}: write one of these")
+
+
 def scorer_of(
-    method: Literal["fasa"] | Method, profile: FasaProfile | None, config: FasaConfig
-) -> Callable[[int], Scorer] | None:
+    method: Literal["fasa"] | Method, calibration: Calibration, config: FasaConfig
+) -> Callable[[int], Scorer | SequenceScorer] | None:
     """`enable`'s scorer for a method; None for FASA itself, which needs a profile."""
-    if method == "fasa":
-        if profile is None:
-            raise ValueError(
-                "fasa_hf needs the profile of the model, got none: calibrate the model once and pass profile=<folder>"
-            )
-        return None
-    if method not in get_args(Method):
-        raise ValueError(f"method={method!r} is not one of fasa, {', '.join(get_args(Method))}: write one of these")
-    return scorer_factory(method, profile, n_tip=config.n_tip, per=config.per)
+    if method != "fasa":
+        return scorer_factory(
+            method, calibration.profile, n_tip=config.n_tip, per=config.per, channels=calibration.channels
+        )
+    if calibration.profile is None:
+        raise ValueError(
+            "fasa_hf needs the profile of the model, got none: calibrate the model once and pass profile=<folder>"
+        )
+    return None
 
 
 def check_batch_size(batch_size: int | str | None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from fasa_flex import FasaConfig, FasaProfile, enable
+from fasa_flex import FasaProfile, enable
 from fasa_flex.baselines import Method
 from fasa_flex.config import Backend, GroupReduce, Sharing
 from fasa_flex.lm_eval.account import Account
@@ -27,16 +26,16 @@ from fasa_flex.lm_eval.answers import claim
 from fasa_flex.lm_eval.arguments import (
     LayerSet,
     check_batch_size,
+    check_method,
     check_parallel,
     check_tokens,
     check_unknown,
-    layer_budgets as parse_layer_budgets,
-    layer_set,
+    config_of,
     scorer_of,
-    sinks,
 )
 from fasa_flex.lm_eval.passes import Answer, Passes
-from fasa_flex.lm_eval.profiles import FACTS, auto_profile, default_cache, preserved_rng
+from fasa_flex.lm_eval.profiles import FACTS, calibration_for, default_cache, preserved_rng
+from fasa_flex.lm_eval.report import parameters_of, report_of
 from fasa_flex.lm_eval.windows import Window
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -56,9 +55,12 @@ class FasaHFLM(HFLM):
         pretrained: Folder, repository or model object, as for ``hf``.
         profile: Folder or repository of the model's `FasaProfile`, or the profile itself; ``auto`` calibrates the model
             before the tasks and keeps the profile for the next time.
-        method: ``fasa``, or a baseline at the same budget: ``streaming_llm`` (sinks and recent tokens), ``oracle``
-            (exact scores) or ``random_chunks``.
-        n_tip: Chunks scored per head; None for an eighth of the head dimension.
+        method: ``fasa``, or a baseline at the same budget (`fasa_flex.baselines`): ``streaming_llm`` (sinks and recent
+            tokens), ``oracle`` (exact scores), ``random_chunks``, ``adjacent_pairs``, ``snapkv``, ``h2o``, ``rkv``,
+            ``quest``, ``sparq`` or ``double_sparsity``. ``adjacent_pairs`` and ``double_sparsity`` are calibrated
+            before the tasks on ``calibration_source``, whatever ``profile`` is.
+        n_tip: Chunks scored per head; None for an eighth of the head dimension. ``sparq`` and ``double_sparsity`` score
+            with twice as many dimensions.
         n_fac: The budget: tokens (int) or share of the valid keys (float in (0, 1]).
         n_sink: First tokens always selected, inside the budget; None for 0, and 8 under ``streaming_llm``.
         n_recent: Last tokens always selected, inside the budget.
@@ -73,8 +75,8 @@ class FasaHFLM(HFLM):
         dense_prefix: In rolling log-likelihoods, queries at the start of each window that stay dense. With 0 the
             queries within the budget still equal dense ones, since they read every key.
         on_truncation: ``count`` inputs longer than the model's maximum, or raise an ``error``.
-        calibration_source: What ``profile=auto`` calibrates on: ``facts`` (documents with facts in the packaged text,
-            which end on a question) or the path of a text file.
+        calibration_source: What is calibrated on, by ``profile=auto`` too: ``facts`` (documents with facts in the
+            packaged text, which end on a question) or the path of a text file.
         profile_cache: Where ``profile=auto`` keeps profiles; None for ``~/.cache/fasa_flex/profiles``.
         batch_size: A number; ``auto`` is refused.
         tp_plan: Refused; see `fasa_flex.lm_eval.arguments.check_parallel`.
@@ -105,19 +107,21 @@ class FasaHFLM(HFLM):
         **hf_args: Any,
     ) -> None:
         check_batch_size(batch_size)
+        check_method(method)
         check_parallel(tp_plan)
         check_unknown(hf_args, inspect.signature(FasaHFLM.__init__).parameters, loads=isinstance(pretrained, str))
         if on_truncation not in ("count", "error"):
             raise ValueError(f"on_truncation={on_truncation!r} is not an option: write count or error")
         check_tokens("sparse_tail", sparse_tail)
         check_tokens("dense_prefix", dense_prefix)
-        config = FasaConfig(
+        config = config_of(
+            method,
+            n_fac,
+            n_sink,
+            layer_budgets,
+            dense_layers,
             n_tip=n_tip,
-            n_fac=n_fac,
-            n_sink=sinks(method, n_fac) if n_sink is None else n_sink,
             n_recent=n_recent,
-            layer_budgets=parse_layer_budgets(layer_budgets),
-            dense_layers=layer_set(dense_layers),
             per=per,
             group_reduce=group_reduce,
             backend=backend,
@@ -125,17 +129,16 @@ class FasaHFLM(HFLM):
         super().__init__(pretrained, backend="causal", batch_size=batch_size, **hf_args)
         if hasattr(self, "accelerator"):  # lm-eval reads these only where several GPUs are visible
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.calibration: dict[str, Any] | None = None
+        cache = Path(profile_cache) if profile_cache else default_cache()
         with preserved_rng():
-            if profile == "auto":
-                cache = Path(profile_cache) if profile_cache else default_cache()
-                profile, self.calibration = self._main_first(
-                    lambda: auto_profile(self.model, self.tokenizer, calibration_source, self.max_length, cache)
+            self.calibration = self._main_first(
+                lambda: calibration_for(
+                    method, profile, self.model, self.tokenizer, calibration_source, self.max_length, cache
                 )
-            elif isinstance(profile, str):
-                profile = FasaProfile.from_pretrained(profile)
-            self.fasa = enable(self.model, profile, config, scorer=scorer_of(method, profile, config))
-        self.method, self.profile, self.fasa_config = method, profile, config
+            )
+            self.profile = self.calibration.profile
+            self.fasa = enable(self.model, self.profile, config, scorer=scorer_of(method, self.calibration, config))
+        self.method, self.fasa_config = method, config
         self.sparse_tail, self.dense_prefix, self.on_truncation = sparse_tail, dense_prefix, on_truncation
         self.account = Account(self.fasa.stats)
         self.passes = Passes(self.model, self.fasa, self.tokenizer.pad_token_id, self.softmax_dtype)
@@ -285,33 +288,9 @@ class FasaHFLM(HFLM):
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
         """Refuse a ``--use_cache`` file with answers of another model or budget."""
         if cache_hook.dbdict is not None:
-            claim(cache_hook.dbdict, {"pretrained": str(self.pretrained), **self._parameters()})
+            claim(cache_hook.dbdict, {"pretrained": str(self.pretrained), **parameters_of(self)})
         super().set_cache_hook(cache_hook)
 
     def get_model_info(self) -> dict[str, Any]:
         """lm-eval's facts about the model, and under ``fasa`` everything that decides a sparse score."""
-        return super().get_model_info() | {
-            "fasa": {
-                **self._parameters(),
-                "stays_dense": {str(layer): reason for layer, reason in self.fasa.dense_layers.items()},
-                "calibration": self.calibration,
-                "tasks": {task: run.as_dict() for task, run in self.account.by("task").items()},
-                "requests": {kind: run.as_dict() for kind, run in self.account.by("kind").items()},
-                "truncated_inputs": sum(run.truncated for run in self.account.by("kind").values()),
-                "warnings": self.account.warnings(),
-                "shared_prefills": self.passes.shared_prefills,
-                "processes": self.world_size,
-                "versions": {name: version(name) for name in ("fasa-flex", "lm-eval", "torch", "transformers")},
-            }
-        }
-
-    def _parameters(self) -> dict[str, Any]:
-        profile = self.profile
-        return {
-            "method": self.method,
-            **self.fasa_config.to_dict(),
-            "n_tip": self.fasa_config.chunks_of(profile.layout.head_dim) if profile else self.fasa_config.n_tip,
-            "profile": profile.fingerprint if profile else None,
-            "sparse_tail": self.sparse_tail,
-            "dense_prefix": self.dense_prefix,
-        }
+        return super().get_model_info() | {"fasa": report_of(self)}

@@ -1,4 +1,4 @@
-"""``profile=auto``: calibrate the model once before the tasks, and find its profile again the next time.
+"""What methods are calibrated to before the tasks: ``profile=auto`` once, to find its profile again the next time.
 
 The profile is kept by what decides it: a hash of the model's weights, and the source that was calibrated on. Global
 random state is the same before and after, since a task that draws from it (RULER's do) would otherwise ask other
@@ -20,12 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fasa_flex import FasaProfile, calibrate
+from fasa_flex import FasaProfile, RotaryLayout, calibrate
+from fasa_flex.baselines import adjacent_pairs, channel_weights
 from fasa_flex.lm_eval.haystack import document
 from fasa_flex.profile import config_hash
 
+AUTO = "auto"
 FACTS = "facts"
 _VALUES = 64  # of each parameter, for the hash
 
@@ -58,16 +61,44 @@ def default_cache() -> Path:
     return Path(base) / "fasa_flex" / "profiles"
 
 
-def auto_profile(
+@dataclass(frozen=True)
+class Calibration:
+    """What a method knows of the model.
+
+    Attributes:
+        profile: Of FASA, random chunks or adjacent pairs.
+        channels: Of double sparsity, float32 [layers, Hkv, D].
+        record: The `Source` it was made from, and whether it was found in the cache; None: it was given.
+    """
+
+    profile: FasaProfile | None
+    channels: Tensor | None = None
+    record: dict[str, Any] | None = None
+
+    @property
+    def fingerprint(self) -> str | None:
+        """SHA-256 that names it in results."""
+        if self.channels is not None:
+            return hashlib.sha256(self.channels.numpy().tobytes()).hexdigest()
+        return self.profile.fingerprint if self.profile else None
+
+
+def calibration_for(
+    method: str,
+    profile: str | FasaProfile | None,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     source: str,
     max_length: int,
     cache: Path,
-) -> tuple[FasaProfile, dict[str, Any]]:
-    """The model's profile, calibrated on ``source`` or found in ``cache``, and a record of where it comes from.
+) -> Calibration:
+    """The profile as it is given, or what the method needs besides, calibrated on ``source``.
+
+    ``adjacent_pairs`` takes no profile but one of its own kind, and ``double_sparsity`` none: they are calibrated.
 
     Args:
+        method: As `FasaHFLM` knows it.
+        profile: ``auto``, a profile, its folder or repository, or None.
         model: Under dense attention.
         tokenizer: The model's.
         source: See `Source`.
@@ -77,20 +108,73 @@ def auto_profile(
     Raises:
         ValueError: A source that is neither ``facts`` nor a text file, or is too short.
     """
+    if method == "double_sparsity":
+        return auto_channels(model, tokenizer, source, max_length)
+    if isinstance(profile, str) and profile != AUTO:
+        profile = FasaProfile.from_pretrained(profile)
+    adjacent = method == "adjacent_pairs"
+    if isinstance(profile, FasaProfile):
+        if not adjacent or profile.layout == adjacent_pairs(profile.layout):
+            return Calibration(profile)
+    elif profile is None and not adjacent:
+        return Calibration(None)
+    made, record = auto_profile(model, tokenizer, source, max_length, cache, adjacent=adjacent)
+    return Calibration(made, record=record)
+
+
+def auto_profile(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    max_length: int,
+    cache: Path,
+    *,
+    adjacent: bool = False,
+) -> tuple[FasaProfile, dict[str, Any]]:
+    """The model's profile, calibrated on ``source`` or found in ``cache``, and a record of where it comes from.
+
+    Args:
+        model: Under dense attention.
+        tokenizer: The model's.
+        source: See `Source`.
+        max_length: The model's maximum, which samples stay below.
+        cache: Folder of profiles.
+        adjacent: Whether of adjacent pairs of dimensions instead of the model's planes.
+
+    Raises:
+        ValueError: A source that is neither ``facts`` nor a text file, or is too short.
+    """
     with preserved_rng():
         texts, described = samples_of(source, lambda text: len(tokenizer(text).input_ids), max_length)
-        key = hashlib.sha256(repr((model_hash(model), described)).encode()).hexdigest()[:32]
-        folder = cache / key
+        decides = (model_hash(model), described, "adjacent pairs") if adjacent else (model_hash(model), described)
+        folder = cache / hashlib.sha256(repr(decides).encode()).hexdigest()[:32]
         if folder.is_dir():
             profile = FasaProfile.from_pretrained(folder)
             profile.check_fits(model)
             return profile, {**asdict(described), "cached": True}
-        encoded = [torch.tensor(tokenizer(text).input_ids)[: described.length] for text in texts]
         profile = calibrate(
-            model, encoded, top_k=described.top_k, max_new_tokens=described.steps, tokenizer=tokenizer, progress=False
+            model,
+            _encoded(texts, tokenizer, described),
+            top_k=described.top_k,
+            max_new_tokens=described.steps,
+            layout=adjacent_pairs(RotaryLayout.detect(model)) if adjacent else None,
+            progress=False,
         )
         _keep(profile, folder)
         return profile, {**asdict(described), "cached": False}
+
+
+def auto_channels(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, max_length: int
+) -> Calibration:
+    """Channel weights from the texts that `auto_profile` takes; they cost a forward for each and are not kept."""
+    texts, described = samples_of(source, lambda text: len(tokenizer(text).input_ids), max_length)
+    weights = channel_weights(model, _encoded(texts, tokenizer, described))
+    return Calibration(None, weights, {**asdict(described), "cached": False})
+
+
+def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase, described: Source) -> list[Tensor]:
+    return [torch.tensor(tokenizer(text).input_ids)[: described.length] for text in texts]
 
 
 def samples_of(source: str, count_tokens: Callable[[str], int], max_length: int) -> tuple[list[str], Source]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,10 +106,19 @@ def test_copies_that_even_out_processes_do_not_run(sparse: Load) -> None:
         ({"method": "random_chunks", "n_tip": 4}, 4 / 16, 1.0),
         ({"method": "streaming_llm"}, 0.0, 1.0),
         ({"method": "oracle"}, 0.5, 0.5),
+        ({"method": "snapkv"}, 0.0, 1.5),
+        ({"method": "h2o"}, 0.0, 1.0),
+        ({"method": "rkv"}, 0.0, 1.5),
+        ({"method": "quest"}, 1 / 16, 1.0),
+        ({"method": "sparq", "n_tip": 4}, 4 / 16, 1.0),
+        ({"method": "double_sparsity", "n_tip": 1}, 1 / 16, 1.0),
+        ({"method": "adjacent_pairs", "n_tip": 4}, 4 / 16, 1.0),
     ],
 )
-def test_bytes_read_are_ranking_and_rows(sparse: Load, options: dict[str, Any], ranking: float, rows: float) -> None:
-    lm = sparse(**options)
+def test_bytes_read_are_ranking_and_rows(
+    sparse: Load, tmp_path: Path, options: dict[str, Any], ranking: float, rows: float
+) -> None:
+    lm = sparse(profile_cache=str(tmp_path), **options)
     lm.loglikelihood(asked("t", "loglikelihood", (heldout_text()[:400], " return x")), disable_tqdm=True)
     account = lm.get_model_info()["fasa"]["tasks"]["t"]
     assert 0 < account["kv_share"] < 0.5

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from fasa_flex.lm_eval.arguments import LayerSet, check_unknown, layer_set, sinks
+from fasa_flex import FasaConfig
+from fasa_flex.lm_eval.arguments import LayerSet, budget_weights, check_unknown, config_of, layer_set, sinks
 
 
 @pytest.mark.parametrize(
@@ -17,7 +20,15 @@ def test_layer_sets(given: LayerSet, layers: tuple[int, ...]) -> None:
 
 def test_streaming_llm_has_eight_sinks_or_half_the_budget() -> None:
     assert [sinks("streaming_llm", budget) for budget in (256, 16, 10, 0.1)] == [8, 8, 5, 8]
-    assert sinks("fasa", 256) == 0
+    assert sinks("fasa", 256) == sinks("snapkv", 256) == 0
+
+
+def test_a_configuration_in_words() -> None:
+    written = config_of("streaming_llm", 64, None, "1+2+1.5", "0+2", n_tip=3)
+    assert written == FasaConfig(n_tip=3, n_fac=64, n_sink=8, layer_budgets=(1.0, 2.0, 1.5), dense_layers=(0, 2))
+    assert config_of("streaming_llm", 64, 1, "pyramid", "none") == FasaConfig(
+        n_fac=64, n_sink=1, layer_budgets="pyramid", dense_layers=()
+    )
 
 
 def test_arguments_of_from_pretrained_pass_unless_the_model_is_loaded() -> None:
@@ -28,12 +39,28 @@ def test_arguments_of_from_pretrained_pass_unless_the_model_is_loaded() -> None:
 
 @pytest.mark.parametrize(
     ("written", "expected"),
-    [("pyramid", "pyramid"), ("2+1+0.5", (2.0, 1.0, 0.5)), ("2:1+1:1", ((2.0, 1.0), (1.0, 1.0))), ((1, 2), (1, 2))],
+    [
+        ("uniform", "uniform"),
+        ("pyramid", "pyramid"),
+        ("2+1+0.5", (2.0, 1.0, 0.5)),
+        ("2 1", (2.0, 1.0)),
+        ("2:1+1:1", ((2.0, 1.0), (1.0, 1.0))),
+        ("2:1+3", ((2.0, 1.0), 3.0)),
+        ((1, 2), (1, 2)),
+    ],
 )
-def test_layer_budgets(written: str, expected: object) -> None:
-    assert layer_budgets(written) == expected
+def test_budget_weights(written: str, expected: object) -> None:
+    assert budget_weights(written) == expected
 
 
-def test_layer_budgets_that_are_no_numbers() -> None:
-    with pytest.raises(ValueError, match="layer_budgets='steep' are no weights: write uniform, pyramid"):
-        layer_budgets("steep")
+@pytest.mark.parametrize("written", ["steep", "2+x", "2::1"])
+def test_budget_weights_that_are_no_numbers(written: str) -> None:
+    with pytest.raises(
+        ValueError, match=re.escape(f"layer_budgets={written!r} are no weights: write uniform, pyramid")
+    ):
+        budget_weights(written)
+
+
+def test_weights_that_are_not_positive_are_refused_by_the_configuration() -> None:
+    with pytest.raises(ValueError, match="positive weights"):
+        config_of("fasa", 64, None, "1+0+2", 0)

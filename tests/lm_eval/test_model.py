@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 
+from fasa_flex.baselines import Method
 from fasa_flex.lm_eval.haystack import heldout_text
 from fasa_flex.lm_eval.model import FasaHFLM
 
 LAYERS, SPARSE_LAYERS, POSITIONS = 3, 2, 768
+METHODS = ("fasa", *get_args(Method))
 Load = Callable[..., FasaHFLM]
 Requests = Callable[..., list[Instance]]
 
@@ -52,11 +55,11 @@ def loaded(sparse: Load) -> Iterator[FasaHFLM]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("method", ["fasa", "streaming_llm", "oracle"])
+@pytest.mark.parametrize("method", METHODS)
 def test_one_pass_equals_token_by_token_decode(
-    sparse: Load, dense: Callable[..., HFLM], method: str, batch_size: int
+    sparse: Load, dense: Callable[..., HFLM], tmp_path: Path, method: str, batch_size: int
 ) -> None:
-    lm = sparse(method=method, batch_size=batch_size)
+    lm = sparse(method=method, batch_size=batch_size, profile_cache=str(tmp_path))
     scored = lm._loglikelihood_tokens([(("", str(i)), *pair) for i, pair in enumerate(pairs())], disable_tqdm=True)
     stepped = [decode(lm, context, continuation, prompt=len(context)) for context, continuation in pairs()]
     assert [total for total, _ in scored] == pytest.approx(stepped, abs=1e-4)
@@ -88,9 +91,9 @@ def test_rolling_equals_decoding_behind_the_prefix(sparse: Load, requests: Reque
         assert total == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize(("method", "batch_size"), [("fasa", 1), *((method, 4) for method in METHODS)])
 def test_a_budget_beyond_the_context_equals_hf(
-    sparse: Load, dense: Callable[..., HFLM], requests: Requests, batch_size: int
+    sparse: Load, dense: Callable[..., HFLM], requests: Requests, tmp_path: Path, method: str, batch_size: int
 ) -> None:
     text = heldout_text()
     scored = requests("loglikelihood", *((text[i * 300 : i * 300 + 200 + 90 * i], " return x") for i in range(6)))
@@ -99,7 +102,8 @@ def test_a_budget_beyond_the_context_equals_hf(
         "generate_until",
         *((text[i * 300 : i * 300 + 150 + 60 * i], {"until": ["\n\n"], "max_gen_toks": 12}) for i in range(6)),
     )
-    ours, theirs = sparse(n_fac=POSITIONS, batch_size=batch_size), dense(batch_size=batch_size)
+    ours = sparse(method=method, n_fac=POSITIONS, batch_size=batch_size, profile_cache=str(tmp_path))
+    theirs = dense(batch_size=batch_size)
     for a, b in zip(ours.loglikelihood(scored), theirs.loglikelihood(scored), strict=True):
         assert a[0] == pytest.approx(b[0], abs=1e-4)
         assert a[1] == b[1]
@@ -130,10 +134,11 @@ def test_padding_is_not_counted(sparse: Load, requests: Requests) -> None:
     assert totals[0] == totals[1]
 
 
-def test_generation_decodes_sparsely(loaded: FasaHFLM, requests: Requests) -> None:
-    prompt = heldout_text()[:300]
-    loaded.generate_until(requests("generate_until", (prompt, {"until": [], "max_gen_toks": 8})), disable_tqdm=True)
-    counts = loaded.get_model_info()["fasa"]["requests"]["generate_until"]
+@pytest.mark.parametrize("method", METHODS)
+def test_generation_decodes_sparsely(sparse: Load, requests: Requests, tmp_path: Path, method: str) -> None:
+    lm, prompt = sparse(method=method, profile_cache=str(tmp_path)), heldout_text()[:300]
+    lm.generate_until(requests("generate_until", (prompt, {"until": [], "max_gen_toks": 8})), disable_tqdm=True)
+    counts = lm.get_model_info()["fasa"]["requests"]["generate_until"]
     assert counts["sparse_queries"] == SPARSE_LAYERS * 7  # the first of 8 tokens comes from the dense prefill
 
 
@@ -214,7 +219,7 @@ def test_hf_never_reads_sparse_answers_nor_the_other_way_round(
         ({"tp_plan": "auto"}, "tp_plan='auto' shards the heads over processes"),
         ({"batch_size": "auto"}, "batch_size=auto probes memory with dense attention only"),
         ({"nfac": 16}, "knows no argument 'nfac': did you mean 'n_fac'"),
-        ({"method": "snapkv"}, "method='snapkv' is not one of fasa, streaming_llm"),
+        ({"method": "pyramidkv"}, "method='pyramidkv' is not one of fasa, streaming_llm"),
         ({"profile": None}, "needs the profile of the model"),
         ({"on_truncation": "ignore"}, "on_truncation='ignore' is not an option"),
         ({"n_fac": 0}, "n_fac must be an integer of at least 1, got 0"),

@@ -54,6 +54,39 @@ def test_other_weights_and_other_sources_are_calibrated_anew(sparse: Load, tmp_p
     assert other.fingerprint != profile.fingerprint
 
 
+def test_adjacent_pairs_have_a_profile_of_their_own(
+    sparse: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever profile is passed; one of its own kind is taken as it is."""
+    cache = str(tmp_path)
+    made = sparse(method="adjacent_pairs", profile_cache=cache)
+    assert made.profile.layout.chunks[0].tolist() == [0, 1]
+    assert made.calibration.record["cached"] is False
+    assert made.get_model_info()["fasa"]["profile"] == made.profile.fingerprint
+    planes = sparse(profile="auto", profile_cache=cache)
+    assert planes.profile.layout.chunks[0].tolist() == [0, 8]
+    assert planes.calibration.record["cached"] is False
+    monkeypatch.setattr(profiles, "calibrate", lambda *_, **__: pytest.fail("calibrated again"))
+    for given in (None, "auto", planes.profile, made.profile):
+        again = sparse(method="adjacent_pairs", profile=given, profile_cache=cache)
+        assert again.profile.fingerprint == made.profile.fingerprint
+    assert again.calibration.record is None  # given
+
+
+def test_channels_are_calibrated_on_the_same_texts(sparse: Load, tmp_path: Path) -> None:
+    lm = sparse(method="double_sparsity", profile=None)
+    assert lm.profile is None
+    assert lm.calibration.channels.shape == (3, 2, 16)
+    theirs = sparse(profile="auto", profile_cache=str(tmp_path)).calibration.record
+    assert lm.calibration.record["sha256"] == theirs["sha256"]
+    text = tmp_path / "source.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 60)
+    other = sparse(method="double_sparsity", calibration_source=str(text))
+    named = {lm.get_model_info()["fasa"]["profile"] for lm in (lm, other)}
+    assert len(named) == 2
+    assert None not in named
+
+
 @pytest.mark.parametrize("source", ["qasper", "missing.txt"])
 def test_an_unknown_source_is_one_sentence(sparse: Load, tmp_path: Path, source: str) -> None:
     with pytest.raises(ValueError, match=f"calibration_source='{source}' is neither 'facts' nor a text file"):

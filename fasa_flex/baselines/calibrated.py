@@ -1,0 +1,91 @@
+"""What baselines find out about a model before it is used: heavy channels, and chunks of adjacent dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fasa_flex.calibration import encode_samples
+from fasa_flex.layers import check_supported, layer_of
+from fasa_flex.rotary import RotaryLayout
+from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
+
+
+def adjacent_pairs(layout: RotaryLayout) -> RotaryLayout:
+    """The chunks (2i, 2i + 1) of FASA's released code, whatever the model's planes are: ``calibrate(layout=...)``."""
+    chunks = RotaryLayout.interleaved(layout.head_dim).chunks
+    return RotaryLayout(chunks, len(chunks), unrotated_layers=layout.unrotated_layers)
+
+
+@torch.no_grad()
+def channel_weights(
+    model: PreTrainedModel,
+    samples: Sequence[Tensor] | Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Tensor:
+    """How much each channel of a head adds to attention scores: Double Sparsity's offline calibration.
+
+    As in the published code, the mean of ``|q_d * k_d|`` over tokens, each with its own key, post-RoPE, in dense
+    forwards; averaged over the query heads of a group.
+
+    Args:
+        model: a transformers causal language model.
+        samples: 1-D LongTensors of token ids, or texts with ``tokenizer=``. Every token weighs the same.
+        tokenizer: encodes the samples when they are texts.
+
+    Returns:
+        float32 [layers, Hkv, D], on CPU.
+
+    Raises:
+        ValueError: samples that are empty or too long for the model.
+    """
+    check_supported(model)
+    encoded = encode_samples(model, samples, tokenizer)
+    totals: dict[int, Tensor] = {}
+
+    def measure(
+        dense: DenseAttention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> AttentionResult:
+        grouped = query.unflatten(1, (key.shape[1], -1)).double()
+        added = (grouped * key.double()[:, :, None]).abs().mean(2).sum((0, 2)).cpu()
+        totals[layer_of(module)] = totals.get(layer_of(module), 0.0) + added
+        return dense(module, query, key, value, attention_mask, **kwargs)
+
+    was_training = model.training
+    model.eval()
+    try:
+        with AttentionSeam(model, measure):
+            for ids in encoded:
+                model.base_model(input_ids=ids[None].to(model.device), use_cache=False)
+    finally:
+        model.train(was_training)
+    tokens = sum(len(ids) for ids in encoded)
+    return torch.stack([totals[layer] for layer in sorted(totals)]).div(tokens).float()
+
+
+def heavy_channels(weights: Tensor, count: int) -> Tensor:
+    """The ``count`` channels of largest weight: int64 [layers, Hkv, count], ascending, ties to the lower channel.
+
+    Args:
+        weights: float32 [layers, Hkv, D], of `channel_weights`.
+        count: channels of a head.
+
+    Raises:
+        ValueError: weights of another shape, or more channels than a head has.
+    """
+    if weights.dim() != 3 or not 1 <= count <= weights.shape[2]:
+        raise ValueError(
+            f"double_sparsity takes 1 to D channels of weights [layers, Hkv, D], got {count} of "
+            f"{tuple(weights.shape)}; pass what channel_weights(model, samples) makes, and 2 * n_tip of at most D."
+        )
+    return weights.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(dim=-1).values

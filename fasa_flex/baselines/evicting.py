@@ -1,0 +1,215 @@
+"""What methods that evict have in common: a key once dropped is gone for good, whatever a later query would like.
+
+Dense queries drop nothing. A sparse query finds room made for its own key, by what the queries before it have shown:
+between queries a head keeps one key less than the budget, so that with its own a query attends to the budget.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fasa_flex.budget import Budget
+from fasa_flex.packing import dot_products
+from fasa_flex.ranking import INVALID, rank_keys
+from fasa_flex.rows import take_rows
+from fasa_flex.scoring import Forward
+
+ABSENT = -1
+"""In place of a slot: padding, or fewer kept keys than another head has."""
+
+_BYTES = 1 << 26
+
+
+class Evicting(ABC):
+    """A `SequenceScorer` that keeps what it may attend to, for causal masks with or without padding.
+
+    Forced tokens (``n_sink``, ``n_recent``) are never dropped. One selection for each key/value head. What a query head
+    of a group attends to is taken to be a plain softmax, without a cap or learned sinks.
+
+    Attributes:
+        kept: int64 [B, Hkv, K], each head's slots, ascending; ABSENT in front where a head keeps fewer.
+    """
+
+    kept: Tensor
+
+    def __init__(self) -> None:
+        self._length = 0
+        self._last_key: Tensor | None = None
+
+    @abstractmethod
+    def begin(self, forward: Forward) -> None:
+        """Forget the former sequence."""
+
+    @abstractmethod
+    def observe(self, query: Tensor, slots: Tensor, key: Tensor, scaling: float) -> None:
+        """Learn from queries [B, Hq, q, D] at ``slots`` int64 [B, q], ABSENT for padding, whose own keys are kept."""
+
+    @abstractmethod
+    def recent(self, allowed: Tensor) -> Tensor:
+        """How many of the latest kept keys are not dropped: int64, shaped as the budget ``allowed`` [B, Hkv]."""
+
+    @abstractmethod
+    def rank(self, key: Tensor, recent: Tensor, scaling: float) -> Tensor:
+        """Scores of the kept keys, by which others than the ``recent`` int64 [B, Hkv] stay: float32, as ``kept``."""
+
+    def follow(self, forward: Forward) -> Tensor:
+        """As `SequenceScorer`: 0 for the keys that are kept, -inf for the others.
+
+        Raises:
+            ValueError: a forward that does not continue the former one, forced tokens that fill the budget, or
+                torch.compile, which does not know about memory.
+        """
+        self._continue(forward)
+        key, (batch, kv_heads, kv_len, _) = forward.key.contiguous(), forward.key.shape
+        q_len = forward.query.shape[2]
+        at = forward.first_slot + torch.arange(q_len, device=key.device)
+        own = forward.valid[:, 0, 0].expand(batch, -1, -1)[:, at - forward.first_slot, at]
+        slots = torch.where(own, at, ABSENT)
+        allowed = forward.budget.of(forward.valid.sum(-1)).expand(batch, kv_heads, 1, -1)[:, :, 0]
+        sparse = forward.sparse & own
+        scores = torch.full((batch, kv_heads, 1, q_len - forward.first, kv_len + 1), -torch.inf, device=key.device)
+        for start, stop, drops in _blocks(sparse.any(0).tolist()):
+            if drops:
+                self._make_room(forward, key, allowed[..., start], sparse[:, start, None])
+            self._keep(slots[:, start:stop])
+            self.observe(forward.query[:, :, start:stop], slots[:, start:stop], key, forward.scaling)
+            if drops:
+                present = torch.where(self.kept == ABSENT, kv_len, self.kept)
+                scores[:, :, 0, start - forward.first].scatter_(-1, present, 0.0)
+        return scores[..., :kv_len]
+
+    def _continue(self, forward: Forward) -> None:
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                f"{type(self).__name__} remembers what it drops and does not compile; run the model eagerly."
+            )
+        batch, kv_heads = forward.key.shape[:2]
+        if forward.first_slot == 0:
+            self.kept = torch.empty(batch, kv_heads, 0, dtype=torch.long, device=forward.key.device)
+            self.begin(forward)
+        elif (
+            self._last_key is None
+            or forward.first_slot != self._length
+            or not torch.equal(self._last_key, forward.key[:, :, self._length - 1])
+        ):
+            raise ValueError(
+                f"{type(self).__name__} has followed {self._length} slots, the cache's {forward.first_slot} are others "
+                "and what was dropped stays dropped: begin the sequence anew, without beam search, assisted generation "
+                "or a cropped cache."
+            )
+        self._length = forward.first_slot + forward.query.shape[2]
+        self._last_key = forward.key[:, :, self._length - 1].clone()
+
+    def _make_room(self, forward: Forward, key: Tensor, allowed: Tensor, sparse: Tensor) -> None:
+        """Drop all but one less than ``allowed`` int64 [B, Hkv] in rows that are ``sparse`` bool [B, 1]; unsorted."""
+        budget, width = forward.budget, self.kept.shape[-1]
+        room = torch.where(sparse, allowed - 1, width)
+        if width <= int(room.min()):
+            return
+        _check_forced(budget, int(room.min()) + 1)
+        present = self.kept != ABSENT
+        column = torch.arange(width, device=room.device)
+        nth = column - (~present).sum(-1, keepdim=True)
+        forced = (nth < budget.n_sink) | (column >= width - max(0, budget.n_recent - 1))
+        recent = self.recent(allowed)
+        latest = torch.finfo(torch.float32).max * ((column + 1) / width)  # the later, the higher
+        scores = self.rank(key, recent, forward.scaling)
+        scores = torch.where(column >= width - recent[..., None], latest, scores)
+        order = torch.where(present, rank_keys(scores, first=forced), INVALID)
+        best = order.topk(int(room.clamp(max=width).max()), dim=-1)
+        taken = (best.values > INVALID) & (torch.arange(best.values.shape[-1], device=room.device) < room[..., None])
+        self.kept = torch.where(taken, self.kept.gather(-1, best.indices), ABSENT)
+
+    def _keep(self, slots: Tensor) -> None:
+        """Add the keys at ``slots`` int64 [B, q]."""
+        new = slots[:, None].expand(-1, self.kept.shape[1], -1)
+        self.kept = torch.cat([self.kept, new], dim=-1).sort(-1).values
+        most = int((self.kept != ABSENT).sum(-1).max())
+        self.kept = self.kept[..., self.kept.shape[-1] - most :]
+
+
+class Window:
+    """The last real queries of every row, which a method observes its keys with.
+
+    Args:
+        size: W, how many.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def begin(self, query: Tensor) -> None:
+        """Forget; ``query`` [B, Hq, Q, D] is of the sequence that begins."""
+        batch, heads, _, dim = query.shape
+        self.query = query.new_zeros(batch, heads, self.size, dim)
+        self.slots = torch.full((batch, self.size), ABSENT, device=query.device)
+
+    def add(self, query: Tensor, slots: Tensor) -> None:
+        """Queries [B, Hq, q, D] at ``slots`` int64 [B, q], ABSENT for padding."""
+        last = torch.cat([self.slots, slots], dim=1).topk(self.size)
+        self.slots, rows = last.values.flip(1), last.indices.flip(1)
+        rows = rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+        self.query = torch.cat([self.query, query], dim=2).gather(2, rows)
+
+    def sees(self, recent: Tensor) -> Tensor:
+        """Which of the queries count where a head's window is of ``recent`` int64 [B, Hkv]: bool [B, Hkv, W]."""
+        number = torch.arange(self.size, device=recent.device)
+        return (number >= self.size - recent[..., None]) & (self.slots[:, None] != ABSENT)
+
+
+def kept_keys(key: Tensor, kept: Tensor) -> Tensor:
+    """The rows of ``key`` [B, Hkv, T, D] at the slots ``kept`` [B, Hkv, K], of ABSENT any: [B, Hkv, K, D]."""
+    return take_rows(key, kept.clamp(min=0)[:, :, None, None])
+
+
+def attention_logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Scaled dot products of queries [B, Hq, q, D] with kept keys [B, Hkv, K, D]: float32 [B, Hkv, G, q, K]."""
+    batch, query_heads, q_len, dim = query.shape
+    kv_heads = key.shape[1]
+    logits = dot_products(query.reshape(batch, kv_heads, -1, dim), key) * scaling
+    return logits.view(batch, kv_heads, query_heads // kv_heads, q_len, -1)
+
+
+def seen(kept: Tensor, slots: Tensor) -> Tensor:
+    """Which kept keys [B, Hkv, K] queries at ``slots`` [B, q] see: bool [B, Hkv, 1, q, K], none for padding."""
+    keys = kept[:, :, None, None]
+    return (keys != ABSENT) & (keys <= slots[:, None, None, :, None])
+
+
+def softmax_over(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Attention weights over the ``allowed`` keys, all 0 where there is none."""
+    return torch.where(allowed, logits, -torch.inf).softmax(-1).nan_to_num(0.0)
+
+
+def max_pool(scores: Tensor, kernel: int) -> Tensor:
+    """The largest of ``kernel`` neighbours, the own score in the middle: shaped as ``scores`` [B, H, K]."""
+    return F.max_pool1d(scores, kernel, stride=1, padding=kernel // 2)
+
+
+def rows_that_fit(width: int) -> int:
+    """How many rows of ``width`` float32 numbers are made at one time."""
+    return max(1, _BYTES // (4 * max(1, width)))
+
+
+def _blocks(stepped: list[bool]) -> Iterator[tuple[int, int, bool]]:
+    """Where queries are taken together, [start, stop), and alone: whether it is one that drops keys."""
+    start = 0
+    while start < len(stepped):
+        stop = start + 1
+        while not stepped[start] and stop < len(stepped) and not stepped[stop]:
+            stop += 1
+        yield start, stop, stepped[start]
+        start = stop
+
+
+def _check_forced(budget: Budget, allowed: int) -> None:
+    if budget.n_sink + max(1, budget.n_recent) > allowed:
+        raise ValueError(
+            f"n_sink = {budget.n_sink} and n_recent = {budget.n_recent} leave no room in a budget of {allowed} for the "
+            "query's own key, which a method that evicts always keeps; force fewer or raise n_fac."
+        )

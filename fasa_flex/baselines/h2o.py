@@ -1,0 +1,53 @@
+"""H2O: keys stay by all the attention they have received."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fasa_flex.baselines.evicting import (
+    Evicting,
+    attention_logits,
+    kept_keys,
+    rows_that_fit,
+    seen,
+    softmax_over,
+)
+from fasa_flex.reads import ReadShare
+from fasa_flex.scoring import Forward
+
+
+class H2O(Evicting):
+    """H2O (Zhang et al., 2023): half of the budget to the keys of most attention so far, half to the latest keys.
+
+    The attention weights of all queries are added up, the prefill's too, those of later queries over what is kept; each
+    step drops the least of the keys that are not among the latest. Weights are averaged over a group's query heads,
+    where the published code keeps a cache for each.
+    """
+
+    def begin(self, forward: Forward) -> None:
+        """As `Evicting`."""
+        self._received = torch.zeros(*forward.key.shape[:2], 0, device=forward.key.device)
+
+    def observe(self, query: Tensor, slots: Tensor, key: Tensor, scaling: float) -> None:
+        """As `Evicting`."""
+        keys, index = kept_keys(key, self.kept), self.kept.clamp(min=0)
+        self._received = F.pad(self._received, (0, key.shape[2] - self._received.shape[2]))
+        step = rows_that_fit(query.shape[0] * query.shape[1] * index.shape[-1])
+        for at in range(0, query.shape[2], step):
+            logits = attention_logits(query[:, :, at : at + step], keys, scaling)
+            weights = softmax_over(logits, seen(self.kept, slots[:, at : at + step]))
+            self._received.scatter_add_(-1, index, weights.mean(2).sum(2))
+
+    def recent(self, allowed: Tensor) -> Tensor:
+        """As `Evicting`: with the query's own key they are half of the budget."""
+        return (allowed // 2).clamp(min=1) - 1
+
+    def rank(self, key: Tensor, recent: Tensor, scaling: float) -> Tensor:
+        """As `Evicting`."""
+        return self._received.gather(-1, self.kept.clamp(min=0))
+
+    def reads(self, head_dim: int, query_heads: int, kv_heads: int) -> ReadShare:
+        """The kept keys and values; ranking adds up the attention weights that are made of them anyhow."""
+        return ReadShare(ranking=0.0, together=True)

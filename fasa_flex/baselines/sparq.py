@@ -1,0 +1,56 @@
+"""SparQ: a few dimensions of every key, those in which the query is large."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fasa_flex.budget import check_count
+from fasa_flex.packing import PackedKeys, dot_products
+from fasa_flex.ranking import rank_keys
+from fasa_flex.reads import ReadShare
+
+
+@dataclass(frozen=True)
+class SparQ:
+    """SparQ Attention (Ribar et al., 2024): the dot product over the r dimensions of largest ``|q|``.
+
+    As in the paper's code (appendix B), a group's query heads share their dimensions, by the sum of ``|q|`` over them,
+    and every head's softmax has the temperature ``sqrt(D * |q_r|_1 / |q|_1)``; it matters where the heads rank as one
+    with ``group_reduce="softmax"``, which is the paper's sum. Left out: what the unselected keys hold is not made up
+    for with the mean value. The paper keeps the keys twice, once by dimension, which costs memory and no reading.
+
+    Args:
+        r: dimensions; None is a quarter of the head's.
+    """
+
+    r: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.r is not None:
+            check_count("r", self.r, 1)
+
+    def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
+        """As `Scorer`."""
+        batch, query_heads, q_len, head_dim = query.shape
+        kv_heads, kv_len = key.shape[1:3]
+        grouped = query.reshape(batch, kv_heads, -1, q_len, head_dim).float()
+        size = grouped.abs()
+        largest = rank_keys(size.sum(2, keepdim=True)).topk(self._dims(head_dim), dim=-1).indices
+        chosen = torch.zeros_like(size[:, :, :1]).scatter_(-1, largest, 1.0)
+        tiny = torch.finfo(size.dtype).tiny  # a query of zeros scores zeros, not NaN
+        share = (size * chosen).sum(-1, keepdim=True) / size.sum(-1, keepdim=True).clamp(min=tiny)
+        cooled = grouped * chosen / share.clamp(min=tiny).sqrt()
+        return dot_products(cooled.flatten(2, 3), key).view(batch, kv_heads, query_heads // kv_heads, q_len, kv_len)
+
+    def reads(self, head_dim: int, query_heads: int, kv_heads: int) -> ReadShare:
+        """The r dimensions of every key, once for a group."""
+        return ReadShare(ranking=self._dims(head_dim) / (2 * head_dim))
+
+    def _dims(self, head_dim: int) -> int:
+        r = max(1, head_dim // 4) if self.r is None else self.r
+        if r > head_dim:
+            raise ValueError(f"r must not exceed the {head_dim} dimensions of a head, got {r}.")
+        return r

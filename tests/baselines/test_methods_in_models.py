@@ -1,0 +1,165 @@
+"""Every method inside a model: one forward with a boundary is token-by-token decode; bytes read; other caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import get_args
+
+import pytest
+import torch
+from families import tiny
+from generation import Ids, generate, left_padded, profile_of
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from fasa_flex import FasaConfig, FasaProfile, RotaryLayout, enable
+from fasa_flex.baselines import Method, adjacent_pairs, scorer_factory
+from fasa_flex.reads import ReadShare, StatesReads
+from fasa_flex.scoring import Scorer, SequenceScorer
+from fasa_flex.transformers import Fasa
+
+METHODS = get_args(Method)
+EVICTING = ("snapkv", "h2o", "rkv")
+
+
+def factory(model: PreTrainedModel, method: str) -> Callable[[int], Scorer | SequenceScorer]:
+    made = profile_of(model)
+    if method == "adjacent_pairs":
+        made = FasaProfile(made.agreement, adjacent_pairs(RotaryLayout.detect(model)), made.provenance)
+    channels = torch.rand(3, 2, 16, generator=torch.Generator().manual_seed(3))
+    return scorer_factory(method, made, channels=channels)
+
+
+def under(model: PreTrainedModel, method: str, **settings: object) -> Fasa:
+    return enable(model, None, FasaConfig(**{"n_fac": 9, **settings}), scorer=factory(model, method))
+
+
+@torch.no_grad()
+def decoded(model: PreTrainedModel, row: Tensor, start: int, cut: int = 0) -> Tensor:
+    """Logits [T, V]: ``start`` tokens in a prefill, or in two parts, and the others one by one."""
+    cache = DynamicCache(config=model.config)
+    parts = [row[:cut], row[cut:start], *(token[None] for token in row[start:])]
+    return torch.cat([model(part[None], past_key_values=cache).logits[0] for part in parts if len(part)])
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, atol=2e-5 * float(expected.abs().max()), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"n_fac": 0.3}, {"n_sink": 2, "n_recent": 2, "layer_budgets": "pyramid"}], ids=str
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_one_forward_equals_token_by_token(
+    llama: PreTrainedModel, ids: Ids, method: str, settings: dict[str, object]
+) -> None:
+    row, start = ids(48), 25
+    with torch.no_grad():
+        dense = llama(row[None]).logits[0]
+    with under(llama, method, **settings) as fasa:
+        expected = decoded(llama, row, start)
+        assert fasa.stats.sparse_queries == 2 * (48 - start)
+        close(decoded(llama, row, start, cut=11), expected)
+        with fasa.sparse_from(torch.tensor([start])), torch.no_grad():
+            close(llama(row[None]).logits[0], expected)
+    assert (expected[-1] - dense[-1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("method", ["quest", *EVICTING])
+def test_a_layer_beside_others_with_a_sliding_window(ids: Ids, method: str) -> None:
+    """Their caches drop slots, and masks are additive floats."""
+    model, row = tiny("Gemma 3"), ids(48)
+    with under(model, method) as fasa:
+        expected = decoded(model, row, 25)
+        assert [layer.sparse_queries for layer in fasa.stats.per_layer] == [0, 23, 0]
+        with fasa.sparse_from(torch.tensor([25])), torch.no_grad():
+            close(model(row[None]).logits[0], expected)
+
+
+@pytest.mark.parametrize("method", ["quest", *EVICTING])
+def test_rows_of_a_batch_do_not_know_each_other(llama: PreTrainedModel, ids: Ids, method: str) -> None:
+    """Right-padded rows with boundaries of their own, and generation from left-padded ones."""
+    lengths, starts = (48, 41, 29), (20, 38, 15)
+    rows = [ids(n, seed=n) for n in lengths]
+    batch, mask = torch.zeros(3, 48, dtype=torch.long), torch.zeros(3, 48, dtype=torch.long)
+    for b, row in enumerate(rows):
+        batch[b, : len(row)], mask[b, : len(row)] = row, 1
+    with under(llama, method) as fasa:
+        expected = [decoded(llama, row, start) for row, start in zip(rows, starts, strict=True)]
+        with fasa.sparse_from(torch.tensor(starts), torch.tensor(lengths)), torch.no_grad():
+            for given in (mask, None):
+                got = llama(batch, attention_mask=given).logits
+                for b, length in enumerate(lengths):
+                    close(got[b, :length], expected[b])
+        alone = [generate(llama, row[None]) for row in rows]
+        tokens, logits = generate(llama, *left_padded(rows))
+        for b in range(3):
+            assert torch.equal(tokens[b], alone[b][0][0])
+            close(logits[b], alone[b][1][0])
+
+
+@pytest.mark.parametrize("method", ["quest", *EVICTING])
+def test_a_static_cache_decodes_the_same(llama: PreTrainedModel, ids: Ids, method: str) -> None:
+    row = ids(40)
+    with under(llama, method), torch.no_grad():
+        expected = decoded(llama, row, 25)
+        cache = StaticCache(config=llama.config, max_cache_len=64)
+        parts = [row[:25], *(token[None] for token in row[25:])]
+        close(torch.cat([llama(part[None], past_key_values=cache).logits[0] for part in parts]), expected)
+
+
+@pytest.mark.parametrize("method", EVICTING)
+def test_values_of_dropped_keys_are_never_read_again(llama: PreTrainedModel, ids: Ids, method: str) -> None:
+    row = ids(40)
+    with under(llama, method) as fasa, torch.no_grad():
+        runs = []
+        for spoil in (False, True):
+            cache = DynamicCache(config=llama.config)
+            for part in (row[:25], row[25:26]):
+                llama(part[None], past_key_values=cache)
+            if spoil:
+                for layer in (1, 2):
+                    kept = fasa._scorers[layer].kept
+                    dropped = torch.ones(1, 2, 26, dtype=torch.bool).scatter_(-1, kept, False)
+                    assert dropped.sum(-1).eq(26 - 9).all()
+                    cache.layers[layer].values[dropped] = torch.nan
+            runs.append(torch.cat([llama(token.view(1, 1), past_key_values=cache).logits for token in row[26:]]))
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("method", EVICTING)
+def test_beam_search_is_refused(llama: PreTrainedModel, ids: Ids, method: str) -> None:
+    with under(llama, method), pytest.raises(ValueError, match="begin the sequence anew, without beam search"):
+        generate(llama, ids(30, rows=1), num_beams=3)
+
+
+READS = {
+    "streaming_llm": ReadShare(0.0, together=True),
+    "oracle": ReadShare(0.5, 0.5),
+    "random_chunks": ReadShare(4 / 32),
+    "adjacent_pairs": ReadShare(4 / 32),
+    "snapkv": ReadShare(0.0, 1.5, together=True),
+    "h2o": ReadShare(0.0, together=True),
+    "rkv": ReadShare(0.0, 1.5, together=True),
+    "quest": ReadShare(2 * 16 / (32 * 16)),
+    "sparq": ReadShare(4 / 32),
+    "double_sparsity": ReadShare(4 / 32),
+}
+"""In numbers of a key and value of 2 * 16 dimensions; a quarter of a key where dimensions are chosen."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_states_what_it_reads(llama: PreTrainedModel, method: str) -> None:
+    scorer = factory(llama, method)(1)
+    assert isinstance(scorer, StatesReads)
+    assert scorer.reads(16, 4, 2) == READS[method]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_budget_beyond_the_context_is_dense_bit_for_bit(llama: PreTrainedModel, ids: Ids, method: str) -> None:
+    batch = ids(30, rows=2)
+    with torch.no_grad():
+        dense = llama(batch).logits
+        with under(llama, method, n_fac=30) as fasa, fasa.sparse_from(torch.tensor([5, 9])):
+            assert torch.equal(llama(batch).logits, dense)
+            assert fasa.stats.sparse_queries == 0
