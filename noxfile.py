@@ -38,6 +38,13 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def study(session: nox.Session) -> None:
+    """Run the study behind evals/README.md (over an hour on 2 cores; stopped and started again, it goes on)."""
+    install(session, "lm-eval", "plots")
+    session.run("python", "-m", "evals.quality.study", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Measure dense attention and FASA on this machine (under 10 minutes on 2 cores); ``-- --help`` lists options."""
     install(session, "plots")

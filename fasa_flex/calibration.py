@@ -77,7 +77,7 @@ def calibrate(
         max_new_tokens=max_new_tokens,
         queries=queries,
         sample_hashes=tuple(hashlib.sha256(str(ids.tolist()).encode()).hexdigest() for ids in encoded),
-        versions={name: _version(name) for name in ("fasa_flex", "torch", "transformers")},
+        versions={name: version_of(name) for name in ("fasa_flex", "torch", "transformers")},
     )
     return FasaProfile((total / queries).float().clamp(0, 1), layout, provenance)
 
@@ -174,7 +174,8 @@ def _sample_agreement(model: PreTrainedModel, ids: Tensor, decoded: int, layout:
     return torch.stack([tables[layer] for layer in sorted(tables)])
 
 
-def _version(name: str) -> str:
+def version_of(name: str) -> str:
+    """The installed version of a package, for `Provenance`."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fasa_flex.calibration import _version
+from fasa_flex.calibration import version_of
 from fasa_flex.config import FasaConfig
 from fasa_flex.layers import attention_shape, dense_layers
 from fasa_flex.masking import valid_from_mask
@@ -158,7 +158,7 @@ class PromptCalibration:
         self._table = torch.zeros(layers, query_heads, len(self.layout.chunks), dtype=torch.float64)
         self._model = (model.config.name_or_path or type(model).__name__, model.config.get_text_config().model_type)
         self._hash = config_hash(model)
-        self._versions = {name: _version(name) for name in ("fasa_flex", "torch", "transformers")}
+        self._versions = {name: version_of(name) for name in ("fasa_flex", "torch", "transformers")}
         self._sample: Sample | None = None
         self.profile: FasaProfile | None = None
         self.blank.dominant(self._n_tip, config.per)

@@ -291,3 +291,24 @@ def test_words_for_crossovers() -> None:
     first, second = report.sentences(found).splitlines()
     assert first.endswith("from 2048 tokens on (interpolated)")
     assert second.endswith("at a context above the largest context measured (64)")
+
+
+def test_permuted_keys_give_what_packed_ones_give() -> None:
+    chosen = settings(modes=("eager",), backends=("gather", "permuted"), n_fac=16)
+    x = rivals.Inputs.random(TINY, 2, 80, chosen)
+    sparse = rivals.sparse_rivals(chosen)
+    packed, permuted = sparse["FASA-C gather"], sparse["FASA permuted keys"]
+    assert not isinstance(packed, str)
+    assert not isinstance(permuted, str)
+    torch.testing.assert_close(permuted(x.clone()), packed(x))
+
+
+def test_side_by_side_names_speed_and_share_of_the_limit() -> None:
+    def rows(context: int, speedup: float) -> list[dict[str, Any]]:
+        rival = {"name": "FASA", "speedup": speedup, "limit_share": speedup / 8}
+        return [{"batch": 1, "context": context, "limit": 8.0, "rivals": [rival, {**rival, "name": "other"}]}]
+
+    lines = report.side_by_side({"a": rows(4096, 2.0), "b": rows(4096, 4.0) + rows(512, 1.0)}, "FASA").splitlines()
+    assert lines[0] == "| batch | context | a | b |"
+    assert lines[2] == "| 1 | 512 | - | 1.00x (12% of 8.0x) |"
+    assert lines[3] == "| 1 | 4k | 2.00x (25% of 8.0x) | 4.00x (50% of 8.0x) |"

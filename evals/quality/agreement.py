@@ -10,30 +10,24 @@ to ``evals/results/study/``. Started again, it goes on where it was stopped.
 
 Parts: ``compound`` (the paper's Table 1; true planes and adjacent pairs; sets per KV head and per query head),
 ``transfer`` (calibrated on shorter documents), ``sharing`` (a group's one selection), ``quintiles`` (the paper's
-Table 11) and ``mass`` (attention that is held).
+Table 11), ``mass`` (attention that is held) and ``precision`` (packed keys in fewer bits).
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evals.quality.arms import MODEL, RESULTS, Ledger, provenance, quiet
+from evals.quality.arms import RESULTS, Ledger, provenance, quiet
+from evals.quality.documents import QUICK, STEPS, Rows, Settings, Study
 from evals.quality.pictures import agreement_curves, mass_by_head, transfer_curves
 from evals.quality.steps import (
-    ANSWER_TOKENS,
     DEEPEST,
-    KINDS,
-    TEXT_TOKENS,
     TOP_K,
     WINDOW,
     Steps,
@@ -43,21 +37,17 @@ from evals.quality.steps import (
     held,
     oracle,
     overlap,
-    profile_of,
     ranked,
     scored,
     sinks_and_recent,
     snapkv,
-    steps_of,
     valid_of,
-    with_interval,
 )
-from evals.reference_model.corpus import training_text
-from fasa_flex import FasaProfile, RotaryLayout
 from fasa_flex.baselines import scorer_factory
 from fasa_flex.budget import Budget
 from fasa_flex.config import GroupReduce, Sharing
-from fasa_flex.scoring import reduce_group
+from fasa_flex.packing import PackedDtype, PackedKeys
+from fasa_flex.scoring import DominantChunks, reduce_group
 from fasa_flex.selection import forced_keys
 
 CHUNKS = (2, 4, 6, 8, 12, 16)
@@ -70,69 +60,7 @@ RECENT = 8
 TRANSFER_TOP_K = 128
 """K of the calibrations on documents as short as 512 tokens."""
 FIFTHS = 5
-STEPS = {"answer": ANSWER_TOKENS, "text": TEXT_TOKENS}
 OTHER = {"answer": "text", "text": "answer"}
-
-Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides every row: lengths in tokens, and counts of documents and of random draws."""
-
-    length: int = 4096
-    documents: int = 32
-    calibration: int = 8
-    draws: int = 10
-    calibration_lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
-
-
-QUICK = Settings(length=1280, documents=2, calibration=2, draws=2, calibration_lengths=(512, 1280))
-
-
-class Study:
-    """The documents and profiles that the parts share, made when one asks for them."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.model = AutoModelForCausalLM.from_pretrained(MODEL)
-        self.scaling = self.model.config.head_dim**-0.5
-        true = RotaryLayout.detect(self.model)
-        self.layouts = {"true planes": true, "adjacent pairs": RotaryLayout.interleaved(true.head_dim)}
-        self._tokenizer = AutoTokenizer.from_pretrained(MODEL)
-        self._text = training_text()
-
-    @cached_property
-    def documents(self) -> list[dict[str, Steps]]:
-        """Steps of held-out text, which neither the model nor calibration saw."""
-        return [self._steps(f"agreement/{number}", self.settings.length) for number in range(self.settings.documents)]
-
-    @cached_property
-    def profiles(self) -> dict[tuple[str, str], FasaProfile]:
-        """Calibrations by kind of step and pairing of dimensions, on documents of training text."""
-        return self.calibrated(self.settings.length, TOP_K)
-
-    def calibrated(self, length: int, top_k: int) -> dict[tuple[str, str], FasaProfile]:
-        """As `profiles`, on documents of ``length`` tokens and at ``top_k``."""
-        samples = [self._steps(f"calibration/{n}", length, self._text) for n in range(self.settings.calibration)]
-        return {
-            (kind, pairing): profile_of(self.model, [sample[kind] for sample in samples], layout, top_k)
-            for kind in KINDS
-            for pairing, layout in self.layouts.items()
-        }
-
-    def rows(self, measure: Callable[[str, Steps], dict[Any, Tensor]], *names: str) -> Rows:
-        """Rows of what ``measure`` finds in each document's steps of each kind, its keys spelt out under ``names``."""
-        rows: Rows = []
-        for kind in KINDS:
-            figures = with_interval([measure(kind, document[kind]) for document in self.documents])
-            steps = STEPS[kind] * self.settings.documents
-            shared = {"queries": kind, "steps": steps}
-            rows += [{**shared, **dict(zip(names, key, strict=True)), **figure} for key, figure in figures.items()]
-        return rows
-
-    def _steps(self, seed: str, length: int, text: str | None = None) -> dict[str, Steps]:
-        return steps_of(self.model, self._tokenizer, seed, length, text)
 
 
 def compound(study: Study) -> Rows:
@@ -284,11 +212,38 @@ def mass(study: Study) -> Rows:
     return study.rows(measure, "method", "budget", "layer", "query_head")
 
 
+def precision(study: Study) -> Rows:
+    """What is left of the selection where packed keys are held in fewer bits, which only rank (``packed_dtype``)."""
+
+    def measure(kind: str, steps: Steps) -> dict[Any, Tensor]:
+        valid, weights = valid_of(steps), attention(steps, study.scaling)
+        dims = study.profiles[kind, "true planes"].dominant_dims(N_TIP)
+
+        def selected(dtype: PackedDtype | None) -> Tensor:
+            scores = []
+            for chunks, query, key in zip(dims, steps.query, steps.key, strict=True):
+                scorer = DominantChunks.from_chunks(chunks)
+                packed = PackedKeys.of(scorer.pack(key[None]), dtype).rows(key.shape[1]).float()
+                scores.append(scorer(query[None], key[None], packed))
+            return ranked(reduce_group(torch.cat(scores), valid, "softmax", study.scaling), valid)
+
+        full = selected(None)
+        figures = {}
+        for dtype in get_args(PackedDtype):
+            slots = selected(dtype)
+            for budget in BUDGETS:
+                figures[dtype, budget, "selected in common"] = overlap(full, slots, budget)
+                figures[dtype, budget, "attention held"] = held(weights, slots, budget)
+        return figures | {("float32", budget, "attention held"): held(weights, full, budget) for budget in BUDGETS}
+
+    return study.rows(measure, "packed_dtype", "budget", "figure")
+
+
 def _seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-PARTS = (compound, transfer, sharing, quintiles, mass)
+PARTS = (compound, transfer, sharing, quintiles, mass, precision)
 
 
 def main() -> None:

@@ -53,7 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n-fac", type=int, default=256, help="tokens a query attends to (default: 256)")
     parser.add_argument("--group-reduce", choices=get_args(GroupReduce), default=FasaConfig().group_reduce)
     parser.add_argument("--modes", type=_words, default=MODES, help="eager, compiled or both (default: both)")
-    parser.add_argument("--backends", type=_words, default=BACKENDS, help="of FASA (default: gather,flex)")
+    parser.add_argument(
+        "--backends",
+        type=_words,
+        default=BACKENDS,
+        help="of FASA: permuted, and by default gather,flex,triton",
+    )
     parser.add_argument("--layers", type=int, help="of the model in a step (default: as many as fit)")
     parser.add_argument("--dense-layers", type=_layers, help="in a step, or none (default: 0 in a whole model)")
     parser.add_argument("--static-lengths", action="store_true", help="compile every context for itself (op)")

@@ -43,6 +43,31 @@ def summary(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def side_by_side(runs: Mapping[str, Sequence[Row]], name: str) -> str:
+    """One rival under several settings: how many times as fast as the best dense attention, and of what byte limit.
+
+    Args:
+        runs: rows of the op part, by what to call their settings.
+        name: of the rival.
+    """
+    header = ["batch", "context", *runs]
+    lines = [header, ["--:"] * len(header)]
+    found = {
+        (
+            row["batch"],
+            row["context"],
+            run,
+        ): f"{rival['speedup']:.2f}x ({rival['limit_share']:.0%} of {row['limit']:.1f}x)"
+        for run, rows in runs.items()
+        for row in rows
+        for rival in row["rivals"]
+        if rival["name"] == name
+    }
+    for batch, context in sorted({key[:2] for key in found}):
+        lines.append([str(batch), _short(context), *(found.get((batch, context, run), "-") for run in runs)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _shared(row: Row, rival: Row) -> list[str]:
     name = rival["name"] + (" (best dense)" if rival["name"] == row["best_dense"] else "")
     if rival["timed"].startswith("calls ("):  # on CUDA, where the others are graphs

@@ -15,11 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from fasa_flex.attention import sparse_attention
-from fasa_flex.bench.settings import Settings
+from fasa_flex.bench.settings import BACKENDS, Settings
 from fasa_flex.bench.shapes import Shape, random_chunks
 from fasa_flex.budget import Budget
 from fasa_flex.config import Backend
-from fasa_flex.packing import PackedKeys
+from fasa_flex.packing import PackedKeys, dot_products
 from fasa_flex.scoring import DominantChunks
 from fasa_flex.selection import valid_keys
 from fasa_flex.softmax import Softmax
@@ -32,7 +32,8 @@ class Inputs:
     """One layer's query [B, Hq, 1, D], keys and values [B, Hkv, T, D], packed keys and chunks.
 
     ``valid`` says which keys count, bool [1, 1, 1, 1, T]: a decode step finds that out once for all its layers.
-    ``host`` holds keys and values in pinned memory, where there is an accelerator.
+    ``host`` holds keys and values in pinned memory, where there is an accelerator, and ``permuted`` the keys with each
+    head's dominant dimensions in front, in the order of ``front`` int64 [Hkv, D].
     """
 
     q: Tensor
@@ -42,6 +43,8 @@ class Inputs:
     chunks: Tensor
     valid: Tensor
     host: tuple[Tensor, Tensor] | None = None
+    permuted: Tensor | None = None
+    front: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -64,12 +67,21 @@ class Inputs:
         v = draw(shape.kv_heads, context)
         host = (k.cpu().pin_memory(), v.cpu().pin_memory()) if device.type == "cuda" else None
         valid = valid_keys(1, context, None, device)
-        return cls(draw(shape.query_heads, 1), k, v, packed, chunks, valid, host)
+        x = cls(draw(shape.query_heads, 1), k, v, packed, chunks, valid, host)
+        return x.with_permuted() if "permuted" in settings.backends else x
+
+    def with_permuted(self) -> Inputs:
+        """The same with ``permuted`` keys."""
+        dims = self.chunks.flatten(1)
+        behind = torch.ones(len(dims), self.k.shape[3], device=dims.device).scatter_(1, dims, 0.0)
+        front = torch.cat([dims, behind.argsort(dim=1, descending=True, stable=True)[:, : -dims.shape[1]]], dim=1)
+        return replace(self, permuted=self.k.gather(3, front[None, :, None].expand_as(self.k)), front=front)
 
     def clone(self) -> Inputs:
         """The same elsewhere in memory."""
         packed = self.packed.change(Tensor.clone)
-        return Inputs(self.q, self.k.clone(), self.v.clone(), packed, self.chunks, self.valid, self.host)
+        permuted = None if self.permuted is None else self.permuted.clone()
+        return replace(self, k=self.k.clone(), v=self.v.clone(), packed=packed, permuted=permuted)
 
 
 Call = Callable[[Inputs], Tensor]
@@ -133,13 +145,17 @@ def sparse_rivals(settings: Settings) -> dict[str, Call | str]:
     rivals: dict[str, Call | str] = {}
     if "eager" in settings.modes and "gather" in settings.backends:
         rivals["FASA-C gather"] = _fasa(settings, "gather")
+    if "eager" in settings.modes and "permuted" in settings.backends:
+        rivals["FASA permuted keys"] = _permuted(settings)
     if settings.device.type == "cuda" and "triton" in settings.backends:
         rivals["FASA-C triton"] = _fasa(settings, "triton")
         rivals["FASA-M triton"] = _fasa(settings, "triton", host=True)
     else:
         rivals["FASA-M"] = "without an accelerator it is FASA-C with more steps; the step part runs it"
     if "compiled" in settings.modes:
-        for backend in settings.backends:
+        if "permuted" in settings.backends:
+            rivals["FASA permuted keys, compiled"] = _compiled(_permuted(settings), settings)
+        for backend in (name for name in BACKENDS if name in settings.backends):
             if backend == "triton":  # nothing is left to compile
                 continue
             # torch 2.13's CPU code for flex does not compile where two lengths (of keys, of packed tiles) are dynamic
@@ -147,6 +163,37 @@ def sparse_rivals(settings: Settings) -> dict[str, Call | str]:
             chosen = replace(settings, static_lengths=True) if static else settings
             rivals[f"FASA-C {backend}, compiled"] = _compiled(_fasa(settings, backend), chosen)
     return rivals
+
+
+@dataclass(frozen=True, eq=False)
+class LeadingDims:
+    """TIP where the dominant dimensions lead: a strided view of the keys, and nothing packed (`Inputs.permuted`)."""
+
+    width: int
+
+    def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
+        """As `fasa_flex.scoring.Scorer`."""
+        (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = query.shape, key.shape
+        grouped = query[..., : self.width].reshape(batch, kv_heads, -1, self.width)
+        return dot_products(grouped, key[..., : self.width]).view(batch, kv_heads, heads // kv_heads, q_len, kv_len)
+
+
+def _permuted(settings: Settings) -> Call:
+    """FASA on `Inputs.permuted`: the query is permuted alike, so attention is the same."""
+
+    def run(x: Inputs) -> Tensor:
+        assert x.permuted is not None
+        assert x.front is not None
+        batch, dim = x.q.shape[0], x.q.shape[3]
+        grouped = x.q.view(batch, x.k.shape[1], -1, dim)
+        query = grouped.gather(3, x.front[None, :, None].expand_as(grouped)).view_as(x.q)
+        scorer, softmax = LeadingDims(2 * x.chunks.shape[1]), Softmax(dim**-0.5)
+        budget = Budget(settings.n_fac)
+        return sparse_attention(
+            query, x.permuted, x.v, scorer, x.valid, budget, settings.group_reduce, softmax, "gather"
+        )
+
+    return run
 
 
 def _fasa(settings: Settings, backend: Backend, host: bool = False) -> Call:
@@ -164,11 +211,20 @@ def _fasa(settings: Settings, backend: Backend, host: bool = False) -> Call:
 
 
 def _compiled(call: Call, settings: Settings) -> Call:
-    def unpacked(q: Tensor, k: Tensor, v: Tensor, packed: PackedKeys, chunks: Tensor, valid: Tensor) -> Tensor:
-        return call(Inputs(q, k, v, packed, chunks, valid))
+    def unpacked(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        packed: PackedKeys,
+        chunks: Tensor,
+        valid: Tensor,
+        permuted: Tensor | None,
+        front: Tensor | None,
+    ) -> Tensor:
+        return call(Inputs(q, k, v, packed, chunks, valid, None, permuted, front))
 
     # a code object of its own: dynamo counts recompilations by code object and gives up after a few
     code = unpacked.__code__.replace(co_name=f"rival_{next(_NUMBERS)}")
     own = types.FunctionType(code, unpacked.__globals__, code.co_name, None, unpacked.__closure__)
     run: Callable[..., Tensor] = torch.compile(own, fullgraph=True, dynamic=settings.dynamic)
-    return lambda x: run(x.q, x.k, x.v, x.packed, x.chunks, x.valid)
+    return lambda x: run(x.q, x.k, x.v, x.packed, x.chunks, x.valid, x.permuted, x.front)

@@ -32,7 +32,7 @@ class Settings:
         group_reduce: how a GQA group ranks as one.
         packed_dtype: of the packed keys, None: the cache's.
         modes: "eager", "compiled" or both.
-        backends: FASA's, of `BACKENDS`.
+        backends: FASA's, of `BACKENDS`; in the op part also "permuted", which packs nothing (`Inputs.permuted`).
         repeats: rounds at most.
         seconds: time for the rounds of one row, after a few of which it ends.
         layers: of the model in the step part; None: as many as fit.
@@ -52,7 +52,7 @@ class Settings:
     group_reduce: GroupReduce = FasaConfig().group_reduce
     packed_dtype: PackedDtype | None = None
     modes: tuple[str, ...] = MODES
-    backends: tuple[Backend, ...] = BACKENDS
+    backends: tuple[str, ...] = BACKENDS
     repeats: int = 15
     seconds: float = 10.0
     layers: int | None = None
@@ -66,7 +66,7 @@ class Settings:
         for name, values in (("contexts", self.contexts), ("batches", self.batches)):
             if not values or min(values) < 1:
                 raise ValueError(f"{name} must be positive integers, got {values}; write --{name} 4096,16384.")
-        for name, chosen, known in (("modes", self.modes, MODES), ("backends", self.backends, BACKENDS)):
+        for name, chosen, known in (("modes", self.modes, MODES), ("backends", self.backends, (*BACKENDS, "permuted"))):
             if not chosen or set(chosen) - set(known):
                 raise ValueError(f"{name} must be of {', '.join(known)}, got {', '.join(chosen) or 'none'}.")
         if self.device.type == "cuda" and not torch.cuda.is_available():

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel, StaticCache
 
 from fasa_flex.bench import caches, op, rivals
 from fasa_flex.bench.limits import amdahl, project
-from fasa_flex.bench.settings import Settings
+from fasa_flex.bench.settings import BACKENDS, Settings
 from fasa_flex.bench.shapes import Shape, random_profile
 from fasa_flex.bench.timing import free_memory, graphed, interleave, peak_of
 from fasa_flex.config import Backend, FasaConfig
@@ -72,7 +72,8 @@ def variants(settings: Settings) -> list[Variant]:
 
 
 def _backends(settings: Settings) -> list[Backend]:
-    return [name for name in settings.backends if name != "triton" or settings.device.type == "cuda"]
+    here = BACKENDS if settings.device.type == "cuda" else tuple(name for name in BACKENDS if name != "triton")
+    return [name for name in here if name in settings.backends]
 
 
 def _register(name: str, call: rivals.Call) -> str:

@@ -87,9 +87,10 @@ def scorer_of(
         return scorer_factory(
             method, calibration.profile, n_tip=config.n_tip, per=config.per, channels=calibration.channels
         )
-    if calibration.profile is None:
+    if calibration.profile is None and calibration.record is None:
         raise ValueError(
-            "fasa_hf needs the profile of the model, got none: calibrate the model once and pass profile=<folder>"
+            "fasa_hf needs the profile of the model, got none: calibrate the model once and pass profile=<folder>, or "
+            "profile=prompt to let the model calibrate itself on the first prompt"
         )
     return None
 

@@ -54,7 +54,8 @@ class FasaHFLM(HFLM):
     Args:
         pretrained: Folder, repository or model object, as for ``hf``.
         profile: Folder or repository of the model's `FasaProfile`, or the profile itself; ``auto`` calibrates the model
-            before the tasks and keeps the profile for the next time.
+            before the tasks and keeps the profile for the next time; with ``prompt`` it calibrates itself on the first
+            long prompt (`enable` without a profile).
         method: ``fasa``, or a baseline at the same budget (`fasa_flex.baselines`): ``streaming_llm`` (sinks and recent
             tokens), ``oracle`` (exact scores), ``random_chunks``, ``adjacent_pairs``, ``snapkv``, ``h2o``, ``rkv``,
             ``quest``, ``sparq`` or ``double_sparsity``. ``adjacent_pairs`` and ``double_sparsity`` are calibrated

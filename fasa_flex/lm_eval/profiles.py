@@ -29,6 +29,7 @@ from fasa_flex.lm_eval.haystack import document
 from fasa_flex.profile import config_hash
 
 AUTO = "auto"
+PROMPT = "prompt"
 FACTS = "facts"
 _VALUES = 64  # of each parameter, for the hash
 
@@ -68,7 +69,8 @@ class Calibration:
     Attributes:
         profile: Of FASA, random chunks or adjacent pairs.
         channels: Of double sparsity, float32 [layers, Hkv, D].
-        record: The `Source` it was made from, and whether it was found in the cache; None: it was given.
+        record: The `Source` it was made from, and whether it was found in the cache; ``{"name": "prompt"}`` where the
+            model will calibrate itself; None: it was given.
     """
 
     profile: FasaProfile | None
@@ -98,7 +100,7 @@ def calibration_for(
 
     Args:
         method: As `FasaHFLM` knows it.
-        profile: ``auto``, a profile, its folder or repository, or None.
+        profile: ``auto``, ``prompt`` (of FASA alone), a profile, its folder or repository, or None.
         model: Under dense attention.
         tokenizer: The model's.
         source: See `Source`.
@@ -110,6 +112,8 @@ def calibration_for(
     """
     if method == "double_sparsity":
         return auto_channels(model, tokenizer, source, max_length)
+    if profile == PROMPT and method == "fasa":
+        return Calibration(None, record={"name": PROMPT})
     if isinstance(profile, str) and profile != AUTO:
         profile = FasaProfile.from_pretrained(profile)
     adjacent = method == "adjacent_pairs"

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 
 from fasa_flex.lm_eval import profiles
+from fasa_flex.lm_eval.haystack import heldout_text
 from fasa_flex.lm_eval.model import FasaHFLM
 
 Load = Callable[..., FasaHFLM]
@@ -120,3 +122,14 @@ def test_prompts_that_draw_from_the_global_generator_stay_the_same(sparse: Load,
     assert len(set(without)) == 3
     assert prompts(lambda: sparse(profile="auto", profile_cache=str(tmp_path))) == without
     assert prompts(lambda: sparse(profile="auto", profile_cache=str(tmp_path))) == without  # found, not calibrated
+
+
+def test_with_profile_prompt_the_model_calibrates_itself(sparse: Load) -> None:
+    lm = sparse(profile="prompt")
+    assert lm.fasa.profile is None
+    request = Instance("loglikelihood", {}, (heldout_text()[:900], " return x"), 0, metadata=("t", 0, 1))
+    lm.loglikelihood([request], disable_tqdm=True)
+    assert lm.fasa.profile is not None
+    account = lm.get_model_info()["fasa"]
+    assert account["calibration"] == {"name": "prompt"}
+    assert account["tasks"]["t"]["sparse_queries"] > 0
