@@ -52,17 +52,12 @@ def side_by_side(runs: Mapping[str, Sequence[Row]], name: str) -> str:
     """
     header = ["batch", "context", *runs]
     lines = [header, ["--:"] * len(header)]
-    found = {
-        (
-            row["batch"],
-            row["context"],
-            run,
-        ): f"{rival['speedup']:.2f}x ({rival['limit_share']:.0%} of {row['limit']:.1f}x)"
-        for run, rows in runs.items()
-        for row in rows
-        for rival in row["rivals"]
-        if rival["name"] == name
-    }
+    found = {}
+    for run, rows in runs.items():
+        for row in rows:
+            for rival in (rival for rival in row["rivals"] if rival["name"] == name):
+                share = f"{rival['limit_share']:.0%} of {row['limit']:.1f}x"
+                found[row["batch"], row["context"], run] = f"{rival['speedup']:.2f}x ({share})"
     for batch, context in sorted({key[:2] for key in found}):
         lines.append([str(batch), _short(context), *(found.get((batch, context, run), "-") for run in runs)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
