@@ -1,6 +1,6 @@
 """One decode step on a GPU as four Triton kernels behind one operator: TIP, the group's ranking, the selection, FAC.
 
-Inductor's kernels for the same step take 1.4 to 3.8 times as long on an H100 (evals/results/bench_op_cuda.json).
+Inductor's kernels for the same step take 2.2 to 6.5 times as long on an H100 (evals/results/bench_op_cuda.json).
 Nothing here waits for the host or allocates more than scores, and everything can be captured in a CUDA graph.
 
 The selection is exact, with ties to the lower slot: the best K keys lie in the K tiles of best maximum (ties to the

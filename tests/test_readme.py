@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ways import support_table
 
 from fasa_flex import FasaConfig, enable
-from fasa_flex.bench.report import summary
+from fasa_flex.bench.report import side_by_side, summary
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -40,6 +40,15 @@ def test_the_speed_tables_are_those_of_the_committed_results(device: str) -> Non
     assert shown is not None
     rows = json.loads((ROOT / "evals" / "results" / f"bench_op_{device}.json").read_text())["rows"]
     assert shown[1] == summary(rows)
+
+
+def test_the_table_of_rankings_is_that_of_the_committed_results() -> None:
+    shown = re.search(r"<!-- rankings cuda -->\n(.*?)\n<!-- /rankings cuda -->", README, flags=re.DOTALL)
+    assert shown is not None
+    files = {"softmax (default)": "cuda", "max": "cuda_max", "max, int8 packed keys": "cuda_int8"}
+    results = ROOT / "evals" / "results"
+    runs = {name: json.loads((results / f"bench_op_{file}.json").read_text())["rows"] for name, file in files.items()}
+    assert shown[1] == side_by_side(runs, "FASA-C triton")
 
 
 def test_the_scorer_in_the_readme_runs(llama: PreTrainedModel) -> None:
