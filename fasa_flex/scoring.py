@@ -163,4 +163,16 @@ def reduce_group(scores: Tensor, valid: Tensor, how: GroupReduce, scaling: float
         return scores.amax(2, keepdim=True)
     if how == "mean":
         return scores.mean(2, keepdim=True)
-    return torch.where(valid, scores * scaling, -torch.inf).softmax(-1).sum(2, keepdim=True)
+    weights: Tensor = attention_weights(torch.where(valid, scores * scaling, -torch.inf))
+    return weights.sum(2, keepdim=True)
+
+
+@torch.library.custom_op("fasa_flex::attention_weights", mutates_args=())
+def attention_weights(logits: Tensor) -> Tensor:
+    """Softmax along the last dimension, as torch has it: Inductor's own takes every exponential twice (torch 2.13)."""
+    return logits.softmax(-1)
+
+
+@attention_weights.register_fake
+def _(logits: Tensor) -> Tensor:
+    return torch.empty_like(logits)
