@@ -62,7 +62,7 @@ def decode_by_kernels(
     packed: PackedKeys,
 ) -> Tensor:
     """`sparse_attention` of one query a row, [B, Hq, 1, Dv], where `why_no_kernels` finds no reason against it."""
-    from fasa_flex.kernels import decode  # Triton is there with CUDA only
+    from fasa_flex.decode import decode  # Triton is there with CUDA only
 
     # in a graph the view costs nothing and torch 2.11's Inductor does not know it; eagerly a copy would be a launch
     codes = valid.to(torch.uint8) if torch.compiler.is_compiling() else valid.view(torch.uint8)

@@ -1,4 +1,4 @@
-"""One decode step on a GPU as four Triton kernels behind one operator: TIP, the group's ranking, the selection, FAC.
+"""The four Triton kernels of a decode step on a GPU: TIP, the group's ranking, the selection, FAC.
 
 Inductor's kernels for the same step take 2.2 to 6.5 times as long on an H100 (evals/results/bench_op_cuda.json).
 Nothing here waits for the host or allocates more than scores, and everything can be captured in a CUDA graph.
@@ -10,19 +10,11 @@ order-preserving integers of `fasa_flex.ranking`.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 TILE = tl.constexpr(16)
 """Keys whose maximum is kept for the search."""
-
-SCORE_BLOCK, MIXED_BLOCK, SCORE_WARPS = 128, 256, 4  # mixed: where every block adds to a softmax over all
-MIX_BLOCK, MIX_WARPS = 1024, 8
-SELECT_WARPS = 8
-ATTEND_BLOCK, ATTEND_WARPS = 128, 4
-"""Keys and warps of a program, the fastest of those tried on an H100."""
 
 
 @triton.jit
@@ -50,7 +42,7 @@ def _store_order(
 
 
 @triton.jit
-def _score(
+def score_keys(
     query, dims, keys, scales, codes, scores, top, total, order, maxima, kv_len, code_stride, key_stride, blocks,
     scaling, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     WIDTH_PAD: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, HOW: tl.constexpr, KV_HEADS: tl.constexpr,
@@ -112,7 +104,7 @@ def _normaliser(top, total, row, blocks, GROUP: tl.constexpr, GROUP_PAD: tl.cons
 
 
 @triton.jit
-def _mix(
+def mix_group(
     scores, top, total, codes, order, maxima, kv_len, code_stride, blocks,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr, KV_HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -175,7 +167,7 @@ def _lower_bound(values, COUNT: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _select(
+def select_keys(
     order, maxima, tiles, slots, kv_len, wanted, TILES_PAD: tl.constexpr, WANTED_PAD: tl.constexpr, SEARCH: tl.constexpr
 ):
     """The slots of one key/value head, ascending; -1 where no valid key is left."""
@@ -201,7 +193,7 @@ def _select(
 
 
 @triton.jit
-def _attend(
+def attend_rows(
     query, keys, values, slots, sinks, out, key_batch, key_head, value_batch, value_head, wanted, scaling, softcap,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr, WANTED_PAD: tl.constexpr, BLOCK: tl.constexpr, KV_HEADS: tl.constexpr,
@@ -247,99 +239,3 @@ def _attend(
     result /= tl.where(total == 0.0, 1.0, total)[:, None]
     place = out + (row * GROUP + head[:, None]) * VALUE_DIM + value_dim[None, :]
     tl.store(place, result.to(out.dtype.element_ty), mask=member[:, None] & (value_dim < VALUE_DIM)[None, :])
-
-
-@torch.library.custom_op("fasa_flex::decode", mutates_args=())
-def decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dims: Tensor,
-    packed: Tensor,
-    scales: Tensor | None,
-    codes: Tensor,
-    n_fac: int,
-    how: str,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """One sparse decode step: scores, ranking, selection and attention of one query a row.
-
-    Args:
-        query: float [B, Hq, 1, D], contiguous.
-        key: float [B, Hkv, T, D], rows contiguous; on the device, or pinned host memory (FASA-M), of which the kernel
-            reads the selected rows.
-        value: likewise, [B, Hkv, T, Dv].
-        dims: int64 [Hkv, 2 * n_tip], contiguous, the dominant dimensions.
-        packed: [B, Hkv, C, 2 * n_tip], contiguous, C >= T; a float dtype or int8.
-        scales: float16 [B, Hkv, C] of int8 keys.
-        codes: uint8 [B or 1, T], rows contiguous: 0 for an invalid key, 1 for a valid one, 2 for one that is forced in.
-        n_fac: tokens; K tiles of 16 keys are searched in registers, so a few hundred.
-        how: "softmax", "mean" or "max", over the group.
-        scaling: of the softmax.
-        softcap: of the logits, or None.
-        sinks: float [Hq], or None.
-
-    Returns:
-        [B, Hq, 1, Dv]; zeros for a row without a valid key.
-    """
-    batch, kv_heads, kv_len, dim = key.shape
-    group, width = query.shape[1] // kv_heads, dims.shape[1]
-    rows, wanted = batch * kv_heads, min(n_fac, kv_len)
-    mixed = how == "softmax" and group > 1
-    group_pad, block = max(16, triton.next_power_of_2(group)), MIXED_BLOCK if mixed else SCORE_BLOCK
-    blocks, tiles = triton.cdiv(kv_len, block), triton.cdiv(kv_len, TILE.value)
-
-    def integers(columns: int) -> Tensor:
-        return torch.empty(rows, columns, dtype=torch.int32, device=query.device)
-
-    order, maxima = integers(kv_len), integers(tiles)
-    scores, top, total = (
-        torch.empty(rows, group, size if mixed else 0, device=query.device) for size in (kv_len, blocks, blocks)
-    )
-    code_stride = 0 if codes.shape[0] == 1 else codes.stride(0)
-    _score[(blocks, rows)](
-        query, dims, packed, codes if scales is None else scales, codes, scores, top, total, order, maxima, kv_len,
-        code_stride, packed.stride(1), blocks, scaling, group, group_pad, dim, width,
-        max(16, triton.next_power_of_2(width)), block, scales is not None,
-        how if mixed or how == "mean" else "max", kv_heads, num_warps=SCORE_WARPS,
-    )  # fmt: skip
-    if mixed:
-        _mix[(triton.cdiv(kv_len, MIX_BLOCK), rows)](
-            scores, top, total, codes, order, maxima, kv_len, code_stride, blocks, group,
-            triton.next_power_of_2(group), MIX_BLOCK, kv_heads, num_warps=MIX_WARPS,
-        )  # fmt: skip
-    wanted_pad = max(16, triton.next_power_of_2(wanted))
-    slots, chosen = integers(wanted), integers(wanted_pad)
-    _select[(rows,)](
-        order, maxima, chosen, slots, kv_len, wanted, triton.next_power_of_2(tiles), wanted_pad, tiles > wanted_pad,
-        num_warps=SELECT_WARPS,
-    )  # fmt: skip
-    value_dim, block = value.shape[-1], min(ATTEND_BLOCK if key.element_size() == 2 else 32, wanted_pad)
-    out = torch.empty(batch, kv_heads * group, 1, value_dim, dtype=query.dtype, device=query.device)
-    _attend[(rows,)](
-        query, key, value, slots, query if sinks is None else sinks, out, key.stride(0), key.stride(1), value.stride(0),
-        value.stride(1), wanted, scaling, softcap or 1.0, group, group_pad, dim, max(16, triton.next_power_of_2(dim)),
-        value_dim, max(16, triton.next_power_of_2(value_dim)), wanted_pad, block, kv_heads,
-        softcap is not None, sinks is not None, num_warps=ATTEND_WARPS,
-    )  # fmt: skip
-    return out
-
-
-@decode.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dims: Tensor,
-    packed: Tensor,
-    scales: Tensor | None,
-    codes: Tensor,
-    n_fac: int,
-    how: str,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[-1])

@@ -12,7 +12,7 @@ import torch
 from transformers import StaticCache
 
 from fasa_flex import cli
-from fasa_flex.bench import caches, op, report, rivals, step, timing
+from fasa_flex.bench import caches, op, report, rivals, stages, step, timing
 from fasa_flex.bench.command import main
 from fasa_flex.bench.limits import amdahl, attention_reads, crossover, project
 from fasa_flex.bench.record import Ledger, command_line, hardware, provenance
@@ -313,3 +313,9 @@ def test_side_by_side_names_speed_and_share_of_the_limit() -> None:
     assert lines[0] == "| batch | context | a | b |"
     assert lines[2] == "| 1 | 512 | - | 1.00x (12% of 8.0x) |"
     assert lines[3] == "| 1 | 4k | 2.00x (25% of 8.0x) | 4.00x (50% of 8.0x) |"
+
+
+def test_a_row_says_where_the_time_of_a_call_goes(smallest: Path) -> None:
+    row = json.loads((smallest / "bench_op_cpu.json").read_text())["rows"][0]
+    assert list(row["stages"]) == list(stages.STAGES)
+    assert sum(stage["share"] for stage in row["stages"].values()) == pytest.approx(1.0)

@@ -58,7 +58,7 @@ STEPS = {
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 def test_decode_equals_the_oracle(step: Step) -> None:
-    from fasa_flex.kernels import decode
+    from fasa_flex.decode import decode
 
     heads = step.kv_heads * step.group
     q = integers(step.batch, heads, 1, step.dim, seed=1, limit=step.limit)
@@ -107,7 +107,7 @@ def codes(real: Tensor, forced: int) -> Tensor:
 
 def test_int8_keys_are_scored_with_their_scales() -> None:
     """Keys of very different lengths: without the scales, others would be selected."""
-    from fasa_flex.kernels import decode
+    from fasa_flex.decode import decode
 
     q, k = integers(1, 2, 1, 16, seed=1), integers(1, 1, 80, 16, seed=2)
     k = k * torch.logspace(-2, 2, 80)[None, None, torch.randperm(80, generator=generator(3)), None]

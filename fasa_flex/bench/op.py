@@ -18,6 +18,7 @@ from fasa_flex.bench.limits import Reads, attention_reads
 from fasa_flex.bench.rivals import Call, Inputs
 from fasa_flex.bench.settings import Settings
 from fasa_flex.bench.shapes import Shape
+from fasa_flex.bench.stages import stage_seconds
 from fasa_flex.bench.timing import Timing, free_memory, graphed, interleave, last_level_cache, peak_of
 
 _MOST_COPIES = 64
@@ -79,6 +80,8 @@ def measure(
     rounds = interleave({name: call for name, (call, _) in timed.items()}, device, settings.repeats, settings.seconds)
     times = {name: Timing(tuple(t / (laps * copies) for t in timing.seconds)) for name, timing in rounds.items()}
     best = min((name for name in times if name in dense), key=lambda name: times[name].median)
+    measured = sparse and "gather" in settings.backends and device.type == "cpu"  # elsewhere kernels have names
+    stages = stage_seconds(layers, settings) if measured else {}
     row: dict[str, Any] = {
         "shape": shape.name,
         "batch": batch,
@@ -91,6 +94,7 @@ def measure(
         "limit": reads.limit,
         "best_dense": best,
         "left_out": left_out,
+        "stages": {name: {"seconds": each, "share": each / sum(stages.values())} for name, each in stages.items()},
         "rivals": [],
     }
     for name, timing in times.items():

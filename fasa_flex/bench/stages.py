@@ -1,0 +1,85 @@
+"""Where the time of one sparse attention call goes: its four stages, each alone.
+
+What a compiled call fuses is apart here, so the stages take longer together than the call; their shares are what
+counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasa_flex.attention import gather_focused
+from fasa_flex.bench.rivals import Inputs
+from fasa_flex.bench.settings import Settings
+from fasa_flex.bench.timing import interleave
+from fasa_flex.budget import Budget
+from fasa_flex.scoring import DominantChunks, reduce_group
+from fasa_flex.selection import Selection, select
+from fasa_flex.softmax import Softmax
+
+STAGES = ("scores", "group ranking", "selection", "attention")
+
+
+def stage_seconds(layers: Sequence[Inputs], settings: Settings) -> dict[str, float]:
+    """Median seconds of each of `STAGES` in one call of the gather backend, compiled if anything is.
+
+    Args:
+        layers: inputs that take turns, so that none is found in a cache.
+        settings: of the run.
+    """
+    compiled = "compiled" in settings.modes
+    calls = {
+        name: _over(layers, torch.compile(stage, dynamic=settings.dynamic) if compiled else stage, prepare)
+        for name, (stage, prepare) in _stages(settings).items()
+    }
+    for call in calls.values():
+        call()
+    times = interleave(calls, settings.device, settings.repeats, settings.seconds / 4)
+    return {name: timing.median / len(layers) for name, timing in times.items()}
+
+
+def _stages(settings: Settings) -> dict[str, tuple[Callable[..., Any], Callable[[Inputs], tuple[Any, ...]]]]:
+    """Each stage, and what it starts from."""
+    budget = Budget(settings.n_fac)
+
+    def softmax(x: Inputs) -> Softmax:
+        return Softmax(x.q.shape[-1] ** -0.5)
+
+    def scores(x: Inputs) -> Tensor:
+        return DominantChunks.from_chunks(x.chunks)(x.q, x.k, x.packed)
+
+    def ranking(found: Tensor, x: Inputs) -> Tensor:
+        return reduce_group(found, x.valid, settings.group_reduce, softmax(x).scaling)
+
+    def selection(ranked: Tensor, x: Inputs) -> tuple[Tensor, Tensor]:
+        chosen = select(ranked, x.valid, budget)
+        return chosen.slots, chosen.taken
+
+    def attention(slots: Tensor, taken: Tensor, x: Inputs) -> Tensor:
+        chosen = Selection(slots, taken, slots)  # no mask is asked of it, so no order is needed
+        return gather_focused(x.q, x.k, x.v, chosen, softmax(x))
+
+    stages = (scores, ranking, selection, attention)
+    starts: tuple[Callable[[Inputs], tuple[Any, ...]], ...] = (
+        lambda x: (x,),
+        lambda x: (scores(x), x),
+        lambda x: (ranking(scores(x), x), x),
+        lambda x: (*selection(ranking(scores(x), x), x), x),
+    )
+    return dict(zip(STAGES, zip(stages, starts, strict=True), strict=True))
+
+
+def _over(
+    layers: Sequence[Inputs], stage: Callable[..., Any], prepare: Callable[[Inputs], tuple[Any, ...]]
+) -> Callable[[], None]:
+    started = [prepare(x) for x in layers]
+
+    def run() -> None:
+        for arguments in started:
+            stage(*arguments)
+
+    return run

@@ -1,0 +1,111 @@
+"""One decode step on a GPU as one operator over the kernels of `fasa_flex.kernels`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from fasa_flex.kernels import TILE, attend_rows, mix_group, score_keys, select_keys
+
+SCORE_BLOCK, MIXED_BLOCK, SCORE_WARPS = 128, 256, 4  # mixed: where every block adds to a softmax over all
+MIX_BLOCK, MIX_WARPS = 1024, 8
+SELECT_WARPS = 8
+ATTEND_BLOCK, ATTEND_WARPS = 128, 4
+"""Keys and warps of a program, the fastest of those tried on an H100."""
+
+
+@torch.library.custom_op("fasa_flex::decode", mutates_args=())
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dims: Tensor,
+    packed: Tensor,
+    scales: Tensor | None,
+    codes: Tensor,
+    n_fac: int,
+    how: str,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One sparse decode step: scores, ranking, selection and attention of one query a row.
+
+    Args:
+        query: float [B, Hq, 1, D], contiguous.
+        key: float [B, Hkv, T, D], rows contiguous; on the device, or pinned host memory (FASA-M), of which the kernel
+            reads the selected rows.
+        value: likewise, [B, Hkv, T, Dv].
+        dims: int64 [Hkv, 2 * n_tip], contiguous, the dominant dimensions.
+        packed: [B, Hkv, C, 2 * n_tip], contiguous, C >= T; a float dtype or int8.
+        scales: float16 [B, Hkv, C] of int8 keys.
+        codes: uint8 [B or 1, T], rows contiguous: 0 for an invalid key, 1 for a valid one, 2 for one that is forced in.
+        n_fac: tokens; K tiles of 16 keys are searched in registers, so a few hundred.
+        how: "softmax", "mean" or "max", over the group.
+        scaling: of the softmax.
+        softcap: of the logits, or None.
+        sinks: float [Hq], or None.
+
+    Returns:
+        [B, Hq, 1, Dv]; zeros for a row without a valid key.
+    """
+    batch, kv_heads, kv_len, dim = key.shape
+    group, width = query.shape[1] // kv_heads, dims.shape[1]
+    rows, wanted = batch * kv_heads, min(n_fac, kv_len)
+    mixed = how == "softmax" and group > 1
+    group_pad, block = max(16, triton.next_power_of_2(group)), MIXED_BLOCK if mixed else SCORE_BLOCK
+    blocks, tiles = triton.cdiv(kv_len, block), triton.cdiv(kv_len, TILE.value)
+
+    def integers(columns: int) -> Tensor:
+        return torch.empty(rows, columns, dtype=torch.int32, device=query.device)
+
+    order, maxima = integers(kv_len), integers(tiles)
+    scores, top, total = (
+        torch.empty(rows, group, size if mixed else 0, device=query.device) for size in (kv_len, blocks, blocks)
+    )
+    code_stride = 0 if codes.shape[0] == 1 else codes.stride(0)
+    score_keys[(blocks, rows)](
+        query, dims, packed, codes if scales is None else scales, codes, scores, top, total, order, maxima, kv_len,
+        code_stride, packed.stride(1), blocks, scaling, group, group_pad, dim, width,
+        max(16, triton.next_power_of_2(width)), block, scales is not None,
+        how if mixed or how == "mean" else "max", kv_heads, num_warps=SCORE_WARPS,
+    )  # fmt: skip
+    if mixed:
+        mix_group[(triton.cdiv(kv_len, MIX_BLOCK), rows)](
+            scores, top, total, codes, order, maxima, kv_len, code_stride, blocks, group,
+            triton.next_power_of_2(group), MIX_BLOCK, kv_heads, num_warps=MIX_WARPS,
+        )  # fmt: skip
+    wanted_pad = max(16, triton.next_power_of_2(wanted))
+    slots, chosen = integers(wanted), integers(wanted_pad)
+    select_keys[(rows,)](
+        order, maxima, chosen, slots, kv_len, wanted, triton.next_power_of_2(tiles), wanted_pad, tiles > wanted_pad,
+        num_warps=SELECT_WARPS,
+    )  # fmt: skip
+    value_dim, block = value.shape[-1], min(ATTEND_BLOCK if key.element_size() == 2 else 32, wanted_pad)
+    out = torch.empty(batch, kv_heads * group, 1, value_dim, dtype=query.dtype, device=query.device)
+    attend_rows[(rows,)](
+        query, key, value, slots, query if sinks is None else sinks, out, key.stride(0), key.stride(1), value.stride(0),
+        value.stride(1), wanted, scaling, softcap or 1.0, group, group_pad, dim, max(16, triton.next_power_of_2(dim)),
+        value_dim, max(16, triton.next_power_of_2(value_dim)), wanted_pad, block, kv_heads,
+        softcap is not None, sinks is not None, num_warps=ATTEND_WARPS,
+    )  # fmt: skip
+    return out
+
+
+@decode.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dims: Tensor,
+    packed: Tensor,
+    scales: Tensor | None,
+    codes: Tensor,
+    n_fac: int,
+    how: str,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[-1])
