@@ -1,4 +1,4 @@
-"""One decode step on a GPU as one operator over the kernels of `fasa_flex.kernels`."""
+"""A decode step on a GPU as operators over the kernels of `fasa_flex.kernels`: a sparse layer's and a dense one's."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import torch
 import triton
 from torch import Tensor
 
-from fasa_flex.kernels import TILE, attend_rows, mix_group, score_keys, select_keys
+from fasa_flex.kernels import TILE, attend_part, attend_rows, merge_parts, mix_group, score_keys, select_keys
 
 SCORE_BLOCK, MIXED_BLOCK, SCORE_WARPS = 128, 256, 4  # mixed: where every block adds to a softmax over all
 MIX_BLOCK, MIX_WARPS = 1024, 8
 SELECT_WARPS = 8
 ATTEND_BLOCK, ATTEND_WARPS = 128, 4
 """Keys and warps of a program, the fastest of those tried on an H100."""
+
+PROGRAMS = 512
+"""Of a dense layer's attention: a few for each multiprocessor."""
 
 
 @torch.library.custom_op("fasa_flex::decode", mutates_args=())
@@ -104,6 +107,66 @@ def _(
     codes: Tensor,
     n_fac: int,
     how: str,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[-1])
+
+
+@torch.library.custom_op("fasa_flex::dense_decode", mutates_args=())
+def dense_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    codes: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One dense decode step under a mask, in which a group's query heads read each key and value once.
+
+    Args:
+        query: float [B, Hq, 1, D], contiguous.
+        key: float [B, Hkv, T, D], rows contiguous.
+        value: likewise, [B, Hkv, T, Dv].
+        codes: uint8 [B or 1, T], rows contiguous: 0 for an invalid key.
+        scaling: of the softmax.
+        softcap: of the logits, or None.
+        sinks: float [Hq], or None.
+
+    Returns:
+        [B, Hq, 1, Dv]; zeros for a row without a valid key.
+    """
+    batch, kv_heads, kv_len, dim = key.shape
+    rows, group, value_dim = batch * kv_heads, query.shape[1] // kv_heads, value.shape[-1]
+    group_pad, value_pad = max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(value_dim))
+    block = ATTEND_BLOCK if key.element_size() == 2 else 32
+    span = triton.cdiv(triton.cdiv(kv_len, max(1, PROGRAMS // rows)), block) * block
+    parts = triton.cdiv(kv_len, span)
+    bests, totals, results = (
+        torch.empty(rows, parts, group_pad, width, device=query.device) for width in (1, 1, value_pad)
+    )
+    attend_part[(parts, rows)](
+        query, key, value, codes, bests, totals, results, key.stride(0), key.stride(1), value.stride(0),
+        value.stride(1), kv_len, 0 if codes.shape[0] == 1 else codes.stride(0), span, scaling, softcap or 1.0, group,
+        group_pad, dim, max(16, triton.next_power_of_2(dim)), value_dim, value_pad, block, kv_heads,
+        softcap is not None, num_warps=ATTEND_WARPS,
+    )  # fmt: skip
+    out = torch.empty(batch, kv_heads * group, 1, value_dim, dtype=query.dtype, device=query.device)
+    merge_parts[(rows,)](
+        bests, totals, results, query if sinks is None else sinks, out, parts, group, group_pad, value_dim, value_pad,
+        kv_heads, sinks is not None, num_warps=ATTEND_WARPS,
+    )  # fmt: skip
+    return out
+
+
+@dense_decode.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    codes: Tensor,
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,

@@ -43,11 +43,36 @@ def why_no_kernels(
         return f"it searches at most {MOST_KEYS} keys, got {key.shape[2]}"
     if group_reduce == "none" and query.shape[1] != key.shape[1]:
         return "a group's query heads must select together"
+    return _why_not_these(query, key, value)
+
+
+def _why_not_these(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     if key.stride()[2:] != (key.shape[3], 1) or value.stride()[2:] != (value.shape[3], 1):
         return "rows of keys and values must be contiguous"
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return "it computes no gradients"
     return None
+
+
+def decodes_dense_layers(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> bool:
+    """Whether a dense layer's decode step is better served by our kernel than by the model's own attention.
+
+    It is where there are groups and a mask, as of a static cache: no fused attention of torch's takes both, so
+    transformers repeats keys and values for every query head.
+    """
+    grouped = query.shape[1] > key.shape[1]
+    fits = query.is_cuda and key.is_cuda and query.shape[2] == 1 and attention_mask is not None and grouped
+    return fits and _why_not_these(query, key, value) is None
+
+
+def dense_decode_by_kernels(query: Tensor, key: Tensor, value: Tensor, valid: Tensor, softmax: Softmax) -> Tensor:
+    """Dense attention of one query a row, [B, Hq, 1, Dv], where `decodes_dense_layers`."""
+    from fasa_flex.decode import dense_decode
+
+    out: Tensor = dense_decode(
+        query.contiguous(), key, value, _codes(valid).flatten(1), softmax.scaling, softmax.softcap, softmax.sinks
+    )
+    return out
 
 
 def decode_by_kernels(
@@ -64,8 +89,7 @@ def decode_by_kernels(
     """`sparse_attention` of one query a row, [B, Hq, 1, Dv], where `why_no_kernels` finds no reason against it."""
     from fasa_flex.decode import decode  # Triton is there with CUDA only
 
-    # in a graph the view costs nothing and torch 2.11's Inductor does not know it; eagerly a copy would be a launch
-    codes = valid.to(torch.uint8) if torch.compiler.is_compiling() else valid.view(torch.uint8)
+    codes = _codes(valid)
     forced = forced_keys(valid, budget)
     if forced is not None:
         codes = codes + forced
@@ -85,3 +109,8 @@ def decode_by_kernels(
         softmax.sinks,
     )
     return out
+
+
+def _codes(valid: Tensor) -> Tensor:
+    # eagerly a conversion would be a launch; in a graph it costs nothing, and torch 2.11's Inductor knows no such view
+    return valid.to(torch.uint8) if torch.compiler.is_compiling() else valid.view(torch.uint8)

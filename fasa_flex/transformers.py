@@ -16,6 +16,7 @@ from fasa_flex.attention import sparse_attention
 from fasa_flex.boundary import Boundary
 from fasa_flex.config import FasaConfig, GroupReduce
 from fasa_flex.crossover import sparse_is_faster
+from fasa_flex.fused import decodes_dense_layers, dense_decode_by_kernels
 from fasa_flex.handed import check_keys, softmax_of
 from fasa_flex.layers import (
     attention_modules,
@@ -241,6 +242,9 @@ class Fasa:
             scorer = Given(scorer.follow(forward))
         if chosen is None:  # keys and values of FASA-M may be the host's
             key, value = key.to(query.device), value.to(query.device)
+            if layer in self.dense_layers and decodes_dense_layers(query, key, value, attention_mask):
+                valid = once("valid", valid_from_mask)
+                return dense_decode_by_kernels(query, key, value, valid, softmax).transpose(1, 2).contiguous(), None
             return dense(module, query, key, value, attention_mask, **kwargs)
         if kwargs.get("dropout"):
             raise ValueError(f"{type(module).__name__} uses dropout, sparse attention does not; call model.eval().")

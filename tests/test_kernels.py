@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -126,8 +130,52 @@ def test_int8_keys_are_scored_with_their_scales() -> None:
         np.testing.assert_allclose(out[0, head, 0].numpy(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "step",
+    [Step(70), Step(1100, batch=2, group=3, masked=0.4), Step(90, group=1, dim=24, softcap=2.0), Step(100, sinks=True)],
+    ids=["one part", "many parts, padding and an empty row", "softcap", "learned sinks"],
+)
+def test_dense_decode_equals_the_oracle_with_a_budget_for_all_keys(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fasa_flex.decode
+
+    monkeypatch.setattr(fasa_flex.decode, "PROGRAMS", 16)
+    heads = step.kv_heads * step.group
+    q = integers(step.batch, heads, 1, step.dim, seed=1, limit=step.limit)
+    k = integers(step.batch, step.kv_heads, step.length, step.dim, seed=2, limit=step.limit)
+    v = torch.randn(step.batch, step.kv_heads, step.length, step.dim, generator=generator(3))
+    sinks = torch.randn(heads, generator=generator(4)) if step.sinks else None
+    real = torch.rand(step.batch, step.length, generator=generator(5)) >= step.masked
+    if step.masked:
+        real[0] = False
+    out = fasa_flex.decode.dense_decode(q, k, v, codes(real, 0), step.dim**-0.5, step.softcap, sinks)
+    expected = oracle.fasa(
+        *(x.double().numpy() for x in (q, k, v)),
+        pick_chunks(step.kv_heads, step.n_tip, dim=step.dim).numpy(),
+        n_fac=step.length,
+        key_mask=real.numpy(),
+        softcap=step.softcap,
+        sinks=None if sinks is None else sinks.double().numpy(),
+    )
+    np.testing.assert_allclose(out.numpy(), expected.out, atol=1e-5)
+
+
 def test_the_kernels_are_refused_where_they_cannot_run() -> None:
     q, k = integers(1, 2, 1, 16, seed=1), integers(1, 1, 8, 16, seed=2)
     with pytest.raises(ValueError, match=r"CUDA .* backend='auto'") as error:
         fasa_attention(q, k, k, pick_chunks(1, 2), n_fac=4, backend="triton")
     assert "\n" not in str(error.value)
+
+
+def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    """In a process without the interpreter, which is more lenient than the compiler."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

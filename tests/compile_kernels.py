@@ -1,0 +1,50 @@
+"""Compile every Triton kernel for an NVIDIA GPU that need not be there: what the interpreter lets pass, this does not.
+
+python tests/compile_kernels.py       # without TRITON_INTERPRET, which makes interpreted functions of kernels
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fasa_flex import kernels
+
+TARGET = GPUTarget("cuda", 90, 32)
+SHAPE = {"GROUP": 4, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "VALUE_DIM": 128, "VALUE_PAD": 128, "KV_HEADS": 8}
+SHAPE |= {"WIDTH": 32, "WIDTH_PAD": 32, "WANTED_PAD": 256, "BLOCK": 128}
+POINTERS = dict.fromkeys(("query", "keys", "values", "sinks", "out"), "*bf16")
+POINTERS |= dict.fromkeys(("scores", "top", "total", "bests", "totals", "results"), "*fp32")
+POINTERS |= dict.fromkeys(("order", "maxima", "tiles", "slots"), "*i32")
+POINTERS |= {"dims": "*i64", "scales": "*fp16", "codes": "*u8"}
+NUMBERS = {"scaling": "fp32", "softcap": "fp32", "key_batch": "i64", "value_batch": "i64"}
+
+
+def compiles(kernel: Any, keys: str = "*bf16", **constants: Any) -> None:
+    """Compile to machine code; raises where that fails."""
+    chosen = {name: value for name, value in {**SHAPE, **constants}.items() if name in kernel.arg_names}
+    types = {**dict.fromkeys(kernel.arg_names, "i32"), **NUMBERS, **POINTERS, "keys": keys}
+    signature = {name: "constexpr" if name in chosen else types[name] for name in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): value for name, value in chosen.items()}
+    built = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=places), target=TARGET)
+    assert built.asm["cubin"]
+
+
+def main() -> None:
+    for how in ("softmax", "max", "mean"):
+        compiles(kernels.score_keys, HOW=how, SCALED=False)
+    compiles(kernels.score_keys, keys="*i8", HOW="softmax", SCALED=True)
+    compiles(kernels.mix_group, GROUP_PAD=4, BLOCK=1024)
+    for search in (False, True):
+        compiles(kernels.select_keys, TILES_PAD=1024 if search else 128, SEARCH=search)
+    for sunk, capped in ((False, False), (True, True)):
+        compiles(kernels.attend_rows, SUNK=sunk, CAPPED=capped)
+        compiles(kernels.attend_part, CAPPED=capped)
+        compiles(kernels.merge_parts, SUNK=sunk)
+
+
+if __name__ == "__main__":
+    main()
