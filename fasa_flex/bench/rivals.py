@@ -99,6 +99,15 @@ def grouped_sdpa(x: Inputs) -> Tensor:
     return F.scaled_dot_product_attention(rows, x.k, x.v).view(batch, heads, 1, dim)
 
 
+def grouped_matmul(x: Inputs) -> Tensor:
+    """Plain matrix products with the keys on the left, which a CPU streams best, and a softmax between them."""
+    batch, heads, _, dim = x.q.shape
+    rows = x.q.view(batch, x.k.shape[1], -1, dim)
+    weights = ((x.k @ rows.mT) * dim**-0.5).softmax(2)
+    out: Tensor = weights.mT @ x.v
+    return out.view(batch, heads, 1, -1)
+
+
 def flex(x: Inputs) -> Tensor:
     """`flex_attention` without a mask, to be compiled."""
     out: Any = flex_attention(x.q, x.k, x.v, enable_gqa=x.q.shape[1] != x.k.shape[1])
@@ -123,6 +132,8 @@ def _with_kernel(call: Call, kernel: SDPBackend) -> Call:
 def dense_rivals(settings: Settings, compiled_flex: bool = True) -> dict[str, Call]:
     """Every way to attend to all keys that this device offers; the fastest of them is what FASA is compared with."""
     forms: dict[str, Call] = {"SDPA": sdpa, "grouped SDPA": grouped_sdpa}
+    if settings.device.type == "cpu":
+        forms["grouped matmul"] = grouped_matmul
     rivals = dict(forms)
     if settings.device.type == "cuda":
         kernels = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)

@@ -61,6 +61,8 @@ def variants(settings: Settings) -> list[Variant]:
         Variant("SDPA", "dense", _register("sdpa", rivals.sdpa)),
         Variant("grouped SDPA", "dense", _register("grouped_sdpa", rivals.grouped_sdpa)),
     ]
+    if settings.device.type == "cpu":
+        dense.append(Variant("grouped matmul", "dense", _register("grouped_matmul", rivals.grouped_matmul)))
     sparse = [Variant(f"FASA-C {backend}", "sparse", backend=backend) for backend in _backends(settings)]
     host = Variant("FASA-M", "sparse", placement="host")
     found = [*dense, *sparse] if "eager" in settings.modes else []
