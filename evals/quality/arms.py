@@ -28,7 +28,8 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evals.reference_model.corpus import training_text
-from fasa_flex import FasaProfile, calibrate
+from fasa_flex import FasaProfile, RotaryLayout, calibrate
+from fasa_flex.baselines import adjacent_pairs
 from fasa_flex.lm_eval import TASKS_PATH
 from fasa_flex.lm_eval.haystack import Document, document
 
@@ -61,16 +62,17 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Arm:
-    """One model in the table; ``scoring`` is what choosing the keys reads, as a share of all keys and values."""
+    """One model in the table; a ``budget`` below 1 is a share of the keys."""
 
     method: str
     model: str
-    budget: int | None = None
-    scoring: float = 0.0
+    budget: int | float | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return self.method if self.budget is None else f"{self.method}, {self.budget} tokens"
+        if self.budget is None:
+            return self.method
+        return f"{self.method}, " + (f"{self.budget} tokens" if self.budget >= 1 else f"{self.budget:.0%} of the keys")
 
 
 class Ledger:
@@ -95,16 +97,25 @@ class Ledger:
             settings: All that decides its rows, JSON-ready.
             measure: Makes the rows, JSON-ready.
         """
-        wanted = json.loads(json.dumps(settings))
-        kept = self.parts.get(name)
-        if kept is None or kept["settings"] != wanted:
+        rows = self.kept(name, settings)
+        if rows is None:
             begun = time.time()
             rows = measure()
-            kept = self.parts[name] = {"settings": wanted, "seconds": round(time.time() - begun), "rows": rows}
-            self.write()
-        rows = kept["rows"]
-        assert isinstance(rows, list)
+            self.keep(name, settings, time.time() - begun, rows)
         return rows
+
+    def kept(self, name: str, settings: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+        """The rows of a part that was measured with the same settings; None if there is none."""
+        part = self.parts.get(name)
+        if part is None or part["settings"] != json.loads(json.dumps(settings)):
+            return None
+        rows: list[dict[str, Any]] = part["rows"]
+        return rows
+
+    def keep(self, name: str, settings: Mapping[str, Any], seconds: float, rows: list[dict[str, Any]]) -> None:
+        """Put the rows of a part into the file, in place of what it has under this name."""
+        self.parts[name] = {"settings": json.loads(json.dumps(settings)), "seconds": round(seconds), "rows": rows}
+        self.write()
 
     def write(self) -> None:
         """Replace the file in one step, so that no reader and no interruption finds half of it."""
@@ -133,15 +144,27 @@ def haystack(seed: str, length: int, tokenizer: Any, text: str | None = None) ->
     )
 
 
-def calibrate_reference(folder: Path, steps: int = ANSWER_TOKENS) -> FasaProfile:
-    """The reference model's profile, from ``steps`` decode steps on each of a few documents made of training text."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    model = AutoModelForCausalLM.from_pretrained(MODEL)
+def calibration_prompts(tokenizer: Any) -> list[str]:
+    """What the reference model is calibrated on: a few documents made of training text, which end on a question."""
     text = training_text()
-    samples = [
+    return [
         haystack(f"calibration/{number}", LENGTH - 64, tokenizer, text).prompt for number in range(CALIBRATION_SAMPLES)
     ]
-    profile = calibrate(model, samples, tokenizer=tokenizer, max_new_tokens=steps)
+
+
+def calibrate_reference(folder: Path, steps: int = ANSWER_TOKENS, adjacent: bool = False) -> FasaProfile:
+    """The reference model's profile, from ``steps`` decode steps on each of the `calibration_prompts`.
+
+    Args:
+        folder: Where it is saved.
+        steps: Of each prompt.
+        adjacent: Take adjacent pairs of dimensions in place of the model's planes.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    layout = adjacent_pairs(RotaryLayout.detect(model)) if adjacent else None
+    samples = calibration_prompts(tokenizer)
+    profile = calibrate(model, samples, tokenizer=tokenizer, max_new_tokens=steps, layout=layout)
     profile.save_pretrained(folder)
     return profile
 
@@ -170,7 +193,7 @@ def evaluate(arm: Arm, counts: Mapping[str, int], length: int = LENGTH) -> dict[
 
 
 def rows_of(arm: Arm, results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """One row a task, with the account of its sparse queries."""
+    """One row a task, with the account of its sparse queries: what they attend to and, ranking included, read."""
     fasa = results["config"].get("fasa", {})
     for task in (task for task in METRICS if task in results["configs"]):
         metric = METRICS[task]
@@ -180,7 +203,6 @@ def rows_of(arm: Arm, results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         if arm.budget is not None and not account.get("sparse_queries"):
             sys.exit(f"{arm} had no sparse query in {task}: its result is dense attention, and the table would mislead")
         stderr = scores.get(f"{metric}_stderr,none")
-        attended = account.get("kv_share", 1.0)
         yield {
             "task": task,
             "metric": metric,
@@ -189,8 +211,8 @@ def rows_of(arm: Arm, results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             "score": scores[f"{metric},none"],
             "stderr": stderr if isinstance(stderr, float) else None,
             "documents": results["n-samples"][task]["effective"],
-            "attended": attended,
-            "read": attended + arm.scoring,
+            "attended": account.get("kv_share", 1.0),
+            "read": account.get("kv_bytes_share", 1.0),
             "sparse_queries": account.get("sparse_queries", 0),
         }
 

@@ -208,7 +208,7 @@ def arm_rows(calibrations: Calibrations, setting: Setting, budget: int) -> Rows:
     with tempfile.TemporaryDirectory() as folder:
         profile.save_pretrained(folder)
         arguments = {"profile": folder, "n_tip": N_TIP, "n_fac": budget}
-        arm = Arm(str(setting), "fasa_hf", budget, N_TIP / profile.layout.head_dim, arguments)
+        arm = Arm(str(setting), "fasa_hf", budget, arguments)
         return list(rows_of(arm, evaluate(arm, COUNTS)))
 
 

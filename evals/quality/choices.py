@@ -52,7 +52,7 @@ def main() -> None:
                     "group_reduce": reduce,
                 }
                 name = f"{reduce}, calibrated on {steps} steps"
-                arm = Arm(name, "fasa_hf", budget, N_TIP / profiles[steps].layout.head_dim, arguments)
+                arm = Arm(name, "fasa_hf", budget, arguments)
                 print(f"[{time.time() - begun:.0f} s] {arm}", flush=True)
                 rows += rows_of(arm, evaluate(arm, {task: min(DOCUMENTS, count) for task, (_, count) in TASKS.items()}))
     made = provenance(begun, profile=profiles[ANSWER_TOKENS].fingerprint, length=LENGTH, n_tip=N_TIP)

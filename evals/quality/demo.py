@@ -38,12 +38,12 @@ TASKS = {task: (METRICS[task], count) for task, count in {"fasa_needle": 64, "fa
 """Each task's metric and how many of its documents are used."""
 
 
-def arms(profile: Path, head_dim: int) -> list[Arm]:
+def arms(profile: Path) -> list[Arm]:
     """Dense attention, then FASA and the control at every budget."""
     shared = {"profile": str(profile), "n_tip": N_TIP}
     sparse = [
-        Arm(name, "fasa_hf", budget, scoring, {**shared, "method": method, "n_fac": budget})
-        for name, method, scoring in (("FASA", "fasa", N_TIP / head_dim), ("sinks + recent", "streaming_llm", 0.0))
+        Arm(name, "fasa_hf", budget, {**shared, "method": method, "n_fac": budget})
+        for name, method in (("FASA", "fasa"), ("sinks + recent", "streaming_llm"))
         for budget in BUDGETS
     ]
     return [Arm("dense", "hf"), *sparse]
@@ -61,7 +61,7 @@ def main() -> None:
     profile = calibrate_reference(options.out / "profile")
     rows: list[dict[str, Any]] = []
     prompts: dict[str, str] = {}
-    todo = arms(options.out / "profile", profile.layout.head_dim)
+    todo = arms(options.out / "profile")
     for number, arm in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}, {time.time() - begun:.0f} s] {arm}", flush=True)
         results = evaluate(arm, counts)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
+from evals.quality.sweep import POOLED, difference
 from fasa_flex.plots import COLOURS
 
 Rows = Sequence[Mapping[str, Any]]
@@ -21,6 +24,26 @@ _CHUNK_METHODS = (
     "random chunks",
 )
 _STATIC_METHODS = ("SnapKV", "StreamingLLM", "random keys")
+_DENSE = "0.35"
+_LOOKS = {
+    "oracle": (_DENSE, "D", "-"),
+    "FASA": (COLOURS[0], "o", "-"),
+    "FASA, 8 recent": (COLOURS[0], "o", "-"),
+    "SparQ": (COLOURS[2], "s", "-"),
+    "Double Sparsity": (COLOURS[2], "s", "-"),
+    "adjacent pairs": (COLOURS[3], "v", "-"),
+    "random chunks": ("0.6", "x", "-"),
+    "Quest": (COLOURS[4], "P", "-"),
+    "sinks + recent": (COLOURS[1], "^", "--"),
+    "SnapKV": ("#111111", "s", "--"),
+    "R-KV": ("#c2558f", "d", "--"),
+    "H2O": ("#7a4a2b", "*", "--"),
+}
+"""Colour, marker and line of each method; those that drop keys for good, or never look at them, are dashed."""
+_OPEN = ("FASA, 8 recent", "Double Sparsity", "SnapKV")
+_LINEAR = 0.01
+"""Differences to dense attention below this are drawn to a linear scale, others to a logarithmic one."""
+_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 1.0)
 
 
 def agreement_curves(rows: Rows, top_ks: Sequence[int] = (64, 256)) -> Figure:
@@ -134,6 +157,110 @@ def calibration_curves(rows: Rows) -> Figure:
     return _with_legend(figure)
 
 
+def scores_by_budget(rows: Rows) -> Figure:
+    """Score against tokens and against bytes read: a row of panels for each task that dense attention can do.
+
+    Args:
+        rows: Of `evals.quality.methods`.
+    """
+    dense = {row["task"]: row for row in rows if row["budget"] is None and row["score"] > 0}
+    figure = Figure(figsize=(9.5, 1.0 + 3.3 * len(dense)), layout="constrained")
+    for (task, whole), line in zip(dense.items(), figure.subplots(len(dense), 2, sharey="row"), strict=True):
+        here = [row for row in rows if row["task"] == task and row["budget"] is not None]
+        _methods(line[0], here, whole, "budget", "tokens a query attends to")
+        _methods(line[1], here, whole, "kv_bytes_share", "keys and values read, ranking included")
+        line[0].set_ylabel(whole["metric"].replace("_", " ") + (" above dense" if whole["metric"] in POOLED else ""))
+    return _with_legend(figure, columns=5)
+
+
+def scores_by_share(rows: Rows) -> Figure:
+    """Perplexity behind a dense prefill, by how much it is above dense, by the share of tokens and of bytes read.
+
+    Args:
+        rows: Of `evals.quality.methods`, at budgets that are shares.
+    """
+    (whole,) = (row for row in rows if row["budget"] is None)
+    sparse = [row for row in rows if row["budget"] is not None]
+    figure = Figure(figsize=(9.5, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    _methods(left, sparse, whole, "budget", "share of the tokens attended to")
+    _methods(right, sparse, whole, "kv_bytes_share", "share of keys and values read, ranking included")
+    left.set_ylabel("token perplexity above dense")
+    return _with_legend(figure, columns=4)
+
+
+def layer_budgets(rows: Rows) -> Figure:
+    """Scores of the ways to spread a budget over layers, way by way; a panel for each task.
+
+    Args:
+        rows: Of `evals.quality.budgets`.
+    """
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    ways = list(dict.fromkeys(row["method"] for row in rows if row["budget"] is not None))
+    figure = Figure(figsize=(9.5, 1.6 + 0.3 * len(ways)), layout="constrained")
+    for task, axes in zip(tasks, figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], strict=True):
+        here = [row for row in rows if row["task"] == task]
+        for number, budget in enumerate(sorted({row["budget"] for row in here if row["budget"] is not None})):
+            mine = sorted((row for row in here if row["budget"] == budget), key=lambda row: ways.index(row["method"]))
+            axes.errorbar(
+                [row["score"] for row in mine],
+                [ways.index(row["method"]) + 0.2 * number - 0.1 for row in mine],
+                xerr=_errors(mine, "score"),
+                color=COLOURS[number],
+                marker="o",
+                markersize=4,
+                capsize=2,
+                linestyle="none",
+                label=f"{budget} tokens a layer in the mean",
+            )
+        (whole,) = (row for row in here if row["budget"] is None)
+        axes.axvline(whole["score"], color=_DENSE, linestyle="--", linewidth=1.2, label="dense")
+        axes.set_title(task, fontsize=10)
+        axes.set_xlabel(whole["metric"].replace("_", " "))
+    figure.axes[0].set_yticks(range(len(ways)), ways)
+    figure.axes[0].invert_yaxis()
+    return _with_legend(figure)
+
+
+def _methods(axes: Axes, rows: Rows, dense: Mapping[str, Any], across: str, words: str) -> None:
+    """A line for each method of `_LOOKS`; of perplexities the paired difference to dense attention."""
+    paired = dense["metric"] in POOLED
+    axes.axhline(0 if paired else dense["score"], color=_DENSE, linestyle=":", linewidth=1.5, label="dense")
+    for method, (colour, marker, style) in _LOOKS.items():
+        mine = sorted((row for row in rows if row["method"] == method), key=lambda row: row["budget"])
+        if not mine:
+            continue
+        points = np.array([difference(r, dense) if paired else (r["score"], r["low"], r["high"]) for r in mine]).T
+        axes.errorbar(
+            [row[across] for row in mine],
+            points[0],
+            yerr=np.stack([points[0] - points[1], points[2] - points[0]]).clip(min=0),
+            color=colour,
+            marker=marker,
+            linestyle=style,
+            linewidth=2.6 if method.startswith("FASA") else 1.2,
+            markersize=6 if method.startswith("FASA") else 4,
+            markerfacecolor="white" if method in _OPEN else colour,
+            elinewidth=0.8,
+            alpha=0.9,
+            label=method,
+            zorder=3 if method.startswith("FASA") else 2,
+        )
+    if paired:
+        axes.set_yscale("symlog", linthresh=_LINEAR)
+        axes.yaxis.set_major_formatter("{x:g}")
+    places = sorted({row[across] for row in rows})
+    if places[-1] > 1:
+        _powers(axes, places)
+    else:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([tick for tick in _SHARES if 0.8 * places[0] <= tick <= 1.3 * places[-1]])
+        axes.minorticks_off()
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel(words)
+    axes.set_title(dense["task"], fontsize=10)
+
+
 def _powers(axes: Axes, ticks: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -151,8 +278,8 @@ def _curve(axes: Axes, rows: Rows, across: str, colour: str, label: str, style: 
         axes.fill_between(places, *ends, color=colour, alpha=0.15, linewidth=0)
 
 
-def _errors(rows: Rows) -> list[list[float]]:
-    return [[row["mean"] - row["low"] for row in rows], [row["high"] - row["mean"] for row in rows]]
+def _errors(rows: Rows, of: str = "mean") -> list[list[float]]:
+    return [[max(0, row[of] - row["low"]) for row in rows], [max(0, row["high"] - row[of]) for row in rows]]
 
 
 def _with_legend(figure: Figure, columns: int = 4) -> Figure:

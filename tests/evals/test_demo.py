@@ -12,12 +12,12 @@ sys.path.append(str(Path(__file__).parents[2]))  # behind the installed package
 
 from evals.quality import demo
 
-FASA = demo.Arm("FASA", "fasa_hf", 64, 0.125)
+FASA = demo.Arm("FASA", "fasa_hf", 64)
 KINDS = {"fasa_needle": "generate_until", "fasa_recall": "loglikelihood", "fasa_ppl": "loglikelihood_rolling"}
 
 
 def results(sparse_queries: int) -> dict[str, Any]:
-    account = {"dense_queries": 5, "sparse_queries": sparse_queries, "kv_share": 0.03}
+    account = {"dense_queries": 5, "sparse_queries": sparse_queries, "kv_share": 0.03, "kv_bytes_share": 0.155}
     return {
         "results": {
             task: {f"{metric},none": 0.5, f"{metric}_stderr,none": "N/A"} for task, (metric, _) in demo.TASKS.items()
@@ -61,8 +61,7 @@ def test_prompts_are_compared_in_document_order() -> None:
 
 
 def test_every_arm_has_its_budget() -> None:
-    arms = demo.arms(Path("profile"), head_dim=64)
+    arms = demo.arms(Path("profile"))
     assert [arm.budget for arm in arms] == [None, *demo.BUDGETS, *demo.BUDGETS]
     assert all(arm.arguments["n_fac"] == arm.budget for arm in arms[1:])
     assert {arm.arguments["method"] for arm in arms[1:]} == {"fasa", "streaming_llm"}
-    assert arms[1].scoring == demo.N_TIP / 64

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evals.quality import agreement, arms, calibrations, steps
+from evals.quality import agreement, arms, budgets, calibrations, methods, steps, sweep, tables
 from fasa_flex import RotaryLayout, calibrate
+from fasa_flex.budget import Budget
+from fasa_flex.lm_eval.arguments import budget_weights
+from fasa_flex.spread import spread_budget
 
 LAYERS, KV_HEADS, GROUP, QUERIES, KEYS, DIMS = 2, 2, 2, 3, 1100, 4
 
@@ -141,12 +144,112 @@ def test_tasks_of_one_kind_have_accounts_of_their_own() -> None:
     tasks = {"fasa_needle": 0.1, "fasa_copy": 0.2}
     results = {
         "results": {task: {f"{arms.METRICS[task]},none": 0.5} for task in tasks},
-        "config": {"fasa": {"tasks": {t: {"sparse_queries": 3, "kv_share": share} for t, share in tasks.items()}}},
+        "config": {
+            "fasa": {
+                "tasks": {t: {"sparse_queries": 3, "kv_share": x, "kv_bytes_share": 2 * x} for t, x in tasks.items()}
+            }
+        },
         "configs": {task: {"output_type": "generate_until"} for task in tasks},
         "n-samples": {task: {"effective": 7} for task in tasks},
     }
-    rows = list(arms.rows_of(arms.Arm("FASA", "fasa_hf", 64, 0.125), results))
+    rows = list(arms.rows_of(arms.Arm("FASA", "fasa_hf", 64), results))
     assert {row["task"]: row["attended"] for row in rows} == tasks
+    assert {row["task"]: row["read"] / 2 for row in rows} == tasks
+
+
+def answered(metric: str, score: float, documents: list[Any], order: list[int]) -> dict[str, Any]:
+    """A row of a sweep made of what lm-eval keeps of each document."""
+    task = "fasa_ppl" if metric in sweep.POOLED else "fasa_needle"
+    row = {
+        "task": task,
+        "metric": metric,
+        "method": "FASA",
+        "budget": 64,
+        "score": score,
+        "attended": 0.1,
+        "read": 0.2,
+        "sparse_queries": 3,
+        "documents": len(documents),
+    }
+    samples = [{"doc_id": n, "prompt_hash": f"hash {n}", metric: documents[n]} for n in order]
+    return sweep.row_of(row, {"samples": {task: samples}})
+
+
+def test_a_rows_interval_is_over_its_documents() -> None:
+    row = answered("exact_match", 0.75, [1.0, 0.0, 1.0, 1.0], [2, 0, 3, 1])
+    assert row["by_document"] == [1.0, 0.0, 1.0, 1.0]
+    assert (row["kv_share"], row["kv_bytes_share"]) == (0.1, 0.2)
+    drawn = sweep.drawn_scores(row)
+    assert {0.0, 0.25, 0.5, 0.75, 1.0} == set(drawn)
+    assert (drawn == 0.0).mean() == pytest.approx(0.25**4, abs=0.003)  # the one failure, four times
+    assert (row["low"], row["high"]) == (0.25, 1.0)
+
+
+def test_documents_of_a_pooled_metric_weigh_what_they_are_long() -> None:
+    ln2 = 0.6931471805599453
+    row = answered("bits_per_byte", 7 / 4, [(-1 * ln2, 1), (-6 * ln2, 3)], [0, 1])
+    assert row["by_document"] == [1.0, 2.0]
+    assert sorted(set(sweep.drawn_scores(row).round(6))) == [1.0, 1.75, 2.0]
+    position = answered("token_perplexity", 2.0, [(-ln2, 1), (-2 * ln2, 1)], [0, 1])
+    assert sorted(set(sweep.drawn_scores(position).round(3))) == [2.0, 2.828, 4.0]
+
+
+def test_differences_are_paired_and_prompts_are_compared() -> None:
+    better = answered("exact_match", 0.75, [1.0, 0.0, 1.0, 1.0], [0, 1, 2, 3])
+    worse = answered("exact_match", 0.5, [1.0, 0.0, 0.0, 1.0], [0, 1, 2, 3])
+    assert sweep.difference(better, better) == (0.0, 0.0, 0.0)
+    more, low, high = sweep.difference(better, worse)
+    assert (more, low, high) == (0.25, 0.0, 0.75)
+    with pytest.raises(SystemExit, match="FASA saw other prompts of fasa_needle"):
+        sweep.difference(better, {**worse, "prompts": "others"})
+
+
+def test_every_method_has_every_budget_and_no_dense_layer() -> None:
+    made = list(methods.arms())
+    swept = {(arm.method, arm.budget) for arm in made} - {(methods.OPEN_PAGE, 64)}
+    assert swept == {(method, budget) for method in methods.METHODS for budget in methods.BUDGETS}
+    assert all(arm.arguments["dense_layers"] == "none" and arm.arguments["n_fac"] == arm.budget for arm in made)
+    recent = {arm.budget: arm.arguments["n_recent"] for arm in made if arm.method == "Quest"}
+    assert recent == {16: 8, 32: 16, 64: 16, 128: 16, 256: 16}
+
+
+def test_needs_are_means_over_a_groups_heads() -> None:
+    rows = [
+        {"method": "keys for 90 %", "layer": layer, "query_head": head, "mean": 100 * layer + head}
+        for layer in range(4)
+        for head in range(4)
+    ]
+    others = [{"method": "keys for 90 %", "layer": None, "query_head": None, "mean": 1e6}]
+    assert budgets.needs(others + rows)[1] == [100.5, 102.5]
+
+
+@pytest.mark.parametrize("dense", ["none", "0"])
+@pytest.mark.parametrize("spread", budgets.SPREADS)
+def test_every_spread_has_the_same_mean(spread: str, dense: str) -> None:
+    needed = [[3000.0, 400.0], [190.0, 30.0], [570.0, 880.0], [430.0, 290.0]]
+    how = budget_weights(budgets.weights(spread, dense, needed))
+    sparse = [layer for layer in range(4) if str(layer) != dense]
+    spread_over = spread_budget(Budget(32), how, sparse, 2)
+    means = [
+        budget.n_fac if isinstance(budget.n_fac, int) else sum(budget.n_fac) / 2 for budget in spread_over.values()
+    ]
+    assert sum(means) == 32 * len(sparse)
+    assert (means == sorted(means)) == (spread in ("even", "rising"))
+
+
+def test_a_dense_layer_reads_everything() -> None:
+    row = {"kv_bytes_share": 0.2}
+    parts = {
+        name: {"settings": {"arguments": {"dense_layers": layers}}, "rows": [row]}
+        for name, layers in {"a": "none", "b": "0", "c": "0+1"}.items()
+    }
+    assert [row["kv_bytes_all_layers"] for row in budgets.in_all_layers(parts)] == pytest.approx([0.2, 0.4, 0.6])
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_the_readme_shows_the_committed_results(name: str) -> None:
+    """`python -m evals.quality.tables` writes them."""
+    assert tables.block(tables.README.read_text(), name) == tables.TABLES[name]()
 
 
 def run_in_small(script: Any, file: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -179,3 +282,36 @@ def test_calibrations_are_compared_in_small(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "calibration.png").exists()
     assert all(0 <= row["in_common"] <= 1 for row in parts["overlaps"])
     assert all(row["poorest"] <= row["mean"] + 1e-4 <= row["best"] + 2e-4 for row in parts["worth"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "arms_and_dense"), [(methods, 3), (budgets, 2)])
+def test_sweeps_go_on_where_they_were(
+    script: Any, arms_and_dense: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script.__name__, "--quick", "--processes", "1", "--out", str(tmp_path)])
+    script.main()
+    name = script.__name__.rpartition(".")[2]
+    assert (tmp_path / f"{name}.png").exists()
+    parts = json.loads((tmp_path / f"{name}.json").read_text())["parts"]
+    rows = [row for part in parts.values() for row in part["rows"]]
+    assert len(parts) == arms_and_dense
+    assert all(row["low"] <= row["score"] + 1e-5 and row["score"] <= row["high"] + 1e-5 for row in rows)
+    assert all((row["kv_bytes_share"] < 0.5) == (row["method"] != "dense") for row in rows)
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", _NoWork)
+    script.main()
+    assert json.loads((tmp_path / f"{name}.json").read_text())["parts"] == parts
+
+
+class _NoWork:
+    """In place of a pool, where nothing is left to measure."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __enter__(self) -> _NoWork:
+        return self
+
+    def __exit__(self, *args: object) -> None: ...
+
+    def submit(self, *args: Any) -> None:
+        raise AssertionError("measured again")
