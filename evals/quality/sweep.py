@@ -65,7 +65,8 @@ class Calibrated:
 
     Attributes:
         arguments: Of ``fasa_hf``, for each method that is calibrated.
-        fingerprints: Of what it knows.
+        fingerprints: Of the dimensions or the text that it takes; that of a profile also covers frequencies, which are
+            measured anew each time.
     """
 
     arguments: Mapping[str, Mapping[str, str]]
@@ -74,8 +75,10 @@ class Calibrated:
     @classmethod
     def into(cls, folder: Path) -> Calibrated:
         """Calibrate, and keep profiles and prompts in ``folder``."""
-        planes = calibrate_reference(folder / "planes").fingerprint
-        pairs = calibrate_reference(folder / "pairs", adjacent=True).fingerprint
+        profiles = calibrate_reference(folder / "planes"), calibrate_reference(folder / "pairs", adjacent=True)
+        planes, pairs = (
+            hashlib.sha256(profile.dominant_dims(N_TIP).numpy().tobytes()).hexdigest() for profile in profiles
+        )
         text = "\n".join(calibration_prompts(AutoTokenizer.from_pretrained(MODEL)))
         (folder / "prompts.txt").write_text(text, encoding="utf-8")
         arguments = {

@@ -160,19 +160,16 @@ def same_bytes() -> str:
 def shares() -> str:
     """Perplexity by retained share."""
     rows = _rows("methods", "shares")
-    task = "fasa_ppl_position"
+    dense = _row(rows, "fasa_ppl_position", "dense")
+
+    def cell(method: str, share: float) -> str:
+        row = _row(rows, "fasa_ppl_position", method, share)
+        more, low, high = difference(row, dense)
+        return f"{row['score']:.2f}, {more:+.2f} [{low:.2f}, {high:.2f}], reads {row['kv_bytes_share']:.0%}"
+
     return _table(
-        ["method", *(f"{share:.0%} of the tokens" for share in SHARES)],
-        (
-            [
-                method,
-                *(
-                    f"{row['score']:.2f} [{row['low']:.2f}, {row['high']:.2f}], reads {row['kv_bytes_share']:.0%}"
-                    for row in (_row(rows, task, method, share) for share in SHARES)
-                ),
-            ]
-            for method in BY_SHARE
-        ),
+        [f"method (dense: {dense['score']:.2f})", *(f"{share:.0%} of the tokens" for share in SHARES)],
+        ([method, *(cell(method, share) for share in SHARES)] for method in BY_SHARE),
     )
 
 
@@ -240,17 +237,18 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def block(text: str, name: str) -> str | None:
     """What stands between the markers of a table; None without these."""
-    found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", text, flags=re.DOTALL)
-    return found and found[1]
+    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, flags=re.DOTALL)
+    return found and found[1].removesuffix("\n")
 
 
 def main() -> None:
     text = README.read_text(encoding="utf-8")
     for name, made in TABLES.items():
-        old = block(text, name)
-        if old is None:
+        if block(text, name) is None:
             raise SystemExit(f"{README} has no place for the table {name}: add <!-- {name} --> and <!-- /{name} -->")
-        text = text.replace(f"<!-- {name} -->\n{old}\n", f"<!-- {name} -->\n{made()}\n")
+        before, _, rest = text.partition(f"<!-- {name} -->\n")
+        behind = rest[rest.index(f"<!-- /{name} -->") :]
+        text = f"{before}<!-- {name} -->\n{made()}\n{behind}"
     README.write_text(text, encoding="utf-8")
 
 
