@@ -24,7 +24,7 @@ def layer(batch: int, heads: int, length: int) -> tuple[torch.Tensor, torch.Tens
     [
         (1, 8, 900, 64, False),
         (1, 8, 1000, 64, True),  # 1000 tokens of eight heads, float32: 8.2 MB
-        (8, 8, 125, 16, True),  # the same bytes
+        (8, 8, 125, 15, True),  # the same bytes
         (8, 8, 125, 64, False),  # but half of them would be selected
         (1, 1, 7000, 256, False),
         (1, 8, 65536, 256, True),
@@ -50,7 +50,7 @@ def test_above_the_crossover_it_is_auto(llama: PreTrainedModel, ids: Ids, monkey
     prompt, profile = ids(40, rows=1), profile_of(llama)
     token = 2 * 2 * 16 * 4  # keys and values, two heads of 16 float32
     monkeypatch.setitem(fasa_flex.crossover.KV_BYTES, "cpu", 43 * token)
-    with enable(llama, profile, FasaConfig(n_fac=6, backend="fastest")) as fasa:
+    with enable(llama, profile, FasaConfig(n_fac=5, backend="fastest")) as fasa:
         generate(llama, prompt, max_new_tokens=6)
         assert [layer.sparse_queries for layer in fasa.stats.per_layer] == [0, 3, 3]  # at 43, 44 and 45 keys
         assert [layer.dense_queries for layer in fasa.stats.per_layer] == [45, 42, 42]

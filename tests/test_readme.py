@@ -42,13 +42,21 @@ def test_the_speed_tables_are_those_of_the_committed_results(device: str) -> Non
     assert shown[1] == summary(rows)
 
 
-def test_the_table_of_rankings_is_that_of_the_committed_results() -> None:
-    shown = re.search(r"<!-- rankings cuda -->\n(.*?)\n<!-- /rankings cuda -->", README, flags=re.DOTALL)
+@pytest.mark.parametrize(
+    ("device", "third", "rival"),
+    [
+        ("cuda", "max, int8 packed keys", "FASA-C triton"),
+        ("cpu", "softmax, int8 packed keys", "FASA-C gather, compiled"),
+    ],
+)
+def test_the_tables_of_rankings_are_those_of_the_committed_results(device: str, third: str, rival: str) -> None:
+    """`fasa_flex.bench.report.side_by_side` of three files."""
+    shown = re.search(rf"<!-- rankings {device} -->\n(.*?)\n<!-- /rankings {device} -->", README, flags=re.DOTALL)
     assert shown is not None
-    files = {"softmax (default)": "cuda", "max": "cuda_max", "max, int8 packed keys": "cuda_int8"}
+    files = {"softmax (default)": device, "max": f"{device}_max", third: f"{device}_int8"}
     results = ROOT / "evals" / "results"
     runs = {name: json.loads((results / f"bench_op_{file}.json").read_text())["rows"] for name, file in files.items()}
-    assert shown[1] == side_by_side(runs, "FASA-C triton")
+    assert shown[1] == side_by_side(runs, rival)
 
 
 def test_the_scorer_in_the_readme_runs(llama: PreTrainedModel) -> None:

@@ -195,8 +195,30 @@ def budgets() -> str:
     )
 
 
+def zero_setup() -> str:
+    """Chunks from a prompt against a profile made ahead."""
+    parts = _parts("zero_setup")
+    names = {"needles": "needles", "text": "nats a token"}
+    rows = {(part, row["chunks_from"], row["budget"]): row for part in names for row in parts[part]["rows"]}
+    budgets = sorted({budget for _, _, budget in rows})
+    return _table(
+        ["chunks from", *(f"{words}, {budget}" for words in names.values() for budget in budgets)],
+        (
+            [
+                source,
+                *(
+                    f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+                    for row in (rows[part, source, budget] for part in names for budget in budgets)
+                ),
+            ]
+            for source in dict.fromkeys(source for _, source, _ in rows)
+        ),
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    made.__name__: made for made in (compound, transfer, held, calibration, tokens, same_bytes, shares, budgets)
+    made.__name__: made
+    for made in (compound, transfer, held, calibration, zero_setup, tokens, same_bytes, shares, budgets)
 }
 
 
