@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evals.quality import agreement, arms, budgets, calibrations, methods, steps, sweep, tables
+from evals.quality import agreement, arms, budgets, calibrations, documents, methods, steps, sweep, tables, zero_setup
 from fasa_flex import RotaryLayout, calibrate
 from fasa_flex.budget import Budget
 from fasa_flex.lm_eval.arguments import budget_weights
@@ -257,7 +257,8 @@ def run_in_small(script: Any, file: str, folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "argv", [script.__name__, "--quick", "--out", str(folder)])
     script.main()
     parts = json.loads((folder / file).read_text())["parts"]
-    monkeypatch.setattr(script, "steps_of", None)
+    for module in (script, documents):  # whichever of them reads documents
+        monkeypatch.setattr(module, "steps_of", None, raising=False)
     script.main()
     assert json.loads((folder / file).read_text())["parts"] == parts
     rows = {name: part["rows"] for name, part in parts.items()}
@@ -315,3 +316,11 @@ class _NoWork:
 
     def submit(self, *args: Any) -> None:
         raise AssertionError("measured again")
+
+
+@pytest.mark.slow
+def test_zero_set_up_is_tried_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = run_in_small(zero_setup, "zero_setup.json", tmp_path, monkeypatch)
+    assert {row["chunks_from"] for row in parts["needles"]} == set(zero_setup.ARMS)
+    assert all(0 <= row["mean"] <= 1 for row in parts["needles"] + parts["chunks"])
+    assert [row["tokens"] for row in parts["cost"]] == list(zero_setup.LENGTHS)
