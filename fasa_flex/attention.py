@@ -17,6 +17,7 @@ from fasa_flex.agreement import check_heads
 from fasa_flex.budget import Budget
 from fasa_flex.config import Backend, GroupReduce, check_choice
 from fasa_flex.fused import decode_by_kernels, why_no_kernels
+from fasa_flex.held_rows import HeldRows
 from fasa_flex.masks import kv_block_size, realize, to_block_mask
 from fasa_flex.packing import PackedKeys
 from fasa_flex.reference import reference_attention
@@ -100,13 +101,17 @@ def sparse_attention(
     softmax: Softmax,
     backend: Backend,
     packed_keys: PackedKeys | Tensor | None = None,
+    held: HeldRows | None = None,
 ) -> Tensor:
-    """`fasa_attention` for any scorer and any validity [B or 1, 1, 1, Q, T], without the checks."""
+    """`fasa_attention` for any scorer and any validity [B or 1, 1, 1, Q, T], without the checks.
+
+    ``held`` are the rows that the device holds of keys and values in host memory (FASA-M).
+    """
     if backend in ("auto", "fastest", "triton"):
         obstacle = why_no_kernels(query, key, value, scorer, budget, group_reduce, packed_keys)
         if obstacle is None:
             assert isinstance(scorer, DominantChunks) and isinstance(packed_keys, PackedKeys)  # noqa: PT018
-            return decode_by_kernels(query, key, value, scorer, valid, budget, group_reduce, softmax, packed_keys)
+            return decode_by_kernels(query, key, value, scorer, valid, budget, group_reduce, softmax, packed_keys, held)
         if backend == "triton":
             raise ValueError(f"backend 'triton' cannot serve this call: {obstacle}; use backend='auto'.")
         compiles = backend == "fastest" and key.device == query.device

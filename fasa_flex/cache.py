@@ -11,11 +11,13 @@ from typing import Literal
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicCache, StaticCache
 
+from fasa_flex.budget import Budget
 from fasa_flex.config import FasaConfig, check_choice
-from fasa_flex.layers import dense_layers
-from fasa_flex.packed_layers import HostLayer, pack_layer, packs
+from fasa_flex.layers import attention_shape, dense_layers
+from fasa_flex.packed_layers import HostLayer, StaticHostLayer, pack_layer, packs
 from fasa_flex.profile import FasaProfile
 from fasa_flex.scoring import DominantChunks
+from fasa_flex.spread import spread_budget
 
 Placement = Literal["device", "host"]
 
@@ -49,7 +51,7 @@ class FasaCache(Cache):
         profile: the model's.
         config: that of `enable`; None is the default.
         placement: where keys and values of sparse layers are, ``"device"`` or ``"host"``.
-        max_cache_len: slots to allocate, for compiled decoding; None: the cache grows. Only with ``"device"``.
+        max_cache_len: slots to allocate, for compiled decoding and CUDA graphs; None: the cache grows.
 
     Raises:
         ValueError: the profile does not fit the model, chunk sets per query head, which do not pack once a KV head, or
@@ -72,9 +74,11 @@ class FasaCache(Cache):
             raise ValueError(
                 f"packed keys need one chunk set per key/value head, got per={config.per!r}; use 'kv_head'."
             )
-        if placement == "host" and (max_cache_len is not None or not packs(model)):
-            reason = f"max_cache_len={max_cache_len}" if packs(model) else f"{type(model).__name__} (MLA)"
-            raise ValueError(f"placement='host' grows and needs whole keys, got {reason}; use placement='device'.")
+        if placement == "host" and not packs(model):
+            raise ValueError(
+                f"placement='host' needs a cache of whole keys, which {type(model).__name__} (MLA) has not; "
+                "use placement='device'."
+            )
         if max_cache_len is None:
             layers = DynamicCache(config=model.config).layers
         else:
@@ -82,14 +86,16 @@ class FasaCache(Cache):
         super().__init__(layers=layers)
         dense = dense_layers(model, config.dense_layers, profile.layout.unrotated_layers)
         tables = profile.dominant_dims(config.chunks_of(profile.layout.head_dim))
-        for layer, chunks in enumerate(tables):
-            if layer in dense or not packs(model):
-                continue
-            scorer = DominantChunks.from_chunks(chunks.to(model.device))
-            if placement == "host":
-                self.layers[layer] = HostLayer(scorer, config.packed_dtype)
+        sparse = [layer for layer in range(len(tables)) if layer not in dense and packs(model)]
+        budgets = spread_budget(config.budget, config.layer_budgets, sparse, kv_heads=attention_shape(model)[2])
+        for layer in sparse:
+            scorer, dtype = DominantChunks.from_chunks(tables[layer].to(model.device)), config.packed_dtype
+            if placement == "device":
+                pack_layer(self, layer, scorer, dtype)
+            elif max_cache_len is None:
+                self.layers[layer] = HostLayer(scorer, dtype, _to_hold(budgets[layer]))
             else:
-                pack_layer(self, layer, scorer, config.packed_dtype)
+                self.layers[layer] = StaticHostLayer(scorer, max_cache_len, dtype, _to_hold(budgets[layer]))
 
     @property
     def size(self) -> CacheSize:
@@ -109,9 +115,15 @@ class FasaCache(Cache):
             dense += plain
             if packed is not None:
                 device += packed.n_bytes / (packed.tiles.shape[0] * packed.capacity)
-            if isinstance(layer, HostLayer):
+            if isinstance(layer, HostLayer | StaticHostLayer):
                 host += plain
+                device += layer.held.n_bytes / slots if layer.held is not None else 0
             else:
                 device += plain
         count = len(self.layers)
         return CacheSize(device / count, host / count, dense / count)
+
+
+def _to_hold(budget: Budget) -> int:
+    """Rows a head that the device holds between steps: what the kernels select, which is a count."""
+    return budget.n_fac if isinstance(budget.n_fac, int) else 0

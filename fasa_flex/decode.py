@@ -6,23 +6,32 @@ import torch
 import triton
 from torch import Tensor
 
-from fasa_flex.kernels import TILE, attend_part, attend_rows, merge_parts, mix_group, score_keys, select_keys
+from fasa_flex.kernels import (
+    TILE,
+    attend_part,
+    attend_rows,
+    fetch_rows,
+    find_rows,
+    merge_parts,
+    mix_group,
+    score_keys,
+    select_keys,
+)
 
 SCORE_BLOCK, MIXED_BLOCK, SCORE_WARPS = 128, 256, 4  # mixed: where every block adds to a softmax over all
 MIX_BLOCK, MIX_WARPS = 1024, 8
 SELECT_WARPS = 8
 ATTEND_BLOCK, ATTEND_WARPS = 128, 4
+FIND_WARPS, FETCH_BLOCK, FETCH_WARPS = 8, 16, 4
 """Keys and warps of a program, the fastest of those tried on an H100."""
 
-PROGRAMS = 512
-"""Of a dense layer's attention: a few for each multiprocessor."""
+PROGRAMS, MOST_PARTS, MERGE_WARPS = 512, 128, 8
+"""Of a dense layer's attention: a few programs for each multiprocessor, whose parts of a row are merged at once."""
 
 
-@torch.library.custom_op("fasa_flex::decode", mutates_args=())
-def decode(
+@torch.library.custom_op("fasa_flex::select_slots", mutates_args=())
+def select_slots(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
     dims: Tensor,
     packed: Tensor,
     scales: Tensor | None,
@@ -30,16 +39,11 @@ def decode(
     n_fac: int,
     how: str,
     scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
 ) -> Tensor:
-    """One sparse decode step: scores, ranking, selection and attention of one query a row.
+    """TIP and the selection for one query a row.
 
     Args:
         query: float [B, Hq, 1, D], contiguous.
-        key: float [B, Hkv, T, D], rows contiguous; on the device, or pinned host memory (FASA-M), of which the kernel
-            reads the selected rows.
-        value: likewise, [B, Hkv, T, Dv].
         dims: int64 [Hkv, 2 * n_tip], contiguous, the dominant dimensions.
         packed: [B, Hkv, C, 2 * n_tip], contiguous, C >= T; a float dtype or int8.
         scales: float16 [B, Hkv, C] of int8 keys.
@@ -47,23 +51,17 @@ def decode(
         n_fac: tokens; K tiles of 16 keys are searched in registers, so a few hundred.
         how: "softmax", "mean" or "max", over the group.
         scaling: of the softmax.
-        softcap: of the logits, or None.
-        sinks: float [Hq], or None.
 
     Returns:
-        [B, Hq, 1, Dv]; zeros for a row without a valid key.
+        int32 [B * Hkv, min(n_fac, T)], ascending; -1 where no valid key is left.
     """
-    batch, kv_heads, kv_len, dim = key.shape
-    group, width = query.shape[1] // kv_heads, dims.shape[1]
-    rows, wanted = batch * kv_heads, min(n_fac, kv_len)
-    mixed = how == "softmax" and group > 1
+    batch, query_heads, _, dim = query.shape
+    kv_heads, width = dims.shape
+    kv_len, group, rows = codes.shape[1], query_heads // kv_heads, batch * kv_heads
+    wanted, mixed = min(n_fac, kv_len), how == "softmax" and group > 1
     group_pad, block = max(16, triton.next_power_of_2(group)), MIXED_BLOCK if mixed else SCORE_BLOCK
     blocks, tiles = triton.cdiv(kv_len, block), triton.cdiv(kv_len, TILE.value)
-
-    def integers(columns: int) -> Tensor:
-        return torch.empty(rows, columns, dtype=torch.int32, device=query.device)
-
-    order, maxima = integers(kv_len), integers(tiles)
+    order, maxima = _integers(query, rows, kv_len), _integers(query, rows, tiles)
     scores, top, total = (
         torch.empty(rows, group, size if mixed else 0, device=query.device) for size in (kv_len, blocks, blocks)
     )
@@ -80,27 +78,17 @@ def decode(
             triton.next_power_of_2(group), MIX_BLOCK, kv_heads, num_warps=MIX_WARPS,
         )  # fmt: skip
     wanted_pad = max(16, triton.next_power_of_2(wanted))
-    slots, chosen = integers(wanted), integers(wanted_pad)
+    slots, chosen = _integers(query, rows, wanted), _integers(query, rows, wanted_pad)
     select_keys[(rows,)](
         order, maxima, chosen, slots, kv_len, wanted, triton.next_power_of_2(tiles), wanted_pad, tiles > wanted_pad,
         num_warps=SELECT_WARPS,
     )  # fmt: skip
-    value_dim, block = value.shape[-1], min(ATTEND_BLOCK if key.element_size() == 2 else 32, wanted_pad)
-    out = torch.empty(batch, kv_heads * group, 1, value_dim, dtype=query.dtype, device=query.device)
-    attend_rows[(rows,)](
-        query, key, value, slots, query if sinks is None else sinks, out, key.stride(0), key.stride(1), value.stride(0),
-        value.stride(1), wanted, scaling, softcap or 1.0, group, group_pad, dim, max(16, triton.next_power_of_2(dim)),
-        value_dim, max(16, triton.next_power_of_2(value_dim)), wanted_pad, block, kv_heads,
-        softcap is not None, sinks is not None, num_warps=ATTEND_WARPS,
-    )  # fmt: skip
-    return out
+    return slots
 
 
-@decode.register_fake
+@select_slots.register_fake
 def _(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
     dims: Tensor,
     packed: Tensor,
     scales: Tensor | None,
@@ -108,10 +96,121 @@ def _(
     n_fac: int,
     how: str,
     scaling: float,
+) -> Tensor:
+    return _integers(query, query.shape[0] * dims.shape[0], min(n_fac, codes.shape[1]))
+
+
+@torch.library.custom_op("fasa_flex::attend_slots", mutates_args=())
+def attend_slots(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """FAC for one query a row.
+
+    Args:
+        query: float [B, Hq, 1, D], contiguous.
+        key: float [B, Hkv, T, D], rows contiguous; on the device, or pinned host memory (FASA-M), of which the kernel
+            reads the selected rows.
+        value: likewise, [B, Hkv, T, Dv].
+        slots: int32 [B * Hkv, K], rows of ``key`` and ``value``; -1 for none.
+        scaling: of the softmax.
+        softcap: of the logits, or None.
+        sinks: float [Hq], or None.
+
+    Returns:
+        [B, Hq, 1, Dv]; zeros for a row without a slot.
+    """
+    batch, kv_heads, _, dim = key.shape
+    rows, wanted = slots.shape
+    group, value_dim = query.shape[1] // kv_heads, value.shape[-1]
+    wanted_pad = max(16, triton.next_power_of_2(wanted))
+    block = min(ATTEND_BLOCK if key.element_size() == 2 else 32, wanted_pad)
+    out = query.new_empty(batch, kv_heads * group, 1, value_dim)
+    attend_rows[(rows,)](
+        query, key, value, slots, query if sinks is None else sinks, out, key.stride(0), key.stride(1), value.stride(0),
+        value.stride(1), wanted, scaling, softcap or 1.0, group, max(16, triton.next_power_of_2(group)), dim,
+        max(16, triton.next_power_of_2(dim)), value_dim, max(16, triton.next_power_of_2(value_dim)), wanted_pad, block,
+        kv_heads, softcap is not None, sinks is not None, num_warps=ATTEND_WARPS,
+    )  # fmt: skip
+    return out
+
+
+@attend_slots.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
     return query.new_empty(*query.shape[:3], value.shape[-1])
+
+
+@torch.library.custom_op("fasa_flex::hold_slots", mutates_args=("held", "held_at", "held_keys", "held_values"))
+def hold_slots(
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    held: Tensor,
+    held_at: Tensor,
+    held_keys: Tensor,
+    held_values: Tensor,
+    length: Tensor | None,
+) -> Tensor:
+    """Make the device hold the rows at ``slots``, fetching those that it does not hold yet (FASA-M).
+
+    Args:
+        key: float [B, Hkv, T, D], rows contiguous; host memory that the device can read.
+        value: likewise, [B, Hkv, T, Dv].
+        slots: int32 [B * Hkv, K], ascending, -1 for none.
+        held: int32 [B, Hkv, K], the slots held, ascending, -1 for none; afterwards ``slots``.
+        held_at: int32 [B, Hkv, K], at which rows they are held: every number below K once.
+        held_keys: float [B, Hkv, K, D], the rows.
+        held_values: likewise, [B, Hkv, K, Dv].
+        length: int64 scalar, the tokens in the cache where it may have been rewound unnoticed; rows from the last one
+            on are fetched again.
+
+    Returns:
+        int32 [B * Hkv, K], where the rows at ``slots`` are among the held ones; -1 for none.
+    """
+    (rows, wanted), kv_heads = slots.shape, key.shape[1]
+    dim, value_dim = key.shape[-1], value.shape[-1]
+    places, absent, scratch = (torch.empty_like(slots) for _ in range(3))
+    find_rows[(rows,)](
+        slots, held, held_at, places, absent, scratch, held if length is None else length, wanted,
+        triton.next_power_of_2(wanted), length is not None, num_warps=FIND_WARPS,
+    )  # fmt: skip
+    fetch_rows[(triton.cdiv(wanted, FETCH_BLOCK), rows)](
+        key, value, held_keys, held_values, absent, places, key.stride(0), key.stride(1), value.stride(0),
+        value.stride(1), wanted, dim, triton.next_power_of_2(dim), value_dim, triton.next_power_of_2(value_dim),
+        FETCH_BLOCK, kv_heads, num_warps=FETCH_WARPS,
+    )  # fmt: skip
+    return places
+
+
+@hold_slots.register_fake
+def _(
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    held: Tensor,
+    held_at: Tensor,
+    held_keys: Tensor,
+    held_values: Tensor,
+    length: Tensor | None,
+) -> Tensor:
+    return torch.empty_like(slots)
+
+
+def _integers(like: Tensor, rows: int, columns: int) -> Tensor:
+    return torch.empty(rows, columns, dtype=torch.int32, device=like.device)
 
 
 @torch.library.custom_op("fasa_flex::dense_decode", mutates_args=())
@@ -142,10 +241,10 @@ def dense_decode(
     rows, group, value_dim = batch * kv_heads, query.shape[1] // kv_heads, value.shape[-1]
     group_pad, value_pad = max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(value_dim))
     block = ATTEND_BLOCK if key.element_size() == 2 else 32
-    span = triton.cdiv(triton.cdiv(kv_len, max(1, PROGRAMS // rows)), block) * block
+    span = triton.cdiv(triton.cdiv(kv_len, min(MOST_PARTS, max(1, PROGRAMS // rows))), block) * block
     parts = triton.cdiv(kv_len, span)
     bests, totals, results = (
-        torch.empty(rows, parts, group_pad, width, device=query.device) for width in (1, 1, value_pad)
+        torch.empty(rows, parts, group, width, device=query.device) for width in (1, 1, value_pad)
     )
     attend_part[(parts, rows)](
         query, key, value, codes, bests, totals, results, key.stride(0), key.stride(1), value.stride(0),
@@ -154,9 +253,9 @@ def dense_decode(
         softcap is not None, num_warps=ATTEND_WARPS,
     )  # fmt: skip
     out = torch.empty(batch, kv_heads * group, 1, value_dim, dtype=query.dtype, device=query.device)
-    merge_parts[(rows,)](
-        bests, totals, results, query if sinks is None else sinks, out, parts, group, group_pad, value_dim, value_pad,
-        kv_heads, sinks is not None, num_warps=ATTEND_WARPS,
+    merge_parts[(rows, group)](
+        bests, totals, results, query if sinks is None else sinks, out, parts, group, value_dim, value_pad,
+        triton.next_power_of_2(parts), kv_heads, sinks is not None, num_warps=MERGE_WARPS,
     )  # fmt: skip
     return out
 

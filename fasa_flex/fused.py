@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fasa_flex.budget import Budget
 from fasa_flex.config import GroupReduce
+from fasa_flex.held_rows import HeldRows
 from fasa_flex.packing import PackedKeys
 from fasa_flex.scoring import DominantChunks, Scorer
 from fasa_flex.selection import forced_keys
@@ -85,19 +86,18 @@ def decode_by_kernels(
     group_reduce: GroupReduce,
     softmax: Softmax,
     packed: PackedKeys,
+    held: HeldRows | None = None,
 ) -> Tensor:
     """`sparse_attention` of one query a row, [B, Hq, 1, Dv], where `why_no_kernels` finds no reason against it."""
-    from fasa_flex.decode import decode  # Triton is there with CUDA only
+    from fasa_flex.decode import attend_slots, hold_slots, select_slots  # Triton is there with CUDA only
 
-    codes = _codes(valid)
+    codes, query = _codes(valid), query.contiguous()
     forced = forced_keys(valid, budget)
     if forced is not None:
         codes = codes + forced
     assert isinstance(budget.n_fac, int)
-    out: Tensor = decode(
-        query.contiguous(),
-        key,
-        value,
+    slots = select_slots(
+        query,
         scorer.dims.contiguous(),
         packed.tiles.squeeze(4),
         None if packed.scales is None else packed.scales.squeeze(3),
@@ -105,9 +105,11 @@ def decode_by_kernels(
         budget.n_fac,
         "max" if group_reduce == "none" else group_reduce,
         softmax.scaling,
-        softmax.softcap,
-        softmax.sinks,
     )
+    if held is not None and held.count == slots.shape[1]:
+        slots = hold_slots(key, value, slots, held.slots, held.places, held.keys, held.values, held.length)
+        key, value = held.keys, held.values
+    out: Tensor = attend_slots(query, key, value, slots, softmax.scaling, softmax.softcap, softmax.sinks)
     return out
 
 

@@ -18,6 +18,7 @@ from fasa_flex.config import FasaConfig, GroupReduce
 from fasa_flex.crossover import sparse_is_faster
 from fasa_flex.fused import decodes_dense_layers, dense_decode_by_kernels
 from fasa_flex.handed import check_keys, softmax_of
+from fasa_flex.held_rows import HeldRows
 from fasa_flex.layers import (
     attention_modules,
     attention_shape,
@@ -27,7 +28,7 @@ from fasa_flex.layers import (
     maximum_positions,
 )
 from fasa_flex.masking import DecodeStep, Once, count_valid, valid_from_mask
-from fasa_flex.packed_layers import pack_layer, packed_keys, packs
+from fasa_flex.packed_layers import held_rows, on_host, pack_layer, packed_keys, packs
 from fasa_flex.packing import PackedKeys
 from fasa_flex.profile import FasaProfile
 from fasa_flex.prompt_calibration import PromptCalibration
@@ -231,7 +232,7 @@ class Fasa:
         check_keys(layer, key, n_valid, self._limit)
         self._calibrate(layer, query, key, attention_mask, n_valid, first_slot, cache)
         first, chosen = self._sparse_queries(layer, once, n_valid, kv_len, first_slot)
-        if self.config.backend == "fastest" and not self._is_faster(layer, query, key, value):
+        if self.config.backend == "fastest" and not self._is_faster(layer, query, key, value, cache):
             first, chosen = q_len, None
         self._count(layer, once, n_valid, chosen, first_slot)
         scorer = self._scorers.get(layer)
@@ -250,8 +251,10 @@ class Fasa:
             raise ValueError(f"{type(module).__name__} uses dropout, sparse attention does not; call model.eval().")
         assert scorer is not None
         valid = once("valid", valid_from_mask)[:, :, :, first:]
-        packed = None if cache is None or q_len > 1 else packed_keys(cache, layer, scorer)
-        focused = self._focused(layer, query[:, :, first:], key, value, scorer, valid, softmax, packed)
+        packed = held = None
+        if cache is not None and q_len == 1:
+            packed, held = packed_keys(cache, layer, scorer), held_rows(cache, layer)
+        focused = self._focused(layer, query[:, :, first:], key, value, scorer, valid, softmax, packed, held)
         if self._boundary is None or q_len == 1:
             return focused, None
         out, weights = dense(module, query, key, value, attention_mask, **kwargs)
@@ -287,9 +290,11 @@ class Fasa:
         first = max(0, boundary.lowest - first_slot)
         return (first, over_budget & behind) if first < q_len else (q_len, None)
 
-    def _is_faster(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    def _is_faster(self, layer: int, query: Tensor, key: Tensor, value: Tensor, cache: Cache | None) -> bool:
         budget = self._budgets.get(layer)
-        return budget is not None and sparse_is_faster(query, key, value, budget.widest(key.shape[2]))
+        if budget is None or on_host(cache, layer):  # from the host fewer rows are the faster, whatever their number
+            return budget is not None
+        return sparse_is_faster(query, key, value, budget.widest(key.shape[2]))
 
     def _focused(
         self,
@@ -301,6 +306,7 @@ class Fasa:
         valid: Tensor,
         softmax: Softmax,
         packed: PackedKeys | None,
+        held: HeldRows | None,
     ) -> Tensor:
         """Sparse attention of every query, [B, Q, Hq, D], as many queries at a time as their scores fit in memory."""
         step = max(1, _SCORE_BYTES // (8 * query.shape[0] * query.shape[1] * key.shape[2]))
@@ -316,6 +322,7 @@ class Fasa:
                 softmax,
                 self.config.backend,
                 packed,
+                held,
             )
             for at in range(0, query.shape[2], step)
         ]

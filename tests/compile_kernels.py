@@ -18,8 +18,11 @@ SHAPE = {"GROUP": 4, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "VALUE_DIM": 1
 SHAPE |= {"WIDTH": 32, "WIDTH_PAD": 32, "WANTED_PAD": 256, "BLOCK": 128}
 POINTERS = dict.fromkeys(("query", "keys", "values", "sinks", "out"), "*bf16")
 POINTERS |= dict.fromkeys(("scores", "top", "total", "bests", "totals", "results"), "*fp32")
-POINTERS |= dict.fromkeys(("order", "maxima", "tiles", "slots"), "*i32")
-POINTERS |= {"dims": "*i64", "scales": "*fp16", "codes": "*u8"}
+POINTERS |= dict.fromkeys(("held_keys", "held_values"), "*bf16")
+POINTERS |= dict.fromkeys(
+    ("order", "maxima", "tiles", "slots", "held", "held_at", "places", "absent", "scratch"), "*i32"
+)
+POINTERS |= {"dims": "*i64", "scales": "*fp16", "codes": "*u8", "length": "*i64"}
 NUMBERS = {"scaling": "fp32", "softcap": "fp32", "key_batch": "i64", "value_batch": "i64"}
 
 
@@ -43,7 +46,10 @@ def main() -> None:
     for sunk, capped in ((False, False), (True, True)):
         compiles(kernels.attend_rows, SUNK=sunk, CAPPED=capped)
         compiles(kernels.attend_part, CAPPED=capped)
-        compiles(kernels.merge_parts, SUNK=sunk)
+        compiles(kernels.merge_parts, SUNK=sunk, PARTS_PAD=64)
+    for bounded in (False, True):
+        compiles(kernels.find_rows, BOUNDED=bounded)
+    compiles(kernels.fetch_rows, BLOCK=16)
 
 
 if __name__ == "__main__":

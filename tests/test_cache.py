@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from fasa_flex import FasaCache, FasaConfig, enable
-from fasa_flex.packed_layers import HostLayer, PackedLayer, StaticPackedLayer
+from fasa_flex.packed_layers import HostLayer, PackedLayer, StaticHostLayer, StaticPackedLayer
 
 CONFIG = FasaConfig(n_fac=6, n_tip=3)
 
@@ -179,21 +179,65 @@ def test_a_full_static_cache_is_a_clear_error_before_anything_is_lost(llama: Pre
 # FASA-M.
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
-def test_keys_in_host_memory_change_no_result(llama: PreTrainedModel, ids: Ids, options: dict[str, int]) -> None:
-    prompt, profile = ids(30, rows=1), profile_of(llama)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (HostLayer, {}),
+        (HostLayer, {"num_beams": 3}),
+        (HostLayer, {"prompt_lookup_num_tokens": 3}),
+        (StaticHostLayer, {}),
+        (StaticHostLayer, {"num_beams": 3}),
+    ],
+    ids=str,
+)
+def test_keys_in_host_memory_change_no_result(
+    llama: PreTrainedModel, ids: Ids, kind: type, options: dict[str, int]
+) -> None:
+    prompt, profile, length = ids(30, rows=1), profile_of(llama), None if kind is HostLayer else 48
     run = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
     with enable(llama, profile, CONFIG):
         expected = llama.generate(prompt, **run)
-        cache = FasaCache(llama, profile, CONFIG, placement="host")
+        cache = FasaCache(llama, profile, CONFIG, placement="host", max_cache_len=length)
         assert llama.generate(prompt, past_key_values=cache, **run).equal(expected)
-    assert [isinstance(layer, HostLayer) for layer in cache.layers] == [False, True, True]
+    assert [type(layer) is kind for layer in cache.layers] == [False, True, True]
     assert_packed(cache)
+
+
+@pytest.mark.parametrize("length", [None, 64])
+def test_rows_held_of_the_host_follow_what_happens_to_the_cache(llama: PreTrainedModel, length: int | None) -> None:
+    """What the device holds must never be a row of another token, or of another row of the batch."""
+    cache = filled(llama, placement="host", max_cache_len=length)
+    for layer in packed_layers(cache):
+        held = layer.held
+        assert (tuple(held.slots.shape), tuple(held.keys.shape)) == ((2, 2, 6), (2, 2, 6, 16))
+        held.slots.copy_(torch.arange(24).view(2, 2, 6))
+    cache.reorder_cache(torch.tensor([1, 1]))
+    for layer in packed_layers(cache):
+        assert layer.held.slots[0].equal(layer.held.slots[1])
+        assert layer.held.slots[0, 0, 0] == 12
+    if length is None:
+        cache.crop(-4)
+    else:
+        cache.reset()
+    assert all((layer.held.slots == -1).all() for layer in packed_layers(cache))
+
+
+def test_a_static_cache_in_host_memory_forgets_rows_that_a_longer_forward_may_overwrite(
+    llama: PreTrainedModel, ids: Ids
+) -> None:
+    cache = filled(llama, placement="host", max_cache_len=64)
+    layer = packed_layers(cache)[0]
+    layer.held.slots.fill_(3)
+    with torch.no_grad():
+        llama(ids(2, rows=2), past_key_values=cache)
+    assert (layer.held.slots == -1).all()
+    assert layer.held.length is layer.cumulative_length
 
 
 def test_sizes_are_those_of_the_paper(llama: PreTrainedModel) -> None:
     """2 n_tip numbers a key beside 2 d: here 6 beside 32, two heads of four bytes; layer 0 is dense."""
-    for placement, device, host in (("device", (256 + 2 * 304) / 3, 0.0), ("host", (256 + 2 * 48) / 3, 512 / 3)):
+    held = 2 * 6 * (2 * 16 + 2) * 4 / 20  # n_fac rows of two heads, their slots and places, over 20 tokens
+    for placement, device, host in (("device", (256 + 2 * 304) / 3, 0.0), ("host", (256 + 96 + 2 * held) / 3, 512 / 3)):
         cache = filled(llama, placement=placement)
         assert (cache.size.device, cache.size.host, cache.size.dense) == pytest.approx((device, host, 256.0))
     with pytest.raises(ValueError, match="empty"):
@@ -211,20 +255,17 @@ def test_memory_that_cannot_be_pinned_is_a_clear_error_before_anything_is_lost(
         raise RuntimeError("out of memory")
 
     with torch.no_grad():
-        monkeypatch.setattr(torch, "empty", fail)
-        with pytest.raises(ValueError, match=r"pinned memory .* placement='device'"):
+        monkeypatch.setattr(torch, "zeros", fail)
+        with pytest.raises(ValueError, match=r"the host has no .* placement='device'"):
             layer.update(*torch.randn(2, 2, 2, room, 16).unbind())
     assert layer.keys.equal(before)
     assert layer.get_seq_length() == 20
     assert layer.packed.rows(20).equal(layer.scorer.pack(before))
 
 
-@pytest.mark.parametrize(
-    ("options", "named"), [({"placement": "disk"}, "disk"), ({"placement": "host", "max_cache_len": 64}, "64")], ids=str
-)
-def test_impossible_placements_are_refused(llama: PreTrainedModel, options: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        FasaCache(llama, profile_of(llama), CONFIG, **options)
+def test_impossible_placements_are_refused(llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="disk"):
+        FasaCache(llama, profile_of(llama), CONFIG, placement="disk")
 
 
 # Lower precision.

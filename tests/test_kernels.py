@@ -16,10 +16,12 @@ from cases import generator, integers, pick_chunks
 from torch import Tensor
 
 from fasa_flex import fasa_attention
+from fasa_flex.held_rows import HeldRows
 from fasa_flex.packing import PackedKeys
 from fasa_flex.scoring import DominantChunks
 
 pytest.importorskip("triton")
+ops = pytest.importorskip("fasa_flex.decode")
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's log(0) of masked lanes
 
@@ -62,8 +64,6 @@ STEPS = {
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 def test_decode_equals_the_oracle(step: Step) -> None:
-    from fasa_flex.decode import decode
-
     heads = step.kv_heads * step.group
     q = integers(step.batch, heads, 1, step.dim, seed=1, limit=step.limit)
     k = integers(step.batch, step.kv_heads, step.length, step.dim, seed=2, limit=step.limit)
@@ -74,20 +74,9 @@ def test_decode_equals_the_oracle(step: Step) -> None:
     if step.masked:
         real[0] = step.batch == 1
     scorer = DominantChunks.from_chunks(chunks)
-    out = decode(
-        q,
-        k,
-        v,
-        scorer.dims,
-        scorer.pack(k),
-        None,
-        codes(real, step.forced),
-        step.n_fac,
-        step.how,
-        step.dim**-0.5,
-        step.softcap,
-        sinks,
-    )
+    packed, real_codes = scorer.pack(k), codes(real, step.forced)
+    slots = ops.select_slots(q, scorer.dims, packed, None, real_codes, step.n_fac, step.how, step.dim**-0.5)
+    out = ops.attend_slots(q, k, v, slots, step.dim**-0.5, step.softcap, sinks)
     expected = oracle.fasa(
         *(x.double().numpy() for x in (q, k, v)),
         chunks.numpy(),
@@ -111,8 +100,6 @@ def codes(real: Tensor, forced: int) -> Tensor:
 
 def test_int8_keys_are_scored_with_their_scales() -> None:
     """Keys of very different lengths: without the scales, others would be selected."""
-    from fasa_flex.decode import decode
-
     q, k = integers(1, 2, 1, 16, seed=1), integers(1, 1, 80, 16, seed=2)
     k = k * torch.logspace(-2, 2, 80)[None, None, torch.randperm(80, generator=generator(3)), None]
     v, chunks = torch.randn(1, 1, 80, 16, generator=generator(4)), pick_chunks(1, 3)
@@ -120,7 +107,8 @@ def test_int8_keys_are_scored_with_their_scales() -> None:
     packed = PackedKeys.of(scorer.pack(k), "int8")
     rows, scales = packed.tiles.transpose(3, 4).flatten(2, 3).contiguous(), packed.scales.flatten(2)
     everyone = torch.ones(1, 80, dtype=torch.uint8)
-    out = decode(q, k, v, scorer.dims, rows, scales, everyone, 5, "max", 0.25, None, None)
+    slots = ops.select_slots(q, scorer.dims, rows, scales, everyone, 5, "max", 0.25)
+    out = ops.attend_slots(q, k, v, slots, 0.25, None, None)
     held = k.clone()
     held[..., scorer.dims[0]] = packed.rows(80)
     ranked = oracle.fasa(*(x.double().numpy() for x in (q, held, v)), chunks.numpy(), n_fac=5)
@@ -136,9 +124,7 @@ def test_int8_keys_are_scored_with_their_scales() -> None:
     ids=["one part", "many parts, padding and an empty row", "softcap", "learned sinks"],
 )
 def test_dense_decode_equals_the_oracle_with_a_budget_for_all_keys(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fasa_flex.decode
-
-    monkeypatch.setattr(fasa_flex.decode, "PROGRAMS", 16)
+    monkeypatch.setattr(ops, "PROGRAMS", 16)
     heads = step.kv_heads * step.group
     q = integers(step.batch, heads, 1, step.dim, seed=1, limit=step.limit)
     k = integers(step.batch, step.kv_heads, step.length, step.dim, seed=2, limit=step.limit)
@@ -147,7 +133,7 @@ def test_dense_decode_equals_the_oracle_with_a_budget_for_all_keys(step: Step, m
     real = torch.rand(step.batch, step.length, generator=generator(5)) >= step.masked
     if step.masked:
         real[0] = False
-    out = fasa_flex.decode.dense_decode(q, k, v, codes(real, 0), step.dim**-0.5, step.softcap, sinks)
+    out = ops.dense_decode(q, k, v, codes(real, 0), step.dim**-0.5, step.softcap, sinks)
     expected = oracle.fasa(
         *(x.double().numpy() for x in (q, k, v)),
         pick_chunks(step.kv_heads, step.n_tip, dim=step.dim).numpy(),
@@ -157,6 +143,48 @@ def test_dense_decode_equals_the_oracle_with_a_budget_for_all_keys(step: Step, m
         sinks=None if sinks is None else sinks.double().numpy(),
     )
     np.testing.assert_allclose(out.numpy(), expected.out, atol=1e-5)
+
+
+def test_held_rows_are_the_selected_ones_step_after_step() -> None:
+    """Selections that change in part, one with fewer slots, and a cache that was rewound and written anew."""
+    rows, kv_heads, length, wanted = 4, 2, 200, 7
+    k = torch.randn(rows // kv_heads, kv_heads, length, 16, generator=generator(1))
+    v = torch.randn(rows // kv_heads, kv_heads, length, 8, generator=generator(2))
+    held = HeldRows.empty(k[:, :, :0], v[:, :, :0], wanted, torch.tensor(length))
+    chosen = [slots_of(rows, wanted, limit=30, seed=step) for step in range(6)]
+    chosen[2][1, 3:], chosen[4][1, ::2] = -1, -1  # rows with fewer keys than budget, in whatever order
+    chosen[5][:, -1] = length - 1
+    fetched = []
+    for step, slots in enumerate([*chosen, chosen[5]]):
+        if step == 6:
+            k[:, :, -1], v[:, :, -1] = 0.5, -0.5  # the last token is another one, and held already
+        fresh = held.slots.clone().view(rows, wanted), held.keys.clone(), held.values.clone()
+        places = ops.hold_slots(k, v, slots, held.slots, held.places, held.keys, held.values, held.length)
+        real = slots >= 0
+        assert torch.equal(places >= 0, real)
+        for states, found in ((k, held.keys), (v, held.values)):
+            expected = states.flatten(0, 1).gather(1, spread(slots, states))
+            assert torch.equal(expected[real], found.flatten(0, 1).gather(1, spread(places, found))[real])
+        assert torch.equal(held.slots.view(rows, wanted), slots)
+        assert torch.equal(held.places.view(rows, wanted).sort(-1).values, torch.arange(wanted).expand(rows, -1).int())
+        moved = (held.keys != fresh[1]).any(-1) | (held.values != fresh[2]).any(-1)
+        fetched.append(int(moved.sum()))
+        known = (slots[:, :, None] == fresh[0][:, None]).any(-1) & (slots < length - 1)
+        if not (fresh[0].diff(dim=-1) < 0).any():  # disorder only costs fetches
+            assert fetched[-1] == int((real & ~known).sum())
+    assert fetched[0] == rows * wanted
+    assert 0 < fetched[1] < rows * wanted
+    assert fetched[6] == rows  # the rewritten token alone
+
+
+def slots_of(rows: int, wanted: int, limit: int, seed: int) -> Tensor:
+    """Ascending slots below a limit, int32 [rows, wanted]."""
+    drawn = torch.stack([torch.randperm(limit, generator=generator(10 * seed + row))[:wanted] for row in range(rows)])
+    return drawn.sort(-1).values.to(torch.int32)
+
+
+def spread(slots: Tensor, states: Tensor) -> Tensor:
+    return slots.clamp(min=0).long()[..., None].expand(-1, -1, states.shape[-1])
 
 
 def test_the_kernels_are_refused_where_they_cannot_run() -> None:

@@ -1,4 +1,4 @@
-"""Caches for the step benchmark: filled without a prefill, rewound after every step, and counted in bytes."""
+"""Static caches for the step benchmark: filled without a prefill, rewound after every step, and counted in bytes."""
 
 from __future__ import annotations
 
@@ -7,37 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.cache_utils import StaticLayer
 
 from fasa_flex.bench.shapes import Shape
-from fasa_flex.cache import FasaCache
-from fasa_flex.config import FasaConfig
-from fasa_flex.packed_layers import StaticPackedLayer
-from fasa_flex.profile import FasaProfile
+from fasa_flex.packed_layers import StaticHostLayer, StaticPackedLayer
 
 _PIECE = 4096
 _SHARED = ("keys", "values", "dtype", "device", "batch_size", "num_heads", "k_head_dim", "v_head_dim")
 
 
-def packed_cache(
-    model: PreTrainedModel, profile: FasaProfile, config: FasaConfig, length: int, placement: str = "device"
-) -> FasaCache:
-    """A `FasaCache` of ``length`` slots, or in host memory one that grows in place, with room to spare."""
-    if placement == "host":
-        return FasaCache(model, profile, config, placement="host")
-    return FasaCache(model, profile, config, max_cache_len=length)
-
-
 @torch.no_grad()
 def fill(cache: Any, layers: int, shape: Shape, batch: int, length: int, dtype: torch.dtype, device: Any) -> None:
-    """Write ``length`` random tokens into every layer, the same ones; a growing cache gets them at once."""
+    """Write ``length`` random tokens into every layer, the same ones; one in host memory gets them at once."""
     generator = torch.Generator(device).manual_seed(0)
     pieces: list[list[Tensor]] = []
     for start in range(0, length, _PIECE):
         size = (batch, shape.kv_heads, min(_PIECE, length - start), shape.head_dim)
         pieces.append([torch.randn(size, generator=generator, device=device, dtype=dtype) for _ in range(2)])
-        if isinstance(cache.layers[-1], StaticLayer):
+        if not isinstance(cache.layers[-1], StaticHostLayer):
             _append(cache, layers, *pieces.pop())
     if pieces:
         _append(cache, layers, *(torch.cat(parts, dim=2) for parts in zip(*pieces, strict=True)))
@@ -52,11 +38,11 @@ def share(cache: Any, source: Any, length: int) -> bool:
     """Let ``cache`` hold the keys, values and packed keys of ``source``, which is filled; False where it cannot."""
     pairs = list(zip(cache.layers, source.layers, strict=True))
     for mine, theirs in pairs:
-        static = isinstance(mine, StaticLayer) and isinstance(theirs, StaticLayer)
-        if not static or not theirs.is_initialized or theirs.keys.shape[2] != length:
+        placed = isinstance(mine, StaticHostLayer) == isinstance(theirs, StaticHostLayer)
+        if not placed or not theirs.is_initialized or theirs.keys.shape[2] != length:
             return False
     for mine, theirs in pairs:
-        for name in (*_SHARED, "packed") if type(mine) is type(theirs) else _SHARED:
+        for name in (*_SHARED, "packed", "held") if type(mine) is type(theirs) else _SHARED:
             if hasattr(theirs, name):
                 setattr(mine, name, getattr(theirs, name))
         mine.cumulative_length = mine.cumulative_length.to(theirs.keys.device)
@@ -68,21 +54,31 @@ def share(cache: Any, source: Any, length: int) -> bool:
 def rewind(cache: Any, length: int) -> None:
     """Make every layer hold ``length`` tokens again."""
     for layer in cache.layers:
-        held = getattr(layer, "cumulative_length", None)
-        if isinstance(held, Tensor):
-            held.fill_(length)
-            if isinstance(layer, StaticPackedLayer):
-                layer.written = length
-        elif layer.get_seq_length() > length:
-            layer.crop(length - layer.get_seq_length())  # negative: tokens to drop
+        layer.cumulative_length.fill_(length)
+        if isinstance(layer, StaticPackedLayer):
+            layer.written = length
+
+
+def forget(cache: Any, share: float) -> None:
+    """Let the device forget a share of the rows that it holds of the host's keys and values."""
+    for layer in cache.layers:
+        if isinstance(layer, StaticHostLayer) and layer.held is not None:
+            layer.held.forget(share)
 
 
 def nbytes(cache: Any) -> dict[str, int]:
     """Bytes of all tensors that a cache holds, by the type of their device."""
-    storages = {
-        (tensor.device.type, tensor.untyped_storage().data_ptr()): tensor.untyped_storage().nbytes()
-        for tensor in _tensors(cache, set())
+    mapped = {
+        states.untyped_storage().data_ptr()
+        for layer in cache.layers
+        if isinstance(layer, StaticHostLayer)
+        for states in (layer.keys, layer.values)
     }
+    storages: dict[tuple[str, int], int] = {}
+    for tensor in _tensors(cache, set()):
+        storage = tensor.untyped_storage()
+        device = "cpu" if storage.data_ptr() in mapped else tensor.device.type
+        storages[device, storage.data_ptr()] = storage.nbytes()
     total: dict[str, int] = {}
     for (device, _), size in storages.items():
         total[device] = total.get(device, 0) + size

@@ -19,10 +19,15 @@ from fasa_flex.bench.settings import BACKENDS, Settings
 from fasa_flex.bench.shapes import Shape, random_chunks
 from fasa_flex.budget import Budget
 from fasa_flex.config import Backend
+from fasa_flex.held_rows import HeldRows
 from fasa_flex.packing import PackedKeys, dot_products
 from fasa_flex.scoring import DominantChunks
 from fasa_flex.selection import valid_keys
 from fasa_flex.softmax import Softmax
+
+HALF_HELD = "half the rows held"
+"""What a step finds of its rows on the device: the reference model's steps select 33 to 54 % new ones
+(evals/results/study/agreement.json, part "steps")."""
 
 _NUMBERS = itertools.count()
 
@@ -32,8 +37,8 @@ class Inputs:
     """One layer's query [B, Hq, 1, D], keys and values [B, Hkv, T, D], packed keys and chunks.
 
     ``valid`` says which keys count, bool [1, 1, 1, 1, T]: a decode step finds that out once for all its layers.
-    ``host`` holds keys and values in pinned memory, where there is an accelerator, and ``permuted`` the keys with each
-    head's dominant dimensions in front, in the order of ``front`` int64 [Hkv, D].
+    ``host`` holds keys and values in pinned memory, where there is an accelerator, of which ``held`` are on the device,
+    and ``permuted`` the keys with each head's dominant dimensions in front, in the order of ``front`` int64 [Hkv, D].
     """
 
     q: Tensor
@@ -43,6 +48,7 @@ class Inputs:
     chunks: Tensor
     valid: Tensor
     host: tuple[Tensor, Tensor] | None = None
+    held: HeldRows | None = None
     permuted: Tensor | None = None
     front: Tensor | None = None
 
@@ -66,8 +72,9 @@ class Inputs:
         packed = PackedKeys.of(DominantChunks.from_chunks(chunks).pack(k), settings.packed_dtype)
         v = draw(shape.kv_heads, context)
         host = (k.cpu().pin_memory(), v.cpu().pin_memory()) if device.type == "cuda" else None
+        held = None if host is None else HeldRows.empty(k, v, settings.n_fac)
         valid = valid_keys(1, context, None, device)
-        x = cls(draw(shape.query_heads, 1), k, v, packed, chunks, valid, host)
+        x = cls(draw(shape.query_heads, 1), k, v, packed, chunks, valid, host, held)
         return x.with_permuted() if "permuted" in settings.backends else x
 
     def with_permuted(self) -> Inputs:
@@ -81,7 +88,8 @@ class Inputs:
         """The same elsewhere in memory."""
         packed = self.packed.change(Tensor.clone)
         permuted = None if self.permuted is None else self.permuted.clone()
-        return replace(self, k=self.k.clone(), v=self.v.clone(), packed=packed, permuted=permuted)
+        held = None if self.held is None else self.held.change(Tensor.clone)
+        return replace(self, k=self.k.clone(), v=self.v.clone(), packed=packed, permuted=permuted, held=held)
 
 
 Call = Callable[[Inputs], Tensor]
@@ -160,7 +168,8 @@ def sparse_rivals(settings: Settings) -> dict[str, Call | str]:
         rivals["FASA permuted keys"] = _permuted(settings)
     if settings.device.type == "cuda" and "triton" in settings.backends:
         rivals["FASA-C triton"] = _fasa(settings, "triton")
-        rivals["FASA-M triton"] = _fasa(settings, "triton", host=True)
+        rivals["FASA-M triton"] = _fasa(settings, "triton", new_rows=1.0)
+        rivals[f"FASA-M triton, {HALF_HELD}"] = _fasa(settings, "triton", new_rows=0.5)
     else:
         rivals["FASA-M"] = "without an accelerator it is FASA-C with more steps; the step part runs it"
     if "compiled" in settings.modes:
@@ -207,15 +216,22 @@ def _permuted(settings: Settings) -> Call:
     return run
 
 
-def _fasa(settings: Settings, backend: Backend, host: bool = False) -> Call:
-    """What a model under `enable` runs: without `fasa_attention`'s checks, which read all keys."""
+def _fasa(settings: Settings, backend: Backend, new_rows: float | None = None) -> Call:
+    """What a model under `enable` runs: without `fasa_attention`'s checks, which read all keys.
+
+    With ``new_rows``, from keys and values in host memory, that share of the rows having been forgotten first: every
+    call selects the same.
+    """
 
     def run(x: Inputs) -> Tensor:
-        key, value = x.host if host and x.host is not None else (x.k, x.v)
+        key, value, held = x.k, x.v, None
+        if new_rows is not None and x.host is not None and x.held is not None:
+            (key, value), held = x.host, x.held
+            held.forget(new_rows)
         scorer, softmax = DominantChunks.from_chunks(x.chunks), Softmax(x.q.shape[-1] ** -0.5)
         budget = Budget(settings.n_fac)
         return sparse_attention(
-            x.q, key, value, scorer, x.valid, budget, settings.group_reduce, softmax, backend, x.packed
+            x.q, key, value, scorer, x.valid, budget, settings.group_reduce, softmax, backend, x.packed, held
         )
 
     return run
@@ -232,7 +248,7 @@ def _compiled(call: Call, settings: Settings) -> Call:
         permuted: Tensor | None,
         front: Tensor | None,
     ) -> Tensor:
-        return call(Inputs(q, k, v, packed, chunks, valid, None, permuted, front))
+        return call(Inputs(q, k, v, packed, chunks, valid, permuted=permuted, front=front))
 
     # a code object of its own: dynamo counts recompilations by code object and gives up after a few
     code = unpacked.__code__.replace(co_name=f"rival_{next(_NUMBERS)}")

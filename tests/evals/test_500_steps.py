@@ -60,13 +60,16 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("cache", ["growing", "host", "static"])
+@pytest.mark.parametrize("cache", ["growing", "host", "static", "static host"])
 def test_gather(model: PreTrainedModel, profile: FasaProfile, prompt: Tensor, expected: Tensor, cache: str) -> None:
     config = FasaConfig(n_tip=8, n_fac=64)
     options: dict[str, dict[str, Any]] = {
         "growing": {},
         "host": {"past_key_values": FasaCache(model, profile, config, placement="host")},
         "static": {"past_key_values": FasaCache(model, profile, config, max_cache_len=PROMPT + STEPS)},
+        "static host": {
+            "past_key_values": FasaCache(model, profile, config, placement="host", max_cache_len=PROMPT + STEPS)
+        },
     }
     assert torch.equal(decode(model, profile, prompt, "gather", **options[cache]), expected)
 

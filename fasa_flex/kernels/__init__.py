@@ -1,0 +1,23 @@
+"""The Triton kernels of a decode step on a GPU: TIP, the group's ranking, the selection, FAC; and a dense layer's.
+
+Inductor's kernels for the same step take 2.2 to 6.5 times as long on an H100 (evals/results/bench_op_cuda.json).
+Nothing here waits for the host or allocates more than scores, and everything can be captured in a CUDA graph.
+`fasa_flex.decode` makes operators of them.
+"""
+
+from fasa_flex.kernels.attention import attend_part, attend_rows, merge_parts
+from fasa_flex.kernels.rows import fetch_rows, find_rows
+from fasa_flex.kernels.scoring import TILE, mix_group, score_keys
+from fasa_flex.kernels.selection import select_keys
+
+__all__ = [
+    "TILE",
+    "attend_part",
+    "attend_rows",
+    "fetch_rows",
+    "find_rows",
+    "merge_parts",
+    "mix_group",
+    "score_keys",
+    "select_keys",
+]
