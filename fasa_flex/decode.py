@@ -25,8 +25,8 @@ ATTEND_BLOCK, ATTEND_WARPS = 128, 4
 FIND_WARPS, FETCH_BLOCK, FETCH_WARPS = 8, 16, 4
 """Keys and warps of a program, the fastest of those tried on an H100."""
 
-PROGRAMS, MOST_PARTS, MERGE_WARPS = 512, 128, 8
-"""Of a dense layer's attention: a few programs for each multiprocessor, whose parts of a row are merged at once."""
+PROGRAMS, MOST_PARTS, MERGE_WARPS = 256, 128, 8
+"""Of a dense layer's attention: two programs for each multiprocessor, whose parts of a row are merged at once."""
 
 
 @torch.library.custom_op("fasa_flex::select_slots", mutates_args=())

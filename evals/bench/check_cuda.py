@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+from transformers import Cache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
-from fasa_flex import FasaConfig, FasaProfile, RotaryLayout, calibrate, enable, fasa_attention
+from fasa_flex import FasaCache, FasaConfig, FasaProfile, RotaryLayout, calibrate, enable, fasa_attention
 from fasa_flex.bench.record import Ledger, command_line, provenance
 from fasa_flex.packing import PackedKeys
 from fasa_flex.scoring import DominantChunks
@@ -170,9 +170,8 @@ def decoding_model(device: torch.device) -> tuple[PreTrainedModel, FasaProfile]:
 
 
 @torch.no_grad()
-def decode(model: PreTrainedModel, run: Any, prompt: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def decode(model: PreTrainedModel, run: Any, prompt: Tensor, steps: int, cache: Cache) -> tuple[Tensor, Tensor]:
     """Greedy tokens [steps] and their logits [steps, V] on a static cache; ``run`` does the steps."""
-    cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + steps)
     row = model(prompt, past_key_values=cache).logits[:, -1]
     tokens, logits = [row.argmax(-1)], [row.float().clone()]
     for _ in range(steps - 1):
@@ -182,17 +181,20 @@ def decode(model: PreTrainedModel, run: Any, prompt: Tensor, steps: int) -> tupl
     return torch.cat(tokens), torch.cat(logits)
 
 
-def check_decoding(device: torch.device, backend: str, steps: int) -> dict[str, Any]:
-    """Compiled decoding (CUDA graphs on CUDA) against eager decoding: the same tokens."""
+def check_decoding(device: torch.device, backend: str, placement: str, steps: int) -> dict[str, Any]:
+    """Compiled decoding (CUDA graphs on CUDA), keys at ``placement``, against eager decoding on a plain static cache."""
     model, profile = decoding_model(device)
     prompt = torch.randint(3, 512, (1, 700 if steps > 100 else 80), generator=torch.Generator().manual_seed(1))
     prompt = prompt.to(device)
     mode = "reduce-overhead" if device.type == "cuda" else None
     config = FasaConfig(n_fac=64 if steps > 100 else 16, backend=backend)  # type: ignore[arg-type]
+    length = prompt.shape[1] + steps
+    cache = FasaCache(model, profile, config, placement=placement, max_cache_len=length)  # type: ignore[arg-type]
     with enable(model, profile, config) as fasa:
-        expected, eager = decode(model, model, prompt, steps)
+        plain = StaticCache(config=model.config, max_cache_len=length)
+        expected, eager = decode(model, model, prompt, steps, plain)
         before = fasa.stats.sparse_queries
-        got, logits = decode(model, torch.compile(model, fullgraph=True, mode=mode), prompt, steps)
+        got, logits = decode(model, torch.compile(model, fullgraph=True, mode=mode), prompt, steps, cache)
         sparse = fasa.stats.sparse_queries - before
     same = int((got == expected).int().cumprod(0).sum())
     error = float((logits[:same] - eager[:same]).norm() / eager[:same].norm())
@@ -221,8 +223,10 @@ def main() -> int:
     head = {**origin, "settings": {"small": options.small, "device": device.type}}
     ledger = Ledger(options.out / f"check_{device.type}.json", head)
     calls = [(asdict(case), lambda c=case: check(c, device)) for case in cases(options.small, device.type == "cuda")]  # type: ignore[misc]
-    for backend in ("triton", "gather", "flex") if device.type == "cuda" else ("gather",):
-        calls.append(({"decoding": True, "backend": backend}, lambda b=backend: check_decoding(device, b, steps)))  # type: ignore[misc]
+    ways = [("triton", "device"), ("triton", "host"), ("gather", "device"), ("gather", "host"), ("flex", "device")]
+    for backend, placement in ways if device.type == "cuda" else ways[2:4]:
+        way = {"decoding": True, "backend": backend, "placement": placement}
+        calls.append((way, lambda b=backend, p=placement: check_decoding(device, b, p, steps)))  # type: ignore[misc]
     # decoding first, for it is what users do; flex last, for it compiles for minutes
     todo = sorted(calls, key=lambda call: (call[0]["backend"] == "flex", "decoding" not in call[0]))
     for key, run in todo:

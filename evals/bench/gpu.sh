@@ -29,26 +29,26 @@ bench=("$python" -m fasa_flex.bench --device cuda --dtype bfloat16 --shapes llam
 status=0
 
 check() {
-    part 100 "$python" -m evals.bench.check_cuda --out "$out" --seconds 75 || status=1
+    part 95 "$python" -m evals.bench.check_cuda --out "$out" --seconds 70 || status=1
 }
 
 # one attention call: with every rival; then the cheaper ranking, and packed keys in int8, with the kernels alone
 op() {
     local call=("${bench[@]}" --part op --batches 1,8 --contexts 4k,32k,128k,16k,64k,8k)
-    part 130 "${call[@]}" --out "$out" --row-seconds 2 --seconds 95 || status=1
+    part 115 "${call[@]}" --out "$out" --row-seconds 2 --seconds 85 || status=1
     call+=(--modes eager --backends triton --group-reduce max --row-seconds 1)
-    part 55 "${call[@]}" --out "$out/max" --seconds 30 || status=1
-    part 55 "${call[@]}" --out "$out/int8" --packed-dtype int8 --seconds 30 || status=1
+    part 42 "${call[@]}" --out "$out/max" --seconds 26 || status=1
+    part 42 "${call[@]}" --out "$out/int8" --packed-dtype int8 --seconds 26 || status=1
 }
 
 # a whole decode step: eager ones are replayed as graphs; of FASA's backends only the kernels can be captured whole
 step() {
     local whole=("${bench[@]}" --part step --modes eager --backends triton --row-seconds 2)
-    part 100 "${whole[@]}" --out "$out" --batches 1 --contexts 128k,32k,4k,64k,16k --seconds 80 || status=1
-    part 60 "${whole[@]}" --out "$out/max" --group-reduce max --batches 1 --contexts 128k,32k --seconds 40 || status=1
-    part 60 "${whole[@]}" --out "$out" --batches 8 --contexts 32k,4k --seconds 40 || status=1
+    part 125 "${whole[@]}" --out "$out" --batches 1 --contexts 128k,32k,4k,64k,16k --seconds 95 || status=1
+    part 60 "${whole[@]}" --out "$out/max" --group-reduce max --batches 1 --contexts 128k,32k --seconds 30 || status=1
+    part 75 "${whole[@]}" --out "$out" --batches 8 --contexts 32k,4k --seconds 45 || status=1
     # a whole model compiles for minutes; four of its layers say what compiling gives
-    part 70 "${bench[@]}" --part step --out "$out/compiled" --modes compiled --backends triton --layers 4 \
+    part 45 "${bench[@]}" --part step --out "$out/compiled" --modes compiled --backends triton --layers 4 \
         --batches 1 --contexts 32k --row-seconds 2 || status=1
 }
 
