@@ -182,7 +182,7 @@ def decode(model: PreTrainedModel, run: Any, prompt: Tensor, steps: int, cache: 
 
 
 def check_decoding(device: torch.device, backend: str, placement: str, steps: int) -> dict[str, Any]:
-    """Compiled decoding (CUDA graphs on CUDA), keys at ``placement``, against eager decoding on a plain static cache."""
+    """Compiled decoding (CUDA graphs on CUDA), keys at ``placement``, against eager decoding on a plain cache."""
     model, profile = decoding_model(device)
     prompt = torch.randint(3, 512, (1, 700 if steps > 100 else 80), generator=torch.Generator().manual_seed(1))
     prompt = prompt.to(device)
