@@ -20,7 +20,7 @@ from fasa_flex.kernels import (
 
 SCORE_BLOCK, MIXED_BLOCK, SCORE_WARPS = 128, 256, 4  # mixed: where every block adds to a softmax over all
 MIX_BLOCK, MIX_WARPS = 1024, 8
-SELECT_WARPS, MOST_SEARCHED = 8, 512  # tiles: twice the budget's are fewer rounds than exactly the budget's
+SELECT_WARPS = 8
 ATTEND_BLOCK, ATTEND_WARPS = 128, 4
 FIND_WARPS, FETCH_BLOCK, FETCH_WARPS = 8, 16, 4
 """Keys and warps of a program, the fastest of those tried on an H100."""
@@ -78,11 +78,10 @@ def select_slots(
             triton.next_power_of_2(group), MIX_BLOCK, kv_heads, num_warps=MIX_WARPS,
         )  # fmt: skip
     wanted_pad = max(16, triton.next_power_of_2(wanted))
-    searched = max(wanted_pad, min(2 * wanted_pad, MOST_SEARCHED))
-    slots, chosen = _integers(query, rows, wanted), _integers(query, rows, searched)
+    slots, chosen = _integers(query, rows, wanted), _integers(query, rows, wanted_pad)
     select_keys[(rows,)](
-        order, maxima, chosen, slots, kv_len, wanted, searched, triton.next_power_of_2(tiles), wanted_pad, searched,
-        tiles > searched, num_warps=SELECT_WARPS,
+        order, maxima, chosen, slots, kv_len, wanted, triton.next_power_of_2(tiles), wanted_pad, tiles > wanted_pad,
+        num_warps=SELECT_WARPS,
     )  # fmt: skip
     return slots
 

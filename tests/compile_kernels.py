@@ -42,7 +42,7 @@ def main() -> None:
     compiles(kernels.score_keys, keys="*i8", HOW="softmax", SCALED=True)
     compiles(kernels.mix_group, GROUP_PAD=4, BLOCK=1024)
     for search in (False, True):
-        compiles(kernels.select_keys, TILES_PAD=1024 if search else 128, SEARCHED_PAD=512, SEARCH=search)
+        compiles(kernels.select_keys, TILES_PAD=1024 if search else 128, SEARCH=search)
     for sunk, capped in ((False, False), (True, True)):
         compiles(kernels.attend_rows, SUNK=sunk, CAPPED=capped)
         compiles(kernels.attend_part, CAPPED=capped)

@@ -1,7 +1,7 @@
 """The exact selection, with ties to the lower slot.
 
-The best K keys lie in the K tiles of best maximum (ties to the lower tile), so K tiles of 16 keys or a few more are
-searched and not the whole cache; thresholds are found among the order-preserving integers of `fasa_flex.ranking`.
+The best K keys lie in the K tiles of best maximum (ties to the lower tile), so K tiles of 16 keys are searched and not
+the whole cache; thresholds are found among the order-preserving integers of `fasa_flex.ranking`.
 """
 
 from __future__ import annotations
@@ -13,55 +13,41 @@ from fasa_flex.kernels.scoring import TILE
 
 
 @triton.jit
-def _best(values, wanted, most, low):
-    """Which of the values int32 are largest, ``wanted`` to ``most`` of them, equal ones in order.
+def _best(values, wanted, low):
+    """Which ``wanted`` of the values int32 are largest, equal ones in order, and a threshold that they reach.
 
-    At least ``wanted`` must reach ``low``. A round costs what summing over the threads takes, so it counts what reaches
-    four thresholds in (low, high], in 16 bits each. They enclose where a geometric fall of the counts puts the last one
-    wanted, and in every second round they are the fifths, which bounds the rounds.
-
-    Returns:
-        bool, the values taken; a threshold that they reach; their number.
+    At least as many must reach ``low``. Every round counts what reaches two thresholds in (low, high], in 16 bits each,
+    since the sum over the threads is what a round waits for. They enclose where a geometric fall of the counts puts the
+    last one wanted, and in every second round they are the thirds, which bounds the rounds.
     """
     low, high = low.to(tl.int64), tl.max(values, 0).to(tl.int64)
     found, over, guessed = tl.sum((values >= low.to(tl.int32)).to(tl.int32), 0), 0, 0
-    aim = tl.sqrt(wanted.to(tl.float32) * most.to(tl.float32))
-    while (low < high) & (found > most):
+    while (low < high) & (found != wanted):
         span = high - low + 1
-        fifth = (span + 4) // 5
-        one, two, three, four = fifth, 2 * fifth, 3 * fifth, 4 * fifth
+        first, second = (span + 2) // 3, 2 * ((span + 2) // 3)
         guessed = 1 - guessed
         if guessed == 1:
             count = found.to(tl.float32)
-            guess = span.to(tl.float32) * tl.log(count / aim) / tl.log(count / (over + 0.5))
-            one, two = (guess * 0.6).to(tl.int64), (guess * 0.9).to(tl.int64)
-            three, four = (guess * 1.1).to(tl.int64) + 1, (guess * 1.6).to(tl.int64) + 1
-        one = low + tl.minimum(tl.maximum(one, 1), span - 1)
-        two = tl.minimum(tl.maximum(low + two, one), high)
-        three = tl.minimum(tl.maximum(low + three, two), high)
-        four = tl.minimum(tl.maximum(low + four, three), high)
-        lower = (values >= one.to(tl.int32)).to(tl.int32) + ((values >= two.to(tl.int32)).to(tl.int32) << 16)
-        upper = (values >= three.to(tl.int32)).to(tl.int32) + ((values >= four.to(tl.int32)).to(tl.int32) << 16)
-        counts = tl.sum(lower.to(tl.int64) + (upper.to(tl.int64) << 32), 0)
-        over_one, over_two = (counts & 65535).to(tl.int32), ((counts >> 16) & 65535).to(tl.int32)
-        over_three, over_four = ((counts >> 32) & 65535).to(tl.int32), ((counts >> 48) & 65535).to(tl.int32)
-        if over_four >= wanted:
-            low, found = four, over_four
-        elif over_three >= wanted:
-            low, high, found, over = three, four - 1, over_three, over_four
-        elif over_two >= wanted:
-            low, high, found, over = two, three - 1, over_two, over_three
+            guess = span.to(tl.float32) * tl.log(count / wanted) / tl.log(count / (over + 0.5))
+            first, second = (guess * 0.85).to(tl.int64), (guess * 1.15).to(tl.int64) + 1
+        first = tl.minimum(tl.maximum(first, 1), span - 1)
+        second = tl.minimum(tl.maximum(second, first), span - 1)
+        one, two = (low + first).to(tl.int32), (low + second).to(tl.int32)
+        counts = tl.sum(tl.where(values >= one, 1, 0) + tl.where(values >= two, 65536, 0), 0)
+        over_one, over_two = counts & 65535, (counts >> 16) & 65535
+        if over_two >= wanted:
+            low, found = low + second, over_two
         elif over_one >= wanted:
-            low, high, found, over = one, two - 1, over_one, over_two
+            low, high, found, over = low + first, low + second - 1, over_one, over_two
         else:
-            high, over = one - 1, over_one
+            high, over = low + first - 1, over_one
     threshold = low.to(tl.int32)
     taken = values >= threshold
-    if found > most:
+    if found > wanted:
         above, equal = values > threshold, values == threshold
-        left = most - tl.sum(above.to(tl.int32), 0)
+        left = wanted - tl.sum(above.to(tl.int32), 0)
         taken = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
-    return taken, threshold, tl.minimum(found, most)
+    return taken, threshold
 
 
 @triton.jit
@@ -72,26 +58,25 @@ def _lower_bound(values, COUNT: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def select_keys(
-    order, maxima, tiles, slots, kv_len, wanted, searched, TILES_PAD: tl.constexpr, WANTED_PAD: tl.constexpr,
-    SEARCHED_PAD: tl.constexpr, SEARCH: tl.constexpr,
-):  # fmt: skip
-    """The slots of one key/value head, ascending, -1 where no valid key is left; ``searched`` tiles are read at most."""
+    order, maxima, tiles, slots, kv_len, wanted, TILES_PAD: tl.constexpr, WANTED_PAD: tl.constexpr, SEARCH: tl.constexpr
+):
+    """The slots of one key/value head, ascending; -1 where no valid key is left."""
     row = tl.program_id(0).to(tl.int64)
     if SEARCH:
         count = (kv_len + TILE - 1) // TILE
         number = tl.arange(0, TILES_PAD)
         maximum = tl.load(maxima + row * count + number, mask=number < count, other=-2147483648)
-        taken, low, count = _best(maximum, wanted, searched, _lower_bound(maximum, TILES_PAD, WANTED_PAD))
-        tl.store(tiles + row * SEARCHED_PAD + tl.cumsum(taken.to(tl.int32), 0) - 1, number, mask=taken)
+        taken, low = _best(maximum, wanted, _lower_bound(maximum, TILES_PAD, WANTED_PAD))
+        tl.store(tiles + row * WANTED_PAD + tl.cumsum(taken.to(tl.int32), 0) - 1, number, mask=taken)
         tl.debug_barrier()  # the tiles are read by other threads than wrote them
-        place = tl.arange(0, SEARCHED_PAD * TILE)
-        real = place // TILE < count
-        slot = tl.load(tiles + row * SEARCHED_PAD + place // TILE, mask=real, other=0) * TILE + place % TILE
-        bits = tl.load(order + row * kv_len + slot, mask=real & (slot < kv_len), other=-2147483648)
+        place = tl.arange(0, WANTED_PAD * TILE)
+        searched = place // TILE < wanted
+        slot = tl.load(tiles + row * WANTED_PAD + place // TILE, mask=searched, other=0) * TILE + place % TILE
+        bits = tl.load(order + row * kv_len + slot, mask=searched & (slot < kv_len), other=-2147483648)
     else:
         slot = tl.arange(0, TILES_PAD * TILE)
         bits = tl.load(order + row * kv_len + slot, mask=slot < kv_len, other=-2147483648)
         low = _lower_bound(bits, TILES_PAD * TILE, WANTED_PAD)
-    taken, low, count = _best(bits, wanted, wanted, low)
+    taken, low = _best(bits, wanted, low)
     place = tl.cumsum(taken.to(tl.int32), 0) - 1
     tl.store(slots + row * wanted + place, tl.where(bits > -2147483648, slot, -1), mask=taken)
