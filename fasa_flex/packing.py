@@ -64,10 +64,10 @@ class PackedKeys:
         """Write keys [B, Hkv, t, 2 * n_tip] into the slots int64 [t], in place."""
         lanes = self.tiles.shape[4]
         rows, scales = _convert(rows, None if self.scales is None else "int8")
-        if lanes == 1:  # a kernel each, of which a decode step on a GPU should have few
-            self.tiles.squeeze(4).index_copy_(2, slots, rows.to(self.tiles.dtype))
+        if lanes == 1:  # a kernel each; written through a view, Inductor would copy the whole buffer twice
+            self.tiles.index_copy_(2, slots, rows.to(self.tiles.dtype)[..., None])
             if self.scales is not None and scales is not None:
-                self.scales.squeeze(3).index_copy_(2, slots, scales)
+                self.scales.index_copy_(2, slots, scales[..., None])
             return
         tile, lane = slots // lanes, slots % lanes
         if self.scales is not None and scales is not None:
