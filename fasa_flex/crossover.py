@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-KV_BYTES = {"cuda": 56_000_000, "cpu": 8_000_000}
+KV_BYTES = {"cuda": 58_000_000, "cpu": 8_000_000}
 """Keys and values of one layer, over the batch, from which sparse attention is the faster.
 
 Below, a fixed cost decides: on an H100 (bfloat16, Llama-3.1-8B's heads, replayed as a graph) the crossover of batch 1
-is 13.6k tokens, 56 MB, and that of batch 8 below the 4k tokens, 134 MB, that were measured
+is 14.2k tokens, 58 MB, and that of batch 8 below the 4k tokens, 134 MB, that were measured
 (evals/results/bench_op_cuda.json); on two CPU cores (float32) it is about a thousand tokens
 (evals/results/bench_op_cpu.json).
 """

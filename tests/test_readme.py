@@ -33,12 +33,15 @@ def test_the_support_table_is_the_matrix_of_the_tests() -> None:
     assert shown[1] == support_table()
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_the_speed_tables_are_those_of_the_committed_results(device: str) -> None:
+@pytest.mark.parametrize(
+    ("table", "file"),
+    [("speed cuda", "bench_op_cuda"), ("speed cpu", "bench_op_cpu"), ("step cuda", "bench_step_cuda")],
+)
+def test_the_speed_tables_are_those_of_the_committed_results(table: str, file: str) -> None:
     """`fasa_flex.bench.report.summary` of the rows."""
-    shown = re.search(rf"<!-- speed {device} -->\n(.*?)\n<!-- /speed {device} -->", README, flags=re.DOTALL)
+    shown = re.search(rf"<!-- {table} -->\n(.*?)\n<!-- /{table} -->", README, flags=re.DOTALL)
     assert shown is not None
-    rows = json.loads((ROOT / "evals" / "results" / f"bench_op_{device}.json").read_text())["rows"]
+    rows = json.loads((ROOT / "evals" / "results" / f"{file}.json").read_text())["rows"]
     assert shown[1] == summary(rows)
 
 

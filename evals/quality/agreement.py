@@ -10,7 +10,8 @@ to ``evals/results/study/``. Started again, it goes on where it was stopped.
 
 Parts: ``compound`` (the paper's Table 1; true planes and adjacent pairs; sets per KV head and per query head),
 ``transfer`` (calibrated on shorter documents), ``sharing`` (a group's one selection), ``quintiles`` (the paper's
-Table 11), ``mass`` (attention that is held) and ``precision`` (packed keys in fewer bits).
+Table 11), ``mass`` (attention that is held), ``precision`` (packed keys in fewer bits) and ``renewal`` (what a step
+selects that the one before did not).
 """
 
 from __future__ import annotations
@@ -239,11 +240,24 @@ def precision(study: Study) -> Rows:
     return study.rows(measure, "packed_dtype", "budget", "figure")
 
 
+def renewal(study: Study) -> Rows:
+    """Share of the selected keys that the step before did not select: what FASA-M fetches, holding the rest."""
+
+    def measure(kind: str, steps: Steps) -> dict[Any, Tensor]:
+        valid = valid_of(steps)
+        tip = scored(dominant(study.profiles[kind, "true planes"], N_TIP), steps)
+        slots = ranked(reduce_group(tip, valid, "softmax", study.scaling), valid)
+        now, before = slots[..., 1:, :], slots[..., :-1, :]
+        return {(budget,): 1 - overlap(now, before, budget) for budget in BUDGETS}
+
+    return study.rows(measure, "budget")
+
+
 def _seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-PARTS = (compound, transfer, sharing, quintiles, mass, precision)
+PARTS = (compound, transfer, sharing, quintiles, mass, precision, renewal)
 
 
 def main() -> None:

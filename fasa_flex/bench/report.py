@@ -122,6 +122,7 @@ def absences(rows: Sequence[Row]) -> str:
 def picture(rows: Sequence[Row], title: str) -> Any:
     """Speed-up over the best dense rival and its limit above, times below; a column for each shape and batch."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     panels = sorted(_panels(rows))
     figure = Figure(figsize=(1.0 + 4.2 * len(panels), 7.2), layout="constrained")
@@ -146,8 +147,13 @@ def picture(rows: Sequence[Row], title: str) -> Any:
         ratio.set_title(f"{_depth(here)}, batch {batch}", fontsize=10)
         ratio.set_ylabel("times the best dense")
         times.set_ylabel("ms, median and quartiles")
-        times.set_yscale("log")
         ratio.set_ylim(bottom=0)
+        if times.dataLim.y1 > 10 * times.dataLim.y0:
+            times.set_yscale("log")
+            times.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            times.yaxis.set_major_formatter("{x:g}")
+        else:
+            times.set_ylim(bottom=0)
         times.set_xlabel("context, tokens")
         for axes in (ratio, times):
             axes.set_xscale("log", base=2)
