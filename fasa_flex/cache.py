@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 
 from fasa_flex.budget import Budget
 from fasa_flex.config import FasaConfig, check_choice
@@ -96,6 +96,14 @@ class FasaCache(Cache):
                 self.layers[layer] = HostLayer(scorer, dtype, _to_hold(budgets[layer]))
             else:
                 self.layers[layer] = StaticHostLayer(scorer, max_cache_len, dtype, _to_hold(budgets[layer]))
+
+    def reset(self) -> None:
+        """Empty the cache; transformers 5.17 by itself would fill growing layers with zeros and keep their length."""
+        super().reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer) and layer.is_initialized:
+                layer.is_initialized, layer.keys, layer.values = False, None, None
+                layer.reset()
 
     @property
     def size(self) -> CacheSize:

@@ -120,10 +120,10 @@ class PackedLayer(_Packs, DynamicLayer):
         self._change(lambda held: held[indices])
 
     def reset(self) -> None:
-        """Empty the layer."""
-        self.packed = None
-        self._buffers.clear()
+        """Empty the layer; transformers 5.17 fills a growing one with zeros instead."""
         super().reset()
+        self._buffers.clear()
+        self.repack(self.scorer, self.dtype_packed)
 
 
 class StaticPackedLayer(_Packs, StaticLayer):
