@@ -44,36 +44,16 @@ def why_no_kernels(
         return f"it searches at most {MOST_KEYS} keys, got {key.shape[2]}"
     if group_reduce == "none" and query.shape[1] != key.shape[1]:
         return "a group's query heads must select together"
-    return _why_not_these(query, key, value)
+    return why_not_these(query, key, value)
 
 
-def _why_not_these(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+def why_not_these(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Why no kernel of ours can read these tensors, or None."""
     if key.stride()[2:] != (key.shape[3], 1) or value.stride()[2:] != (value.shape[3], 1):
         return "rows of keys and values must be contiguous"
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return "it computes no gradients"
     return None
-
-
-def decodes_dense_layers(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> bool:
-    """Whether a dense layer's decode step is better served by our kernel than by the model's own attention.
-
-    It is where there are groups and a mask, as of a static cache: no fused attention of torch's takes both, so
-    transformers repeats keys and values for every query head.
-    """
-    grouped = query.shape[1] > key.shape[1]
-    fits = query.is_cuda and key.is_cuda and query.shape[2] == 1 and attention_mask is not None and grouped
-    return fits and _why_not_these(query, key, value) is None
-
-
-def dense_decode_by_kernels(query: Tensor, key: Tensor, value: Tensor, valid: Tensor, softmax: Softmax) -> Tensor:
-    """Dense attention of one query a row, [B, Hq, 1, Dv], where `decodes_dense_layers`."""
-    from fasa_flex.decode import dense_decode
-
-    out: Tensor = dense_decode(
-        query.contiguous(), key, value, _codes(valid).flatten(1), softmax.scaling, softmax.softcap, softmax.sinks
-    )
-    return out
 
 
 def decode_by_kernels(
@@ -91,7 +71,7 @@ def decode_by_kernels(
     """`sparse_attention` of one query a row, [B, Hq, 1, Dv], where `why_no_kernels` finds no reason against it."""
     from fasa_flex.decode import attend_slots, hold_slots, select_slots  # Triton is there with CUDA only
 
-    codes, query = _codes(valid), query.contiguous()
+    codes, query = codes_of(valid), query.contiguous()
     forced = forced_keys(valid, budget)
     if forced is not None:
         codes = codes + forced
@@ -113,6 +93,7 @@ def decode_by_kernels(
     return out
 
 
-def _codes(valid: Tensor) -> Tensor:
+def codes_of(valid: Tensor) -> Tensor:
+    """What the kernels read of bool ``valid``: uint8, 1 where a key is valid."""
     # eagerly a conversion would be a launch; in a graph it costs nothing, and torch 2.11's Inductor knows no such view
     return valid.to(torch.uint8) if torch.compiler.is_compiling() else valid.view(torch.uint8)

@@ -16,7 +16,7 @@ from fasa_flex.attention import sparse_attention
 from fasa_flex.boundary import Boundary
 from fasa_flex.config import FasaConfig, GroupReduce
 from fasa_flex.crossover import sparse_is_faster
-from fasa_flex.fused import decodes_dense_layers, dense_decode_by_kernels
+from fasa_flex.grouped import decodes_grouped, grouped_attention
 from fasa_flex.handed import check_keys, softmax_of
 from fasa_flex.held_rows import HeldRows
 from fasa_flex.layers import (
@@ -243,9 +243,11 @@ class Fasa:
             scorer = Given(scorer.follow(forward))
         if chosen is None:  # keys and values of FASA-M may be the host's
             key, value = key.to(query.device), value.to(query.device)
-            if layer in self.dense_layers and decodes_dense_layers(query, key, value, attention_mask):
+            ours = layer in self.dense_layers or self.config.backend == "fastest"
+            ours = ours and not self.config.budget.covers(kv_len)  # else all is dense, and bit-identical to the model
+            if ours and decodes_grouped(query, key, value, attention_mask, softmax):
                 valid = once("valid", valid_from_mask)
-                return dense_decode_by_kernels(query, key, value, valid, softmax).transpose(1, 2).contiguous(), None
+                return grouped_attention(query, key, value, valid, softmax).transpose(1, 2).contiguous(), None
             return dense(module, query, key, value, attention_mask, **kwargs)
         if kwargs.get("dropout"):
             raise ValueError(f"{type(module).__name__} uses dropout, sparse attention does not; call model.eval().")

@@ -283,7 +283,8 @@ def _warmed(
             continue
         expected = first.setdefault(variant.kind, logits)
         wrong = float((logits - expected).norm() / expected.norm())
-        if wrong <= op.TOLERANCE[stage.settings.dtype] * stage.layers**0.5:  # rounding grows with the depth
+        slack = 10 if variant.kind == "sparse" else 1  # rounding decides near ties, and another key changes more
+        if wrong <= slack * op.TOLERANCE[stage.settings.dtype] * stage.layers**0.5:  # it grows with the depth
             steps[variant.name], errors[variant.name] = step, wrong
         else:
             left_out[variant.name] = f"differs from the first {variant.kind} step by {wrong:.2g} of its norm"
