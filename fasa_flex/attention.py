@@ -18,8 +18,9 @@ from fasa_flex.budget import Budget
 from fasa_flex.config import Backend, GroupReduce, check_choice
 from fasa_flex.fused import decode_by_kernels, why_no_kernels
 from fasa_flex.held_rows import HeldRows
-from fasa_flex.masks import kv_block_size, realize, to_block_mask
+from fasa_flex.masks import kv_block_size, to_block_mask
 from fasa_flex.packing import PackedKeys
+from fasa_flex.realize import realize
 from fasa_flex.reference import reference_attention
 from fasa_flex.rows import take_rows, whole_buffer
 from fasa_flex.scoring import DominantChunks, Scorer, reduce_group

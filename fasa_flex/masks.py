@@ -12,25 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
+from fasa_flex.realize import realize
 from fasa_flex.selection import Selection
 
 Q_BLOCK = 128
-
-
-@torch.library.custom_op("fasa_flex::realize", mutates_args=())
-def realize(tensor: Tensor) -> Tensor:
-    """A contiguous copy that the compiler keeps as a buffer.
-
-    Inductor inlines what a mask function captures when it was computed in the same graph: on CPU it then finds no
-    kernel, and a scatter is read as its empty base. A custom operator is opaque to it, so the mask function reads what
-    was computed.
-    """
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-@realize.register_fake
-def _(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def kv_block_size(device: torch.device) -> int:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fasa_flex.realize import realize
+
 PackedDtype = Literal["bfloat16", "float16", "int8"]
 
 
@@ -95,7 +97,8 @@ class PackedKeys:
         if self.tiles.shape[4] == 1:
             scores = dot_products(query, tiles.squeeze(4))[:, :, None].transpose(2, 4)
         elif torch.compiler.is_compiling():  # one fused pass over the tiles
-            scores = (query.float()[:, :, None, :, :, None] * tiles.float()[:, :, :, None]).sum(-2)
+            query = realize(query.detach().float())
+            scores = (query[:, :, None, :, :, None] * tiles.float()[:, :, :, None]).sum(-2)
         else:
             scores = dot_products(query[:, :, None], tiles.mT)
         if self.scales is not None:

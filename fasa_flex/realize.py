@@ -1,0 +1,22 @@
+"""What the compiler must compute before it goes on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("fasa_flex::realize", mutates_args=())
+def realize(tensor: Tensor) -> Tensor:
+    """A contiguous copy that the compiler keeps as a buffer, since a custom operator is opaque to it.
+
+    Inductor inlines what was computed in the same graph into what reads it. Where a mask function reads it, it then
+    finds no kernel on CPU, and takes a scatter for its empty base. Where every key is scored with it, it computes the
+    query anew for every key, sines and cosines included.
+    """
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+@realize.register_fake
+def _(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
