@@ -31,6 +31,16 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def oldest(session: nox.Session) -> None:
+    """Run the tests of models and caches with the oldest transformers that is supported."""
+    install(session, "dev", "kernels")
+    session.install("transformers==5.17.0")
+    paths = ("test_cache.py", "test_transformers.py", "test_enable.py", "test_rotary.py", "test_grouped.py")
+    folders = ("integration/test_families.py", "integration/test_oracle_decode.py", "properties/test_cache_machine.py")
+    session.run("pytest", *(f"tests/{path}" for path in (*paths, *folders)), *session.posargs)
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Evaluate the reference model with dense attention, with FASA and with a control, side by side (10 minutes)."""
     install(session, "lm-eval", "plots")

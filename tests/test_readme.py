@@ -33,9 +33,12 @@ def test_the_support_table_is_the_matrix_of_the_tests() -> None:
     assert shown[1] == support_table()
 
 
+PARTS = {"speed": "op", "step": "step"}
+
+
 @pytest.mark.parametrize(
     ("table", "file"),
-    [("speed cuda", "bench_op_cuda"), ("speed cpu", "bench_op_cpu"), ("step cuda", "bench_step_cuda")],
+    [(f"{table} {device}", f"bench_{part}_{device}") for table, part in PARTS.items() for device in ("cuda", "cpu")],
 )
 def test_the_speed_tables_are_those_of_the_committed_results(table: str, file: str) -> None:
     """`fasa_flex.bench.report.summary` of the rows."""
