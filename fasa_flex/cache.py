@@ -13,8 +13,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 
 from fasa_flex.budget import Budget
 from fasa_flex.config import FasaConfig, check_choice
+from fasa_flex.host_layers import HostLayer, OnHost, StaticHostLayer
 from fasa_flex.layers import attention_shape, dense_layers
-from fasa_flex.packed_layers import HostLayer, StaticHostLayer, pack_layer, packs
+from fasa_flex.packed_layers import pack_layer, packs
 from fasa_flex.profile import FasaProfile
 from fasa_flex.scoring import DominantChunks
 from fasa_flex.spread import spread_budget
@@ -123,7 +124,7 @@ class FasaCache(Cache):
             dense += plain
             if packed is not None:
                 device += packed.n_bytes / (packed.tiles.shape[0] * packed.capacity)
-            if isinstance(layer, HostLayer | StaticHostLayer):
+            if isinstance(layer, OnHost):
                 host += plain
                 device += layer.held.n_bytes / slots if layer.held is not None else 0
             else:

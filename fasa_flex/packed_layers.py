@@ -1,4 +1,4 @@
-"""Cache layers that keep packed keys beside keys and values: growing, static, and with K and V in host memory."""
+"""Cache layers that keep packed keys beside keys and values, growing and static (FASA-C)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
-from fasa_flex.held_rows import HeldRows
-from fasa_flex.host_memory import host_memory, mapped_memory
 from fasa_flex.packing import PackedDtype, PackedKeys
 from fasa_flex.scoring import DominantChunks
 
 
-class _Packs(CacheLayerMixin):
+class KeepsPackedKeys(CacheLayerMixin):
     """The packed half of a layer: what follows every change of keys and values.
 
     Attributes:
@@ -57,7 +55,7 @@ class _Packs(CacheLayerMixin):
             self.packed = self.packed.change(change)
 
 
-class PackedLayer(_Packs, DynamicLayer):
+class PackedLayer(KeepsPackedKeys, DynamicLayer):
     """A growing layer with packed keys.
 
     It grows in place, in buffers with an eighth to spare, where `DynamicLayer` copies all keys and values every time.
@@ -82,7 +80,7 @@ class PackedLayer(_Packs, DynamicLayer):
         else:
             if self.packed.capacity < end:
                 self.packed = self.packed.grown(_room_for(end))
-            elif not _writable(self.packed.tiles):
+            elif not writable(self.packed.tiles):
                 self.packed = self.packed.change(Tensor.clone)
             self.packed.write(rows, torch.arange(start, end, device=rows.device))
         return self.keys, self.values
@@ -93,7 +91,7 @@ class PackedLayer(_Packs, DynamicLayer):
             return torch.cat([held, new], dim=2) if start else new
         end = start + new.shape[2]
         buffer = self._buffers.get(name)
-        if buffer is None or not _begins(held, buffer) or buffer.shape[2] < end or not _writable(buffer):
+        if buffer is None or not _begins(held, buffer) or buffer.shape[2] < end or not writable(buffer):
             buffer = self._allocate(new, _room_for(end))
             if start:
                 buffer[:, :, :start] = held
@@ -126,7 +124,7 @@ class PackedLayer(_Packs, DynamicLayer):
         self.repack(self.scorer, self.dtype_packed)
 
 
-class StaticPackedLayer(_Packs, StaticLayer):
+class StaticPackedLayer(KeepsPackedKeys, StaticLayer):
     """A layer of a fixed length with packed keys, allocated at its first update; made for compiled decoding.
 
     Attributes:
@@ -186,124 +184,6 @@ class StaticPackedLayer(_Packs, StaticLayer):
         return states
 
 
-class _OnHost(_Packs):
-    """The half of a layer whose keys and values are in host memory (FASA-M): the rows that the device holds of them.
-
-    Attributes:
-        hold: rows a key/value head to hold, the budget of the layer; 0 for none.
-        held: these rows; None while the layer is empty.
-    """
-
-    hold: int
-    held: HeldRows | None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the buffers."""
-        super().lazy_initialization(key_states, value_states)
-        length = self.cumulative_length if isinstance(self, StaticLayer) else None
-        self.held = HeldRows.empty(key_states, value_states, self.hold, length) if self.hold else None
-
-    def offload(self) -> None:
-        """Nothing: keys and values are in host memory already."""
-
-    def prefetch(self) -> None:
-        """Nothing: the selected rows cross when they are known."""
-
-    def reset(self) -> None:
-        """Empty the layer."""
-        super().reset()
-        self._forget()
-
-    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        super()._change(change)
-        if self.held is not None:
-            self.held = self.held.change(change)
-
-    def _forget(self) -> None:
-        if self.held is not None:
-            self.held.forget()
-
-
-class HostLayer(_OnHost, PackedLayer):
-    """A growing layer whose keys and values are in host memory, pinned where there is an accelerator (FASA-M).
-
-    What attention gets of it in decode are the host's tensors, of which only the selected rows cross (`take_rows`).
-    A forward of several tokens gets all of them, on the device, while it runs.
-    """
-
-    def __init__(self, scorer: DominantChunks, dtype: PackedDtype | None = None, hold: int = 0) -> None:
-        super().__init__(scorer, dtype)
-        self.hold, self.held = hold, None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values [B, Hkv, t, D]; returns all of them, in host memory for t = 1."""
-        first = self.get_seq_length() == 0
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        if first:
-            return key_states, value_states
-        if key_states.shape[2] > 1:
-            return keys.to(key_states.device), values.to(value_states.device)
-        return keys, values
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop so many tokens from the end; a negative number, as in transformers."""
-        super().crop(tokens_to_remove)
-        self._forget()
-
-    def _append(self, name: str, held: Tensor, new: Tensor, start: int) -> Tensor:
-        return super()._append(name, held.cpu(), new, start)
-
-    def _allocate(self, like: Tensor, length: int) -> Tensor:
-        return host_memory((*like.shape[:2], length, like.shape[3]), like)
-
-
-class StaticHostLayer(_OnHost, StaticPackedLayer):
-    """A layer of a fixed length whose keys and values are in host memory, which the device addresses (FASA-M).
-
-    A decode step waits for nothing on the host and fits a CUDA graph. A forward of several tokens gets copies of all
-    keys and values on the device.
-    """
-
-    max_cache_len: int
-
-    def __init__(
-        self, scorer: DominantChunks, max_cache_len: int, dtype: PackedDtype | None = None, hold: int = 0
-    ) -> None:
-        super().__init__(scorer, max_cache_len, dtype)
-        self.hold, self.held = hold, None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the buffers."""
-        length, self.max_cache_len = self.max_cache_len, 0  # whose buffers would be the device's
-        super().lazy_initialization(key_states, value_states)
-        self.max_cache_len = length
-        self.keys, self.values = (
-            mapped_memory((*states.shape[:2], length, states.shape[3]), states) for states in (key_states, value_states)
-        )
-        if not torch.compiler.is_compiling():
-            torch._dynamo.mark_static_address(self.keys)
-            torch._dynamo.mark_static_address(self.values)
-        self.repack(self.scorer, self.dtype_packed)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write keys and values [B, Hkv, t, D] behind those held; returns the whole buffers, for t > 1 on the device.
-
-        Raises:
-            ValueError: there is no room for them.
-        """
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        if key_states.shape[2] == 1:
-            return keys, values
-        self._forget()
-        return (keys.clone(), values.clone()) if keys.is_cuda else (keys, values)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the rows for beam search."""
-        keys, values = self.keys, self.values
-        super().reorder_cache(beam_idx)
-        self.keys, self.values = keys.copy_(self.keys), values.copy_(self.values)
-
-
 def _room_for(length: int) -> int:
     """Slots to allocate for ``length`` tokens: an eighth more, not few, and whole tiles of packed keys."""
     return (length + length // 8 + 159) // 32 * 32
@@ -315,7 +195,7 @@ def _begins(held: Tensor, buffer: Tensor) -> bool:
     )
 
 
-def _writable(buffer: Tensor) -> bool:
+def writable(buffer: Tensor) -> bool:
     """Tensors made in inference mode may not be written outside of it."""
     return torch.is_inference_mode_enabled() or not buffer.is_inference()
 
@@ -333,7 +213,7 @@ def pack_layer(cache: Cache, layer: int, scorer: object, dtype: PackedDtype | No
         held = _adopt(held, PackedLayer(scorer, dtype))
     elif type(held) is StaticLayer:
         held = _adopt(held, StaticPackedLayer(scorer, held.max_cache_len, dtype))
-    elif not isinstance(held, _Packs):
+    elif not isinstance(held, KeepsPackedKeys):
         return
     cache.layers[layer] = held
     if held.scorer is not scorer:
@@ -347,22 +227,7 @@ def pack_layer(cache: Cache, layer: int, scorer: object, dtype: PackedDtype | No
 def packed_keys(cache: Cache, layer: int, scorer: object) -> PackedKeys | None:
     """The packed keys of a layer, if they are what ``scorer`` scores."""
     held = cache.layers[layer]
-    return held.packed if isinstance(held, _Packs) and held.scorer is scorer else None
-
-
-def on_host(cache: Cache | None, layer: int) -> bool:
-    """Whether a layer's keys and values are in host memory (FASA-M)."""
-    return cache is not None and isinstance(cache.layers[layer], _OnHost)
-
-
-def held_rows(cache: Cache, layer: int) -> HeldRows | None:
-    """The rows that the device holds of a layer in host memory; None for any other layer."""
-    held = cache.layers[layer]
-    if not isinstance(held, _OnHost) or held.held is None:
-        return None
-    if not torch.compiler.is_compiling() and not _writable(held.held.slots):
-        held.held = held.held.change(Tensor.clone)
-    return held.held
+    return held.packed if isinstance(held, KeepsPackedKeys) and held.scorer is scorer else None
 
 
 def _adopt(plain: CacheLayerMixin, layer: Any) -> Any:

@@ -68,7 +68,8 @@ class SequenceScorer(Protocol):
     """A method that goes by more than a query and the keys: by which keys are valid, or by the queries before.
 
     It is shown every forward of its layer, the dense prefill too. One that evicts ranks what it dropped lowest, -inf,
-    for good: as it keeps no fewer keys than the budget, none of these is selected.
+    for good: as it keeps no fewer keys than the budget, none of these is selected. One that remembers nothing of
+    earlier forwards says so by an attribute ``remembers = False``; its cache may be cropped and shared.
     """
 
     def follow(self, forward: Forward) -> Tensor:

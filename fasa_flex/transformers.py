@@ -19,6 +19,7 @@ from fasa_flex.crossover import sparse_is_faster
 from fasa_flex.grouped import decodes_grouped, grouped_attention
 from fasa_flex.handed import check_keys, softmax_of
 from fasa_flex.held_rows import HeldRows
+from fasa_flex.host_layers import held_rows, on_host
 from fasa_flex.layers import (
     attention_modules,
     attention_shape,
@@ -28,7 +29,7 @@ from fasa_flex.layers import (
     maximum_positions,
 )
 from fasa_flex.masking import DecodeStep, Once, count_valid, valid_from_mask
-from fasa_flex.packed_layers import held_rows, on_host, pack_layer, packed_keys, packs
+from fasa_flex.packed_layers import pack_layer, packed_keys, packs
 from fasa_flex.packing import PackedKeys
 from fasa_flex.profile import FasaProfile
 from fasa_flex.prompt_calibration import PromptCalibration
@@ -143,7 +144,8 @@ class Fasa:
     @property
     def remembers(self) -> bool:
         """Whether the method goes by earlier queries, so that a cropped or shared cache cannot be continued."""
-        return any(isinstance(scorer, SequenceScorer) for scorer in self._scorers.values())
+        followers = (scorer for scorer in self._scorers.values() if isinstance(scorer, SequenceScorer))
+        return any(getattr(scorer, "remembers", True) for scorer in followers)
 
     @property
     def profile(self) -> FasaProfile | None:

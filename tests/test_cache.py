@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from fasa_flex import FasaCache, FasaConfig, enable
-from fasa_flex.packed_layers import HostLayer, PackedLayer, StaticHostLayer, StaticPackedLayer
+from fasa_flex.host_layers import HostLayer, StaticHostLayer
+from fasa_flex.packed_layers import PackedLayer, StaticPackedLayer
 
 CONFIG = FasaConfig(n_fac=6, n_tip=3)
 

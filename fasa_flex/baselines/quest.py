@@ -27,6 +27,8 @@ class Quest:
         page: keys of a page.
     """
 
+    remembers = False
+
     def __init__(self, page: int = 16) -> None:
         check_count("page", page, 1)
         self.page = page

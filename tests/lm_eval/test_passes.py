@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import weakref
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
+from fasa_flex.baselines import scorer_factory
 from fasa_flex.lm_eval.passes import Limits, Passes, parts
 from fasa_flex.lm_eval.windows import Window
 
@@ -123,6 +125,22 @@ def test_choices_share_one_prefill(model: PreTrainedModel, profile: FasaProfile)
         rest = 3 * sum(len(choice) + 1 for choice in choices)
         assert fasa.stats.dense_queries + fasa.stats.sparse_queries == once + rest
         assert fasa.stats.sparse_queries == 2 * sum(len(choice) - 1 for choice in choices)
+
+
+@pytest.mark.parametrize(("method", "shared"), [("quest", 1), ("snapkv", 0)])
+def test_prefills_are_shared_by_methods_that_remember_nothing(
+    model: PreTrainedModel, profile: FasaProfile, method: Any, shared: int
+) -> None:
+    rng = random.Random(9)
+    context, choices = [rng.randrange(2, 400) for _ in range(300)], [[5, 9], [6, 7, 8]]
+    config = FasaConfig(n_fac=48)
+    with enable(model, None, config, scorer=scorer_factory(method, profile)) as fasa:
+        stepped = [decoded(model, context, choice, prompt=len(context)) for choice in choices]
+        passes = Passes(model, fasa, pad=0)
+        windows = [Window.of(context, choice, 768) for choice in choices]
+        assert scored(passes, windows) == pytest.approx(stepped, abs=1e-5)
+        assert passes.shared_prefills == shared
+        assert fasa.remembers == (not shared)
 
 
 def test_short_contexts_and_sliding_windows_share_nothing(model: PreTrainedModel, profile: FasaProfile) -> None:

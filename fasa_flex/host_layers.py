@@ -1,0 +1,150 @@
+"""Cache layers with keys and values in host memory and packed keys on the device, growing and static (FASA-M)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import StaticLayer
+
+from fasa_flex.held_rows import HeldRows
+from fasa_flex.host_memory import host_memory, mapped_memory
+from fasa_flex.packed_layers import KeepsPackedKeys, PackedLayer, StaticPackedLayer, writable
+from fasa_flex.packing import PackedDtype
+from fasa_flex.scoring import DominantChunks
+
+
+class OnHost(KeepsPackedKeys):
+    """The half of a layer whose keys and values are in host memory (FASA-M): the rows that the device holds of them.
+
+    Attributes:
+        hold: rows a key/value head to hold, the budget of the layer; 0 for none.
+        held: these rows; None while the layer is empty.
+    """
+
+    hold: int
+    held: HeldRows | None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the buffers."""
+        super().lazy_initialization(key_states, value_states)
+        length = self.cumulative_length if isinstance(self, StaticLayer) else None
+        self.held = HeldRows.empty(key_states, value_states, self.hold, length) if self.hold else None
+
+    def offload(self) -> None:
+        """Nothing: keys and values are in host memory already."""
+
+    def prefetch(self) -> None:
+        """Nothing: the selected rows cross when they are known."""
+
+    def reset(self) -> None:
+        """Empty the layer."""
+        super().reset()
+        self._forget()
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        super()._change(change)
+        if self.held is not None:
+            self.held = self.held.change(change)
+
+    def _forget(self) -> None:
+        if self.held is not None:
+            self.held.forget()
+
+
+class HostLayer(OnHost, PackedLayer):
+    """A growing layer whose keys and values are in host memory, pinned where there is an accelerator (FASA-M).
+
+    What attention gets of it in decode are the host's tensors, of which only the selected rows cross (`take_rows`).
+    A forward of several tokens gets all of them, on the device, while it runs.
+    """
+
+    def __init__(self, scorer: DominantChunks, dtype: PackedDtype | None = None, hold: int = 0) -> None:
+        super().__init__(scorer, dtype)
+        self.hold, self.held = hold, None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, Hkv, t, D]; returns all of them, in host memory for t = 1."""
+        first = self.get_seq_length() == 0
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if first:
+            return key_states, value_states
+        if key_states.shape[2] > 1:
+            return keys.to(key_states.device), values.to(value_states.device)
+        return keys, values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop so many tokens from the end; a negative number, as in transformers."""
+        super().crop(tokens_to_remove)
+        self._forget()
+
+    def _append(self, name: str, held: Tensor, new: Tensor, start: int) -> Tensor:
+        return super()._append(name, held.cpu(), new, start)
+
+    def _allocate(self, like: Tensor, length: int) -> Tensor:
+        return host_memory((*like.shape[:2], length, like.shape[3]), like)
+
+
+class StaticHostLayer(OnHost, StaticPackedLayer):
+    """A layer of a fixed length whose keys and values are in host memory, which the device addresses (FASA-M).
+
+    A decode step waits for nothing on the host and fits a CUDA graph. A forward of several tokens gets copies of all
+    keys and values on the device.
+    """
+
+    max_cache_len: int
+
+    def __init__(
+        self, scorer: DominantChunks, max_cache_len: int, dtype: PackedDtype | None = None, hold: int = 0
+    ) -> None:
+        super().__init__(scorer, max_cache_len, dtype)
+        self.hold, self.held = hold, None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the buffers."""
+        length, self.max_cache_len = self.max_cache_len, 0  # whose buffers would be the device's
+        super().lazy_initialization(key_states, value_states)
+        self.max_cache_len = length
+        self.keys, self.values = (
+            mapped_memory((*states.shape[:2], length, states.shape[3]), states) for states in (key_states, value_states)
+        )
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.keys)
+            torch._dynamo.mark_static_address(self.values)
+        self.repack(self.scorer, self.dtype_packed)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write keys and values [B, Hkv, t, D] behind those held; returns the whole buffers, for t > 1 on the device.
+
+        Raises:
+            ValueError: there is no room for them.
+        """
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if key_states.shape[2] == 1:
+            return keys, values
+        self._forget()
+        return (keys.clone(), values.clone()) if keys.is_cuda else (keys, values)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the rows for beam search."""
+        keys, values = self.keys, self.values
+        super().reorder_cache(beam_idx)
+        self.keys, self.values = keys.copy_(self.keys), values.copy_(self.values)
+
+
+def on_host(cache: Cache | None, layer: int) -> bool:
+    """Whether a layer's keys and values are in host memory (FASA-M)."""
+    return cache is not None and isinstance(cache.layers[layer], OnHost)
+
+
+def held_rows(cache: Cache, layer: int) -> HeldRows | None:
+    """The rows that the device holds of a layer in host memory; None for any other layer."""
+    held = cache.layers[layer]
+    if not isinstance(held, OnHost) or held.held is None:
+        return None
+    if not torch.compiler.is_compiling() and not writable(held.held.slots):
+        held.held = held.held.change(Tensor.clone)
+    return held.held
