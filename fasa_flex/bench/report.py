@@ -29,17 +29,19 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """The op part in short: what the best dense attention takes, and how many times as fast FASA is."""
+    """In short: what the best dense attention or step takes, how many times as fast FASA is, and could be at most."""
     graphs = [{**row, "rivals": [r for r in row["rivals"] if not r["timed"].startswith("calls (")]} for row in rows]
     names = _names(graphs, "sparse")  # what no CUDA graph could hold was timed with its launches
-    header = ["batch", "context", "best dense", *names, "byte-count limit"]
+    bound, word = ("ceiling", "Amdahl ceiling") if rows and "ceiling" in rows[0] else ("limit", "byte-count limit")
+    header = ["batch", "context", "best dense", *names, word]
     lines = [header, ["--:", "--:", "---", *("--:" for _ in names), "--:"]]
     for row in sorted(rows, key=lambda row: (row["batch"], row["context"])):
         rivals = {rival["name"]: rival for rival in row["rivals"]}
         best = rivals[row["best_dense"]]
         found = [f"{rivals[name]['speedup']:.2f}x" if name in rivals else "-" for name in names]
         dense = f"{1e3 * best['seconds']:.3g} ms, {row['best_dense']}"
-        lines.append([str(row["batch"]), _short(row["context"]), dense, *found, f"{row['limit']:.1f}x"])
+        most = f"{row[bound]:.{2 if bound == 'ceiling' else 1}f}x"
+        lines.append([str(row["batch"]), _short(row["context"]), dense, *found, most])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
