@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracle
 import pytest
 import torch
 from cases import generator, integers, pick_chunks
+from generation import Ids, profile_of
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+from transformers import PreTrainedModel
 
-from fasa_flex import fasa_attention
+from fasa_flex import FasaCache, FasaConfig, enable, fasa_attention
 from fasa_flex.held_rows import HeldRows
 from fasa_flex.packing import PackedKeys
 from fasa_flex.scoring import DominantChunks
@@ -207,3 +213,33 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_a_compiled_model_decodes_by_kernels_without_copying_its_cache(
+    llama: PreTrainedModel, ids: Ids, placement: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, with the kernels interpreted: the reference's logits, and no buffer as long as the cache."""
+    monkeypatch.setattr("fasa_flex.packing.tile_of", lambda device: 1)
+    monkeypatch.setattr("fasa_flex.attention.why_no_kernels", lambda *call: None)
+    profile, length = profile_of(llama), 777
+    prompt, tokens = ids(40, rows=2), [ids(1, seed=step, rows=2) for step in range(3)]
+
+    def decode(backend: Any, run: Any) -> Tensor:
+        config = FasaConfig(n_fac=8, n_tip=3, dense_layers=(0,), group_reduce="max", backend=backend)
+        cache = FasaCache(llama, profile, config, placement=placement, max_cache_len=length)
+        with torch.no_grad(), enable(llama, profile, config):
+            llama(prompt, past_key_values=cache)
+            return torch.cat([run(token, past_key_values=cache).logits for token in tokens])
+
+    torch._dynamo.reset()
+    logits, code = run_and_get_code(decode, "auto", torch.compile(llama, fullgraph=True, dynamic=False))
+    torch.testing.assert_close(logits, decode("reference", llama), atol=1e-4, rtol=1e-4)
+    graph = max(code, key=len)
+    assert graph.count("= torch.ops.fasa_flex.attend_slots.default(") == 2
+    assert graph.count("= torch.ops.fasa_flex.hold_slots.default(") == 2 * (placement == "host")
+    shapes = re.findall(r"= empty_strided_cpu\(\(([\d, ]+)\)", graph)
+    sizes = [math.prod(int(size) for size in shape.split(",") if size.strip()) for shape in shapes]
+    assert sizes
+    assert max(sizes) <= 2 * length  # a validity for each row, and nothing for each of its heads
