@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-KV_BYTES = {"cuda": 58_000_000, "cpu": 8_000_000}
-"""Keys and values of one layer, over the batch, from which sparse attention is the faster.
+KV_BYTES = {"cuda": 90_000_000, "cpu": 8_000_000}
+"""Keys and values of one layer, over the batch, from which a decode step is the faster if it is sparse.
 
-Below, a fixed cost decides: on an H100 (bfloat16, Llama-3.1-8B's heads, replayed as a graph) the crossover of batch 1
-is 14.2k tokens, 58 MB, and that of batch 8 below the 4k tokens, 134 MB, that were measured
-(evals/results/bench_op_cuda.json); on two CPU cores (float32) it is about a thousand tokens
-(evals/results/bench_op_cpu.json).
+Below, a fixed cost decides: on an H100 (bfloat16, Llama-3.1-8B's shape, replayed as a graph) the crossover of a whole
+step is 22k tokens at batch 1, 90 MB, and below the 4k tokens, 134 MB, that were measured at batch 8
+(evals/results/bench_step_cuda.json); on two CPU cores (float32) that of compiled attention is about a thousand tokens
+(evals/results/bench_op_cpu.json), and a compiled step is no slower at 4k (evals/results/bench_step_cpu.json).
 """
 
 BUDGETS = 8
