@@ -105,12 +105,13 @@ class StaticHostLayer(OnHost, StaticPackedLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the buffers."""
-        length, self.max_cache_len = self.max_cache_len, 0  # whose buffers would be the device's
-        super().lazy_initialization(key_states, value_states)
-        self.max_cache_len = length
-        self.keys, self.values = (
+        length = self.max_cache_len
+        keys, values = (
             mapped_memory((*states.shape[:2], length, states.shape[3]), states) for states in (key_states, value_states)
         )
+        self.max_cache_len = 0  # or buffers of the device would be allocated
+        super().lazy_initialization(key_states, value_states)
+        self.max_cache_len, self.keys, self.values = length, keys, values
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.keys)
             torch._dynamo.mark_static_address(self.values)

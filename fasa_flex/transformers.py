@@ -245,9 +245,7 @@ class Fasa:
             scorer = Given(scorer.follow(forward))
         if chosen is None:  # keys and values of FASA-M may be the host's
             key, value = key.to(query.device), value.to(query.device)
-            ours = layer in self.dense_layers or self.config.backend == "fastest"
-            ours = ours and not self.config.budget.covers(kv_len)  # else all is dense, and bit-identical to the model
-            if ours and decodes_grouped(query, key, value, attention_mask, softmax):
+            if self._groups(layer, kv_len, kwargs) and decodes_grouped(query, key, value, attention_mask, softmax):
                 valid = once("valid", valid_from_mask)
                 return grouped_attention(query, key, value, valid, softmax).transpose(1, 2).contiguous(), None
             return dense(module, query, key, value, attention_mask, **kwargs)
@@ -299,6 +297,12 @@ class Fasa:
         if budget is None or on_host(cache, layer):  # from the host fewer rows are the faster, whatever their number
             return budget is not None
         return sparse_is_faster(query, key, value, budget.widest(key.shape[2]))
+
+    def _groups(self, layer: int, kv_len: int, options: dict[str, Any]) -> bool:
+        """Whether a dense layer may attend by ours instead of the model's own attention; not bit by bit the same."""
+        ours = layer in self.dense_layers or self.config.backend == "fastest"
+        asked_more = options.get("dropout") or options.get("output_attentions")
+        return ours and not asked_more and not self.config.budget.covers(kv_len)
 
     def _focused(
         self,

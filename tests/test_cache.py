@@ -223,6 +223,28 @@ def test_rows_held_of_the_host_follow_what_happens_to_the_cache(llama: PreTraine
     assert all((layer.held.slots == -1).all() for layer in packed_layers(cache))
 
 
+def test_a_static_cache_that_cannot_be_pinned_is_a_clear_error_and_can_be_tried_again(
+    llama: PreTrainedModel, ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = FasaCache(llama, profile_of(llama), CONFIG, placement="host", max_cache_len=24)
+    real, prompt = torch.zeros, ids(20, rows=2)
+
+    def fail(*args: Any, **options: Any) -> Tensor:
+        if "pin_memory" in options:
+            raise RuntimeError("out of memory")
+        return real(*args, **options)
+
+    with torch.no_grad():
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "zeros", fail)
+            with pytest.raises(ValueError, match=r"the host has no .* placement='device'") as error:
+                packed_layers(cache)[0].update(*torch.randn(2, 2, 2, 20, 16).unbind())
+        assert "\n" not in str(error.value)
+        llama(prompt, past_key_values=cache)
+    assert cache.get_seq_length() == 20
+    assert_packed(cache)
+
+
 def test_a_static_cache_in_host_memory_forgets_rows_that_a_longer_forward_may_overwrite(
     llama: PreTrainedModel, ids: Ids
 ) -> None:
