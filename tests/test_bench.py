@@ -14,6 +14,7 @@ from transformers import StaticCache
 from fasa_flex import cli
 from fasa_flex.bench import caches, op, report, rivals, stages, step, timing
 from fasa_flex.bench.command import main
+from fasa_flex.bench.launches import launches_of
 from fasa_flex.bench.limits import amdahl, attention_reads, crossover, project
 from fasa_flex.bench.record import Ledger, command_line, hardware, provenance
 from fasa_flex.bench.settings import Settings, quick
@@ -319,3 +320,13 @@ def test_a_row_says_where_the_time_of_a_call_goes(smallest: Path) -> None:
     row = json.loads((smallest / "bench_op_cpu.json").read_text())["rows"][0]
     assert list(row["stages"]) == list(stages.STAGES)
     assert sum(stage["share"] for stage in row["stages"].values()) == pytest.approx(1.0)
+
+
+def test_launches_are_counted_with_their_own_time() -> None:
+    x = torch.ones(64, 64)
+    found = launches_of(lambda: (x @ x).softmax(-1) + x + x, torch.device("cpu"))
+    by_name = {entry["name"]: entry for entry in found["longest"]}
+    assert by_name["aten::add"]["count"] == 2
+    assert by_name["aten::mm"]["count"] == 1
+    assert found["seconds"] == pytest.approx(sum(entry["seconds"] for entry in found["longest"]))
+    assert found["count"] >= 4

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasa_flex.bench.launches import launches_of
 from fasa_flex.bench.limits import Reads, attention_reads
 from fasa_flex.bench.rivals import Call, Inputs
 from fasa_flex.bench.settings import Settings
@@ -103,6 +104,8 @@ def measure(
         if kind == "sparse":
             entry["limit_share"] = entry["speedup"] / reads.limit
         peak = peak_of(lambda name=name: rivals[name](first), device)  # type: ignore[misc]
+        if device.type == "cuda":
+            entry["launches"] = launches_of(lambda name=name: rivals[name](first), device)  # type: ignore[misc]
         buffers = first.nbytes - (first.packed.n_bytes if kind == "dense" else 0)
         entry |= {
             "timed": timed[name][1],

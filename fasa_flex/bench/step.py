@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers import AttentionInterface, PreTrainedModel, StaticCache
 
 from fasa_flex.bench import caches, op, rivals
+from fasa_flex.bench.launches import launches_of
 from fasa_flex.bench.limits import amdahl, project
 from fasa_flex.bench.settings import BACKENDS, Settings
 from fasa_flex.bench.shapes import Shape, random_profile
@@ -213,6 +214,8 @@ def measure(
         calls = {name: call for name, (call, _) in timed.items()}
         times = interleave(calls, settings.device, settings.repeats, settings.seconds)
         beyond = {name: peak_of(step, settings.device) for name, step in steps.items()}
+        measured = calls if settings.device.type == "cuda" else {}
+        launched = {name: launches_of(call, settings.device) for name, call in measured.items()}
     by_name = {variant.name: variant for variant in ordered}
     head = times.pop(_HEAD).median
     best = min((name for name in times if by_name[name].kind == "dense"), key=lambda name: times[name].median)
@@ -262,6 +265,8 @@ def measure(
         }
         if variant.kind == "sparse":
             entry["ceiling_share"] = entry["speedup"] / row["ceiling"]
+        if name in launched:
+            entry["launches"] = launched[name]
         row["rivals"].append(entry)
     return row
 
