@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
@@ -20,10 +22,10 @@ from fasa_flex.kernels import (
 
 SCORE_BLOCK, MIXED_BLOCK, SCORE_WARPS = 128, 256, 4  # mixed: where every block adds to a softmax over all
 MIX_BLOCK, MIX_WARPS = 1024, 8
-SELECT_WARPS = 8
+SELECT_WARPS, MOST_COUNTED = 8, 2048
 ATTEND_BLOCK, ATTEND_WARPS = 128, 4
 FIND_WARPS, FETCH_BLOCK, FETCH_WARPS = 8, 16, 4
-"""Keys and warps of a program, the fastest of those tried on an H100."""
+"""Keys and warps of a program, the fastest of those tried on an H100; more tiles than counted are guessed at too."""
 
 PROGRAMS, MOST_PARTS, MERGE_WARPS = 256, 128, 8
 """Of a dense layer's attention: two programs for each multiprocessor, whose parts of a row are merged at once."""
@@ -61,27 +63,29 @@ def select_slots(
     wanted, mixed = min(n_fac, kv_len), how == "softmax" and group > 1
     group_pad, block = max(16, triton.next_power_of_2(group)), MIXED_BLOCK if mixed else SCORE_BLOCK
     blocks, tiles = triton.cdiv(kv_len, block), triton.cdiv(kv_len, TILE.value)
-    order, maxima = _integers(query, rows, kv_len), _integers(query, rows, tiles)
+    order, maxima = _aligned(query, rows, kv_len), _aligned(query, rows, tiles)
     scores, top, total = (
         torch.empty(rows, group, size if mixed else 0, device=query.device) for size in (kv_len, blocks, blocks)
     )
     code_stride = 0 if codes.shape[0] == 1 else codes.stride(0)
+    overlap, launch = _overlapping(query.device)
     score_keys[(blocks, rows)](
-        query, dims, packed, codes if scales is None else scales, codes, scores, top, total, order, maxima, kv_len,
-        code_stride, packed.stride(1), blocks, scaling, group, group_pad, dim, width,
-        max(16, triton.next_power_of_2(width)), block, scales is not None,
-        how if mixed or how == "mean" else "max", kv_heads, num_warps=SCORE_WARPS,
+        query, dims, packed, codes if scales is None else scales, codes, scores, top, total, order, maxima,
+        order.stride(0), maxima.stride(0), kv_len, code_stride, packed.stride(1), blocks, scaling, group, group_pad,
+        dim, width, max(16, triton.next_power_of_2(width)), block, scales is not None,
+        how if mixed or how == "mean" else "max", kv_heads, overlap, num_warps=SCORE_WARPS, **launch,
     )  # fmt: skip
     if mixed:
         mix_group[(triton.cdiv(kv_len, MIX_BLOCK), rows)](
-            scores, top, total, codes, order, maxima, kv_len, code_stride, blocks, group,
-            triton.next_power_of_2(group), MIX_BLOCK, kv_heads, num_warps=MIX_WARPS,
+            scores, top, total, codes, order, maxima, order.stride(0), maxima.stride(0), kv_len, code_stride, blocks,
+            group, triton.next_power_of_2(group), MIX_BLOCK, kv_heads, overlap, num_warps=MIX_WARPS, **launch,
         )  # fmt: skip
     wanted_pad = max(16, triton.next_power_of_2(wanted))
     slots, chosen = _integers(query, rows, wanted), _integers(query, rows, wanted_pad)
     select_keys[(rows,)](
-        order, maxima, chosen, slots, kv_len, wanted, triton.next_power_of_2(tiles), wanted_pad, tiles > wanted_pad,
-        num_warps=SELECT_WARPS,
+        order, maxima, chosen, slots, order.stride(0), maxima.stride(0), kv_len, tiles, wanted,
+        max(2, triton.next_power_of_2(tiles)), wanted_pad, tiles > wanted_pad, tiles > MOST_COUNTED, overlap,
+        num_warps=SELECT_WARPS, **launch,
     )  # fmt: skip
     return slots
 
@@ -131,11 +135,12 @@ def attend_slots(
     wanted_pad = max(16, triton.next_power_of_2(wanted))
     block = min(ATTEND_BLOCK if key.element_size() == 2 else 32, wanted_pad)
     out = query.new_empty(batch, kv_heads * group, 1, value_dim)
+    overlap, launch = _overlapping(query.device)
     attend_rows[(rows,)](
         query, key, value, slots, query if sinks is None else sinks, out, key.stride(0), key.stride(1), value.stride(0),
         value.stride(1), wanted, scaling, softcap or 1.0, group, max(16, triton.next_power_of_2(group)), dim,
         max(16, triton.next_power_of_2(dim)), value_dim, max(16, triton.next_power_of_2(value_dim)), wanted_pad, block,
-        kv_heads, softcap is not None, sinks is not None, num_warps=ATTEND_WARPS,
+        kv_heads, softcap is not None, sinks is not None, overlap, num_warps=ATTEND_WARPS, **launch,
     )  # fmt: skip
     return out
 
@@ -211,6 +216,18 @@ def _(
 
 def _integers(like: Tensor, rows: int, columns: int) -> Tensor:
     return torch.empty(rows, columns, dtype=torch.int32, device=like.device)
+
+
+def _aligned(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Integers whose rows begin where a thread can read several at once."""
+    return _integers(like, rows, triton.cdiv(columns, 16) * 16)[:, :columns]
+
+
+@functools.cache
+def _overlapping(device: torch.device) -> tuple[bool, dict[str, bool]]:
+    """Whether kernels are launched before the last one has ended, and how that is asked for."""
+    overlap = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+    return overlap, {"launch_pdl": True} if overlap else {}
 
 
 @torch.library.custom_op("fasa_flex::dense_decode", mutates_args=())

@@ -15,7 +15,7 @@ from fasa_flex import kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHAPE = {"GROUP": 4, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "VALUE_DIM": 128, "VALUE_PAD": 128, "KV_HEADS": 8}
-SHAPE |= {"WIDTH": 32, "WIDTH_PAD": 32, "WANTED_PAD": 256, "BLOCK": 128}
+SHAPE |= {"WIDTH": 32, "WIDTH_PAD": 32, "WANTED_PAD": 256, "BLOCK": 128, "OVERLAP": True}
 POINTERS = dict.fromkeys(("query", "keys", "values", "sinks", "out"), "*bf16")
 POINTERS |= dict.fromkeys(("scores", "top", "total", "bests", "totals", "results"), "*fp32")
 POINTERS |= dict.fromkeys(("held_keys", "held_values"), "*bf16")
@@ -42,7 +42,7 @@ def main() -> None:
     compiles(kernels.score_keys, keys="*i8", HOW="softmax", SCALED=True)
     compiles(kernels.mix_group, GROUP_PAD=4, BLOCK=1024)
     for search in (False, True):
-        compiles(kernels.select_keys, TILES_PAD=1024 if search else 128, SEARCH=search)
+        compiles(kernels.select_keys, TILES_PAD=1024 if search else 128, SEARCH=search, GUESS=search)
     for sunk, capped in ((False, False), (True, True)):
         compiles(kernels.attend_rows, SUNK=sunk, CAPPED=capped)
         compiles(kernels.attend_part, CAPPED=capped)

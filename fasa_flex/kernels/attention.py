@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fasa_flex.kernels.launching import begin
+
 
 @triton.jit
 def _attend_block(
@@ -68,9 +70,10 @@ def attend_rows(
     query, keys, values, slots, sinks, out, key_batch, key_head, value_batch, value_head, wanted, scaling, softcap,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr, WANTED_PAD: tl.constexpr, BLOCK: tl.constexpr, KV_HEADS: tl.constexpr,
-    CAPPED: tl.constexpr, SUNK: tl.constexpr,
+    CAPPED: tl.constexpr, SUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """FAC for the query heads of one key/value head."""
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     asked = _queries(query, row, GROUP, GROUP_PAD, DIM, DIM_PAD)
     best, total = _begin(sinks, row, GROUP, GROUP_PAD, KV_HEADS, SUNK)

@@ -5,8 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fasa_flex.kernels.launching import begin
+
 TILE = tl.constexpr(16)
 """Keys whose maximum is kept for the search."""
+
+LOWEST, FIRST = tl.constexpr(-2147483648), tl.constexpr(2147483647)
+"""The order of a key that may not be selected, and of one that is whatever its score."""
 
 
 @triton.jit
@@ -20,26 +25,29 @@ def _rank_bits(scores):
 
 @triton.jit
 def _store_order(
-    ranking, slot, row, block, codes, order, maxima, kv_len, code_stride, KV_HEADS: tl.constexpr, BLOCK: tl.constexpr
-):
+    ranking, slot, row, block, codes, order, maxima, order_stride, maxima_stride, kv_len, code_stride,
+    KV_HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Write the order of a block of keys, and the maximum of every tile of them."""
     inside = slot < kv_len
     code = tl.load(codes + (row // KV_HEADS) * code_stride + slot, mask=inside, other=0)
-    bits = tl.where(code > 1, 0x7FFFFFFF, _rank_bits(ranking))
-    bits = tl.where(code > 0, bits, -2147483648)
-    tl.store(order + row * kv_len + slot, bits, mask=inside)
+    bits = tl.where(code > 1, FIRST, _rank_bits(ranking))
+    bits = tl.where(code > 0, bits, LOWEST)
+    tl.store(order + row * order_stride + slot, bits, mask=inside)
     tile = block * (BLOCK // TILE) + tl.arange(0, BLOCK // TILE)
-    count = (kv_len + TILE - 1) // TILE
-    tl.store(maxima + row * count + tile, tl.max(tl.reshape(bits, (BLOCK // TILE, TILE)), 1), mask=tile < count)
+    maximum = tl.max(tl.reshape(bits, (BLOCK // TILE, TILE)), 1)
+    tl.store(maxima + row * maxima_stride + tile, maximum, mask=tile * TILE < kv_len)
 
 
 @triton.jit
 def score_keys(
-    query, dims, keys, scales, codes, scores, top, total, order, maxima, kv_len, code_stride, key_stride, blocks,
-    scaling, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    WIDTH_PAD: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, HOW: tl.constexpr, KV_HEADS: tl.constexpr,
+    query, dims, keys, scales, codes, scores, top, total, order, maxima, order_stride, maxima_stride, kv_len,
+    code_stride, key_stride, blocks, scaling,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, SCALED: tl.constexpr, HOW: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """TIP for a block of keys of one key/value head, and the group's ranking unless that needs all keys (softmax)."""
+    begin(OVERLAP)
     row, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
     slot, dim, head = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH_PAD), tl.arange(0, GROUP_PAD)
     inside, member = slot < kv_len, head < GROUP
@@ -73,7 +81,10 @@ def score_keys(
             ranking = tl.sum(tl.where(member[None, :], score, 0.0), 1) / GROUP
         else:
             ranking = tl.max(tl.where(member[None, :], score, float("-inf")), 1)
-        _store_order(ranking, slot, row, block, codes, order, maxima, kv_len, code_stride, KV_HEADS, BLOCK)
+        _store_order(
+            ranking, slot, row, block, codes, order, maxima, order_stride, maxima_stride, kv_len, code_stride,
+            KV_HEADS, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -97,10 +108,11 @@ def _normaliser(top, total, row, blocks, GROUP: tl.constexpr, GROUP_PAD: tl.cons
 
 @triton.jit
 def mix_group(
-    scores, top, total, codes, order, maxima, kv_len, code_stride, blocks,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr, KV_HEADS: tl.constexpr,
+    scores, top, total, codes, order, maxima, order_stride, maxima_stride, kv_len, code_stride, blocks,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The sum of the group's attention weights for a block of keys."""
+    begin(OVERLAP)
     row, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
     slot, head = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, GROUP_PAD)
     inside, member = slot < kv_len, head < GROUP
@@ -111,4 +123,7 @@ def mix_group(
         other=float("-inf"),
     )
     ranking = tl.sum(tl.exp(log - norm[None, :]), 1)
-    _store_order(ranking, slot, row, block, codes, order, maxima, kv_len, code_stride, KV_HEADS, BLOCK)
+    _store_order(
+        ranking, slot, row, block, codes, order, maxima, order_stride, maxima_stride, kv_len, code_stride,
+        KV_HEADS, BLOCK,
+    )  # fmt: skip

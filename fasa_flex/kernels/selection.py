@@ -9,27 +9,40 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fasa_flex.kernels.scoring import TILE
+from fasa_flex.kernels.launching import begin
+from fasa_flex.kernels.scoring import LOWEST, TILE
+
+_LINE = tl.constexpr(16)
 
 
 @triton.jit
-def _best(values, wanted, low):
-    """Which ``wanted`` of the values int32 are largest, equal ones in order, and a threshold that they reach.
+def _number(taken, COUNT: tl.constexpr):
+    """How many of bool [COUNT] are taken up to each, itself included: in lines first, which few threads share."""
+    lines = tl.reshape(taken.to(tl.int32), (COUNT // _LINE, _LINE))
+    own = tl.sum(lines, 1)
+    return tl.reshape(tl.cumsum(lines, 1) + (tl.cumsum(own, 0) - own)[:, None], (COUNT,))
+
+
+@triton.jit
+def _best(values, wanted, low, COUNT: tl.constexpr, GUESS: tl.constexpr):
+    """Which ``wanted`` of the values int32 [COUNT] are largest, equal ones in order, and a threshold that they reach.
 
     At least as many must reach ``low``. Every round counts what reaches two thresholds in (low, high], in 16 bits each,
-    since the sum over the threads is what a round waits for. They enclose where a geometric fall of the counts puts the
-    last one wanted, and in every second round they are the thirds, which bounds the rounds.
+    since the sum over the threads is what a round waits for. They are a quarter and a half of the way, where the counts
+    fall fast. With ``GUESS``, which takes longer than to count a few values again, every second round encloses where a
+    geometric fall of the counts puts the last one wanted.
     """
     low, high = low.to(tl.int64), tl.max(values, 0).to(tl.int64)
     found, over, guessed = tl.sum((values >= low.to(tl.int32)).to(tl.int32), 0), 0, 0
     while (low < high) & (found != wanted):
         span = high - low + 1
-        first, second = (span + 2) // 3, 2 * ((span + 2) // 3)
-        guessed = 1 - guessed
-        if guessed == 1:
-            count = found.to(tl.float32)
-            guess = span.to(tl.float32) * tl.log(count / wanted) / tl.log(count / (over + 0.5))
-            first, second = (guess * 0.85).to(tl.int64), (guess * 1.15).to(tl.int64) + 1
+        first, second = (span + 2) >> 2, (span + 1) >> 1
+        if GUESS:
+            guessed = 1 - guessed
+            if guessed == 1:
+                count = found.to(tl.float32)
+                guess = span.to(tl.float32) * (tl.log2(count / wanted) / tl.log2(count / (over + 0.5)))
+                first, second = (guess * 0.85).to(tl.int64), (guess * 1.15).to(tl.int64) + 1
         first = tl.minimum(tl.maximum(first, 1), span - 1)
         second = tl.minimum(tl.maximum(second, first), span - 1)
         one, two = (low + first).to(tl.int32), (low + second).to(tl.int32)
@@ -46,7 +59,7 @@ def _best(values, wanted, low):
     if found > wanted:
         above, equal = values > threshold, values == threshold
         left = wanted - tl.sum(above.to(tl.int32), 0)
-        taken = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
+        taken = above | (equal & (_number(equal, COUNT) <= left))
     return taken, threshold
 
 
@@ -58,25 +71,27 @@ def _lower_bound(values, COUNT: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def select_keys(
-    order, maxima, tiles, slots, kv_len, wanted, TILES_PAD: tl.constexpr, WANTED_PAD: tl.constexpr, SEARCH: tl.constexpr
-):
+    order, maxima, tiles, slots, order_stride, maxima_stride, kv_len, count, wanted,
+    TILES_PAD: tl.constexpr, WANTED_PAD: tl.constexpr, SEARCH: tl.constexpr, GUESS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """The slots of one key/value head, ascending; -1 where no valid key is left."""
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
+    KEYS: tl.constexpr = (WANTED_PAD if SEARCH else TILES_PAD) * TILE
     if SEARCH:
-        count = (kv_len + TILE - 1) // TILE
         number = tl.arange(0, TILES_PAD)
-        maximum = tl.load(maxima + row * count + number, mask=number < count, other=-2147483648)
-        taken, low = _best(maximum, wanted, _lower_bound(maximum, TILES_PAD, WANTED_PAD))
-        tl.store(tiles + row * WANTED_PAD + tl.cumsum(taken.to(tl.int32), 0) - 1, number, mask=taken)
+        maximum = tl.load(maxima + row * maxima_stride + number, mask=number < count, other=LOWEST)
+        taken, low = _best(maximum, wanted, _lower_bound(maximum, TILES_PAD, WANTED_PAD), TILES_PAD, GUESS)
+        tl.store(tiles + row * WANTED_PAD + _number(taken, TILES_PAD) - 1, number, mask=taken)
         tl.debug_barrier()  # the tiles are read by other threads than wrote them
-        place = tl.arange(0, WANTED_PAD * TILE)
-        searched = place // TILE < wanted
-        slot = tl.load(tiles + row * WANTED_PAD + place // TILE, mask=searched, other=0) * TILE + place % TILE
-        bits = tl.load(order + row * kv_len + slot, mask=searched & (slot < kv_len), other=-2147483648)
+        number = tl.arange(0, WANTED_PAD)
+        tile = tl.load(tiles + row * WANTED_PAD + number, mask=number < wanted, other=count)
+        slot = tl.reshape(tile[:, None] * TILE + tl.arange(0, TILE)[None, :], (KEYS,))
+        bits = tl.load(order + row * order_stride + slot, mask=slot < kv_len, other=LOWEST)
     else:
-        slot = tl.arange(0, TILES_PAD * TILE)
-        bits = tl.load(order + row * kv_len + slot, mask=slot < kv_len, other=-2147483648)
-        low = _lower_bound(bits, TILES_PAD * TILE, WANTED_PAD)
-    taken, low = _best(bits, wanted, low)
-    place = tl.cumsum(taken.to(tl.int32), 0) - 1
-    tl.store(slots + row * wanted + place, tl.where(bits > -2147483648, slot, -1), mask=taken)
+        slot = tl.arange(0, KEYS)
+        bits = tl.load(order + row * order_stride + slot, mask=slot < kv_len, other=LOWEST)
+        low = _lower_bound(bits, KEYS, WANTED_PAD)
+    taken, low = _best(bits, wanted, low, KEYS, GUESS)
+    place = row * wanted + _number(taken, KEYS) - 1
+    tl.store(slots + place, tl.where(bits > LOWEST, slot, -1), mask=taken)
