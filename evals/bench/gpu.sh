@@ -3,8 +3,8 @@
 #
 #   evals/bench/gpu.sh [FOLDER [PART...]]
 #
-# Results go to FOLDER (default: runs/gpu), one JSON for each part, written row by row; parts are check, op and step, and
-# compiled, which is only done where it is named.
+# Results go to FOLDER (default: runs/gpu), one JSON for each part, written row by row; parts are check, op and step. Only
+# done where they are named: flex, whose checks compile a kernel each, compiled, and wide, larger batches of a call.
 #
 # Needs torch with CUDA, transformers and matplotlib; the package itself need not be installed. Started again, it goes on
 # where it was stopped. PYTHON names the interpreter (default: python3).
@@ -20,7 +20,7 @@ part() {
     local limit=$1
     shift
     echo "== $*"
-    timeout --kill-after=10 "$limit" "$@" 2>&1 | grep --line-buffered -v -i warning | tee -a "$out/log"
+    timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$out/log" | grep --line-buffered -v -i warning
     local status=${PIPESTATUS[0]}
     [ "$status" -eq 0 ] || echo "== ended with exit code $status" | tee -a "$out/log"
     return "$status"
@@ -30,24 +30,33 @@ bench=("$python" -m fasa_flex.bench --device cuda --dtype bfloat16 --shapes llam
 status=0
 
 check() {
-    part 160 "$python" -m evals.bench.check_cuda --out "$out" --seconds 140 || status=1
+    part 130 "$python" -m evals.bench.check_cuda --out "$out" --seconds 100 --backends triton,gather,reference || status=1
+}
+
+flex() {
+    part 240 "$python" -m evals.bench.check_cuda --out "$out" --seconds 200 --backends flex || status=1
 }
 
 # one attention call: with every rival; then the cheaper ranking, and packed keys in int8, with the kernels alone
 op() {
     local call=("${bench[@]}" --part op --batches 1,8 --contexts 4k,32k,128k,16k,64k,8k)
-    part 105 "${call[@]}" --out "$out" --row-seconds 2 --seconds 75 || status=1
+    part 110 "${call[@]}" --out "$out" --row-seconds 2 --seconds 80 || status=1
     call+=(--modes eager --backends triton --group-reduce max --row-seconds 1)
-    part 38 "${call[@]}" --out "$out/max" --seconds 22 || status=1
-    part 38 "${call[@]}" --out "$out/int8" --packed-dtype int8 --seconds 22 || status=1
+    part 40 "${call[@]}" --out "$out/max" --seconds 22 || status=1
+    part 40 "${call[@]}" --out "$out/int8" --packed-dtype int8 --seconds 22 || status=1
+}
+
+wide() {
+    local call=("${bench[@]}" --part op --batches 8 --contexts 128k,64k,16k --modes eager --backends triton)
+    part 70 "${call[@]}" --out "$out/wide" --row-seconds 1 --seconds 40 || status=1
 }
 
 # a whole decode step: eager ones are replayed as graphs; of FASA's backends only the kernels can be captured whole
 step() {
     local whole=("${bench[@]}" --part step --modes eager --backends triton --row-seconds 2)
-    part 125 "${whole[@]}" --out "$out" --batches 1 --contexts 128k,32k,4k,64k,16k --seconds 95 || status=1
-    part 60 "${whole[@]}" --out "$out/max" --group-reduce max --batches 1 --contexts 128k,32k --seconds 30 || status=1
-    part 75 "${whole[@]}" --out "$out" --batches 8 --contexts 32k,4k --seconds 45 || status=1
+    part 120 "${whole[@]}" --out "$out" --batches 1 --contexts 128k,32k,4k,64k,16k --seconds 95 || status=1
+    part 55 "${whole[@]}" --out "$out/max" --group-reduce max --batches 1 --contexts 128k,32k --seconds 30 || status=1
+    part 70 "${whole[@]}" --out "$out" --batches 8 --contexts 32k,4k --seconds 45 || status=1
 }
 
 # a whole model compiles for minutes; eight of its layers say what compiling gives
