@@ -187,15 +187,16 @@ def hold_slots(
     """
     (rows, wanted), kv_heads = slots.shape, key.shape[1]
     dim, value_dim = key.shape[-1], value.shape[-1]
+    overlap, launch = _overlapping(slots.device)
     places, absent, scratch = (torch.empty_like(slots) for _ in range(3))
     find_rows[(rows,)](
         slots, held, held_at, places, absent, scratch, held if length is None else length, wanted,
-        triton.next_power_of_2(wanted), length is not None, num_warps=FIND_WARPS,
+        triton.next_power_of_2(wanted), length is not None, overlap, num_warps=FIND_WARPS, **launch,
     )  # fmt: skip
     fetch_rows[(triton.cdiv(wanted, FETCH_BLOCK), rows)](
         key, value, held_keys, held_values, absent, places, key.stride(0), key.stride(1), value.stride(0),
         value.stride(1), wanted, dim, triton.next_power_of_2(dim), value_dim, triton.next_power_of_2(value_dim),
-        FETCH_BLOCK, kv_heads, num_warps=FETCH_WARPS,
+        FETCH_BLOCK, kv_heads, overlap, num_warps=FETCH_WARPS, **launch,
     )  # fmt: skip
     return places
 
@@ -260,6 +261,7 @@ def dense_decode(
     block = ATTEND_BLOCK if key.element_size() == 2 else 32
     span = triton.cdiv(triton.cdiv(kv_len, min(MOST_PARTS, max(1, PROGRAMS // rows))), block) * block
     parts = triton.cdiv(kv_len, span)
+    overlap, launch = _overlapping(query.device)
     bests, totals, results = (
         torch.empty(rows, parts, group, width, device=query.device) for width in (1, 1, value_pad)
     )
@@ -267,12 +269,12 @@ def dense_decode(
         query, key, value, codes, bests, totals, results, key.stride(0), key.stride(1), value.stride(0),
         value.stride(1), kv_len, 0 if codes.shape[0] == 1 else codes.stride(0), span, scaling, softcap or 1.0, group,
         group_pad, dim, max(16, triton.next_power_of_2(dim)), value_dim, value_pad, block, kv_heads,
-        softcap is not None, num_warps=ATTEND_WARPS,
+        softcap is not None, overlap, num_warps=ATTEND_WARPS, **launch,
     )  # fmt: skip
     out = torch.empty(batch, kv_heads * group, 1, value_dim, dtype=query.dtype, device=query.device)
     merge_parts[(rows, group)](
         bests, totals, results, query if sinks is None else sinks, out, parts, group, value_dim, value_pad,
-        triton.next_power_of_2(parts), kv_heads, sinks is not None, num_warps=MERGE_WARPS,
+        triton.next_power_of_2(parts), kv_heads, sinks is not None, overlap, num_warps=MERGE_WARPS, **launch,
     )  # fmt: skip
     return out
 

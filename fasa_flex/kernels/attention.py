@@ -95,9 +95,10 @@ def attend_part(
     query, keys, values, codes, bests, totals, results, key_batch, key_head, value_batch, value_head, kv_len,
     code_stride, span, scaling, softcap,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr,
-    VALUE_PAD: tl.constexpr, BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, CAPPED: tl.constexpr,
+    VALUE_PAD: tl.constexpr, BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, CAPPED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Dense attention of a group to one part of its keys, ``span`` of them: what `merge_parts` makes one of."""
+    begin(OVERLAP)
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     asked = _queries(query, row, GROUP, GROUP_PAD, DIM, DIM_PAD)
     best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
@@ -123,9 +124,10 @@ def attend_part(
 def merge_parts(
     bests, totals, results, sinks, out, parts,
     GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, PARTS_PAD: tl.constexpr,
-    KV_HEADS: tl.constexpr, SUNK: tl.constexpr,
+    KV_HEADS: tl.constexpr, SUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The attention of one query head from that to the parts of its keys."""
+    begin(OVERLAP)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     part, value_dim = tl.arange(0, PARTS_PAD), tl.arange(0, VALUE_PAD)
     place = (row * parts + part) * GROUP + head

@@ -5,16 +5,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fasa_flex.kernels.launching import begin
+
 
 @triton.jit
 def find_rows(
-    slots, held, held_at, places, absent, scratch, length, wanted, WANTED_PAD: tl.constexpr, BOUNDED: tl.constexpr
+    slots, held, held_at, places, absent, scratch, length, wanted,
+    WANTED_PAD: tl.constexpr, BOUNDED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Give every selected slot of one key/value head a place among the held rows: its own, or that of one not selected.
 
     ``held`` are the slots of the last step, ascending, and ``held_at`` their places; both become those of this step.
     ``absent`` gets the slot where a row must be fetched, and -1 elsewhere.
     """
+    begin(OVERLAP)
     row, number = tl.program_id(0).to(tl.int64), tl.arange(0, WANTED_PAD)
     real = number < wanted
     slot = tl.load(slots + row * wanted + number, mask=real, other=-1)
@@ -53,9 +57,10 @@ def find_rows(
 def fetch_rows(
     keys, values, held_keys, held_values, absent, places, key_batch, key_head, value_batch, value_head, wanted,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, KV_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Copy the absent rows of keys and values to their places."""
+    begin(OVERLAP)
     row, number = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(absent + row * wanted + number, mask=number < wanted, other=-1).to(tl.int64)
     place = row * wanted + tl.load(places + row * wanted + number, mask=number < wanted, other=-1)
