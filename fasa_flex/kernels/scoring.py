@@ -51,6 +51,8 @@ def score_keys(
     row, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
     slot, dim, head = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH_PAD), tl.arange(0, GROUP_PAD)
     inside, member = slot < kv_len, head < GROUP
+    if HOW == "softmax":  # on its way before the keys are waited for
+        code = tl.load(codes + (row // KV_HEADS) * code_stride + slot, mask=inside, other=0)
     key = tl.load(
         keys + row * key_stride + slot[:, None] * WIDTH + dim[None, :],
         mask=inside[:, None] & (dim < WIDTH)[None, :],
@@ -68,7 +70,6 @@ def score_keys(
         score *= tl.load(scales + row * (key_stride // WIDTH) + slot, mask=inside, other=0).to(tl.float32)[:, None]
     if HOW == "softmax":
         score *= scaling
-        code = tl.load(codes + (row // KV_HEADS) * code_stride + slot, mask=inside, other=0)
         real = tl.where((code > 0)[:, None] & member[None, :], score, float("-inf"))
         best = tl.max(real, 0)
         weight = tl.sum(tl.exp(real - tl.where(best == float("-inf"), 0.0, best)[None, :]), 0)
