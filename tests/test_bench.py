@@ -254,13 +254,35 @@ def test_no_time_left_is_said(tmp_path: Path) -> None:
         (["--shapes", "gpt-9"], "unknown shape 'gpt-9'"),
         (["--contexts", "0"], "contexts must be positive"),
         (["--modes", "fast"], "modes must be of eager, compiled"),
+        (["--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
+        (["--device", "meta"], "device must be cpu or cuda, got 'meta'"),
+        (["--repeats", "0"], "repeats must be an integer of at least 1, got 0"),
+        (["--row-seconds", "-1"], "seconds for a row must not be negative, got -1.0"),
+        (["--layers", "-1"], "layers must be an integer of at least 1, got -1"),
+        (["--layers", "0"], "layers must be an integer of at least 1, got 0"),
+        (["--n-tip", "0"], "n_tip must be an integer of at least 1, got 0"),
+        (["--n-tip", "999", "--shapes", "tiny"], "n_tip must be at most 8 for shape 'tiny'"),
+        (["--n-fac", "0"], "n_fac must be an integer of at least 1, got 0"),
+        (
+            ["--dense-layers", "0,2", "--shapes", "tiny"],
+            "dense_layers of 2 layers of shape 'tiny' must be below 2, got 2",
+        ),
+        (["--dense-layers", "-1"], "each of dense_layers must be an integer of at least 0, got -1"),
     ],
 )
 def test_wrong_options_end_in_a_sentence(
     arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == 2
-    assert sentence in capsys.readouterr().err
+    assert main(["--device", "cpu", *arguments, "--out", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert sentence in told
+    assert told.count("\n") == 1
+
+
+def test_what_is_no_number_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--contexts", "4k,many"])
+    assert "expected numbers such as 4096,32k, got '4k,many'" in capsys.readouterr().err
 
 
 def test_the_command_names_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
