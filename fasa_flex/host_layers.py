@@ -95,6 +95,10 @@ class HostLayer(OnHost, PackedLayer):
         device = self.device if self.is_initialized else like.device
         return host_memory((*like.shape[:2], length, like.shape[3]), like.dtype, device)
 
+    def _room_packed(self, length: int) -> int:
+        """A sixteenth to spare; buffers of the host have an eighth, but what the device holds is what FASA-M saves."""
+        return (length + max(32, length // 16)) // 32 * 32
+
 
 class StaticHostLayer(OnHost, StaticPackedLayer):
     """A layer of a fixed length whose keys and values are in host memory, which the device addresses (FASA-M).

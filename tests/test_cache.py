@@ -174,12 +174,38 @@ def test_a_cache_of_other_chunks_is_packed_anew(llama: PreTrainedModel, ids: Ids
 
 def test_sizes_are_those_of_the_paper(llama: PreTrainedModel) -> None:
     """2 n_tip numbers a key beside 2 d: here 6 beside 32, two heads of four bytes; layer 0 is dense."""
-    held = 2 * 6 * (2 * 16 + 2) * 4 / 20  # n_fac rows of two heads, their slots and places, over 20 tokens
-    for placement, device, host in (("device", (256 + 2 * 304) / 3, 0.0), ("host", (256 + 96 + 2 * held) / 3, 512 / 3)):
-        cache = filled(llama, placement=placement)
-        assert (cache.size.device, cache.size.host, cache.size.dense) == pytest.approx((device, host, 256.0))
+    rows = 2 * 6 * 2 * 16 * 4 / 40  # n_fac rows of two heads, over 40 tokens in two rows of the batch
+    for placement, formula in (("device", (256 + 2 * 304) / 3), ("host", (256 + 2 * (48 + 2 * rows)) / 3)):
+        size = filled(llama, placement=placement).size
+        assert (size.dense, size.formula) == pytest.approx((256.0, formula))
+        assert (size.host > 0) == (placement == "host")
+        assert size.ratio == size.device / size.formula > 1
+        static = filled(llama, placement=placement, max_cache_len=20).size
+        assert static.host == (512 / 3 if placement == "host" else 0)
+        slots = 2 * 2 * 6 * 2 * 4 / 40 * (placement == "host")  # which rows are held, and where
+        assert static.device == pytest.approx(static.formula + 2 * (48 * 12 / 20 + slots) / 3)  # a tile is 32 keys
     with pytest.raises(ValueError, match="empty"):
         _ = FasaCache(llama, profile_of(llama), CONFIG).size
+
+
+def test_room_to_grow_counts(llama: PreTrainedModel) -> None:
+    for placement in ("device", "host"):
+        cache = filled(llama, placement=placement)
+        layers = packed_layers(cache)
+        room = sum(buffer.nbytes for layer in layers for buffer in layer._buffers.values())
+        packed = sum(layer.packed.n_bytes for layer in layers)
+        held = sum(layer.held.n_bytes for layer in layers) if placement == "host" else 0
+        dense = cache.layers[0].keys.nbytes * 2
+        on_host = room if placement == "host" else 0
+        assert cache.size.host * 3 * 40 == pytest.approx(on_host)
+        assert cache.size.device * 3 * 40 == pytest.approx(dense + room - on_host + packed + held)
+
+
+def test_a_size_says_in_words_what_is_saved(llama: PreTrainedModel) -> None:
+    on_device, on_host = (str(filled(llama, placement=placement).size) for placement in ("device", "host"))
+    assert "times the formula's 288.0" in on_device
+    assert "saves nothing" not in on_device
+    assert on_host.endswith("placement='host' saves nothing for a model on the CPU, where both are host memory.")
 
 
 # Lower precision.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -199,3 +200,40 @@ def test_every_change_of_a_layer_in_host_memory_waits_for_the_device(
     read(cache)
     assert [device for _, device in waited] == ["cpu"] * len(waited)
     assert all(any(states is layer_keys for states, _ in waited) for layer_keys in keys)
+
+
+# What it saves.
+
+
+@pytest.mark.parametrize(("head_dim", "n_fac"), [(128, 256), (64, 64)])
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_the_device_holds_little_more_than_the_formula(
+    make_model: Callable[..., PreTrainedModel], head_dim: int, n_fac: int, dtype: Any
+) -> None:
+    """t * 2 * n_tip + n_fac * 2 d numbers a key/value head and layer, at any length that it grows through."""
+    model = make_model("Qwen3", head_dim=head_dim)
+    config = FasaConfig(n_fac=n_fac, dense_layers=(), packed_dtype=dtype)
+    cache = FasaCache(model, profile_of(model), config, placement="host")
+    layer, token = cache.layers[0], head_dim // 4 * 4 if dtype is None else head_dim // 4 + 2
+    worst, length = 0.0, 0
+    for step in (1, 20, 12, 40, *[31] * 30, *[333] * 12, 4000, 4500, *[97] * 20, 18000, 1, 2100):
+        new = torch.zeros(1, 2, step, head_dim)
+        layer.update(new, new)
+        length += step
+        formula = 2 * (length * token + n_fac * 2 * head_dim * 4)
+        worst = max(worst, (layer.packed.n_bytes + layer.held.n_bytes) / formula)
+    assert length > 32768
+    assert 1 < worst <= 1.1
+
+
+def test_a_host_cache_of_a_model_on_the_cpu_is_a_warning(llama: PreTrainedModel) -> None:
+    profile = profile_of(llama)
+    with pytest.warns(UserWarning, match="saves nothing for a model on the CPU") as caught:
+        cache = FasaCache(llama, profile, CONFIG, placement="host")
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FasaCache(llama, profile, CONFIG)
+        with torch.no_grad():
+            llama(torch.arange(20)[None], past_key_values=cache)

@@ -9,6 +9,7 @@ projected from the time of a layer.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -110,7 +111,9 @@ class Stage:
         else:
             config = self._config(variant)
             placement: Any = variant.placement
-            cache = FasaCache(model, self.profile(model), config, placement=placement, max_cache_len=length)
+            with warnings.catch_warnings():  # on a CPU FASA-M saves nothing; what it costs there is measured
+                warnings.simplefilter("ignore")
+                cache = FasaCache(model, self.profile(model), config, placement=placement, max_cache_len=length)
         if any(caches.share(cache, other, length) for other in self.caches.values()):
             return cache
         caches.fill(cache, self.layers, self.shape, self.batch, length - 1, settings.dtype, settings.device)
