@@ -35,7 +35,8 @@ def oldest(session: nox.Session) -> None:
     """Run the tests of models and caches with the oldest transformers that is supported."""
     install(session, "dev", "kernels")
     session.install("transformers==5.17.0")
-    paths = ("test_cache.py", "test_transformers.py", "test_enable.py", "test_rotary.py", "test_grouped.py")
+    caches = ("test_cache.py", "test_room.py", "test_host_layers.py")
+    paths = (*caches, "test_transformers.py", "test_enable.py", "test_rotary.py", "test_grouped.py")
     folders = ("integration/test_families.py", "integration/test_oracle_decode.py", "properties/test_cache_machine.py")
     session.run("pytest", *(f"tests/{path}" for path in (*paths, *folders)), *session.posargs)
 

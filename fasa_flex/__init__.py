@@ -2,7 +2,7 @@
 
 from fasa_flex.agreement import contextual_agreement
 from fasa_flex.attention import fasa_attention
-from fasa_flex.cache import FasaCache
+from fasa_flex.cache import CacheSize, FasaCache
 from fasa_flex.calibration import calibrate
 from fasa_flex.config import FasaConfig
 from fasa_flex.profile import FasaProfile
@@ -10,6 +10,7 @@ from fasa_flex.rotary import RotaryLayout
 from fasa_flex.transformers import enable
 
 __all__ = [
+    "CacheSize",
     "FasaCache",
     "FasaConfig",
     "FasaProfile",

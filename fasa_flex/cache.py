@@ -5,37 +5,67 @@ Packed keys are on the device in both, for TIP to stream.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
-from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
 from fasa_flex.budget import Budget
 from fasa_flex.config import FasaConfig, check_choice
 from fasa_flex.host_layers import HostLayer, OnHost, StaticHostLayer
 from fasa_flex.layers import attention_shape, dense_layers
-from fasa_flex.packed_layers import pack_layer, packs
+from fasa_flex.packed_layers import KeepsPackedKeys, PackedLayer, StaticPackedLayer, packs
+from fasa_flex.packing import PackedDtype, packed_bytes
 from fasa_flex.profile import FasaProfile
+from fasa_flex.room import counted, make_room
 from fasa_flex.scoring import DominantChunks
 from fasa_flex.spread import spread_budget
 
 Placement = Literal["device", "host"]
 
+_NOTHING_SAVED = "saves nothing for a model on the CPU, where both are host memory"
+
 
 @dataclass(frozen=True)
 class CacheSize:
-    """What a cache holds, in bytes a token and layer over all key/value heads, room to grow not counted.
+    """What a cache holds, in bytes a token and layer over all key/value heads, room to grow included.
+
+    Tokens are those of all rows: the ones held of a growing cache, the slots of a static one.
 
     Attributes:
         device: on the model's device.
         host: in host memory.
-        dense: what keys and values alone would be.
+        dense: what keys and values alone would be, without room.
+        formula: what the method needs on the device: of a sparse layer packed keys, and keys and values (FASA-C) or
+            the ``n_fac`` rows selected of them (FASA-M); of a dense one keys and values.
+        device_type: the model's, such as "cuda".
     """
 
     device: float
     host: float
     dense: float
+    formula: float
+    device_type: str
+
+    @property
+    def ratio(self) -> float:
+        """``device`` against ``formula``: what room to grow costs, and which rows are held."""
+        return self.device / self.formula
+
+    def __str__(self) -> str:
+        """The numbers in a sentence."""
+        nothing = f"; placement='host' {_NOTHING_SAVED}" if self.host and self.device_type == "cpu" else ""
+        return (
+            f"{self.device:.1f} bytes a token and layer on the device, {self.ratio:.2f} times the formula's "
+            f"{self.formula:.1f}, and {self.host:.1f} in host memory, where keys and values alone are {self.dense:.1f}"
+            f"{nothing}."
+        )
 
 
 class FasaCache(Cache):
@@ -43,9 +73,13 @@ class FasaCache(Cache):
 
     `enable` packs the layers of any growing or static cache by itself, so this one is for those who allocate theirs, or
     who want FASA-M: ``placement="host"`` keeps the keys and values of the sparse layers in host memory, and only the
-    rows that a query selects cross to the device. Results are the same. Without an accelerator it runs and saves
-    nothing. Packed keys cost ``n_tip / head_dim`` of the keys and values, less in a lower ``config.packed_dtype``.
-    Layers that are dense under ``config``, have no RoPE or a sliding window hold keys and values alone, on the device.
+    rows that a query selects cross to the device. Results are the same. Without an accelerator it runs, saves nothing,
+    and warns of it. Packed keys cost ``n_tip / head_dim`` of the keys and values, less in a lower
+    ``config.packed_dtype``. Layers that are dense under ``config``, have no RoPE or a sliding window hold keys and
+    values alone, on the device.
+
+    A static cache that is full, or a host that has no more memory, is an error before anything is written: what the
+    cache holds is as before.
 
     Args:
         model: the model that will fill it.
@@ -58,6 +92,8 @@ class FasaCache(Cache):
         ValueError: the profile does not fit the model, chunk sets per query head, which do not pack once a KV head, or
             settings that exclude each other.
     """
+
+    layers: list[Any]
 
     def __init__(
         self,
@@ -80,23 +116,40 @@ class FasaCache(Cache):
                 f"placement='host' needs a cache of whole keys, which {type(model).__name__} (MLA) has not; "
                 "use placement='device'."
             )
-        if max_cache_len is None:
-            layers = DynamicCache(config=model.config).layers
-        else:
-            layers = StaticCache(config=model.config, max_cache_len=max_cache_len).layers
-        super().__init__(layers=layers)
+        if placement == "host" and model.device.type == "cpu":
+            warnings.warn(
+                f"placement='host' {_NOTHING_SAVED}; move the model to its accelerator first, or use 'device'.",
+                stacklevel=2,
+            )
         dense = dense_layers(model, config.dense_layers, profile.layout.unrotated_layers)
         tables = profile.dominant_dims(config.chunks_of(profile.layout.head_dim))
         sparse = [layer for layer in range(len(tables)) if layer not in dense and packs(model)]
         budgets = spread_budget(config.budget, config.layer_budgets, sparse, kv_heads=attention_shape(model)[2])
-        for layer in sparse:
-            scorer, dtype = DominantChunks.from_chunks(tables[layer].to(model.device)), config.packed_dtype
-            if placement == "device":
-                pack_layer(self, layer, scorer, dtype)
-            elif max_cache_len is None:
-                self.layers[layer] = HostLayer(scorer, dtype, _to_hold(budgets[layer]))
-            else:
-                self.layers[layer] = StaticHostLayer(scorer, max_cache_len, dtype, _to_hold(budgets[layer]))
+        scorers = {layer: DominantChunks.from_chunks(tables[layer].to(model.device)) for layer in sparse}
+        hold = {layer: _to_hold(budgets[layer]) for layer in sparse if placement == "host"}
+        self._new_layers = partial(_new_layers, model.config, max_cache_len, scorers, config.packed_dtype, hold)
+        super().__init__(layers=self._new_layers())
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write keys and values [B, Hkv, t, D] of a layer behind those it holds; returns what attention is to see.
+
+        The first layer makes room for all, so that none is ahead of another after an error.
+
+        Raises:
+            ValueError: a static cache is full, or the host has no memory; what the cache held is as before.
+        """
+        if torch.compiler.is_compiling():
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
+        if layer_idx == 0:
+            make_room(self, key_states.shape[2])
+        try:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
+        except Exception:
+            if not self.layers[layer_idx].is_initialized:  # the first forward: what others hold, they hold of it
+                self.layers = self._new_layers()
+            raise
 
     def reset(self) -> None:
         """Empty the cache; transformers 5.17 by itself would fill growing layers with zeros and keep their length."""
@@ -113,24 +166,55 @@ class FasaCache(Cache):
         Raises:
             ValueError: the cache is empty.
         """
-        tokens = int(self.get_seq_length())
-        if not tokens:
+        if not int(self.get_seq_length()):
             raise ValueError("an empty cache has no size; run a forward with it first.")
-        device = host = dense = 0.0
+        device = host = dense = formula = 0.0
         for layer in self.layers:
-            slots = layer.keys.shape[0] * layer.keys.shape[2]
-            plain = (layer.keys.nbytes + layer.values.nbytes) / slots
-            packed = getattr(layer, "packed", None)
-            dense += plain
-            if packed is not None:
-                device += packed.n_bytes / (packed.tiles.shape[0] * packed.capacity)
+            tokens = layer.keys.shape[0] * layer.keys.shape[2]
+            plain = (layer.keys.nbytes + layer.values.nbytes) / tokens
+            held = _storage_bytes(layer.keys, layer.values) / tokens
+            on_host = isinstance(layer, OnHost)
+            dense, host, device = dense + plain, host + held * on_host, device + held * (not on_host)
+            if isinstance(layer, KeepsPackedKeys) and layer.packed is not None:
+                device += layer.packed.n_bytes / tokens
+                width = layer.scorer.dims.shape[1]
+                formula += layer.keys.shape[1] * packed_bytes(width, layer.dtype_packed, layer.keys.dtype)
             if isinstance(layer, OnHost):
-                host += plain
-                device += layer.held.n_bytes / slots if layer.held is not None else 0
+                device += layer.held.n_bytes / tokens if layer.held is not None else 0
+                formula += layer.hold * plain * layer.keys.shape[0] / tokens
             else:
-                device += plain
-        count = len(self.layers)
-        return CacheSize(device / count, host / count, dense / count)
+                formula += plain
+        count, where = len(self.layers), self.layers[0].device.type
+        return CacheSize(device / count, host / count, dense / count, formula / count, where)
+
+
+def _new_layers(
+    config: PreTrainedConfig,
+    max_cache_len: int | None,
+    scorers: Mapping[int, DominantChunks],
+    dtype: PackedDtype | None,
+    hold: Mapping[int, int],
+) -> list[Any]:
+    """Empty layers; those with rows to ``hold`` are in host memory, those with scorers pack."""
+    if max_cache_len is None:
+        layers = list(DynamicCache(config=config).layers)
+    else:
+        plain = StaticCache(config=config, max_cache_len=max_cache_len).layers
+        layers = [counted(layer) if type(layer) is StaticLayer else layer for layer in plain]
+    for layer, scorer in scorers.items():
+        if max_cache_len is None:
+            layers[layer] = HostLayer(scorer, dtype, hold[layer]) if layer in hold else PackedLayer(scorer, dtype)
+        elif layer in hold:
+            layers[layer] = StaticHostLayer(scorer, max_cache_len, dtype, hold[layer])
+        else:
+            layers[layer] = StaticPackedLayer(scorer, max_cache_len, dtype)
+    return layers
+
+
+def _storage_bytes(*tensors: Tensor) -> int:
+    """Bytes of the memory behind tensors, each counted once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
 
 
 def _to_hold(budget: Budget) -> int:

@@ -81,11 +81,23 @@ class HostLayer(OnHost, PackedLayer):
         super().crop(tokens_to_remove)
         self._forget()
 
-    def _append(self, name: str, held: Tensor, new: Tensor, start: int) -> Tensor:
-        return super()._append(name, held.cpu(), new, start)
+    def reserve(self, length: int) -> None:
+        """Make room for ``length`` more tokens.
+
+        Raises:
+            ValueError: the host has no memory for them; the layer is as before.
+        """
+        start = self.get_seq_length()
+        if start and not self.keys.requires_grad:
+            self._grow(self.keys, self.values, start + length)
 
     def _allocate(self, like: Tensor, length: int) -> Tensor:
-        return host_memory((*like.shape[:2], length, like.shape[3]), like)
+        device = self.device if self.is_initialized else like.device
+        return host_memory((*like.shape[:2], length, like.shape[3]), like.dtype, device)
+
+    def _room_packed(self, length: int) -> int:
+        """A sixteenth to spare; buffers of the host have an eighth, but what the device holds is what FASA-M saves."""
+        return (length + max(32, length // 16)) // 32 * 32
 
 
 class StaticHostLayer(OnHost, StaticPackedLayer):
@@ -110,8 +122,11 @@ class StaticHostLayer(OnHost, StaticPackedLayer):
             mapped_memory((*states.shape[:2], length, states.shape[3]), states) for states in (key_states, value_states)
         )
         self.max_cache_len = 0  # or buffers of the device would be allocated
-        super().lazy_initialization(key_states, value_states)
-        self.max_cache_len, self.keys, self.values = length, keys, values
+        try:
+            super().lazy_initialization(key_states, value_states)
+        finally:
+            self.max_cache_len = length
+        self.keys, self.values = keys, values
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.keys)
             torch._dynamo.mark_static_address(self.values)

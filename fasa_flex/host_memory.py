@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 
-def host_memory(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Zeros in host memory, pinned where ``like`` is on CUDA.
+def host_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros in host memory, pinned where ``device`` is CUDA.
 
     Args:
         shape: of the tensor.
-        like: whose dtype it has, and whose device will read it.
+        dtype: of the tensor.
+        device: that will read it.
 
     Returns:
         a tensor of the host.
@@ -23,13 +24,15 @@ def host_memory(shape: Sequence[int], like: Tensor) -> Tensor:
     Raises:
         ValueError: the host has no such memory.
     """
+    pinned = device.type == "cuda"
     try:
-        return torch.zeros(tuple(shape), dtype=like.dtype, device="cpu", pin_memory=like.is_cuda)
+        return torch.zeros(tuple(shape), dtype=dtype, device="cpu", pin_memory=pinned)
     except RuntimeError as error:
-        size = math.prod(shape) * like.element_size()
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")  # torch adds its stack
+        size = math.prod(shape) * dtype.itemsize
         raise ValueError(
-            f"the host has no {size} bytes of {'pinned ' * like.is_cuda}memory for keys or values {tuple(shape)} of a "
-            f"layer ({error}); keep fewer or shorter sequences, or use placement='device'."
+            f"the host has no {size} bytes of {'pinned ' * pinned}memory for keys or values {tuple(shape)} of a "
+            f"layer ({reason}); keep fewer or shorter sequences, or use placement='device'."
         ) from error
 
 
@@ -38,11 +41,20 @@ def mapped_memory(shape: Sequence[int], like: Tensor) -> Tensor:
 
     So what runs on a device's tensors runs on it, in a CUDA graph too.
     """
-    host = host_memory(shape, like)
+    host = host_memory(shape, like.dtype, like.device)
     if not like.is_cuda:
         return host
     mapped: Tensor = torch.as_tensor(_Mapped(host), device=like.device)
     return mapped.view(like.dtype).view(tuple(shape))
+
+
+def settle(states: Tensor, device: torch.device) -> None:
+    """Wait until ``device`` has written what it was given to write into ``states`` of the host, which is to read them.
+
+    A copy from a device into pinned memory returns before it is done.
+    """
+    if device.type == "cuda" and not states.is_cuda:
+        torch.cuda.current_stream(device).synchronize()
 
 
 class _Mapped:

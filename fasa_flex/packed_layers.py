@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
+from fasa_flex.host_memory import settle
 from fasa_flex.packing import PackedDtype, PackedKeys
+from fasa_flex.room import CountedStaticLayer
 from fasa_flex.scoring import DominantChunks
 
 
@@ -32,11 +34,13 @@ class KeepsPackedKeys(CacheLayerMixin):
         """Pack the keys anew, for other dimensions."""
         self.scorer, self.dtype_packed, self.packed = scorer, dtype, None
         if self.is_initialized and self.keys.numel():
+            self._settle()
             rows = scorer.pack(self.keys).to(scorer.dims.device)  # where the keys may not be: FASA-M, offloading
             self.packed = PackedKeys.of(rows, dtype)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search."""
+        self._settle()
         super().reorder_cache(beam_idx)
         self._change(lambda held: held.index_select(0, beam_idx.to(held.device)))
 
@@ -49,6 +53,11 @@ class KeepsPackedKeys(CacheLayerMixin):
         """Move the layer back to its device."""
         super().prefetch()
         self._change(lambda held: held.to(self.device, non_blocking=True))
+
+    def _settle(self) -> None:
+        """Let the device finish what it writes into host memory, which the host is about to read."""
+        if self.is_initialized:
+            settle(self.keys, self.device)
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.packed is not None:
@@ -67,40 +76,65 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
         self.repack(scorer, dtype)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values [B, Hkv, t, D]; returns all of them."""
+        """Append keys and values [B, Hkv, t, D]; returns all of them. Where memory runs out, nothing is lost."""
+        start, new = self.get_seq_length(), (key_states, value_states)
+        end = start + key_states.shape[2]
+        by_copies = torch.compiler.is_compiling() or any(
+            states.requires_grad for states in (*new, self.keys, self.values) if states is not None
+        )
+        if by_copies:  # which a compiler and autograd know
+            held = (self.keys, self.values)
+            keys, values = map(_behind, held, new) if start else new
+        else:
+            self._grow(*new, end)
+            for buffer, states in zip(self._buffers.values(), new, strict=True):
+                buffer[:, :, start:end].copy_(states, non_blocking=True)
+            keys, values = (buffer[:, :, :end] for buffer in self._buffers.values())
+        rows, packed = self.scorer.pack(key_states.detach()), self._packed_for(end)
+        if packed is None:
+            packed = PackedKeys.of(rows, self.dtype_packed, self._room_packed(end))
+        else:
+            packed.write(rows, torch.arange(start, end, device=rows.device))
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        self.keys = self._append("keys", self.keys, key_states, start)
-        self.values = self._append("values", self.values, value_states, start)
-        rows = self.scorer.pack(key_states.detach())
-        end = start + rows.shape[2]
-        if self.packed is None:
-            self.packed = PackedKeys.of(rows, self.dtype_packed, capacity=_room_for(end))
-        else:
-            if self.packed.capacity < end:
-                self.packed = self.packed.grown(_room_for(end))
-            elif not writable(self.packed.tiles):
-                self.packed = self.packed.change(Tensor.clone)
-            self.packed.write(rows, torch.arange(start, end, device=rows.device))
-        return self.keys, self.values
+        self.keys, self.values, self.packed = keys, values, packed
+        return keys, values
 
-    def _append(self, name: str, held: Tensor, new: Tensor, start: int) -> Tensor:
-        """``held`` with ``new`` behind it: in its buffer, if it is the buffer's beginning and there is room."""
-        if torch.compiler.is_compiling() or new.requires_grad or held.requires_grad:
-            return torch.cat([held, new], dim=2) if start else new
-        end = start + new.shape[2]
+    def _grow(self, like_keys: Tensor, like_values: Tensor, end: int) -> None:
+        """Make room for ``end`` tokens, of all that is held or, where memory runs out, of nothing."""
+        start = self.get_seq_length()
+        keys = self._buffer("keys", self.keys, like_keys, start, end)
+        values = self._buffer("values", self.values, like_values, start, end)
+        self.packed = self._packed_for(end)
+        self._buffers = {"keys": keys, "values": values}
+        if start:
+            self.keys, self.values = keys[:, :, :start], values[:, :, :start]
+
+    def _buffer(self, name: str, held: Tensor, like: Tensor, start: int, end: int) -> Tensor:
+        """A buffer with room for ``end`` tokens that begins with the ``start`` held: theirs, or a larger one."""
         buffer = self._buffers.get(name)
-        if buffer is None or not _begins(held, buffer) or buffer.shape[2] < end or not writable(buffer):
-            buffer = self._allocate(new, _room_for(end))
-            if start:
-                buffer[:, :, :start] = held
-            self._buffers[name] = buffer
-        buffer[:, :, start:end].copy_(new, non_blocking=True)
-        return buffer[:, :, :end]
+        if start and buffer is not None and _begins(held, buffer) and buffer.shape[2] >= end and writable(buffer):
+            return buffer
+        buffer = self._allocate(like, _room_for(end))
+        if start:
+            self._settle()
+            buffer[:, :, :start] = held
+        return buffer
+
+    def _packed_for(self, end: int) -> PackedKeys | None:
+        """The packed keys with room for ``end`` tokens, to write into; None while there are none."""
+        if self.packed is not None and self.packed.capacity < end:
+            return self.packed.grown(self._room_packed(end))
+        if self.packed is not None and not writable(self.packed.tiles):
+            return self.packed.change(Tensor.clone)
+        return self.packed
 
     def _allocate(self, like: Tensor, length: int) -> Tensor:
         return like.new_empty(*like.shape[:2], length, like.shape[3])
+
+    def _room_packed(self, length: int) -> int:
+        """Packed keys to allocate for ``length`` tokens."""
+        return _room_for(length)
 
     def offload(self) -> None:
         """Move the layer to host memory."""
@@ -109,11 +143,13 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
+        self._settle()
         super().batch_repeat_interleave(repeats)
         self._change(lambda held: held.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``."""
+        self._settle()
         super().batch_select_indices(indices)
         self._change(lambda held: held[indices])
 
@@ -124,16 +160,11 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
         self.repack(self.scorer, self.dtype_packed)
 
 
-class StaticPackedLayer(KeepsPackedKeys, StaticLayer):
-    """A layer of a fixed length with packed keys, allocated at its first update; made for compiled decoding.
-
-    Attributes:
-        written: tokens held, as far as eager calls know without asking the device.
-    """
+class StaticPackedLayer(KeepsPackedKeys, CountedStaticLayer):
+    """A layer of a fixed length with packed keys, allocated at its first update; made for compiled decoding."""
 
     def __init__(self, scorer: DominantChunks, max_cache_len: int, dtype: PackedDtype | None = None) -> None:
         super().__init__(max_cache_len)
-        self.written = 0
         self.repack(scorer, dtype)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -145,7 +176,6 @@ class StaticPackedLayer(KeepsPackedKeys, StaticLayer):
         """Pack the keys anew, for other dimensions."""
         super().repack(scorer, dtype)
         if self.packed is not None and not torch.compiler.is_compiling():
-            self.written = int(self.cumulative_length)
             for held in (self.packed.tiles, self.packed.scales):
                 if held is not None:
                     torch._dynamo.mark_static_address(held)
@@ -153,7 +183,6 @@ class StaticPackedLayer(KeepsPackedKeys, StaticLayer):
     def reset(self) -> None:
         """Empty the layer; its buffers stay."""
         super().reset()
-        self.written = 0
         if self.packed is not None:
             self.packed.change(Tensor.zero_)
 
@@ -161,20 +190,12 @@ class StaticPackedLayer(KeepsPackedKeys, StaticLayer):
         """Write keys and values [B, Hkv, t, D] behind those held; returns the whole buffers.
 
         Raises:
-            ValueError: there is no room for them, as far as eager calls tell: asking the device would stall it.
+            ValueError: there is no room for them (`reserve`).
         """
+        self.reserve(key_states.shape[2])
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length = key_states.shape[2]
-        if not torch.compiler.is_compiling():
-            if self.written + length > self.max_cache_len:
-                self.written = int(self.cumulative_length)  # ask the device, which has the last word, only now
-            if self.written + length > self.max_cache_len:
-                raise ValueError(
-                    f"the static cache holds {self.written} of at most {self.max_cache_len} tokens and {length} more "
-                    "were given; allocate a longer one (max_cache_len)."
-                )
-            self.written += length
         slots = self.cumulative_length.view(1)
         if length > 1:
             slots = slots + torch.arange(length, device=self.device)
@@ -187,6 +208,10 @@ class StaticPackedLayer(KeepsPackedKeys, StaticLayer):
 def _room_for(length: int) -> int:
     """Slots to allocate for ``length`` tokens: an eighth more, not few, and whole tiles of packed keys."""
     return (length + length // 8 + 159) // 32 * 32
+
+
+def _behind(held: Tensor, new: Tensor) -> Tensor:
+    return torch.cat([held.to(new.device), new], dim=2)
 
 
 def _begins(held: Tensor, buffer: Tensor) -> bool:
@@ -211,7 +236,7 @@ def pack_layer(cache: Cache, layer: int, scorer: object, dtype: PackedDtype | No
     held = cache.layers[layer]
     if type(held) is DynamicLayer:
         held = _adopt(held, PackedLayer(scorer, dtype))
-    elif type(held) is StaticLayer:
+    elif type(held) in (StaticLayer, CountedStaticLayer):
         held = _adopt(held, StaticPackedLayer(scorer, held.max_cache_len, dtype))
     elif not isinstance(held, KeepsPackedKeys):
         return

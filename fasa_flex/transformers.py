@@ -33,6 +33,7 @@ from fasa_flex.packed_layers import pack_layer, packed_keys, packs
 from fasa_flex.packing import PackedKeys
 from fasa_flex.profile import FasaProfile
 from fasa_flex.prompt_calibration import PromptCalibration
+from fasa_flex.room import make_room
 from fasa_flex.scoring import DominantChunks, Forward, Given, Scorer, SequenceScorer
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
 from fasa_flex.softmax import Softmax
@@ -132,6 +133,7 @@ class Fasa:
         self._step = DecodeStep()
         self._seam = AttentionSeam(model, self._attend)
         modules = attention_modules(model)
+        self._first = min(modules)
         self.stats = FasaStats(
             [next(modules[layer].parameters()).device for layer in sorted(modules)],
             {layer: read_share(scorer, model, config, self._packs) for layer, scorer in scorers.items()},
@@ -204,6 +206,8 @@ class Fasa:
         """Hand on to the attention function what transformers keeps from it: the cache, and where the queries begin."""
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # GPT-NeoX has a name of its own for it
         layer = layer_of(module)
+        if cache is not None and layer == self._first:
+            make_room(cache, (args[0] if args else kwargs["hidden_states"]).shape[1])
         if cache is not None and layer in self._budgets and self._packs:
             pack_layer(cache, layer, self._scorers.get(layer), self.config.packed_dtype)
             kwargs = {**kwargs, "fasa_cache": cache}

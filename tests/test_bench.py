@@ -203,7 +203,7 @@ def test_the_smallest_run(smallest: Path, part: str) -> None:
     for row in data["rows"]:
         names = {rival["name"]: rival for rival in row["rivals"]}
         assert {"SDPA", "grouped SDPA", "FASA-C gather"} <= set(names)
-        assert part == "op" or "FASA-M" in names, row["left_out"]
+        assert part == "op" or {"FASA-M", "FASA-C fastest"} <= set(names), row["left_out"]
         dense = [rival for rival in row["rivals"] if rival["kind"] == "dense"]
         assert names[row["best_dense"]]["seconds"] == min(rival["seconds"] for rival in dense)
         assert names[row["best_dense"]]["speedup"] == 1
@@ -221,6 +221,14 @@ def test_a_decode_step_states_its_depth_and_ceiling(smallest: Path) -> None:
         assert (row["layers"], row["full_layers"], row["dense_layers"]) == (2, 2, [0])
         assert 1 <= row["ceiling"] <= row["limit"]
         assert all(rival["tokens_per_s"] == pytest.approx(1 / rival["seconds"]) for rival in row["rivals"])
+
+
+def test_the_fastest_way_is_dense_where_that_is_faster(smallest: Path) -> None:
+    """And reads what dense attention reads, so its time is one of a dense step."""
+    for row in json.loads((smallest / "bench_step_cpu.json").read_text())["rows"]:
+        read = {rival["name"]: rival["gb_per_s"] * rival["seconds"] for rival in row["rivals"]}
+        assert read["FASA-C fastest"] == pytest.approx(read["grouped SDPA"])
+        assert read["FASA-C fastest"] > 1.001 * read["FASA-C gather"]
 
 
 def test_a_second_run_measures_nothing_again(smallest: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,13 +262,35 @@ def test_no_time_left_is_said(tmp_path: Path) -> None:
         (["--shapes", "gpt-9"], "unknown shape 'gpt-9'"),
         (["--contexts", "0"], "contexts must be positive"),
         (["--modes", "fast"], "modes must be of eager, compiled"),
+        (["--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
+        (["--device", "meta"], "device must be cpu or cuda, got 'meta'"),
+        (["--repeats", "0"], "repeats must be an integer of at least 1, got 0"),
+        (["--row-seconds", "-1"], "seconds for a row must not be negative, got -1.0"),
+        (["--layers", "-1"], "layers must be an integer of at least 1, got -1"),
+        (["--layers", "0"], "layers must be an integer of at least 1, got 0"),
+        (["--n-tip", "0"], "n_tip must be an integer of at least 1, got 0"),
+        (["--n-tip", "999", "--shapes", "tiny"], "n_tip must be at most 8 for shape 'tiny'"),
+        (["--n-fac", "0"], "n_fac must be an integer of at least 1, got 0"),
+        (
+            ["--dense-layers", "0,2", "--shapes", "tiny"],
+            "dense_layers of 2 layers of shape 'tiny' must be below 2, got 2",
+        ),
+        (["--dense-layers", "-1"], "each of dense_layers must be an integer of at least 0, got -1"),
     ],
 )
 def test_wrong_options_end_in_a_sentence(
     arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == 2
-    assert sentence in capsys.readouterr().err
+    assert main(["--device", "cpu", *arguments, "--out", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert sentence in told
+    assert told.count("\n") == 1
+
+
+def test_what_is_no_number_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--contexts", "4k,many"])
+    assert "expected numbers such as 4096,32k, got '4k,many'" in capsys.readouterr().err
 
 
 def test_the_command_names_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,39 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
+from filled import CONFIG, assert_packed, filled, packed_layers
 from generation import Ids, generate, profile_of
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from fasa_flex import FasaCache, FasaConfig, enable
-from fasa_flex.host_layers import HostLayer, StaticHostLayer
 from fasa_flex.packed_layers import PackedLayer, StaticPackedLayer
-
-CONFIG = FasaConfig(n_fac=6, n_tip=3)
-
-
-def packed_layers(cache: Cache) -> list[PackedLayer | StaticPackedLayer]:
-    return [layer for layer in cache.layers if isinstance(layer, PackedLayer | StaticPackedLayer)]
-
-
-def filled(model: PreTrainedModel, rows: int = 2, length: int = 20, **options: Any) -> FasaCache:
-    cache = FasaCache(model, profile_of(model), CONFIG, **options)
-    with torch.no_grad():
-        model(torch.arange(rows * length).view(rows, length) % 60 + 1, past_key_values=cache)
-    return cache
-
-
-def assert_packed(cache: Cache) -> None:
-    """Every packed layer holds what packing its keys anew gives."""
-    assert packed_layers(cache)
-    for layer in packed_layers(cache):
-        assert layer.packed is not None
-        length = int(layer.get_seq_length())
-        assert layer.packed.rows(length).equal(layer.scorer.pack(layer.keys)[:, :, :length])
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -68,6 +45,32 @@ def test_packed_keys_follow_the_cache(llama: PreTrainedModel, ids: Ids, change: 
         for seed in range(3):
             rows = ids(2, seed=seed, rows=cache.layers[0].keys.shape[0])
             assert llama(rows, past_key_values=cache).logits.equal(llama(rows, past_key_values=plain).logits)
+            assert_packed(cache)
+
+
+@pytest.mark.parametrize("placement", ["device", "host"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda cache: [layer.offload() for layer in cache.layers],
+        lambda cache: [change() for layer in cache.layers for change in (layer.offload, layer.prefetch)],
+        lambda cache: cache.reset(),
+    ],
+    ids=["reorder", "offload", "offload and prefetch", "reset"],
+)
+def test_packed_keys_follow_a_static_cache(
+    llama: PreTrainedModel, ids: Ids, change: Callable[[Cache], object], placement: str
+) -> None:
+    cache, plain = filled(llama, placement=placement, max_cache_len=40), StaticCache(llama.config, max_cache_len=40)
+    with torch.no_grad():
+        llama(torch.arange(40).view(2, 20) % 60 + 1, past_key_values=plain)
+        for held in (cache, plain):
+            change(held)
+        assert_packed(cache)
+        for seed in range(3):
+            logits = [llama(ids(2, seed=seed, rows=2), past_key_values=held).logits for held in (cache, plain)]
+            assert torch.equal(*logits)
             assert_packed(cache)
 
 
@@ -166,129 +169,43 @@ def test_a_cache_of_other_chunks_is_packed_anew(llama: PreTrainedModel, ids: Ids
     assert torch.equal(*logits)
 
 
-def test_a_full_static_cache_is_a_clear_error_before_anything_is_lost(llama: PreTrainedModel, ids: Ids) -> None:
-    cache = filled(llama, max_cache_len=24)
-    before = [layer.keys.clone() for layer in packed_layers(cache)]
-    with torch.no_grad(), pytest.raises(ValueError, match=r"20 of at most 24 .* 5 more") as error:
-        llama.model.layers[1].self_attn(
-            torch.randn(2, 5, 64), llama.model.rotary_emb(torch.randn(1), torch.arange(5)[None]), None, cache
-        )
-    assert "\n" not in str(error.value)
-    assert all(layer.keys.equal(keys) for layer, keys in zip(packed_layers(cache), before, strict=True))
-
-
-# FASA-M.
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        (HostLayer, {}),
-        (HostLayer, {"num_beams": 3}),
-        (HostLayer, {"prompt_lookup_num_tokens": 3}),
-        (StaticHostLayer, {}),
-        (StaticHostLayer, {"num_beams": 3}),
-    ],
-    ids=str,
-)
-def test_keys_in_host_memory_change_no_result(
-    llama: PreTrainedModel, ids: Ids, kind: type, options: dict[str, int]
-) -> None:
-    prompt, profile, length = ids(30, rows=1), profile_of(llama), None if kind is HostLayer else 48
-    run = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
-    with enable(llama, profile, CONFIG):
-        expected = llama.generate(prompt, **run)
-        cache = FasaCache(llama, profile, CONFIG, placement="host", max_cache_len=length)
-        assert llama.generate(prompt, past_key_values=cache, **run).equal(expected)
-    assert [type(layer) is kind for layer in cache.layers] == [False, True, True]
-    assert_packed(cache)
-
-
-@pytest.mark.parametrize("length", [None, 64])
-def test_rows_held_of_the_host_follow_what_happens_to_the_cache(llama: PreTrainedModel, length: int | None) -> None:
-    """What the device holds must never be a row of another token, or of another row of the batch."""
-    cache = filled(llama, placement="host", max_cache_len=length)
-    for layer in packed_layers(cache):
-        held = layer.held
-        assert (tuple(held.slots.shape), tuple(held.keys.shape)) == ((2, 2, 6), (2, 2, 6, 16))
-        held.slots.copy_(torch.arange(24).view(2, 2, 6))
-    cache.reorder_cache(torch.tensor([1, 1]))
-    for layer in packed_layers(cache):
-        assert layer.held.slots[0].equal(layer.held.slots[1])
-        assert layer.held.slots[0, 0, 0] == 12
-    if length is None:
-        cache.crop(-4)
-    else:
-        cache.reset()
-    assert all((layer.held.slots == -1).all() for layer in packed_layers(cache))
-
-
-def test_a_static_cache_that_cannot_be_pinned_is_a_clear_error_and_can_be_tried_again(
-    llama: PreTrainedModel, ids: Ids, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = FasaCache(llama, profile_of(llama), CONFIG, placement="host", max_cache_len=24)
-    real, prompt = torch.zeros, ids(20, rows=2)
-
-    def fail(*args: Any, **options: Any) -> Tensor:
-        if "pin_memory" in options:
-            raise RuntimeError("out of memory")
-        return real(*args, **options)
-
-    with torch.no_grad():
-        with monkeypatch.context() as patched:
-            patched.setattr(torch, "zeros", fail)
-            with pytest.raises(ValueError, match=r"the host has no .* placement='device'") as error:
-                packed_layers(cache)[0].update(*torch.randn(2, 2, 2, 20, 16).unbind())
-        assert "\n" not in str(error.value)
-        llama(prompt, past_key_values=cache)
-    assert cache.get_seq_length() == 20
-    assert_packed(cache)
-
-
-def test_a_static_cache_in_host_memory_forgets_rows_that_a_longer_forward_may_overwrite(
-    llama: PreTrainedModel, ids: Ids
-) -> None:
-    cache = filled(llama, placement="host", max_cache_len=64)
-    layer = packed_layers(cache)[0]
-    layer.held.slots.fill_(3)
-    with torch.no_grad():
-        llama(ids(2, rows=2), past_key_values=cache)
-    assert (layer.held.slots == -1).all()
-    assert layer.held.length is layer.cumulative_length
+# Sizes.
 
 
 def test_sizes_are_those_of_the_paper(llama: PreTrainedModel) -> None:
     """2 n_tip numbers a key beside 2 d: here 6 beside 32, two heads of four bytes; layer 0 is dense."""
-    held = 2 * 6 * (2 * 16 + 2) * 4 / 20  # n_fac rows of two heads, their slots and places, over 20 tokens
-    for placement, device, host in (("device", (256 + 2 * 304) / 3, 0.0), ("host", (256 + 96 + 2 * held) / 3, 512 / 3)):
-        cache = filled(llama, placement=placement)
-        assert (cache.size.device, cache.size.host, cache.size.dense) == pytest.approx((device, host, 256.0))
+    rows = 2 * 6 * 2 * 16 * 4 / 40  # n_fac rows of two heads, over 40 tokens in two rows of the batch
+    for placement, formula in (("device", (256 + 2 * 304) / 3), ("host", (256 + 2 * (48 + 2 * rows)) / 3)):
+        size = filled(llama, placement=placement).size
+        assert (size.dense, size.formula) == pytest.approx((256.0, formula))
+        assert (size.host > 0) == (placement == "host")
+        assert size.ratio == size.device / size.formula > 1
+        static = filled(llama, placement=placement, max_cache_len=20).size
+        assert static.host == (512 / 3 if placement == "host" else 0)
+        slots = 2 * 2 * 6 * 2 * 4 / 40 * (placement == "host")  # which rows are held, and where
+        assert static.device == pytest.approx(static.formula + 2 * (48 * 12 / 20 + slots) / 3)  # a tile is 32 keys
     with pytest.raises(ValueError, match="empty"):
         _ = FasaCache(llama, profile_of(llama), CONFIG).size
 
 
-def test_memory_that_cannot_be_pinned_is_a_clear_error_before_anything_is_lost(
-    llama: PreTrainedModel, ids: Ids, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = filled(llama, placement="host")
-    layer = packed_layers(cache)[0]
-    before, room = layer.keys.clone(), layer._buffers["keys"].shape[2]
-
-    def fail(*args: object, **options: object) -> Tensor:
-        raise RuntimeError("out of memory")
-
-    with torch.no_grad():
-        monkeypatch.setattr(torch, "zeros", fail)
-        with pytest.raises(ValueError, match=r"the host has no .* placement='device'"):
-            layer.update(*torch.randn(2, 2, 2, room, 16).unbind())
-    assert layer.keys.equal(before)
-    assert layer.get_seq_length() == 20
-    assert layer.packed.rows(20).equal(layer.scorer.pack(before))
+def test_room_to_grow_counts(llama: PreTrainedModel) -> None:
+    for placement in ("device", "host"):
+        cache = filled(llama, placement=placement)
+        layers = packed_layers(cache)
+        room = sum(buffer.nbytes for layer in layers for buffer in layer._buffers.values())
+        packed = sum(layer.packed.n_bytes for layer in layers)
+        held = sum(layer.held.n_bytes for layer in layers) if placement == "host" else 0
+        dense = cache.layers[0].keys.nbytes * 2
+        on_host = room if placement == "host" else 0
+        assert cache.size.host * 3 * 40 == pytest.approx(on_host)
+        assert cache.size.device * 3 * 40 == pytest.approx(dense + room - on_host + packed + held)
 
 
-def test_impossible_placements_are_refused(llama: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match="disk"):
-        FasaCache(llama, profile_of(llama), CONFIG, placement="disk")
+def test_a_size_says_in_words_what_is_saved(llama: PreTrainedModel) -> None:
+    on_device, on_host = (str(filled(llama, placement=placement).size) for placement in ("device", "host"))
+    assert "times the formula's 288.0" in on_device
+    assert "saves nothing" not in on_device
+    assert on_host.endswith("placement='host' saves nothing for a model on the CPU, where both are host memory.")
 
 
 # Lower precision.
@@ -370,3 +287,8 @@ def test_disable_leaves_no_hook(llama: PreTrainedModel) -> None:
     with enable(llama, profile_of(llama), CONFIG):
         assert any(module._forward_pre_hooks for module in llama.modules())
     assert not any(module._forward_pre_hooks for module in llama.modules())
+
+
+def test_impossible_placements_are_refused(llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="disk"):
+        FasaCache(llama, profile_of(llama), CONFIG, placement="disk")

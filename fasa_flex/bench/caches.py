@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fasa_flex.bench.shapes import Shape
 from fasa_flex.host_layers import StaticHostLayer
-from fasa_flex.packed_layers import StaticPackedLayer
+from fasa_flex.room import CountedStaticLayer
 
 _PIECE = 4096
 _SHARED = ("keys", "values", "dtype", "device", "batch_size", "num_heads", "k_head_dim", "v_head_dim")
@@ -56,7 +56,7 @@ def rewind(cache: Any, length: int) -> None:
     """Make every layer hold ``length`` tokens again."""
     for layer in cache.layers:
         layer.cumulative_length.fill_(length)
-        if isinstance(layer, StaticPackedLayer):
+        if isinstance(layer, CountedStaticLayer):
             layer.written = length
 
 

@@ -33,7 +33,7 @@ Measure = Callable[[], dict[str, Any]]
 PARTS = ("op", "step")
 _CONTEXTS = {
     ("op", "cpu"): (1024, 4096, 16384, 65536),
-    ("step", "cpu"): (4096, 32768),
+    ("step", "cpu"): (1024, 4096, 32768),
     ("op", "cuda"): (1024, 4096, 16384, 32768, 65536, 131072),
     ("step", "cuda"): (4096, 16384, 32768, 65536, 131072),
 }
@@ -76,7 +76,10 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         ValueError: options that cannot be, or a part without a single row.
     """
-    device = torch.device(options.device)
+    try:
+        device = torch.device(options.device)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu or cuda, got {options.device!r}.") from None
     for part in PARTS if options.part == "all" else (options.part,):
         settings = _settings(options, part, device)
         if not _measure_part(part, settings, options):
@@ -208,7 +211,10 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word[:-1]) * 1024 if word.endswith("k") else int(word) for word in _words(text))
+    try:
+        return tuple(int(word[:-1]) * 1024 if word.endswith("k") else int(word) for word in _words(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 4096,32k, got {text!r}") from None
 
 
 def _layers(text: str) -> tuple[int, ...]:

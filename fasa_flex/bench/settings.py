@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fasa_flex.bench.shapes import SHAPES, Shape
+from fasa_flex.budget import check_count
 from fasa_flex.config import Backend, FasaConfig, GroupReduce
 from fasa_flex.packing import PackedDtype
 
@@ -40,6 +41,9 @@ class Settings:
             one layer would weigh too much.
         static_lengths: compile every context for itself; otherwise torch decides (the second length makes lengths
             dynamic).
+
+    Raises:
+        ValueError: a value out of its range, or a device that is not there.
     """
 
     device: torch.device
@@ -69,6 +73,28 @@ class Settings:
         for name, chosen, known in (("modes", self.modes, MODES), ("backends", self.backends, (*BACKENDS, "permuted"))):
             if not chosen or set(chosen) - set(known):
                 raise ValueError(f"{name} must be of {', '.join(known)}, got {', '.join(chosen) or 'none'}.")
+        for name, number in (("n_tip", self.n_tip), ("n_fac", self.n_fac), ("layers", self.layers)):
+            if number is not None:
+                check_count(name, number, 1)
+        check_count("repeats", self.repeats, 1)
+        for layer in self.dense_layers or ():
+            check_count("each of dense_layers", layer, 0)
+        for shape in (SHAPES[name] for name in self.shapes):
+            if self.chunks_of(shape) > shape.head_dim // 2:
+                raise ValueError(
+                    f"n_tip must be at most {shape.head_dim // 2} for shape {shape.name!r}, whose heads have so many "
+                    f"chunks, got {self.n_tip}."
+                )
+            depth = min(shape.layers, self.layers or shape.layers)
+            if max(self.dense_layers or (0,)) >= depth:
+                raise ValueError(
+                    f"dense_layers of {depth} layers of shape {shape.name!r} must be below {depth}, got "
+                    f"{max(self.dense_layers or ())}; count from 0."
+                )
+        if self.seconds < 0:
+            raise ValueError(f"seconds for a row must not be negative, got {self.seconds}.")
+        if self.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device must be cpu or cuda, got {self.device.type!r}.")
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("no CUDA device is available; use --device cpu.")
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, PreTrainedModel
 
 from fasa_flex import FasaCache, FasaConfig, FasaProfile, enable
@@ -60,30 +61,34 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("cache", ["growing", "host", "static", "static host"])
-def test_gather(model: PreTrainedModel, profile: FasaProfile, prompt: Tensor, expected: Tensor, cache: str) -> None:
-    config = FasaConfig(n_tip=8, n_fac=64)
-    options: dict[str, dict[str, Any]] = {
-        "growing": {},
-        "host": {"past_key_values": FasaCache(model, profile, config, placement="host")},
-        "static": {"past_key_values": FasaCache(model, profile, config, max_cache_len=PROMPT + STEPS)},
-        "static host": {
-            "past_key_values": FasaCache(model, profile, config, placement="host", max_cache_len=PROMPT + STEPS)
-        },
-    }
-    assert torch.equal(decode(model, profile, prompt, "gather", **options[cache]), expected)
+def way(kind: str, model: PreTrainedModel, profile: FasaProfile) -> dict[str, Any]:
+    """Options of ``generate``: transformers' own caches, which `enable` packs, or one made ahead."""
+    if kind in ("growing", "plain static"):
+        return {} if kind == "growing" else {"cache_implementation": "static"}
+    options: dict[str, Any] = {"max_cache_len": PROMPT + STEPS} if "static" in kind else {}
+    placement = "host" if "host" in kind else "device"
+    return {"past_key_values": FasaCache(model, profile, FasaConfig(n_tip=8, n_fac=64), placement=placement, **options)}
 
 
+@pytest.mark.parametrize("kind", ["growing", "growing host", "static", "static host"])
+def test_gather(model: PreTrainedModel, profile: FasaProfile, prompt: Tensor, expected: Tensor, kind: str) -> None:
+    assert torch.equal(decode(model, profile, prompt, "gather", **way(kind, model, profile)), expected)
+
+
+@pytest.mark.parametrize("kind", ["plain static", "static host"])
 def test_gather_in_a_compiled_model(
-    model: PreTrainedModel, profile: FasaProfile, prompt: Tensor, expected: Tensor, fresh_compiler: None
+    model: PreTrainedModel, profile: FasaProfile, prompt: Tensor, expected: Tensor, fresh_compiler: None, kind: str
 ) -> None:
     compiled = CompileConfig(fullgraph=True, mode=None)
     compiled._compile_all_devices = True  # generate compiles on accelerators only, unless told
-    tokens = decode(model, profile, prompt, "gather", cache_implementation="static", compile_config=compiled)
+    counters.clear()
+    tokens = decode(model, profile, prompt, "gather", compile_config=compiled, **way(kind, model, profile))
     assert torch.equal(tokens, expected)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("kind", ["growing", "static"])
 def test_flex(
-    model: PreTrainedModel, profile: FasaProfile, prompt: Tensor, expected: Tensor, fresh_compiler: None
+    model: PreTrainedModel, profile: FasaProfile, prompt: Tensor, expected: Tensor, fresh_compiler: None, kind: str
 ) -> None:
-    assert torch.equal(decode(model, profile, prompt, "flex"), expected)
+    assert torch.equal(decode(model, profile, prompt, "flex", **way(kind, model, profile)), expected)

@@ -1,0 +1,93 @@
+"""The ways to decode that the step benchmark compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import AttentionInterface
+
+from fasa_flex.bench import rivals
+from fasa_flex.bench.settings import BACKENDS, Settings
+from fasa_flex.config import Backend, FasaConfig
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to decode.
+
+    Attributes:
+        name: in the table.
+        kind: "dense" or "sparse".
+        attention: for a dense one, the name of its attention function in transformers.
+        backend: for a sparse one.
+        placement: where a sparse one keeps keys and values: "device" (FASA-C) or "host" (FASA-M).
+        new_rows: share of the selected rows that the device does not hold from the step before, where keys and values
+            are the host's; every step here decodes the same token, so it forgets so many.
+        compiled: whether the whole step is compiled.
+    """
+
+    name: str
+    kind: str
+    attention: str = "sdpa"
+    backend: str = "auto"
+    placement: str = "device"
+    new_rows: float = 1.0
+    compiled: bool = False
+
+
+def variants(settings: Settings) -> list[Variant]:
+    """All of them; another one is a line here."""
+    dense = [
+        Variant("transformers' SDPA", "dense"),
+        Variant("SDPA", "dense", _register("sdpa", rivals.sdpa)),
+        Variant("grouped SDPA", "dense", _register("grouped_sdpa", rivals.grouped_sdpa)),
+    ]
+    if settings.device.type == "cpu":
+        dense.append(Variant("grouped matmul", "dense", _register("grouped_matmul", rivals.grouped_matmul)))
+    sparse = [Variant(f"FASA-C {backend}", "sparse", backend=backend) for backend in _backends(settings)]
+    host = [Variant("FASA-M", "sparse", placement="host")]
+    if settings.device.type == "cuda":
+        host.append(replace(host[0], name=f"FASA-M, {rivals.HALF_HELD}", new_rows=0.5))
+    found = [*dense, *sparse] if "eager" in settings.modes else []
+    if settings.device.type == "cuda":
+        found.append(Variant("compiled flex", "dense", _register("flex", _flex_region(settings))))
+    if "compiled" in settings.modes:
+        found += [replace(v, name=f"{v.name}, compiled", compiled=True) for v in (*dense, *sparse)]
+    if settings.device.type == "cpu" and "gather" in settings.backends:
+        host.append(Variant("FASA-C fastest", "sparse", backend="fastest"))  # compiles where it is sparse
+    return [*found, *host]
+
+
+def _backends(settings: Settings) -> list[Backend]:
+    here = BACKENDS if settings.device.type == "cuda" else tuple(name for name in BACKENDS if name != "triton")
+    return [name for name in here if name in settings.backends]
+
+
+def _register(name: str, call: rivals.Call) -> str:
+    """Make an attention call known to transformers, without a mask; the name it has there."""
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
+    ) -> tuple[Tensor, None]:
+        unused: Any = None
+        return call(rivals.Inputs(query, key, value, unused, unused, unused)).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(f"fasa_bench_{name}", attend)
+    return f"fasa_bench_{name}"
+
+
+def _flex_region(settings: Settings) -> rivals.Call:
+    run: Any = torch.compile(flex_attention, dynamic=settings.dynamic)
+    return lambda x: run(x.q, x.k, x.v, enable_gqa=x.q.shape[1] != x.k.shape[1])
+
+
+def config_of(variant: Variant, settings: Settings, dense_layers: tuple[int, ...]) -> FasaConfig:
+    """The variant's `FasaConfig`."""
+    fields: dict[str, Any] = {"n_tip": settings.n_tip, "n_fac": settings.n_fac, "group_reduce": settings.group_reduce}
+    if settings.packed_dtype is not None:
+        fields["packed_dtype"] = settings.packed_dtype
+    return FasaConfig(dense_layers=dense_layers, backend=variant.backend, **fields)  # type: ignore[arg-type]

@@ -1,0 +1,97 @@
+"""Room in a cache, made sure of before a forward writes into the first layer, so that layers stay in step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import StaticLayer
+
+
+class CountedStaticLayer(StaticLayer):
+    """A layer of a fixed length that says when it is full; transformers' own writes past its end.
+
+    Attributes:
+        written: tokens held, as far as the host knows; None where only the device knows, which counts compiled steps.
+        captured: whether a CUDA graph has a step of it, which is replayed without the host's knowledge.
+    """
+
+    max_cache_len: int
+    written: int | None
+    captured: bool
+
+    def __init__(self, max_cache_len: int) -> None:
+        super().__init__(max_cache_len)
+        self.written, self.captured = None, False
+
+    def reserve(self, length: int) -> None:
+        """Make sure that ``length`` more tokens fit.
+
+        Raises:
+            ValueError: they do not, as far as an eager call can tell: asking the device in every step would stall it.
+        """
+        if self._counts_on_device():
+            return
+        held = self.written
+        if held is None or self.captured or held + length > self.max_cache_len:
+            held = self.written = int(self.cumulative_length)
+        if held + length > self.max_cache_len:
+            raise ValueError(
+                f"the static cache holds {held} of at most {self.max_cache_len} tokens and {length} more "
+                "were given; allocate a longer one (max_cache_len)."
+            )
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write keys and values [B, Hkv, t, D] behind those held; returns the whole buffers.
+
+        Raises:
+            ValueError: there is no room for them (`reserve`).
+        """
+        length = key_states.shape[2]
+        self.reserve(length)
+        if self._counts_on_device():
+            self.written = None
+        elif self.written is not None:
+            self.written += length
+        states: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+        return states
+
+    def reset(self) -> None:
+        """Empty the layer; its buffers stay."""
+        super().reset()
+        self.written = 0
+
+    def _counts_on_device(self) -> bool:
+        """Whether this call is traced or captured: it runs again without the host, which must not ask now."""
+        if torch.compiler.is_compiling():
+            return True
+        capturing = self.cumulative_length.is_cuda and torch.cuda.is_current_stream_capturing()
+        self.captured |= capturing
+        return capturing
+
+
+def counted(plain: StaticLayer) -> CountedStaticLayer:
+    """A layer that counts, with all that ``plain`` holds."""
+    layer: Any = CountedStaticLayer(plain.max_cache_len)
+    vars(layer).update(vars(plain))
+    return layer  # type: ignore[no-any-return]
+
+
+def make_room(cache: Cache, length: int) -> None:
+    """Make room for ``length`` more tokens in every layer, before the first one is written to.
+
+    Plain static layers are replaced by ones that count. In a compiled graph all stays as it is.
+
+    Raises:
+        ValueError: a static layer is full, or the host has no memory for a growing one; what the cache holds is as
+            before.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is StaticLayer:
+            layer = cache.layers[index] = counted(layer)
+        if hasattr(layer, "reserve"):
+            layer.reserve(length)
