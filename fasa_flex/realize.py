@@ -23,3 +23,25 @@ def _(tensor: Tensor) -> Tensor:
 
 
 realize.register_autograd(lambda context, gradient: gradient)
+
+
+def read_as_floats(mask: Tensor) -> Tensor:
+    """The same bool mask; compiled for CPU, a comparison of floats made once (`realize`).
+
+    Inductor's vector code takes six times as long to load bools as it does floats (torch 2.13), and every head and pass
+    loads the mask anew.
+    """
+    if torch.compiler.is_compiling() and mask.device.type == "cpu":
+        floats: Tensor = _as_floats(mask)
+        return floats > 0
+    return mask
+
+
+@torch.library.custom_op("fasa_flex::as_floats", mutates_args=())
+def _as_floats(mask: Tensor) -> Tensor:
+    return mask.float()
+
+
+@_as_floats.register_fake
+def _(mask: Tensor) -> Tensor:
+    return torch.empty_like(mask, dtype=torch.float32)
