@@ -22,7 +22,7 @@ from fasa_flex.masks import kv_block_size, to_block_mask
 from fasa_flex.packing import PackedKeys
 from fasa_flex.realize import realize
 from fasa_flex.reference import reference_attention
-from fasa_flex.rows import take_rows, whole_buffer
+from fasa_flex.rows import dot_rows, take_rows, weigh_rows, whole_buffer
 from fasa_flex.scoring import DominantChunks, Scorer, reduce_group
 from fasa_flex.selection import Selection, select, valid_keys
 from fasa_flex.softmax import Softmax
@@ -218,25 +218,27 @@ def flex_focused(query: Tensor, key: Tensor, value: Tensor, selection: Selection
 
 
 def gather_focused(query: Tensor, key: Tensor, value: Tensor, selection: Selection, softmax: Softmax) -> Tensor:
-    """The selected rows of K and V in a dense buffer [.., K, D], then attention over them."""
+    """Attention over the selected rows of K and V, fetched into a dense buffer [.., K, D]; on CPU those of K alone."""
     batch, query_heads, q_len, head_dim = query.shape
     kv_heads = key.shape[1]
     slots = selection.slots
     shared, width = slots.shape[2], slots.shape[4]
     members = query_heads // kv_heads // shared
-    rows, values = take_rows(key, slots), take_rows(value, slots)
+    rows = take_rows(key, slots)
     grouped = query.view(batch, kv_heads, shared, members, q_len, head_dim).transpose(3, 4)
     grouped = grouped.reshape(batch, -1, members, head_dim)
     taken = selection.taken.reshape(batch, -1, 1, width)
-    if softmax.plain:
+    if softmax.plain and query.device.type != "cpu":
+        values = take_rows(value, slots)
         out = F.scaled_dot_product_attention(grouped, rows, values, attn_mask=taken, scale=softmax.scaling)
     else:
-        logits = softmax.cap((grouped @ rows.mT).float() * softmax.scaling).masked_fill(~taken, -torch.inf)
+        logits = softmax.cap(dot_rows(grouped, rows) * softmax.scaling).masked_fill(~taken, -torch.inf)
         if softmax.sinks is not None:
             sinks = softmax.sinks.float().view(kv_heads, shared, 1, members).expand(-1, -1, q_len, -1)
             sinks = sinks.reshape(1, -1, members, 1).expand(batch, -1, -1, -1)
             logits = torch.cat([logits, sinks], dim=-1)
-        out = logits.softmax(-1)[..., :width].to(values.dtype) @ values
+        weights = logits.softmax(-1)[..., :width].to(value.dtype)
+        out = weigh_rows(weights, value, slots)
     out = out.view(batch, kv_heads, shared, q_len, members, -1).transpose(3, 4)
     some = selection.taken.any(-1)[:, :, :, None, :, None]
     return torch.where(some, out, 0.0).reshape(batch, query_heads, q_len, -1)

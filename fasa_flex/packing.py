@@ -96,9 +96,8 @@ class PackedKeys:
         tiles = self.tiles[:, :, :count]
         if self.tiles.shape[4] == 1:
             scores = dot_products(query, tiles.squeeze(4))[:, :, None].transpose(2, 4)
-        elif torch.compiler.is_compiling():  # one fused pass over the tiles
-            query = realize(query.detach().float())
-            scores = (query[:, :, None, :, :, None] * tiles.float()[:, :, :, None]).sum(-2)
+        elif torch.compiler.is_compiling():
+            scores = _scores_of_tiles(realize(query.detach().float()), tiles.float())
         else:
             scores = dot_products(query[:, :, None], tiles.mT)
         if self.scales is not None:
@@ -130,6 +129,22 @@ def dot_products(query: Tensor, key: Tensor) -> Tensor:
             scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).mT, out_dtype=torch.float32)
             return scores.view(*query.shape[:3], -1)
         return query.float() @ key.float().mT
+
+
+def _scores_of_tiles(query: Tensor, tiles: Tensor) -> Tensor:
+    """Dot products as one kernel, which loads what it multiplies once for all members of the group.
+
+    Two dimensions at a time, so that fewer sums wait for one another. Args and result as in `PackedKeys.scores`:
+    [B, Hkv, G, 2 * n_tip] and [B, Hkv, N, 2 * n_tip, L] -> [B, Hkv, N, G, L].
+    """
+    halves = tiles.chunk(2, dim=3)
+    members = []
+    for member in query.unbind(2):
+        one, other = (
+            dims[:, :, None, :, None] * half for dims, half in zip(member.chunk(2, dim=-1), halves, strict=True)
+        )
+        members.append((one + other).sum(3))
+    return torch.stack(members, dim=2).transpose(2, 3)
 
 
 def _convert(rows: Tensor, dtype: PackedDtype | None) -> tuple[Tensor, Tensor | None]:

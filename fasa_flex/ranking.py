@@ -31,7 +31,7 @@ def rank_keys(scores: Tensor, first: Tensor | None = None) -> Tensor:
     scores = scores.float()
     bits = torch.where(scores == 0, 0.0, scores).view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    ordered = torch.where(scores.isnan(), _NAN, ordered)
+    ordered = torch.where(scores != scores, _NAN, ordered)  # isnan, which Inductor's CPU code takes one by one
     if first is not None:
         ordered = torch.where(first, _FIRST, ordered)
     last_first = scores.shape[-1] - 1 - torch.arange(scores.shape[-1], device=scores.device)

@@ -20,3 +20,18 @@ def realize(tensor: Tensor) -> Tensor:
 @realize.register_fake
 def _(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+realize.register_autograd(lambda context, gradient: gradient)
+
+
+def read_as_floats(mask: Tensor) -> Tensor:
+    """The same bool mask; compiled for CPU, a comparison of floats made once.
+
+    Inductor's vector code takes six times as long to load bools as it does floats (torch 2.13), and every head and pass
+    loads the mask anew.
+    """
+    if torch.compiler.is_compiling() and mask.device.type == "cpu":
+        floats = mask.to(torch.float32, memory_format=torch.contiguous_format)
+        return floats.as_strided(floats.shape, floats.stride()) > 0  # what as_strided views, Inductor makes a buffer of
+    return mask

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from fasa_flex.realize import realize
 
 
 def take_rows(states: Tensor, slots: Tensor) -> Tensor:
@@ -22,16 +25,68 @@ def take_rows(states: Tensor, slots: Tensor) -> Tensor:
     device = slots.device
     if states.device != device:
         slots = slots.to(states.device)
-    batch, heads, kv_len, dim = states.shape
-    capacity = states.stride(1) // dim  # slots of a head in the buffer
-    if capacity >= kv_len and states.stride() == (heads * capacity * dim, capacity * dim, dim, 1):
-        buffer = states.as_strided((batch * heads * capacity, dim), (dim, 1))
-        first = torch.arange(batch * heads, device=slots.device).view(batch, heads, 1, 1, 1) * capacity
-        rows = buffer.index_select(0, (slots + first).flatten())
+    batch, heads, _, dim = states.shape
+    if _is_buffer(states):
+        table, index = _table(states, slots)
+        rows = table.index_select(0, index.flatten())
     else:
         b = torch.arange(batch, device=slots.device).view(-1, 1, 1, 1, 1)
         rows = states[b, torch.arange(heads, device=slots.device).view(-1, 1, 1, 1), slots]
     return rows.view(batch, -1, slots.shape[-1], dim).to(device)
+
+
+def dot_rows(query: Tensor, rows: Tensor) -> Tensor:
+    """Dot products of queries [B, H, M, D] with rows [B, H, K, D]: [B, H, M, K], summed in float32 at least.
+
+    Compiled for CPU they are one kernel with the fetch of the rows, of which no buffer is made.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        query, rows = query.to(wide), rows.to(wide)
+        if torch.compiler.is_compiling() and query.device.type == "cpu":
+            products: Tensor = realize(query)[:, :, :, None] * rows[:, :, None]
+            return products.sum(-1)
+        return query @ rows.mT
+
+
+def weigh_rows(weights: Tensor, states: Tensor, slots: Tensor) -> Tensor:
+    """Sums of the selected rows, on CPU without a buffer of them: pages that are new cost more than what they hold.
+
+    Args:
+        weights: [B, H * G * Q, M, K], in the dtype of ``states``.
+        states: float [B, H, T, D].
+        slots: int64 [B, H, G, Q, K].
+
+    Returns:
+        [B, H * G * Q, M, D].
+    """
+    if slots.device.type != "cpu":
+        return weights @ take_rows(states, slots)
+    batch, count, _, width = weights.shape
+    if _is_buffer(states):
+        table, index = _table(states, slots)
+    else:
+        table = take_rows(states, slots).flatten(0, 2)
+        index = torch.arange(len(table))
+    bags = index.view(batch, count, 1, width).expand_as(weights)
+    sums = F.embedding_bag(bags.reshape(-1, width), table, mode="sum", per_sample_weights=weights.reshape(-1, width))
+    return sums.view(*weights.shape[:3], -1)
+
+
+def _is_buffer(states: Tensor) -> bool:
+    """Whether states [B, H, T, D] are the first slots of every head in a buffer [B, H, C, D]."""
+    _, heads, kv_len, dim = states.shape
+    capacity = states.stride(1) // dim
+    return capacity >= kv_len and states.stride() == (heads * capacity * dim, capacity * dim, dim, 1)
+
+
+def _table(states: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """The buffer's rows as they lie, float [.., D], and where in them the slots [B, H, G, Q, K] are: int64."""
+    batch, heads, kv_len, dim = states.shape
+    capacity = states.stride(1) // dim
+    first = torch.arange(batch * heads, device=slots.device).view(batch, heads, 1, 1, 1) * capacity
+    count = (batch * heads - 1) * capacity + kv_len
+    return states.as_strided((count, dim), (dim, 1)), slots + first
 
 
 def whole_buffer(states: Tensor) -> Tensor:

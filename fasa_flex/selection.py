@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fasa_flex.budget import Budget
 from fasa_flex.ranking import INVALID, rank_keys, slot_of
+from fasa_flex.realize import read_as_floats
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def select(scores: Tensor, valid: Tensor, budget: Budget) -> Selection:
         valid: bool [B or 1, 1, 1, Q, T].
         budget: of every query.
     """
-    order = torch.where(valid, rank_keys(scores, first=forced_keys(valid, budget)), INVALID)
+    order = torch.where(read_as_floats(valid), rank_keys(scores, first=forced_keys(valid, budget)), INVALID)
     varies = not budget.is_count  # rows or heads take different numbers of keys, the best of those found
     best = order.topk(budget.widest(scores.shape[-1]), dim=-1, sorted=varies).values
     taken = best > INVALID

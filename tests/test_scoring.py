@@ -104,3 +104,17 @@ def test_a_group_of_one_ranks_by_its_scores(how: str) -> None:
     """Unrounded: a softmax would make ties of close scores."""
     assert reduce_group(TWO[:, :, :1], VALID, how, 0.5).equal(TWO[:, :, :1])
     assert reduce_group(TWO, VALID, "none", 0.5).equal(TWO)
+
+
+@pytest.mark.parametrize("how", ["max", "mean", "softmax", "none"])
+def test_a_compiled_group_ranks_alike(how: str) -> None:
+    """Head by head under the compiler on CPU; rows have keys of their own, and one has none."""
+    scores = torch.randn(3, 2, 4, 2, 37, generator=torch.Generator().manual_seed(3)) * 5
+    share = torch.tensor([1.0, 0.6, 0.0]).view(3, 1, 1, 1, 1)
+    valid = torch.rand(3, 1, 1, 2, 37, generator=torch.Generator().manual_seed(4)) < share
+    compiled = torch.compile(reduce_group, fullgraph=True)(scores, valid, how, 0.5)
+    expected = reduce_group(scores, valid, how, 0.5)
+    assert compiled.shape == expected.shape
+    some = valid.expand(expected.shape)
+    torch.testing.assert_close(compiled[some], expected[some], atol=1e-6, rtol=1e-5)
+    torch._dynamo.reset()

@@ -103,3 +103,15 @@ def test_every_head_takes_its_own_count(n_sink: int, n_recent: int, shared: int)
         taken = selection.slots[b, h, g, i][selection.taken[b, h, g, i]]
         assert sorted(taken.tolist()) == expected
         assert selection.mask[b, h, g, i].nonzero().flatten().tolist() == expected
+
+
+def test_compiled_it_selects_the_same() -> None:
+    scores = torch.randint(-4, 5, (2, 3, 1, 2, 43), generator=torch.Generator().manual_seed(2)).float()
+    mask = torch.arange(43) >= torch.tensor([[0], [39]])
+    valid = valid_keys(2, 43, mask, CPU)
+
+    def mask_of(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        return select(scores, valid, Budget(7, 1, 2)).mask
+
+    assert torch.equal(torch.compile(mask_of, fullgraph=True)(scores, valid), mask_of(scores, valid))
+    torch._dynamo.reset()
