@@ -14,6 +14,8 @@ from fasa_flex.realize import realize
 
 PackedDtype = Literal["bfloat16", "float16", "int8"]
 
+_PIECE = 64  # tiles
+
 
 def tile_of(device: torch.device) -> int:
     """Keys of a tile: on CPU 32, of 16 to 1024 the fastest in every precision; elsewhere 1, which is rows of keys."""
@@ -98,8 +100,9 @@ class PackedKeys:
             scores = dot_products(query, tiles.squeeze(4))[:, :, None].transpose(2, 4)
         elif torch.compiler.is_compiling():
             scores = _scores_of_tiles(realize(query.detach().float()), tiles.float())
-        else:
-            scores = dot_products(query[:, :, None], tiles.mT)
+        else:  # piece by piece where tiles are converted, so that what becomes of them stays in the cache
+            pieces = tiles.split(count if tiles.dtype == torch.float32 else _PIECE, dim=2)
+            scores = torch.cat([dot_products(query[:, :, None], piece.mT) for piece in pieces], dim=2)
         if self.scales is not None:
             scores = scores * self.scales[:, :, :count, None].float()
         return scores.transpose(2, 3).flatten(3)[..., :kv_len]

@@ -21,6 +21,7 @@ PAIRS = [[0, 1], [2, 3]]
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Keys of a tile: on CPU, and elsewhere."""
     monkeypatch.setattr(packing, "tile_of", lambda device: request.param)
+    monkeypatch.setattr(packing, "_PIECE", 2)  # so that 101 keys are several
     size: int = request.param
     return size
 
