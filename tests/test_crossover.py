@@ -22,10 +22,10 @@ def layer(batch: int, heads: int, length: int) -> tuple[torch.Tensor, torch.Tens
 @pytest.mark.parametrize(
     ("batch", "heads", "length", "budget", "expected"),
     [
-        (1, 8, 3000, 64, False),
-        (1, 8, 3100, 64, True),  # 3100 tokens of eight heads, float32: 25.4 MB
-        (8, 8, 388, 97, True),  # the same bytes
-        (8, 8, 388, 98, False),  # but more than a quarter of them would be selected
+        (1, 8, 3600, 64, False),
+        (1, 8, 3700, 64, True),  # 3700 tokens of eight heads, float32: 30.3 MB
+        (8, 8, 464, 116, True),  # nearly the same bytes
+        (8, 8, 464, 117, False),  # but more than a quarter of them would be selected
         (1, 1, 7000, 256, False),
         (1, 8, 65536, 256, True),
         (1, 8, 65536, 16385, False),
