@@ -36,7 +36,11 @@ def test_packs_every_sparse_layer_and_no_dense_one(llama: PreTrainedModel, stati
     ids=["crop", "reorder", "repeat", "select"],
 )
 def test_packed_keys_follow_the_cache(llama: PreTrainedModel, ids: Ids, change: Callable[[FasaCache], None]) -> None:
-    cache, plain = filled(llama), DynamicCache(config=llama.config)
+    assert_follows(llama, ids, filled(llama), DynamicCache(config=llama.config), change)
+
+
+def assert_follows(llama: PreTrainedModel, ids: Ids, cache: Cache, plain: Cache, change: Callable[..., object]) -> None:
+    """A `filled` cache and an empty plain one, filled alike and changed alike, decode alike."""
     with torch.no_grad():
         llama(torch.arange(40).view(2, 20) % 60 + 1, past_key_values=plain)
         for held in (cache, plain):
@@ -62,16 +66,8 @@ def test_packed_keys_follow_the_cache(llama: PreTrainedModel, ids: Ids, change: 
 def test_packed_keys_follow_a_static_cache(
     llama: PreTrainedModel, ids: Ids, change: Callable[[Cache], object], placement: str
 ) -> None:
-    cache, plain = filled(llama, placement=placement, max_cache_len=40), StaticCache(llama.config, max_cache_len=40)
-    with torch.no_grad():
-        llama(torch.arange(40).view(2, 20) % 60 + 1, past_key_values=plain)
-        for held in (cache, plain):
-            change(held)
-        assert_packed(cache)
-        for seed in range(3):
-            logits = [llama(ids(2, seed=seed, rows=2), past_key_values=held).logits for held in (cache, plain)]
-            assert torch.equal(*logits)
-            assert_packed(cache)
+    cache = filled(llama, placement=placement, max_cache_len=40)
+    assert_follows(llama, ids, cache, StaticCache(llama.config, max_cache_len=40), change)
 
 
 def test_a_cache_grows_in_place_and_past_its_room(llama: PreTrainedModel, ids: Ids) -> None:
