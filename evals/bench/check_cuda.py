@@ -1,6 +1,6 @@
 """Is FASA right on this device? Every backend against a float64 reference, and static-cache decoding against eager.
 
-    python -m evals.bench.check_cuda --out runs          # on CUDA; --backends flex for one backend's checks
+    python -m evals.bench.check_cuda --out runs          # on CUDA
     python -m evals.bench.check_cuda --small             # the same on CPU, small: a dry run
 
 The reference is written here from the paper's definitions with plain torch operations in float64, one head at a time;
@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import random
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,6 +41,8 @@ TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 """Of a head's output, relative to its norm."""
 MARGIN = 1e-4
 """Of the spread of a row's scores: nearer ones may be ranked otherwise in float32."""
+SOFTCAP = 3.0
+"""Of the cases that have one: below their largest logits."""
 NEAR_TIE = 1e-3
 """Logits nearer than this may choose another token where operations are reordered."""
 
@@ -56,14 +61,15 @@ class Case:
     packed: str
     group_reduce: str
     padded: bool
+    softer: bool = False  # the logits are capped, and there are learned sinks
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, chunks: Tensor, case: Case, key_mask: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, chunks: Tensor, case: Case, key_mask: Tensor | None, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The method in float64: outputs [B, Hq, D], and each row's margin [B, Hkv], relative to the spread of its scores.
 
-    q [B, Hq, D] is the last query; k and v are [B, Hkv, T, D].
+    q [B, Hq, D] is the last query; k and v are [B, Hkv, T, D]; sinks are [Hq].
     """
     batch, heads, context, dim = k.shape
     scale = dim**-0.5
@@ -83,7 +89,9 @@ def reference(
             last, first = ranking[order[case.n_fac - 1]], ranking[order[case.n_fac]]
             margins[b, h] = float((last - first) / ranking.std())
         logits = scale * queries @ k[b, h, chosen].double().T
-        out[b, rows] = logits.softmax(-1) @ v[b, h, chosen].double()
+        if sinks is not None:
+            logits = torch.cat([SOFTCAP * (logits / SOFTCAP).tanh(), sinks[rows, None].double()], dim=-1)
+        out[b, rows] = logits.softmax(-1)[:, : case.n_fac] @ v[b, h, chosen].double()
     return out, margins
 
 
@@ -104,7 +112,8 @@ def check(case: Case, device: torch.device) -> dict[str, Any]:
     if case.padded:
         lengths = torch.arange(case.batch, device=device) * (case.context // (2 * case.batch))
         key_mask = torch.arange(case.context, device=device) >= lengths[:, None]
-    expected, margins = reference(q[:, :, 0], k, v, chunks, case, key_mask)
+    sinks = torch.linspace(-2, 4, q.shape[1], device=device) if case.softer else None
+    expected, margins = reference(q[:, :, 0], k, v, chunks, case, key_mask, sinks)
     rows = DominantChunks.from_chunks(chunks).pack(k)
     packed: Any = {"none": None, "rows": rows, "tiles": PackedKeys.of(rows)}[case.packed]
     with torch.no_grad():
@@ -118,6 +127,8 @@ def check(case: Case, device: torch.device) -> dict[str, Any]:
             key_mask=key_mask,
             packed_keys=packed,
             backend=case.backend,  # type: ignore[arg-type]
+            softcap=SOFTCAP if case.softer else None,
+            sinks=sinks,
         )[:, :, 0].double()
     clear = (margins > MARGIN).to(device).repeat_interleave(case.group, dim=1)
     errors = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
@@ -141,15 +152,19 @@ def cases(small: bool, kernels: bool) -> Iterator[Case]:
         for at, context in enumerate(contexts):
             reduce = "softmax" if number % 2 == 0 else "max"
             padded = batch > 1 and at % 2 == 1
-            yield Case("flex", dtype, head_dim, group, batch, context, n_fac, packed[number % 3], reduce, padded)
+            softer = kernels and (number + at) % 4 == 0  # without CUDA flex has no sinks
+            yield Case(
+                "flex", dtype, head_dim, group, batch, context, n_fac, packed[number % 3], reduce, padded, softer
+            )
     groups, batches = ((1, 4), (2,)) if small else ((1, 4, 7, 8), (1, 8))
     every = itertools.product(dtypes, (64, 128), groups, batches, contexts)
     for number, (dtype, head_dim, group, batch, context) in enumerate(every):
         reduce = "softmax" if number % 2 == 0 else "max"
-        padded = batch > 1 and number % 3 == 0
-        yield Case("gather", dtype, head_dim, group, batch, context, n_fac, packed[number % 3], reduce, padded)
+        fields = dtype, head_dim, group, batch, context, n_fac
+        flags = reduce, batch > 1 and number % 3 == 0, number % 4 == 1
+        yield Case("gather", *fields, packed[number % 3], *flags)
         if kernels:
-            yield Case("triton", dtype, head_dim, group, batch, context, n_fac, "tiles", reduce, padded)
+            yield Case("triton", *fields, "tiles", *flags)
     for dtype, group in itertools.product(dtypes, groups):
         yield Case("reference", dtype, 64, group, 1, contexts[0], n_fac, "none", "softmax", False)
 
@@ -230,50 +245,67 @@ def check_decoding(device: torch.device, backend: str, placement: str, steps: in
     }
 
 
+def perform(key: dict[str, Any], device: str, steps: int) -> dict[str, Any]:
+    """The check that ``key`` names, in whichever process; one that raises has failed."""
+    at, named = torch.device(device), dict(key)
+    try:
+        if named.pop("decoding", False):
+            return check_decoding(at, steps=steps, **named)
+        run = check_decode_kernel if named.pop("decode_kernel", False) else check
+        return run(Case(**named), at)
+    except Exception as error:
+        return {"ok": False, "reason": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"}
+    finally:
+        if at.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def keys(small: bool, cuda: bool) -> list[dict[str, Any]]:
+    """What there is to check: decoding first, for it takes longest, then in an order that soon covers every setting."""
+    ways = [("triton", "device"), ("triton", "host"), ("gather", "device"), ("gather", "host"), ("flex", "device")]
+    found = [asdict(case) for case in cases(small, cuda)]
+    if cuda:
+        by_group = (Case("flex", "bfloat16", 128, group, 1, 4096, 256, "none", "max", False) for group in (1, 4, 7, 8))
+        found += [{"decode_kernel": True, **asdict(case)} for case in by_group]
+    random.Random(0).shuffle(found)
+    decoding = ({"decoding": True, "backend": b, "placement": p} for b, p in (ways if cuda else ways[2:4]))
+    return [*decoding, *found]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for check_<device>.json (default: runs)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backends", default="triton,gather,reference,flex", help="whose checks to do (default: all)")
     parser.add_argument("--small", action="store_true", help="a dry run in float32")
     parser.add_argument("--seconds", type=float, default=240, help="begin no check after so long (default: 240)")
+    parser.add_argument("--workers", type=int, help="processes (default: half the cores, 8 at most; 1 without CUDA)")
     options = parser.parse_args()
     device, begun = torch.device(options.device), time.monotonic()
-    steps = 40 if options.small else 500
+    cuda = device.type == "cuda"
+    workers = options.workers or (max(1, min(8, (os.cpu_count() or 1) // 2)) if cuda else 1)
     origin = provenance(command_line("evals.bench.check_cuda"), device)
     head = {**origin, "settings": {"small": options.small, "device": device.type}}
     ledger = Ledger(options.out / f"check_{device.type}.json", head)
-    calls = [(asdict(case), lambda c=case: check(c, device)) for case in cases(options.small, device.type == "cuda")]  # type: ignore[misc]
-    ways = [("triton", "device"), ("triton", "host"), ("gather", "device"), ("gather", "host"), ("flex", "device")]
-    for backend, placement in ways if device.type == "cuda" else ways[2:4]:
-        way = {"decoding": True, "backend": backend, "placement": placement}
-        calls.append((way, lambda b=backend, p=placement: check_decoding(device, b, p, steps)))  # type: ignore[misc]
-    if device.type == "cuda":
-        for group in (1, 4, 7, 8):
-            case = Case("flex", "bfloat16", 128, group, 1, 4096, 256, "none", "max", False)
-            way = {"decode_kernel": True, **asdict(case)}
-            calls.append((way, lambda c=case: check_decode_kernel(c, device)))  # type: ignore[misc]
-    # decoding first, for it is what users do; flex last, for it compiles for minutes; where time runs out, the others
-    # have covered every setting
-    random.Random(0).shuffle(calls)
-    calls.sort(key=lambda call: (call[0]["backend"] == "flex", "decoding" not in call[0]))
-    todo = [(key, run) for key, run in calls if not ledger.has(key)]
-    wanted, late = options.backends.split(","), f"no time left of {options.seconds:.0f} s"
-    ledger.data["left_out"] = [
-        {**key, "reason": late if key["backend"] in wanted else "another backend's checks were asked for"}
-        for key, _ in todo
-    ]
-    for key, run in ((key, run) for key, run in todo if key["backend"] in wanted):
-        if time.monotonic() - begun > options.seconds:
-            break
-        try:
-            result = run()
-        except Exception as error:
-            result = {"ok": False, "reason": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"}
-        ledger.data["left_out"] = [left for left in ledger.data["left_out"] if not key.items() <= left.items()]
-        ledger.add({**key, **result})
-        if not result["ok"] or key.get("decoding"):
-            print(f"[{time.monotonic() - begun:.0f} s] {'ok' if result['ok'] else 'WRONG'}: {key} {result}", flush=True)
+    todo = [key for key in keys(options.small, cuda) if not ledger.has(key)]
+    late = f"no time left of {options.seconds:.0f} s"
+    ledger.data["left_out"] = [{**key, "reason": late} for key in todo]
+    # most of a check is compiling, which many processes do at once; each needs few more for it
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        running = {pool.submit(perform, key, options.device, 40 if options.small else 500): key for key in todo}
+        for done in as_completed(running):
+            if done.cancelled():
+                continue
+            key, result = running[done], done.result()
+            ledger.data["left_out"] = [left for left in ledger.data["left_out"] if not key.items() <= left.items()]
+            ledger.add({**key, **result})
+            if not result["ok"] or key.get("decoding"):
+                print(
+                    f"[{time.monotonic() - begun:.0f} s] {'ok' if result['ok'] else 'WRONG'}: {key} {result}",
+                    flush=True,
+                )
+            if time.monotonic() - begun > options.seconds:
+                pool.shutdown(wait=False, cancel_futures=True)
     ledger.write()
     wrong = [row for row in ledger.rows if not row["ok"]]
     print(

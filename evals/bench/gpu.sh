@@ -4,7 +4,7 @@
 #   evals/bench/gpu.sh [FOLDER [PART...]]
 #
 # Results go to FOLDER (default: runs/gpu), one JSON for each part, written row by row; parts are check, op and step. Only
-# done where they are named: flex, whose checks compile a kernel each, compiled, and wide, larger batches of a call.
+# done where they are named: compiled, a step that is, and wide, larger batches of a call.
 #
 # Needs torch with CUDA, transformers and matplotlib; the package itself need not be installed. Started again, it goes on
 # where it was stopped. PYTHON names the interpreter (default: python3).
@@ -30,11 +30,7 @@ bench=("$python" -m fasa_flex.bench --device cuda --dtype bfloat16 --shapes llam
 status=0
 
 check() {
-    part 130 "$python" -m evals.bench.check_cuda --out "$out" --seconds 100 --backends triton,gather,reference || status=1
-}
-
-flex() {
-    part 240 "$python" -m evals.bench.check_cuda --out "$out" --seconds 200 --backends flex || status=1
+    part 150 "$python" -m evals.bench.check_cuda --out "$out" --seconds 120 || status=1
 }
 
 # one attention call: with every rival; then the cheaper ranking, and packed keys in int8, with the kernels alone
