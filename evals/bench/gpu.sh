@@ -35,8 +35,8 @@ check() {
 
 # one attention call: with every rival; then the cheaper ranking, and packed keys in int8, with the kernels alone
 op() {
-    local call=("${bench[@]}" --part op --batches 1,8 --contexts 4k,32k,128k,16k,64k,8k)
-    part 110 "${call[@]}" --out "$out" --row-seconds 2 --seconds 80 || status=1
+    local call=("${bench[@]}" --part op --batches 1,8 --contexts 32k,128k,4k,16k,64k)
+    part 140 "${call[@]}" --out "$out" --row-seconds 2 --seconds 110 || status=1
     call+=(--modes eager --backends triton --group-reduce max --row-seconds 1)
     part 40 "${call[@]}" --out "$out/max" --seconds 22 || status=1
     part 40 "${call[@]}" --out "$out/int8" --packed-dtype int8 --seconds 22 || status=1
@@ -51,8 +51,8 @@ wide() {
 step() {
     local whole=("${bench[@]}" --part step --modes eager --backends triton --row-seconds 2)
     part 120 "${whole[@]}" --out "$out" --batches 1 --contexts 128k,32k,4k,64k,16k --seconds 95 || status=1
-    part 55 "${whole[@]}" --out "$out/max" --group-reduce max --batches 1 --contexts 128k,32k --seconds 30 || status=1
-    part 70 "${whole[@]}" --out "$out" --batches 8 --contexts 32k,4k --seconds 45 || status=1
+    part 70 "${whole[@]}" --out "$out/max" --group-reduce max --batches 1 --contexts 128k,32k --seconds 30 || status=1
+    part 90 "${whole[@]}" --out "$out" --batches 8 --contexts 4k,32k --seconds 45 || status=1
 }
 
 # a whole model compiles for minutes; eight of its layers say what compiling gives

@@ -241,16 +241,30 @@ def precision(study: Study) -> Rows:
 
 
 def renewal(study: Study) -> Rows:
-    """Share of the selected keys that the step before did not select: what FASA-M fetches, holding the rest."""
+    """Share of the selected keys that are not held: what FASA-M fetches when it could hold them already.
+
+    It holds those of the last step. The other rows say what holding more would save: those of the last two steps, which
+    costs no transfer, or the best 2 or 4 budgets of the last step, which must be fetched behind its back.
+    """
 
     def measure(kind: str, steps: Steps) -> dict[Any, Tensor]:
         valid = valid_of(steps)
         tip = scored(dominant(study.profiles[kind, "true planes"], N_TIP), steps)
         slots = ranked(reduce_group(tip, valid, "softmax", study.scaling), valid)
-        now, before = slots[..., 1:, :], slots[..., :-1, :]
-        return {(budget,): 1 - overlap(now, before, budget) for budget in BUDGETS}
+        figures = {}
+        for budget in BUDGETS:
+            now, last, second = slots[..., 2:, :budget], slots[..., 1:-1, :], slots[..., :-2, :]
+            holdings = {
+                "the last step": last[..., :budget],
+                "the last two steps": torch.cat([last[..., :budget], second[..., :budget]], dim=-1),
+                "the last step, 2 budgets": last[..., : 2 * budget],
+                "the last step, 4 budgets": last[..., : 4 * budget],
+            }
+            for holding, kept in holdings.items():
+                figures[budget, holding] = 1 - found(now, kept, kept.shape[-1]).mean((-1, -2)).flatten(1)
+        return figures
 
-    return study.rows(measure, "budget")
+    return study.rows(measure, "budget", "held")
 
 
 def _seeded() -> torch.Generator:

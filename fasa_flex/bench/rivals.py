@@ -26,7 +26,7 @@ from fasa_flex.selection import valid_keys
 from fasa_flex.softmax import Softmax
 
 HALF_HELD = "half the rows held"
-"""What a step finds of its rows on the device: of 64 to 256 rows, the reference model's steps select 41 to 62 % anew
+"""What a step finds of its rows on the device: of 64 to 256 rows, the reference model's steps select 41 to 64 % anew
 (evals/results/study/agreement.json, part "renewal")."""
 
 _NUMBERS = itertools.count()

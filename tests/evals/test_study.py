@@ -275,8 +275,10 @@ def test_dominant_chunks_agree_best_in_small(tmp_path: Path, monkeypatch: pytest
         assert rows[kind, "dominant", 8, 64] > rows[kind, "random chunks", 8, 64] + 0.1
         assert rows[kind, "dominant", 16, 64] > rows[kind, "dominant", 8, 64] > rows[kind, "dominant", 2, 64]
         assert rows[kind, "random keys", None, 1024] == pytest.approx(1024 / 1250, abs=0.03)
-    renewed = [row["mean"] for row in parts["renewal"] if row["budget"] == 64]
-    assert all(0.1 < mean < 0.8 for mean in renewed)  # of two random draws 0.95 would differ
+    for kind in steps.KINDS:
+        new = {row["held"]: row["mean"] for row in parts["renewal"] if (row["queries"], row["budget"]) == (kind, 64)}
+        assert 0.8 > new["the last step"] > new["the last two steps"]  # of two random draws 0.95 would differ
+        assert new["the last step"] > new["the last step, 2 budgets"] > new["the last step, 4 budgets"] > 0.05
 
 
 @pytest.mark.slow
