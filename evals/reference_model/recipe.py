@@ -155,18 +155,18 @@ LARGE = Recipe(
     text_share=0.4,
     workers=8,
 )
-"""48 times the parameters, twice the distance, and the same text, of which less may be learnt by heart: no more than some
-ten passes have a loss, and weights decay ten times as much."""
+"""48 times the parameters, twice the distance, and the same text, of which less may be learnt by heart: some ten passes
+at most have a loss, and weights decay ten times as much."""
 
 QUICK = Recipe(
     stages=(
-        Stage("copy", 2048, (("copy", 64, 1.0),), (1e-3, 1e-3), until=0.8),
-        Stage("256", 2048, (("facts", 256, 1.0),), (1e-3, 0.0)),
+        Stage("copy", 20_480, (("copy", 64, 1.0),), (1e-3, 1e-3), until=0.8),
+        Stage("256", 10_240, (("facts", 256, 1.0),), (1e-3, 0.0)),
     ),
     width=32,
     ffn=32,
     layers=2,
-    max_length=512,
+    max_length=1088,
     batch_tokens=512,
     warmup=2,
     text_share=0.5,

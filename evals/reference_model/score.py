@@ -1,7 +1,7 @@
 """Score a reference model on held-out text: exact answers by length and depth, perplexity by length.
 
 ``python -m evals.reference_model.score`` takes some minutes on two cores and writes evals/results/reference_model.json.
-Lengths go up to what the model has positions for. On CUDA the model is bfloat16, elsewhere float32.
+Lengths go up to what the model has positions for.
 """
 
 from __future__ import annotations
@@ -115,8 +115,7 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 def scores(folder: Path, questions: int, device: torch.device) -> dict[str, Any]:
     """All scores of the model in a folder, and what they were made with."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
@@ -138,9 +137,9 @@ def scores(folder: Path, questions: int, device: torch.device) -> dict[str, Any]
 
 
 def hardware(device: torch.device) -> str:
-    """Where and in what precision the model is scored."""
+    """Where the model is scored."""
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, bfloat16"
+        return f"{torch.cuda.get_device_name(device)}, float32"
     return f"CPU, {platform.machine()}, {torch.get_num_threads()} thread(s), float32"
 
 
