@@ -1,7 +1,7 @@
 """The large reference model at 8192 tokens: which chunks agree, and what FASA keeps of dense attention by budget.
 
     python -m evals.reference_model.eight_bits unpack evals/reference_model_large runs/reference_model_large
-    python -m evals.quality.large --model runs/reference_model_large     # --device cuda: minutes; --quick: seconds
+    python -m evals.quality.large --model runs/reference_model_large     # --device cuda; --quick: seconds
 
 Parts: ``needles`` (a fact is asked for behind 8192 tokens: the whole answer right), ``text`` (nats a token of the last
 256 of a window of text) and ``compound`` (as in `evals.quality.agreement`). In the first two each document is
@@ -43,9 +43,10 @@ BUDGETS = (16, 64, 256, 1024)
 SCORED = 256
 """Tokens of a window of text that are decoded."""
 ARMS = ("FASA", f"FASA, {RECENT} recent", "oracle", "random chunks", "sinks + recent")
-LARGE = Settings(length=8192, documents=16, calibration=4, draws=3)
-ASKED = 64
-"""Documents of ``needles``: a step there costs less than in ``compound``."""
+LARGE = Settings(length=8192, documents=12, calibration=4, draws=3)
+ASKED = 32
+"""Documents of ``needles``, and most windows of ``text``: they cost less than those of ``compound``."""
+PARTS = ("needles", "text", "compound")
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="that it was trained on; default: the running Python's library")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--quick", action="store_true", help="two short documents: to see that it works")
     parser.add_argument("--out", type=Path, default=RESULTS / "study_large", help="folder")
     options = parser.parse_args()
@@ -218,8 +220,8 @@ def main() -> None:
         "text": lambda: text(trial),
         "compound": lambda: compound(study),
     }
-    for name, measure in parts.items():
-        rows = ledger.part(name, settings, measure)
+    for name in options.parts:
+        rows = ledger.part(name, settings, parts[name])
         print(f"{name}: {len(rows)} rows after {ledger.parts[name]['seconds']} s", flush=True)
         for row in rows if name != "compound" else []:
             print({key: value for key, value in row.items() if key != "by_layer"}, flush=True)

@@ -97,10 +97,10 @@ RECIPE = Recipe(
 
 LARGE = Recipe(
     stages=(
-        Stage("copy", 24_000_000, (("copy", 64, 1.0),), (1e-3, 1e-3), until=0.8),
+        Stage("copy", 32_000_000, (("copy", 64, 1.0),), (1e-3, 1e-3), until=0.8),
         Stage(
             "bare",
-            16_000_000,
+            24_000_000,
             (("bare", 128, 0.5), ("copy", 64, 0.1), ("copy", 256, 0.2), ("echo", 256, 0.2)),
             (1e-3, 1e-3),
             until=0.95,
