@@ -87,9 +87,8 @@ class Trial:
             haystack(f"calibration/{number}", settings.length - 64, tokenizer, self.study.text).prompt
             for number in range(settings.calibration)
         ]
-        return calibrate(
-            self.study.model, samples, TOP_K, max_new_tokens=ANSWER_TOKENS, progress=False, tokenizer=tokenizer
-        )
+        model = self.study.model
+        return calibrate(model, samples, TOP_K, max_new_tokens=ANSWER_TOKENS, progress=False, tokenizer=tokenizer)
 
     @cached_property
     def questions(self) -> list[Tail]:
@@ -129,7 +128,8 @@ class Trial:
         """Logits of what is expected, float32 [m, vocabulary], by the model as it is now."""
         model = self.study.model
         found = model(tail.ids[None], past_key_values=copy.deepcopy(tail.cache), logits_to_keep=len(tail.expected))
-        return found.logits[0].float()
+        logits: Tensor = found.logits[0].float()
+        return logits
 
     def measured(self, tails: list[Tail], figure: Figure, sparse: int | None = None) -> Rows:
         """The figure of every arm at every budget, its bytes, and by how much it is above dense attention's.
@@ -139,7 +139,7 @@ class Trial:
             figure: Of each.
             sparse: How many of the last queries are sparse; None: all behind the prefill.
         """
-        found = {("dense", None): [figure(self.logits(tail), tail.expected) for tail in tails]}
+        found: dict[Any, list[Tensor]] = {("dense", None): [figure(self.logits(tail), tail.expected) for tail in tails]}
         bytes_read: dict[Any, float | None] = {("dense", None): 1.0}
         for method in ARMS:
             for budget in BUDGETS:
@@ -148,7 +148,7 @@ class Trial:
                     bytes_read[method, budget] = fasa.stats.kv_bytes_share
         values = {key: torch.stack(figures) for key, figures in found.items()}
         above = {(*key, "above dense"): figures - values["dense", None] for key, figures in values.items()}
-        every = {**values, **above}
+        every: dict[Any, Tensor] = {**values, **above}
         made = with_interval([{key: value[number] for key, value in every.items()} for number in range(len(tails))])
         return [
             {

@@ -103,7 +103,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="what is packed, or unpacked")
     parser.add_argument("out", type=Path, help="folder of the result")
     args = parser.parse_args()
-    {"pack": pack, "unpack": unpack}[args.action](args.folder, args.out)
+    convert = pack if args.action == "pack" else unpack
+    convert(args.folder, args.out)
 
 
 if __name__ == "__main__":
