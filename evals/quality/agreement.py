@@ -26,7 +26,6 @@ from torch import Tensor
 
 from evals.quality.arms import RESULTS, Ledger, provenance, quiet
 from evals.quality.documents import QUICK, STEPS, Rows, Settings, Study
-from evals.quality.pictures import agreement_curves, mass_by_head, transfer_curves
 from evals.quality.steps import (
     DEEPEST,
     TOP_K,
@@ -73,7 +72,9 @@ def compound(study: Study) -> Rows:
         static = {
             "StreamingLLM": sinks_and_recent(steps),
             "SnapKV": snapkv(steps, study.scaling),
-            "random keys": ranked(torch.rand(full.shape[:-1] + valid.shape[-1:], generator=_seeded()), valid),
+            "random keys": ranked(
+                torch.rand(full.shape[:-1] + valid.shape[-1:], generator=_seeded()).to(valid.device), valid
+            ),
         }
         figures = {
             (method, None, top_k): overlap(full, slots, top_k)
@@ -279,6 +280,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two short documents: to see that it works")
     parser.add_argument("--out", type=Path, default=RESULTS / "study", help="folder (default: evals/results/study)")
     options = parser.parse_args()
+    from evals.quality.pictures import agreement_curves, mass_by_head, transfer_curves  # parts need no matplotlib
+
     quiet()
     study = Study(QUICK if options.quick else Settings())
     settings = {**vars(study.settings), "calibrated_at": TOP_K, "deepest": DEEPEST, "n_tip": N_TIP, "steps": STEPS}

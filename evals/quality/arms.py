@@ -17,19 +17,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import transformers
-from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evals.reference_model.corpus import training_text
 from fasa_flex import FasaProfile, RotaryLayout, calibrate
 from fasa_flex.baselines import adjacent_pairs
+from fasa_flex.calibration import version_of
 from fasa_flex.lm_eval import TASKS_PATH
 from fasa_flex.lm_eval.haystack import Document, document
 
@@ -177,6 +175,9 @@ def evaluate(arm: Arm, counts: Mapping[str, int], length: int = LENGTH) -> dict[
         counts: For each task, how many of its first documents are used.
         length: Of the documents, in tokens.
     """
+    from lm_eval import simple_evaluate  # here, because parts that read dense forwards do without lm-eval
+    from lm_eval.tasks import TaskManager
+
     metadata = {"max_seq_lengths": [length], "tokenizer": str(MODEL), "num_docs": max(counts.values())}
     results = simple_evaluate(
         model=arm.model,
@@ -268,6 +269,6 @@ def provenance(begun: float, **shared: Any) -> dict[str, Any]:
         "seconds": round(time.time() - begun),
         "hardware": hardware(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("fasa-flex", "lm-eval", "torch", "transformers")},
+        "versions": {name: version_of(name) for name in ("fasa-flex", "lm-eval", "torch", "transformers")},
         **shared,
     }

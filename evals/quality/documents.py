@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,16 +38,23 @@ QUICK = Settings(length=1280, documents=2, calibration=2, draws=2, calibration_l
 
 
 class Study:
-    """The documents and profiles that the parts share, made when one asks for them."""
+    """The documents and profiles that the parts share, made when one asks for them.
 
-    def __init__(self, settings: Settings) -> None:
+    Args:
+        settings: Of all rows.
+        folder: Of the model.
+        device: Where it runs, in float32.
+        text: That it was trained on; of the running Python if None.
+    """
+
+    def __init__(self, settings: Settings, folder: Path = MODEL, device: str = "cpu", text: str | None = None) -> None:
         self.settings = settings
-        self.model = AutoModelForCausalLM.from_pretrained(MODEL)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
         self.scaling = self.model.config.head_dim**-0.5
         true = RotaryLayout.detect(self.model)
         self.layouts = {"true planes": true, "adjacent pairs": RotaryLayout.interleaved(true.head_dim)}
-        self._tokenizer = AutoTokenizer.from_pretrained(MODEL)
-        self._text = training_text()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.text = training_text() if text is None else text
 
     @cached_property
     def documents(self) -> list[dict[str, Steps]]:
@@ -59,7 +68,7 @@ class Study:
 
     def calibrated(self, length: int, top_k: int) -> dict[tuple[str, str], FasaProfile]:
         """As `profiles`, on documents of ``length`` tokens and at ``top_k``."""
-        samples = [self._steps(f"calibration/{n}", length, self._text) for n in range(self.settings.calibration)]
+        samples = [self._steps(f"calibration/{n}", length, self.text) for n in range(self.settings.calibration)]
         return {
             (kind, pairing): profile_of(self.model, [sample[kind] for sample in samples], layout, top_k)
             for kind in KINDS
@@ -77,4 +86,4 @@ class Study:
         return rows
 
     def _steps(self, seed: str, length: int, text: str | None = None) -> dict[str, Steps]:
-        return steps_of(self.model, self._tokenizer, seed, length, text)
+        return steps_of(self.model, self.tokenizer, seed, length, text)

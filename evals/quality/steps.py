@@ -77,11 +77,11 @@ def steps_of(
         text: What it is cut from; the held-out text if None.
     """
     found = haystack(seed, length, tokenizer, text)
-    ids = torch.tensor(tokenizer(f"{found.prompt}{found.answer}\n").input_ids)
+    ids = torch.tensor(tokenizer(f"{found.prompt}{found.answer}\n").input_ids, device=model.device)
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(dense: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-        seen[layer_of(module)] = query[0], key[0]
+        seen[layer_of(module)] = query[0].float(), key[0].float()
         return dense(module, query, key, value, mask, **kwargs)
 
     with AttentionSeam(model, keep):
@@ -116,7 +116,7 @@ def profile_of(
         sample_hashes=(),
         versions={},
     )
-    return FasaProfile(torch.stack(tables).mean(0), layout, provenance)
+    return FasaProfile(torch.stack(tables).mean(0).cpu(), layout, provenance)
 
 
 def dominant(profile: FasaProfile, n_tip: int, per: Sharing = "kv_head") -> Callable[[int], Scorer]:
@@ -170,7 +170,7 @@ def snapkv(steps: Steps, scaling: float) -> Tensor:
     seen = attention(watched, scaling).sum(-2)[..., : prompt - WINDOW]
     pooled = F.max_pool1d(seen.flatten(1, 2), KERNEL, stride=1, padding=KERNEL // 2).view_as(seen)
     scores = F.pad(pooled, (0, kv_len - pooled.shape[-1]))[..., None, :].expand(-1, -1, -1, q_len, -1)
-    return ranked(scores, valid_of(steps), first=torch.arange(kv_len) >= prompt - WINDOW)
+    return ranked(scores, valid_of(steps), first=torch.arange(kv_len, device=scores.device) >= prompt - WINDOW)
 
 
 def sinks_and_recent(steps: Steps) -> Tensor:
@@ -193,7 +193,7 @@ def overlap(full: Tensor, slots: Tensor, top_k: int) -> Tensor:
 def found(full: Tensor, slots: Tensor, top_k: int) -> Tensor:
     """Which of each head's own top-k keys, in their order, are among ``slots``: float32 [L, Hkv, G, Q, top_k]."""
     width = 1 + max(int(full.max()), int(slots.max()))
-    chosen = torch.zeros(*full.shape[:-1], width, dtype=torch.bool)
+    chosen = torch.zeros(*full.shape[:-1], width, dtype=torch.bool, device=full.device)
     chosen.scatter_(-1, slots[..., :top_k].expand(*full.shape[:-1], -1), True)
     return chosen.gather(-1, full[..., :top_k]).float()
 
@@ -221,7 +221,7 @@ def with_interval(documents: Sequence[Mapping[Any, Tensor]]) -> dict[Any, dict[s
     """
     count = len(documents)
     drawn = np.random.default_rng(0).multinomial(count, [1 / count] * count, size=DRAWS) / count
-    figures = {key: torch.stack([document[key] for document in documents]) for key in documents[0]}
+    figures = {key: torch.stack([document[key] for document in documents]).cpu() for key in documents[0]}
     table = np.stack([values.reshape(count, -1).double().mean(1).numpy() for values in figures.values()], axis=1)
     low, high = np.quantile(drawn @ table, [0.025, 0.975], axis=0)
     return {

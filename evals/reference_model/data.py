@@ -66,6 +66,11 @@ class Sampler:
         batch[rng.random(rows) < 0.5, 0] = self.bos
         return batch, role
 
+    def silence(self, rng: Generator, roles: Ids, share: float) -> Ids:
+        """``roles`` [rows, length] with text that has no loss in all rows but a random ``share`` of them."""
+        silent = rng.random((len(roles), 1)) >= share
+        return np.where(silent & (roles == TEXT), NOISE, roles)
+
     def copy(self, rng: Generator, length: int) -> tuple[Ids, Ids]:
         """Random tokens, repeated with a random period of 1/8 to 1/2 of the length."""
         period = int(rng.integers(length // 8, length // 2 + 1))

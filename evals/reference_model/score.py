@@ -1,6 +1,7 @@
-"""Score the reference model on held-out text: exact answers by length and depth, perplexity by length.
+"""Score a reference model on held-out text: exact answers by length and depth, perplexity by length.
 
 ``python -m evals.reference_model.score`` takes some minutes on two cores and writes evals/results/reference_model.json.
+Lengths go up to what the model has positions for.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import platform
 import shlex
 import sys
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,17 +29,26 @@ from fasa_flex.lm_eval.haystack import Document, document, heldout_text
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parent / "results" / "reference_model.json"
-LENGTHS = (512, 1024, 2048, 4096)
+LENGTHS = (512, 1024, 2048, 4096, 8192)
 TARGETS = 128
 QUINTILES = 5
 BATCH_TOKENS = 16_384
 
 
+def lengths_of(model: PreTrainedModel) -> tuple[int, ...]:
+    """The lengths that a model is scored at."""
+    return tuple(length for length in LENGTHS if length < model.config.max_position_embeddings)
+
+
 def documents(tokenizer: PreTrainedTokenizerBase, length: int, n: int, n_facts: int) -> list[Document]:
-    """``n`` documents of ``length`` tokens, document i drawn with seed i."""
+    """``n`` documents of ``length`` tokens, document i drawn with seed i; tokens are counted line by line."""
+
+    @cache
+    def tokens(line: str) -> int:
+        return len(tokenizer.encode(line))
 
     def count(text: str) -> int:
-        return len(tokenizer.encode(text))
+        return sum(map(tokens, text.splitlines(keepends=True)))
 
     return [document(Random(i), length=length, count_tokens=count, n_facts=n_facts) for i in range(n)]
 
@@ -84,13 +95,14 @@ def retrieval(
 def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Perplexity of the same held-out tokens after inputs of growing length.
 
-    At every 2048th token of the held-out text, the ``TARGETS`` tokens before it are predicted from inputs that begin
-    128 to 4096 tokens before it.
+    At regular places of the held-out text, half of the greatest length apart, the ``TARGETS`` tokens before are
+    predicted from inputs that begin ``TARGETS`` tokens to the greatest length before.
     """
+    lengths = lengths_of(model)
     ids = torch.tensor(tokenizer.encode(heldout_text()), device=model.device)
-    ends = range(LENGTHS[-1], len(ids) + 1, LENGTHS[-1] // 2)
+    ends = range(lengths[-1], len(ids) + 1, lengths[-1] // 2)
     rows = []
-    for length in (TARGETS, 256, *LENGTHS):
+    for length in (TARGETS, 256, *lengths):
         losses = []
         for end in tqdm(ends, desc=f"perplexity, {length} tokens"):
             window = ids[end - length : end]
@@ -101,38 +113,58 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return rows
 
 
+def scores(folder: Path, questions: int, device: torch.device) -> dict[str, Any]:
+    """All scores of the model in a folder, and what they were made with."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "hardware": hardware(device),
+        "versions": {
+            "python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in (torch, transformers, tokenizers)},
+        },
+        "weights_sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        "heldout_sha256": hashlib.sha256(heldout_text().encode()).hexdigest(),
+        "parameters": model.num_parameters(),
+        "retrieval": [
+            retrieval(model, tokenizer, length, questions, n_facts)
+            for n_facts in (8, 16)
+            for length in lengths_of(model)
+        ],
+        "perplexity": perplexity(model, tokenizer),
+    }
+
+
+def hardware(device: torch.device) -> str:
+    """Where the model is scored."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, float32"
+    return f"CPU, {platform.machine()}, {torch.get_num_threads()} thread(s), float32"
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print the scores, a line each."""
+    for row in results["retrieval"]:
+        print(f"{row['length']:>5} tokens, {row['n_facts']:>2} facts: {row['exact']:.3f} exact")
+    for row in results["perplexity"]:
+        print(f"{row['length']:>5} tokens: perplexity {row['perplexity']:.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=FOLDER)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--questions", type=int, default=200, help="for each length")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    results = {
-        "command": shlex.join(["python", "-m", "evals.reference_model.score", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "hardware": f"CPU, {platform.machine()}, {args.threads} thread(s), float32",
-        "versions": {
-            "python": platform.python_version(),
-            **{module.__name__: module.__version__ for module in (torch, transformers, tokenizers)},
-        },
-        "weights_sha256": hashlib.sha256((args.model / "model.safetensors").read_bytes()).hexdigest(),
-        "heldout_sha256": hashlib.sha256(heldout_text().encode()).hexdigest(),
-        "parameters": model.num_parameters(),
-        "retrieval": [
-            retrieval(model, tokenizer, length, args.questions, n_facts) for n_facts in (8, 16) for length in LENGTHS
-        ],
-        "perplexity": perplexity(model, tokenizer),
-    }
+    command = shlex.join(["python", "-m", "evals.reference_model.score", *sys.argv[1:]])
+    results = {"command": command, **scores(args.model, args.questions, torch.device(args.device))}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=2) + "\n")
-    for row in results["retrieval"]:
-        print(f"{row['length']:>5} tokens, {row['n_facts']:>2} facts: {row['exact']:.3f} exact")
-    for row in results["perplexity"]:
-        print(f"{row['length']:>5} tokens: perplexity {row['perplexity']:.2f}")
+    show(results)
 
 
 if __name__ == "__main__":

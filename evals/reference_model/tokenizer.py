@@ -21,7 +21,7 @@ PIECES = r"\n|[B-DF-HJ-NPR-TV-Z][AEIOU]| ?[A-Za-z][a-z]*| ?[0-9]{1,3}| ?[^\sA-Za
 BOS, PAD = "<|endoftext|>", "<|pad|>"
 
 
-def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(text: str, vocab_size: int, max_length: int = 4608) -> PreTrainedTokenizerFast:
     """Train on ``text`` and on enough fact lines for every syllable to become a token.
 
     No special token is added to a text, so that encoding two parts that meet at a line end, or at the ``="`` of a
@@ -41,7 +41,7 @@ def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator([*text.splitlines(keepends=True), *facts.splitlines(keepends=True)], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, pad_token=PAD, padding_side="left",
-        clean_up_tokenization_spaces=False, model_max_length=4608,
+        clean_up_tokenization_spaces=False, model_max_length=max_length,
     )  # fmt: skip
 
 

@@ -1,26 +1,32 @@
-"""Train the reference model: copying first, then facts, then facts in text at growing lengths.
+"""Train a reference model: copying first, then facts, then facts in text at growing lengths.
 
-``python -m evals.reference_model.train --out runs/reference`` takes about an hour and a half on two cores. Every batch
-is a function of the seed and the step: an interrupted run goes on where it was when started with the same ``--out``.
+``python -m evals.reference_model.train --out runs/reference`` takes about an hour and a half on two cores;
+``--recipe large`` needs an accelerator. Every batch is a function of the seed and the step: an interrupted run goes on
+where it was when started with the same ``--out``.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
+import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from evals.reference_model.corpus import training_text
 from evals.reference_model.data import ANSWER, TEXT, Sampler, Vocabulary
-from evals.reference_model.recipe import RECIPE, Recipe, Stage
+from evals.reference_model.recipe import RECIPES, Recipe, Stage
 from evals.reference_model.tokenizer import encode_lines, train_tokenizer
 
 REPORT = 50
@@ -30,7 +36,37 @@ PROGRESS = ("step", "tokens", "stage", "used", "seconds", "work")
 """The numbers of a run that a checkpoint keeps."""
 
 
-def build_model(recipe: Recipe, max_length: int = 4608) -> LlamaForCausalLM:
+LINEAR_MEMORY = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+"""Attention on CUDA, so that a machine without it fails at the first step and not for want of memory at 8192 tokens."""
+
+LENGTH_COST = {"cpu": 1300, "cuda": 13_000}
+"""Length at which a token takes twice the time of one in a very short sequence: measured on CPU, estimated on CUDA."""
+
+
+class Batches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """The batches of a stage by the run's step: ids and roles, both [rows, length]."""
+
+    def __init__(self, recipe: Recipe, sampler: Sampler, stage: Stage) -> None:
+        self.recipe, self.sampler, self.stage = recipe, sampler, stage
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rng = np.random.default_rng([self.recipe.seed, step])
+        shares = np.array([share for _, _, share in self.stage.mix])
+        kind, length, _ = self.stage.mix[rng.choice(len(shares), p=shares / shares.sum())]
+        ids, roles = self.sampler.batch(rng, kind, max(1, self.recipe.batch_tokens // length), length)
+        if self.recipe.text_share < 1:
+            roles = self.sampler.silence(rng, roles, self.recipe.text_share)
+        return torch.from_numpy(ids), torch.from_numpy(roles)
+
+    def since(self, step: int) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
+        """All batches from a step on, drawn ahead if the recipe has workers."""
+        return DataLoader(
+            self, batch_size=None, sampler=itertools.count(step), num_workers=self.recipe.workers,
+            prefetch_factor=4 if self.recipe.workers else None,
+        )  # fmt: skip
+
+
+def build_model(recipe: Recipe) -> LlamaForCausalLM:
     """A freshly initialised Llama."""
     torch.manual_seed(recipe.seed)
     return LlamaForCausalLM(
@@ -39,10 +75,10 @@ def build_model(recipe: Recipe, max_length: int = 4608) -> LlamaForCausalLM:
             hidden_size=recipe.width,
             intermediate_size=recipe.ffn,
             num_hidden_layers=recipe.layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            num_attention_heads=recipe.heads,
+            num_key_value_heads=recipe.kv_heads,
             head_dim=64,
-            max_position_embeddings=max_length,
+            max_position_embeddings=recipe.max_length,
             rope_parameters={"rope_type": "default", "rope_theta": recipe.theta},
             tie_word_embeddings=True,
             bos_token_id=0,
@@ -66,7 +102,8 @@ def losses(model: LlamaForCausalLM, ids: torch.Tensor, roles: torch.Tensor) -> d
     Args:
         ids, roles: [rows, length].
     """
-    with torch.autocast(ids.device.type, torch.bfloat16):
+    linear_memory = sdpa_kernel(LINEAR_MEMORY) if ids.device.type == "cuda" else nullcontext()
+    with torch.autocast(ids.device.type, torch.bfloat16), linear_memory:
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
     target, role = ids[:, 1:].flatten(), roles[:, 1:].flatten()
     loss = F.cross_entropy(logits, target, reduction="none")
@@ -86,15 +123,20 @@ class Run:
         sampler: Where the sequences come from.
         out: The run's folder; an existing checkpoint in it is continued.
         device: Where to train.
+        minutes: Most that the run may take, over all its starts: stages give up tokens, each the same share of them,
+            and learning rates still go to their ends. Stages that wait for a skill (``until``) give up none.
     """
 
-    def __init__(self, recipe: Recipe, sampler: Sampler, out: Path, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, sampler: Sampler, out: Path, device: torch.device, minutes: float | None = None
+    ) -> None:
         self.recipe, self.sampler, self.out, self.device = recipe, sampler, out, device
+        self.limit = math.inf if minutes is None else 60 * minutes
         self.model = build_model(recipe).to(device)
         self.optimizer = build_optimizer(self.model, recipe)
         self.step = self.tokens = self.stage = self.used = 0
         self.seconds = self.work = 0.0
-        self.saved = time.monotonic()
+        self.saved = self.clock = time.monotonic()
         out.mkdir(parents=True, exist_ok=True)
         if self.checkpoint.exists():
             self._load()
@@ -119,8 +161,13 @@ class Run:
 
     def _train_stage(self, stage: Stage) -> None:
         recent: list[dict[str, float]] = []
+        used, begun, end = self.used, self.seconds, self._end_of(stage)
+        batches = iter(Batches(self.recipe, self.sampler, stage).since(self.step))
         while self.used < stage.tokens:
-            recent.append(self._train_step(stage))
+            recent.append(self._train_step(stage, *next(batches)))
+            if end < math.inf:
+                passed = (self.seconds - begun) / max(end - begun, 1e-9)
+                self.used = max(self.used, used + math.ceil(passed * (stage.tokens - used)))
             if self.step % REPORT == 0:
                 row = self._report(stage, recent)
                 if stage.until and len(recent) == REPORT and row["right"] >= stage.until:
@@ -129,16 +176,17 @@ class Run:
                     self._save()
                 recent = []
 
-    def _train_step(self, stage: Stage) -> dict[str, float]:
-        begun = time.monotonic()
-        rng = np.random.default_rng([self.recipe.seed, self.step])
-        shares = np.array([share for _, _, share in stage.mix])
-        kind, length, _ = stage.mix[rng.choice(len(shares), p=shares / shares.sum())]
-        batch = self.sampler.batch(rng, kind, max(1, self.recipe.batch_tokens // length), length)
-        ids, roles = (torch.from_numpy(array).to(self.device) for array in batch)
+    def _end_of(self, stage: Stage) -> float:
+        """The second of the run at which a stage that begins or goes on now must end: by its share of the time left."""
+        if stage.until or self.limit == math.inf or self.used >= stage.tokens:
+            return math.inf
+        costs = self._costs_left()
+        return self.seconds + max(0.0, self.limit - self.seconds) * costs[0] / sum(costs)
+
+    def _train_step(self, stage: Stage, ids: torch.Tensor, roles: torch.Tensor) -> dict[str, float]:
         lr = stage.lr[0] + (stage.lr[1] - stage.lr[0]) * self.used / stage.tokens
         lr *= min(1.0, (self.step + 1) / self.recipe.warmup)
-        loss = losses(self.model, ids, roles)
+        loss = losses(self.model, ids.to(self.device), roles.to(self.device))
         (loss["text"] + loss["answer"]).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for group in self.optimizer.param_groups:
@@ -147,14 +195,13 @@ class Run:
         self.optimizer.zero_grad()
         row = {name: value.item() for name, value in loss.items()}
         self.step, self.used, self.tokens = self.step + 1, self.used + ids.numel(), self.tokens + ids.numel()
-        self.work += ids.numel() * _cost(length)
-        self.seconds += time.monotonic() - begun
+        self.work += ids.numel() * self._cost(ids.shape[1])
+        now = time.monotonic()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
         return row | {"lr": lr}
 
     def _report(self, stage: Stage, recent: list[dict[str, float]]) -> dict[str, Any]:
-        left = stage.tokens - self.used, *(later.tokens for later in self.recipe.stages[self.stage + 1 :])
-        costs = [_stage_cost(later) for later in self.recipe.stages[self.stage :]]
-        eta = sum(n * cost for n, cost in zip(left, costs, strict=True)) * self.seconds / self.work
+        eta = min(sum(self._costs_left()) * self.seconds / self.work, self.limit - self.seconds)
         row = {
             "stage": stage.name,
             "step": self.step,
@@ -174,6 +221,20 @@ class Run:
             flush=True,
         )
         return row
+
+    def _costs_left(self) -> list[float]:
+        """What is left of this stage and of each behind it, in tokens of a very short sequence."""
+        stages = self.recipe.stages[self.stage :]
+        left = stages[0].tokens - self.used, *(later.tokens for later in stages[1:])
+        return [n * self._stage_cost(stage) for n, stage in zip(left, stages, strict=True)]
+
+    def _stage_cost(self, stage: Stage) -> float:
+        total = sum(share for _, _, share in stage.mix)
+        return sum(share * self._cost(length) for _, length, share in stage.mix) / total
+
+    def _cost(self, length: int) -> float:
+        """Time of a token relative to one in a very short sequence; for the ETA, and to share out the time."""
+        return 1 + length / LENGTH_COST[self.device.type]
 
     def _save(self) -> None:
         state = {
@@ -204,30 +265,28 @@ def _mean(rows: list[dict[str, float]], name: str) -> float | None:
     return round(sum(row[name] for row in rows) / len(rows), 4) if rows else None
 
 
-def _cost(length: int) -> float:
-    """Time of a token relative to one in a very short sequence; measured on a CPU, used for the ETA only."""
-    return 1 + length / 1300
-
-
-def _stage_cost(stage: Stage) -> float:
-    return sum(share * _cost(length) for _, length, share in stage.mix) / sum(share for _, _, share in stage.mix)
+def prepare(recipe: Recipe, text: str, out: Path) -> Sampler:
+    """Train the tokenizer, save it into ``out``, and tokenise the text."""
+    tokenizer = train_tokenizer(text, recipe.vocab, recipe.max_length)
+    vocabulary = Vocabulary.of(tokenizer.encode, recipe.vocab)
+    print(f"training text: {len(text)} characters, SHA-256 {hashlib.sha256(text.encode()).hexdigest()}", flush=True)
+    tokenizer.save_pretrained(out)
+    return Sampler(encode_lines(tokenizer, text), vocabulary, tokenizer.bos_token_id)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; continued if it has a checkpoint")
+    parser.add_argument("--recipe", choices=RECIPES, default="small")
+    parser.add_argument("--minutes", type=float, help="end by then, with fewer tokens if need be")
     parser.add_argument("--text", type=Path, help="train on this file, not on the running Python's library")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     text = args.text.read_text(encoding="utf-8") if args.text else training_text()
-    tokenizer = train_tokenizer(text, RECIPE.vocab)
-    vocabulary = Vocabulary.of(tokenizer.encode, RECIPE.vocab)
-    print(f"training text: {len(text)} characters, SHA-256 {hashlib.sha256(text.encode()).hexdigest()}", flush=True)
-    sampler = Sampler(encode_lines(tokenizer, text), vocabulary, tokenizer.bos_token_id)
-    tokenizer.save_pretrained(args.out)
-    Run(RECIPE, sampler, args.out, torch.device(args.device)).train()
+    recipe = RECIPES[args.recipe]
+    Run(recipe, prepare(recipe, text, args.out), args.out, torch.device(args.device), args.minutes).train()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -14,9 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evals.reference_model import train
-from evals.reference_model.data import ANSWER, NOISE, Sampler, Vocabulary
-from evals.reference_model.recipe import Recipe, Stage
-from evals.reference_model.score import answered
+from evals.reference_model.data import ANSWER, NOISE, TEXT, Sampler, Vocabulary
+from evals.reference_model.recipe import LARGE, QUICK, RECIPE, Recipe, Stage
+from evals.reference_model.score import answered, documents
 from fasa_flex.lm_eval.haystack import SYLLABLES, document, draw_facts, heldout_text
 
 FOLDER = Path(__file__).parents[2] / "evals" / "reference_model"
@@ -94,6 +95,67 @@ def test_facts_are_tokens_of_the_fact_language(sampler, tokenizer):
     facts = draw_facts(Random(3), 16)
     used = {i for fact in facts for i in tokenizer.encode(fact.key + fact.value)}
     assert used <= set(sampler.vocabulary.syllables.tolist())
+
+
+def test_text_that_is_silenced_has_no_loss_and_answers_keep_theirs(sampler):
+    _, roles = sampler.batch(np.random.default_rng(0), "facts", 64, 256)
+    silenced = sampler.silence(np.random.default_rng(0), roles, 0.25)
+    assert ((silenced == roles) | ((roles == TEXT) & (silenced == NOISE))).all()
+    heard = (silenced == TEXT).any(1)
+    assert (silenced[heard] == roles[heard]).all()
+    assert 4 <= heard.sum() <= 32
+    assert (sampler.silence(np.random.default_rng(0), roles, 1.0) == roles).all()
+
+
+def test_workers_draw_the_same_batches(sampler):
+    stage = Stage("mixed", 1, (("facts", 256, 0.5), ("copy", 64, 0.5)), (1.0, 1.0))
+    alone, ahead = (
+        [*itertools.islice(train.Batches(replace(QUICK, workers=workers), sampler, stage).since(3), 6)]
+        for workers in (0, 2)
+    )
+    assert {ids.shape[1] for ids, _ in alone} == {64, 256}
+    for (ids, roles), (same, too) in zip(alone, ahead, strict=True):
+        assert torch.equal(ids, same)
+        assert torch.equal(roles, too)
+
+
+def test_a_run_with_little_time_gives_up_tokens_and_ends_with_its_learning_rate(sampler, tmp_path, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(train.time, "monotonic", lambda: float(next(clock)))  # a second a step, and one a report
+    monkeypatch.setattr(train, "REPORT", 1)
+    stages = (
+        Stage("skill", 7 * 64, (("copy", 32, 1.0),), (1e-2, 1e-2), until=2.0),
+        Stage("short", 100 * 64, (("copy", 32, 1.0),), (1e-2, 1e-2)),
+        Stage("long", 300 * 64, (("copy", 32, 1.0),), (1e-2, 0.0)),
+    )
+    recipe = Recipe(stages, vocab=sampler.vocabulary.size, width=16, ffn=16, layers=1, batch_tokens=64, warmup=1)
+    run = train.Run(recipe, sampler, tmp_path, torch.device("cpu"), minutes=100 / 60)
+    run.train()
+    rows = [json.loads(line) for line in run.log.read_text().splitlines()]
+    steps = {name: sum(row["stage"] == name for row in rows) for name in ("skill", "short", "long")}
+    assert steps["skill"] == 7
+    assert steps["long"] == pytest.approx(3 * steps["short"], abs=4)
+    assert 90 <= run.seconds <= 104
+    assert rows[-1]["lr"] < 5e-4
+    rates = [row["lr"] for row in rows if row["stage"] == "long"]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_recipes_grow_to_the_length_that_they_are_for():
+    for recipe, length in ((RECIPE, 4096), (LARGE, 8192)):
+        assert max(length for stage in recipe.stages for _, length, _ in stage.mix) == length < recipe.max_length
+        assert recipe.stages[-1].lr[1] == 0.0
+        assert all(before.lr[1] == after.lr[0] for before, after in pairwise(recipe.stages))
+    with torch.device("meta"):
+        assert 48e6 < train.build_model(LARGE).num_parameters() < 49e6
+
+
+def test_tokens_counted_line_by_line_give_the_same_documents(tokenizer):
+    def count(text):
+        return len(tokenizer.encode(text))
+
+    whole = [document(Random(i), length=900, count_tokens=count, n_facts=8) for i in range(6)]
+    assert documents(tokenizer, 900, 6, 8) == whole
 
 
 def test_an_interrupted_run_ends_with_the_same_weights(sampler, tmp_path, monkeypatch):

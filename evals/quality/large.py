@@ -1,0 +1,232 @@
+"""The large reference model at 8192 tokens: which chunks agree, and what FASA keeps of dense attention by budget.
+
+    python -m evals.reference_model.eight_bits unpack evals/reference_model_large runs/reference_model_large
+    python -m evals.quality.large --model runs/reference_model_large     # --device cuda; --quick: seconds
+
+Parts: ``needles`` (a fact is asked for behind 8192 tokens: the whole answer right), ``text`` (nats a token of the last
+256 of a window of text) and ``compound`` (as in `evals.quality.agreement`). In the first two each document is
+prefilled once, densely, and every arm goes on from a copy of its cache: the steps behind it in one forward of
+sparse queries, which equals decoding them one by one. An answer's tokens stand behind the true ones: all are the
+likeliest exactly if greedy decoding writes the answer. ``question decoded`` is as in evals/README.md: the
+prefill ends before the question. Intervals are over documents; those of ``needles`` are cut from one text some twenty
+contexts long and overlap, the windows of ``text`` do not. Writes ``large.json`` to ``evals/results/study_large/``.
+Started again, it goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache
+
+from evals.quality.agreement import N_TIP, RECENT, compound
+from evals.quality.arms import ANSWER_TOKENS, RESULTS, ROOT, Ledger, haystack, quiet
+from evals.quality.documents import QUICK, Rows, Settings, Study
+from evals.quality.steps import SINKS, TOP_K, with_interval
+from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
+from fasa_flex.baselines import scorer_factory
+from fasa_flex.bench.record import command_line, provenance
+from fasa_flex.lm_eval.haystack import heldout_text
+from fasa_flex.transformers import Fasa
+
+MODEL = ROOT / "runs" / "reference_model_large"
+BUDGETS = (16, 64, 256, 1024)
+SCORED = 256
+"""Tokens of a window of text that are decoded."""
+ARMS = ("FASA", f"FASA, {RECENT} recent", "oracle", "random chunks", "sinks + recent")
+LARGE = Settings(length=8192, documents=12, calibration=4, draws=3)
+ASKED = 32
+"""Documents of ``needles``, and most windows of ``text``: they cost less than those of ``compound``."""
+PARTS = ("needles", "text", "compound")
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What is decoded behind the dense prefill of a document.
+
+    Attributes:
+        cache: Of the prefill; every arm goes on from a copy.
+        ids: Token ids [n] behind it.
+        expected: Token ids [m]: what follows the last m of ``ids``.
+    """
+
+    cache: Cache
+    ids: Tensor
+    expected: Tensor
+
+
+Figure = Callable[[Tensor, Tensor], Tensor]
+"""What is made of logits [m, vocabulary] and the token ids that were expected [m]."""
+
+
+class Trial:
+    """The model's documents, and what arms make of them.
+
+    Args:
+        study: Model, tokenizer, texts and settings.
+        asked: Documents with a question.
+    """
+
+    def __init__(self, study: Study, asked: int) -> None:
+        self.study, self.asked = study, asked
+
+    @cached_property
+    def profile(self) -> FasaProfile:
+        """Calibrated on documents of training text that end on a question, as one would before use."""
+        settings, tokenizer = self.study.settings, self.study.tokenizer
+        samples = [
+            haystack(f"calibration/{number}", settings.length - 64, tokenizer, self.study.text).prompt
+            for number in range(settings.calibration)
+        ]
+        model = self.study.model
+        return calibrate(model, samples, TOP_K, max_new_tokens=ANSWER_TOKENS, progress=False, tokenizer=tokenizer)
+
+    @cached_property
+    def questions(self) -> list[Tail]:
+        """Documents of held-out text; what is decoded is the question and the answer."""
+        tails = []
+        for number in range(self.asked):
+            found = haystack(f"large/{number}", self.study.settings.length, self.study.tokenizer)
+            text, prompt, whole = (
+                self._ids(string) for string in (found.text, found.prompt, found.prompt + found.answer)
+            )
+            tails.append(self._tail(whole, len(text), len(whole) - len(prompt)))
+        return tails
+
+    @cached_property
+    def windows(self) -> list[Tail]:
+        """Windows of held-out text that do not overlap, as many as there are."""
+        ids, length = self._ids(heldout_text()), self.study.settings.length
+        pieces = ids[: len(ids) // length * length].view(-1, length)[: self.asked]
+        return [self._tail(piece, length - SCORED - 1, SCORED) for piece in pieces]
+
+    def arm(self, method: str, budget: int) -> Fasa:
+        """The model under a method; no layer is dense."""
+        config = FasaConfig(n_tip=N_TIP, n_fac=budget, dense_layers=(), backend="gather")
+        if method == "FASA":
+            return enable(self.study.model, self.profile, config)
+        if method == f"FASA, {RECENT} recent":
+            return enable(self.study.model, self.profile, replace(config, n_recent=RECENT))
+        if method == "sinks + recent":
+            config = replace(config, n_sink=SINKS)
+            return enable(self.study.model, config=config, scorer=scorer_factory("streaming_llm"))
+        if method == "random chunks":
+            scorer = scorer_factory("random_chunks", self.profile, n_tip=N_TIP)
+            return enable(self.study.model, config=config, scorer=scorer)
+        return enable(self.study.model, config=config, scorer=scorer_factory("oracle"))
+
+    def logits(self, tail: Tail) -> Tensor:
+        """Logits of what is expected, float32 [m, vocabulary], by the model as it is now."""
+        model = self.study.model
+        found = model(tail.ids[None], past_key_values=copy.deepcopy(tail.cache), logits_to_keep=len(tail.expected))
+        logits: Tensor = found.logits[0].float()
+        return logits
+
+    def measured(self, tails: list[Tail], figure: Figure, sparse: int | None = None) -> Rows:
+        """The figure of every arm at every budget, its bytes, and by how much it is above dense attention's.
+
+        Args:
+            tails: The documents.
+            figure: Of each.
+            sparse: How many of the last queries are sparse; None: all behind the prefill.
+        """
+        found: dict[Any, list[Tensor]] = {("dense", None): [figure(self.logits(tail), tail.expected) for tail in tails]}
+        bytes_read: dict[Any, float | None] = {("dense", None): 1.0}
+        for method in ARMS:
+            for budget in BUDGETS:
+                with self.arm(method, budget) as fasa:
+                    found[method, budget] = list(self._sparse(fasa, tails, figure, sparse))
+                    bytes_read[method, budget] = fasa.stats.kv_bytes_share
+        values = {key: torch.stack(figures) for key, figures in found.items()}
+        above = {(*key, "above dense"): figures - values["dense", None] for key, figures in values.items()}
+        every: dict[Any, Tensor] = {**values, **above}
+        made = with_interval([{key: value[number] for key, value in every.items()} for number in range(len(tails))])
+        return [
+            {
+                "method": method,
+                "budget": budget,
+                **made[method, budget],
+                "above_dense": [made[method, budget, "above dense"][name] for name in ("mean", "low", "high")],
+                "kv_bytes_share": share,
+            }
+            for (method, budget), share in bytes_read.items()
+        ]
+
+    def _sparse(self, fasa: Fasa, tails: list[Tail], figure: Figure, sparse: int | None) -> Iterator[Tensor]:
+        for tail in tails:
+            first = tail.cache.get_seq_length() + len(tail.ids) - (sparse or len(tail.ids))
+            with fasa.sparse_from(torch.tensor([first])):
+                yield figure(self.logits(tail), tail.expected)
+
+    def _tail(self, ids: Tensor, start: int, expected: int) -> Tail:
+        cache = DynamicCache(config=self.study.model.config)
+        self.study.model(ids[None, :start], past_key_values=cache, logits_to_keep=1)
+        return Tail(cache, ids[start:-1], ids[-expected:])
+
+    def _ids(self, text: str) -> Tensor:
+        return torch.tensor(self.study.tokenizer(text).input_ids, device=self.study.model.device)
+
+
+def answered(logits: Tensor, expected: Tensor) -> Tensor:
+    """Whether every token is the likeliest."""
+    return (logits.argmax(-1) == expected).all().float()
+
+
+def needles(trial: Trial) -> Rows:
+    """Share of answers that are all right: the question prefilled, as a prompt's is, or decoded."""
+    answer = len(trial.questions[0].expected)
+    return [
+        {"task": task, **row}
+        for task, sparse in (("needles", answer - 1), ("question decoded", None))
+        for row in trial.measured(trial.questions, answered, sparse)
+    ]
+
+
+def text(trial: Trial) -> Rows:
+    """Nats a token of text."""
+    return [{"task": "text", **row} for row in trial.measured(trial.windows, F.cross_entropy)]
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL, help="folder of the unpacked model")
+    parser.add_argument("--text", type=Path, help="that it was trained on; default: the running Python's library")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--quick", action="store_true", help="two short documents: to see that it works")
+    parser.add_argument("--out", type=Path, default=RESULTS / "study_large", help="folder")
+    options = parser.parse_args()
+    quiet()
+    torch.set_num_threads(options.threads)
+    trained_on = options.text.read_text(encoding="utf-8") if options.text else None
+    study = Study(QUICK if options.quick else LARGE, options.model, options.device, trained_on)
+    trial = Trial(study, 2 if options.quick else ASKED)
+    head = provenance(command_line("evals.quality.large"), torch.device(options.device))
+    ledger = Ledger(options.out / "large.json", {**head, "dtype": "float32"})
+    settings = {**vars(study.settings), "asked": trial.asked, "n_tip": N_TIP, "calibrated_at": TOP_K}
+    parts: dict[str, Callable[[], Rows]] = {
+        "needles": lambda: needles(trial),
+        "text": lambda: text(trial),
+        "compound": lambda: compound(study),
+    }
+    for name in options.parts:
+        rows = ledger.part(name, settings, parts[name])
+        print(f"{name}: {len(rows)} rows after {ledger.parts[name]['seconds']} s", flush=True)
+        for row in rows if name != "compound" else []:
+            print({key: value for key, value in row.items() if key != "by_layer"}, flush=True)
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Weights in eight bits, so that a model of 48 M parameters can be kept in a repository.
+
+    python -m evals.reference_model.eight_bits pack runs/large evals/reference_model_large
+    python -m evals.reference_model.eight_bits unpack evals/reference_model_large runs/reference_model_large
+
+Every row of a matrix, which makes one output, is rounded to 255 levels between plus and minus its largest weight, so
+that no weight moves by more than half of a level; vectors (of norms) stay float32. `pack` writes shards of less than
+16 MiB and an index, beside copies of config and tokenizer; `unpack` makes an ordinary folder for ``from_pretrained``
+of them, in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+INDEX = "eight_bits.index.json"
+SHARD_BYTES = 16 * 2**20 - 2**16
+"""Most bytes of a shard's tensors, which leaves room for its header within 16 MiB."""
+SCALE = ".scale"
+"""Behind the name of a matrix: its rows' levels, float32 [rows, 1]."""
+WEIGHTS = "model.safetensors"
+BESIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+"""Files that are copied as they are."""
+
+
+def rounded(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices as int8 with the level of each row, vectors in float32."""
+    packed = {}
+    for name, weight in weights.items():
+        weight = weight.float()
+        if weight.dim() == 2:
+            level = weight.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+            packed[name] = (weight / level).round().clamp(-127, 127).to(torch.int8)
+            packed[name + SCALE] = level
+        else:
+            packed[name] = weight.contiguous()
+    return packed
+
+
+def restored(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `rounded` made, in float32 and under the names that went in."""
+    return {
+        name: tensor.float() * packed[name + SCALE] if name + SCALE in packed else tensor
+        for name, tensor in packed.items()
+        if not name.endswith(SCALE)
+    }
+
+
+def pack(trained: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a trained folder's weights into ``out`` in eight bits; what ``out`` has of an earlier packing goes.
+
+    Args:
+        trained: With ``model.safetensors``, config and tokenizer.
+        out: Made if it is not there.
+        shard_bytes: Most bytes of a shard's tensors.
+    """
+    packed = rounded(load_file(trained / WEIGHTS))
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in packed.items():
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    out.mkdir(parents=True, exist_ok=True)
+    for former in out.glob("eight_bits-*.safetensors"):
+        former.unlink()
+    names = [f"eight_bits-{number}-of-{len(shards)}.safetensors" for number in range(1, len(shards) + 1)]
+    for shard_name, shard in zip(names, shards, strict=True):
+        save_file(shard, out / shard_name)
+    (out / INDEX).write_text(json.dumps({"shards": names, "tensors": len(packed)}, indent=2) + "\n")
+    for name in BESIDE:
+        shutil.copyfile(trained / name, out / name)
+
+
+def unpack(folder: Path, out: Path) -> None:
+    """Make an ordinary folder of a packed one.
+
+    Raises:
+        ValueError: ``folder`` is not packed, or has lost tensors.
+    """
+    if not (folder / INDEX).exists():
+        raise ValueError(f"{folder} has no {INDEX}, so it is not packed: make it with pack, or load it as it is")
+    index = json.loads((folder / INDEX).read_text())
+    packed = {name: tensor for shard in index["shards"] for name, tensor in load_file(folder / shard).items()}
+    if len(packed) != index["tensors"]:
+        raise ValueError(f"{folder} has {len(packed)} tensors, its index {index['tensors']}: pack the model again")
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(restored(packed), out / WEIGHTS, metadata={"format": "pt"})
+    for name in BESIDE:
+        shutil.copyfile(folder / name, out / name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("pack", "unpack"))
+    parser.add_argument("folder", type=Path, help="what is packed, or unpacked")
+    parser.add_argument("out", type=Path, help="folder of the result")
+    args = parser.parse_args()
+    convert = pack if args.action == "pack" else unpack
+    convert(args.folder, args.out)
+
+
+if __name__ == "__main__":
+    main()
