@@ -85,21 +85,27 @@ def enable(
     if known is not None:
         known.check_fits(model)
         unrotated = known.layout.unrotated_layers
-        scorer = scorer or _dominant_chunks(model, known, config)
+        scorer = scorer or _dominant_chunks(known, config)
     assert scorer is not None
     dense = dense_layers(model, config.dense_layers, unrotated)
     layers = sorted(attention_modules(model))
     if not set(layers) - set(dense):
         warnings.warn(f"every layer of {type(model).__name__} stays dense ({dense}): nothing is sparse.", stacklevel=2)
-    scorers = {layer: scorer(layer) for layer in layers if layer not in dense}
+    scorers = {layer: _placed(scorer(layer), model, layer) for layer in layers if layer not in dense}
     return Fasa(model, config, scorers, dense, profile if prompt is None else prompt)
 
 
-def _dominant_chunks(model: PreTrainedModel, profile: FasaProfile, config: FasaConfig) -> ScorerFactory:
-    """TIP for every layer, its chunks on the device that holds the layer."""
+def _dominant_chunks(profile: FasaProfile, config: FasaConfig) -> ScorerFactory:
+    """TIP for every layer."""
     tables = profile.dominant_dims(config.chunks_of(profile.layout.head_dim), config.per)
-    devices = {layer: next(module.parameters()).device for layer, module in attention_modules(model).items()}
-    return lambda layer: DominantChunks.from_chunks(tables[layer].to(devices[layer]))
+    return lambda layer: DominantChunks.from_chunks(tables[layer])
+
+
+def _placed(scorer: Scorer | SequenceScorer, model: PreTrainedModel, layer: int) -> Scorer | SequenceScorer:
+    """A scorer whose dimensions are on the device that holds the layer, where its packed keys will be."""
+    if not isinstance(scorer, DominantChunks):
+        return scorer
+    return DominantChunks(scorer.dims.to(next(attention_modules(model)[layer].parameters()).device))
 
 
 class Fasa:
