@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fasa_flex.budget import Budget
-from fasa_flex.ranking import INVALID, rank_keys, slot_of
+from fasa_flex.ranking import INVALID, largest, rank_keys, slot_of
 from fasa_flex.realize import read_as_floats
 
 
@@ -73,9 +73,10 @@ def select(scores: Tensor, valid: Tensor, budget: Budget) -> Selection:
     """
     order = torch.where(read_as_floats(valid), rank_keys(scores, first=forced_keys(valid, budget)), INVALID)
     varies = not budget.is_count  # rows or heads take different numbers of keys, the best of those found
-    best = order.topk(budget.widest(scores.shape[-1]), dim=-1, sorted=varies).values
+    best = largest(order, budget.widest(scores.shape[-1]))
     taken = best > INVALID
     if varies:
+        best = best.sort(-1, descending=True).values
         taken = torch.arange(best.shape[-1], device=scores.device) < budget.of(valid.sum(-1))[..., None]
         taken = taken.expand(best.shape)
     best = torch.where(taken, best, best.amax(-1, keepdim=True))

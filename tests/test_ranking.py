@@ -6,7 +6,8 @@ import oracle
 import pytest
 import torch
 
-from fasa_flex.ranking import rank_keys
+from fasa_flex import ranking
+from fasa_flex.ranking import INVALID, largest, rank_keys
 
 INF, TINY = torch.inf, 1e-45  # the smallest subnormal of float32
 
@@ -54,3 +55,23 @@ def test_compiled_it_is_the_same_order() -> None:
     scores = kinds[torch.randint(len(kinds), (2, 75), generator=torch.Generator().manual_seed(0))]
     assert torch.equal(torch.compile(rank_keys, fullgraph=True)(scores), rank_keys(scores))
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("by", ["NumPy", "NumPy in pieces", "torch"])
+@pytest.mark.parametrize("count", [1, 16, 99, 100])
+def test_the_largest_are_those_of_a_sort(by: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By either library, for rows that do not lie one behind the other too; what may not be selected repeats."""
+    if by == "NumPy in pieces":
+        monkeypatch.setattr(ranking, "_GRAIN", 199)  # a row
+    if by == "torch":
+        monkeypatch.setattr(ranking, "_WORTH", 0)
+        monkeypatch.setattr(ranking, "_GRAIN", 1)
+        monkeypatch.setattr(torch.Tensor, "numpy", None)
+    scores = torch.randn(3, 100, 2, 1, generator=torch.Generator().manual_seed(0)).transpose(1, 3)
+    order = torch.where(torch.arange(100) % 3 > 0, rank_keys(scores), INVALID)
+    before = order.clone()
+    found = largest(order, count)
+    assert found.shape == (3, 1, 2, count)
+    assert found.sort(-1).values.equal(order.sort(-1).values[..., 100 - count :])
+    assert order.equal(before)
+    torch.library.opcheck(torch.ops.fasa_flex.largest.default, (order, count))
