@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from evals.quality.arms import RESULTS, ROOT
@@ -16,7 +17,7 @@ from evals.quality.methods import BUDGETS, BY_SHARE, METHODS, SHARES
 from evals.quality.sweep import Rows, difference
 
 README = ROOT / "evals" / "README.md"
-STUDY = RESULTS / "study"
+STUDY, LARGE = RESULTS / "study", RESULTS / "study_large"
 LIMITS = (0.10, 0.20, 0.35)
 """Shares of the bytes of keys and values at which methods are compared."""
 NEEDLE, RECALL, DECODED, LONG, TEXT = (
@@ -30,7 +31,10 @@ NEEDLE, RECALL, DECODED, LONG, TEXT = (
 
 def compound() -> str:
     """Agreement as in the paper's Table 1."""
-    rows = _parts("agreement")["compound"]["rows"]
+    return _compound(_parts("agreement")["compound"]["rows"])
+
+
+def _compound(rows: Rows) -> str:
     lines = [
         ("random chunks", 8),
         ("StreamingLLM", None),
@@ -216,14 +220,52 @@ def zero_setup() -> str:
     )
 
 
+def large() -> str:
+    """The large reference model: needles and bytes."""
+    rows = _parts("large", LARGE)["needles"]["rows"]
+    budgets = sorted({row["budget"] for row in rows} - {None})
+    tasks = ("needles", "question decoded")
+    return _table(
+        ["method", *(f"{task}, {budget}" for task in tasks for budget in budgets), "bytes at 64"],
+        (
+            [
+                method,
+                *(
+                    f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+                    for row in (_row(rows, task, method, budget) for task in tasks for budget in budgets)
+                ),
+                f"{_row(rows, tasks[0], method, 64)['kv_bytes_share']:.1%}",
+            ]
+            for method in dict.fromkeys(row["method"] for row in rows)
+        ),
+    )
+
+
+def large_compound() -> str:
+    """As `compound`, of the large reference model."""
+    return _compound(_parts("large", LARGE / "cpu")["compound"]["rows"])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     made.__name__: made
-    for made in (compound, transfer, held, calibration, zero_setup, tokens, same_bytes, shares, budgets)
+    for made in (
+        compound,
+        transfer,
+        held,
+        calibration,
+        zero_setup,
+        tokens,
+        same_bytes,
+        shares,
+        budgets,
+        large,
+        large_compound,
+    )
 }
 
 
-def _parts(name: str) -> dict[str, Any]:
-    parts: dict[str, Any] = json.loads((STUDY / f"{name}.json").read_text())["parts"]
+def _parts(name: str, folder: Path = STUDY) -> dict[str, Any]:
+    parts: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())["parts"]
     return parts
 
 

@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evals.quality import documents, large
 from evals.reference_model import eight_bits, make_large, score
+from fasa_flex import FasaConfig, calibrate, enable
 from fasa_flex.lm_eval.haystack import heldout_text
 
-REFERENCE = Path(__file__).parents[2] / "evals" / "reference_model"
+EVALS = Path(__file__).parents[2] / "evals"
+REFERENCE, SHIPPED = EVALS / "reference_model", EVALS / "reference_model_large"
 TEXT = heldout_text()[:120_000]
 
 
@@ -39,6 +41,31 @@ def test_what_is_kept_is_the_model_that_was_scored(tmp_path: Path, monkeypatch: 
     assert scores["parameters"] == model.num_parameters()
     assert score.perplexity(model, tokenizer) == scores["perplexity"]
     assert [json.loads(line)["step"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()] == [50]
+
+
+def test_the_shipped_model_answers_densely_and_by_sixty_four_keys(tmp_path: Path) -> None:
+    assert all(path.stat().st_size < 16 * 2**20 for path in SHIPPED.iterdir())
+    eight_bits.unpack(SHIPPED, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert model.num_parameters() == json.loads((SHIPPED / "scores.json").read_text())["parameters"] > 48e6
+    docs = score.documents(tokenizer, 1024, 2, 8)
+    assert score.answered(model, tokenizer, docs) == [True, True]
+    profile = calibrate(model, [docs[0].prompt], max_new_tokens=4, progress=False, tokenizer=tokenizer)
+    ids = torch.tensor([tokenizer.encode(docs[1].prompt)])
+    with enable(model, profile, FasaConfig(n_tip=8, n_fac=64, dense_layers=())) as fasa:
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    assert tokenizer.decode(written[0, ids.shape[1] :]) == docs[1].answer
+    assert fasa.stats.sparse_queries == 3 * 14
+
+
+def test_the_shipped_scores_are_those_of_its_page() -> None:
+    page, scores = (SHIPPED / "README.md").read_text(), json.loads((SHIPPED / "scores.json").read_text())
+    for n_facts in (8, 16):
+        exact = (f"{row['exact']:.3f}" for row in scores["retrieval"] if row["n_facts"] == n_facts)
+        assert f"| {n_facts} facts, exact answers | {' | '.join(exact)} |" in page
+    perplexities = " | ".join(f"{row['perplexity']:.2f}" for row in scores["perplexity"])
+    assert f"| perplexity of its last 128 tokens | {perplexities} |" in page
 
 
 @pytest.mark.slow
