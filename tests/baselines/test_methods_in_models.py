@@ -163,3 +163,11 @@ def test_a_budget_beyond_the_context_is_dense_bit_for_bit(llama: PreTrainedModel
         with under(llama, method, n_fac=30) as fasa, fasa.sparse_from(torch.tensor([5, 9])):
             assert torch.equal(llama(batch).logits, dense)
             assert fasa.stats.sparse_queries == 0
+
+
+@pytest.mark.parametrize("method", ["random_chunks", "adjacent_pairs", "double_sparsity"])
+def test_dimensions_are_on_the_device_of_the_layer(llama: PreTrainedModel, method: str) -> None:
+    """There its packed keys are written; the factory knows of no device."""
+    made = factory(llama, method)
+    with enable(llama.to("meta"), None, FasaConfig(n_fac=9), scorer=made) as fasa:
+        assert {scorer.dims.device.type for scorer in fasa._scorers.values()} == {"meta"}
