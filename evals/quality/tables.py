@@ -241,6 +241,26 @@ def large() -> str:
     )
 
 
+def large_text() -> str:
+    """The large reference model: how far text is above dense attention, in nats a token."""
+    rows = _parts("large", LARGE / "cpu")["text"]["rows"]
+    budgets = sorted({row["budget"] for row in rows} - {None})
+    return _table(
+        ["nats a token above dense", *(f"{budget} tokens" for budget in budgets)],
+        (
+            [
+                method,
+                *(
+                    f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+                    for mean, low, high in (_row(rows, "text", method, budget)["above_dense"] for budget in budgets)
+                ),
+            ]
+            for method in dict.fromkeys(row["method"] for row in rows)
+            if method != "dense"
+        ),
+    )
+
+
 def large_compound() -> str:
     """As `compound`, of the large reference model."""
     return _compound(_parts("large", LARGE / "cpu")["compound"]["rows"])
@@ -259,6 +279,7 @@ TABLES: dict[str, Callable[[], str]] = {
         shares,
         budgets,
         large,
+        large_text,
         large_compound,
     )
 }
