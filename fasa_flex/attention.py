@@ -111,7 +111,8 @@ def sparse_attention(
     if backend in ("auto", "fastest", "triton"):
         obstacle = why_no_kernels(query, key, value, scorer, budget, group_reduce, packed_keys)
         if obstacle is None:
-            assert isinstance(scorer, DominantChunks) and isinstance(packed_keys, PackedKeys)  # noqa: PT018
+            assert isinstance(scorer, DominantChunks)
+            assert isinstance(packed_keys, PackedKeys)
             return decode_by_kernels(query, key, value, scorer, valid, budget, group_reduce, softmax, packed_keys, held)
         if backend == "triton":
             raise ValueError(f"backend 'triton' cannot serve this call: {obstacle}; use backend='auto'.")

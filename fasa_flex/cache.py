@@ -141,15 +141,17 @@ class FasaCache(Cache):
             ValueError: a static cache is full, or the host has no memory; what the cache held is as before.
         """
         if torch.compiler.is_compiling():
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
+            updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            return updated
         if layer_idx == 0:
             make_room(self, key_states.shape[2])
         try:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
-        except Exception:
+            updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except Exception:  # raised again, once nothing is held in part
             if not self.layers[layer_idx].is_initialized:  # the first forward: what others hold, they hold of it
                 self.layers = self._new_layers()
             raise
+        return updated
 
     def reset(self) -> None:
         """Empty the cache; transformers 5.17 by itself would fill growing layers with zeros and keep their length."""

@@ -16,7 +16,7 @@ from fasa_flex.bench import caches, op, report, rivals, stages, step, timing
 from fasa_flex.bench.command import main
 from fasa_flex.bench.launches import launches_of
 from fasa_flex.bench.limits import amdahl, attention_reads, crossover, project
-from fasa_flex.bench.record import Ledger, command_line, hardware, provenance
+from fasa_flex.bench.record import Ledger, command_line, hardware, provenance, reason_of
 from fasa_flex.bench.settings import Settings, quick
 from fasa_flex.bench.shapes import SHAPES, random_chunks, random_profile
 
@@ -360,3 +360,16 @@ def test_launches_are_counted_with_their_own_time() -> None:
     assert by_name["aten::mm"]["count"] == 1
     assert found["seconds"] == pytest.approx(sum(entry["seconds"] for entry in found["longest"]))
     assert found["count"] >= 4
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError("no room\nand a stack"), "ValueError: no room"),
+        (RuntimeError("\n  late start"), "RuntimeError: late start"),
+        (AssertionError(), "AssertionError"),
+    ],
+    ids=str,
+)
+def test_a_reason_is_the_first_line_of_an_error_that_may_say_nothing(error: Exception, reason: str) -> None:
+    assert reason_of(error) == reason

@@ -30,16 +30,16 @@ bench=("$python" -m fasa_flex.bench --device cuda --dtype bfloat16 --shapes llam
 status=0
 
 check() {
-    part 150 "$python" -m evals.bench.check_cuda --out "$out" --seconds 120 || status=1
+    part 120 "$python" -m evals.bench.check_cuda --out "$out" --seconds 105 || status=1
 }
 
 # one attention call: with every rival; then the cheaper ranking, and packed keys in int8, with the kernels alone
 op() {
     local call=("${bench[@]}" --part op --batches 1,8 --contexts 32k,128k,4k,16k,64k)
-    part 140 "${call[@]}" --out "$out" --row-seconds 2 --seconds 110 || status=1
+    part 125 "${call[@]}" --out "$out" --row-seconds 2 --seconds 100 || status=1
     call+=(--modes eager --backends triton --group-reduce max --row-seconds 1)
-    part 40 "${call[@]}" --out "$out/max" --seconds 22 || status=1
-    part 40 "${call[@]}" --out "$out/int8" --packed-dtype int8 --seconds 22 || status=1
+    part 35 "${call[@]}" --out "$out/max" --seconds 22 || status=1
+    part 35 "${call[@]}" --out "$out/int8" --packed-dtype int8 --seconds 22 || status=1
 }
 
 wide() {
@@ -50,8 +50,8 @@ wide() {
 # a whole decode step: eager ones are replayed as graphs; of FASA's backends only the kernels can be captured whole
 step() {
     local whole=("${bench[@]}" --part step --modes eager --backends triton --row-seconds 2)
-    part 120 "${whole[@]}" --out "$out" --batches 1 --contexts 128k,32k,4k,64k,16k --seconds 95 || status=1
-    part 70 "${whole[@]}" --out "$out/max" --group-reduce max --batches 1 --contexts 128k,32k --seconds 30 || status=1
+    part 115 "${whole[@]}" --out "$out" --batches 1 --contexts 128k,32k,4k,64k,16k --seconds 95 || status=1
+    part 65 "${whole[@]}" --out "$out/max" --group-reduce max --batches 1 --contexts 128k,32k --seconds 30 || status=1
     part 90 "${whole[@]}" --out "$out" --batches 8 --contexts 4k,32k --seconds 45 || status=1
 }
 

@@ -19,7 +19,7 @@ from typing import Any, get_args
 import torch
 
 from fasa_flex.bench import op, rivals, step
-from fasa_flex.bench.record import Ledger, command_line, provenance
+from fasa_flex.bench.record import Ledger, command_line, provenance, reason_of
 from fasa_flex.bench.report import absences, crossovers, picture, sentences, table
 from fasa_flex.bench.settings import BACKENDS, DTYPES, MODES, Settings, quick
 from fasa_flex.bench.shapes import SHAPES
@@ -126,7 +126,7 @@ def _measure_part(part: str, settings: Settings, options: argparse.Namespace) ->
         try:
             row = measure()
         except (RuntimeError, ValueError) as error:  # torch's out-of-memory errors are RuntimeErrors
-            ledger.leave_out(key, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
+            ledger.leave_out(key, reason_of(error))
         else:
             ledger.add(row)
             print(f"[{time.monotonic() - begun:.0f} s] {_told(row)}", flush=True)

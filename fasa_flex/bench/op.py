@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fasa_flex.bench.launches import launches_of
 from fasa_flex.bench.limits import Reads, attention_reads
+from fasa_flex.bench.record import reason_of
 from fasa_flex.bench.rivals import Call, Inputs
 from fasa_flex.bench.settings import Settings
 from fasa_flex.bench.shapes import Shape
@@ -103,9 +105,9 @@ def measure(
         entry = describe(name, kind, timing, times[best], getattr(reads, kind))
         if kind == "sparse":
             entry["limit_share"] = entry["speedup"] / reads.limit
-        peak = peak_of(lambda name=name: rivals[name](first), device)  # type: ignore[misc]
+        peak = peak_of(partial(rivals[name], first), device)
         if device.type == "cuda":
-            entry["launches"] = launches_of(lambda name=name: rivals[name](first), device)  # type: ignore[misc]
+            entry["launches"] = launches_of(partial(rivals[name], first), device)
         buffers = first.nbytes - (first.packed.n_bytes if kind == "dense" else 0)
         entry |= {
             "timed": timed[name][1],
@@ -130,8 +132,8 @@ def _warmed(
             continue
         try:
             out = call(x).float()
-        except Exception as error:
-            left_out[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+        except Exception as error:  # whatever a rival cannot do, the others are measured
+            left_out[name] = reason_of(error)
             continue
         expected = first.setdefault(name in dense, out)
         wrong = float((out - expected).norm() / expected.norm())

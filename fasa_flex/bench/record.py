@@ -35,6 +35,11 @@ def command_line(module: str) -> str:
     return shlex.join(["python", "-m", module, *(Path(w).name if Path(w).is_absolute() else w for w in words)])
 
 
+def reason_of(error: Exception) -> str:
+    """An error's kind and the first line of its message, which may have none."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}".removesuffix(": ")
+
+
 def versions() -> dict[str, str]:
     """Of what decides speed."""
     found = {"torch": str(torch.__version__)}

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, StaticCache
 from fasa_flex.bench import caches, op, rivals
 from fasa_flex.bench.launches import launches_of
 from fasa_flex.bench.limits import amdahl, project
+from fasa_flex.bench.record import reason_of
 from fasa_flex.bench.settings import Settings
 from fasa_flex.bench.shapes import Shape, random_profile
 from fasa_flex.bench.timing import free_memory, graphed, interleave, peak_of
@@ -214,8 +215,8 @@ def _warmed(
         try:
             step = stage.step(variant, stack)
             logits = step().float()
-        except Exception as error:
-            left_out[variant.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+        except Exception as error:  # whatever a variant cannot do, the others are measured
+            left_out[variant.name] = reason_of(error)
             continue
         first.setdefault(variant.kind, logits)
         alike = first.values() if variant.backend == "fastest" else [first[variant.kind]]  # dense where that is faster

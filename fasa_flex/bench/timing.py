@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fasa_flex.bench.record import reason_of
+
 LEAST_ROUNDS = 5
 _COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 _LARGEST_CACHE = 1 << 25
@@ -114,9 +116,9 @@ def graphed(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[],
     try:
         with torch.cuda.graph(graph):
             call()
-    except Exception as error:
+    except Exception as error:  # whatever cannot be captured is timed call by call
         torch.cuda.synchronize(device)
-        return call, f"calls ({type(error).__name__} in capture: {str(error).splitlines()[0][:120]})"
+        return call, f"calls (in capture {reason_of(error)})"
     return graph.replay, "graph"
 
 

@@ -88,6 +88,7 @@ def _flex_region(settings: Settings) -> rivals.Call:
 def config_of(variant: Variant, settings: Settings, dense_layers: tuple[int, ...]) -> FasaConfig:
     """The variant's `FasaConfig`."""
     fields: dict[str, Any] = {"n_tip": settings.n_tip, "n_fac": settings.n_fac, "group_reduce": settings.group_reduce}
+    fields["backend"] = variant.backend
     if settings.packed_dtype is not None:
         fields["packed_dtype"] = settings.packed_dtype
-    return FasaConfig(dense_layers=dense_layers, backend=variant.backend, **fields)  # type: ignore[arg-type]
+    return FasaConfig(dense_layers=dense_layers, **fields)
