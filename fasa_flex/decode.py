@@ -24,8 +24,11 @@ SCORE_BLOCK, MIXED_BLOCK, SCORE_WARPS = 128, 256, 4  # mixed: where every block 
 MIX_BLOCK, MIX_WARPS = 1024, 8
 SELECT_WARPS, MOST_COUNTED = 8, 2048
 ATTEND_BLOCK, ATTEND_WARPS = 128, 4
-FIND_WARPS, FETCH_BLOCK, FETCH_WARPS = 8, 16, 4
-"""Keys and warps of a program, the fastest of those tried on an H100; more tiles than counted are guessed at too."""
+FIND_WARPS, FETCH_BLOCK, FETCH_WARPS, FETCH_PROGRAMS = 8, 16, 4, 64
+"""Keys and warps of a program, the fastest of those tried on an H100; more tiles than counted are guessed at too.
+
+More programs fetch scattered rows more slowly: they wait for addresses of the host's pages.
+"""
 
 PROGRAMS, MOST_PARTS, MERGE_WARPS = 256, 128, 8
 """Of a dense layer's attention: two programs for each multiprocessor, whose parts of a row are merged at once."""
@@ -118,8 +121,8 @@ def attend_slots(
 
     Args:
         query: float [B, Hq, 1, D], contiguous.
-        key: float [B, Hkv, T, D], rows contiguous; on the device, or pinned host memory (FASA-M), of which the kernel
-            reads the selected rows.
+        key: float [B, Hkv, T, D], each row contiguous; on the device, or pinned host memory (FASA-M), of which the
+            kernel reads the selected rows.
         value: likewise, [B, Hkv, T, Dv].
         slots: int32 [B * Hkv, K], rows of ``key`` and ``value``; -1 for none.
         scaling: of the softmax.
@@ -137,8 +140,8 @@ def attend_slots(
     out = query.new_empty(batch, kv_heads * group, 1, value_dim)
     overlap, launch = _overlapping(query.device)
     attend_rows[(rows,)](
-        query, key, value, slots, query if sinks is None else sinks, out, key.stride(0), key.stride(1), value.stride(0),
-        value.stride(1), wanted, scaling, softcap or 1.0, group, max(16, triton.next_power_of_2(group)), dim,
+        query, key, value, slots, query if sinks is None else sinks, out, *_heads(key, value), wanted, scaling,
+        softcap or 1.0, key.stride(2), value.stride(2), group, max(16, triton.next_power_of_2(group)), dim,
         max(16, triton.next_power_of_2(dim)), value_dim, max(16, triton.next_power_of_2(value_dim)), wanted_pad, block,
         kv_heads, softcap is not None, sinks is not None, overlap, num_warps=ATTEND_WARPS, **launch,
     )  # fmt: skip
@@ -172,7 +175,7 @@ def hold_slots(
     """Make the device hold the rows at ``slots``, fetching those that it does not hold yet (FASA-M).
 
     Args:
-        key: float [B, Hkv, T, D], rows contiguous; host memory that the device can read.
+        key: float [B, Hkv, T, D], each row contiguous; host memory that the device can read.
         value: likewise, [B, Hkv, T, Dv].
         slots: int32 [B * Hkv, K], ascending, -1 for none.
         held: int32 [B, Hkv, K], the slots held, ascending, -1 for none; afterwards ``slots``.
@@ -193,9 +196,10 @@ def hold_slots(
         slots, held, held_at, places, absent, scratch, held if length is None else length, wanted,
         triton.next_power_of_2(wanted), length is not None, overlap, num_warps=FIND_WARPS, **launch,
     )  # fmt: skip
-    fetch_rows[(triton.cdiv(wanted, FETCH_BLOCK), rows)](
-        key, value, held_keys, held_values, absent, places, key.stride(0), key.stride(1), value.stride(0),
-        value.stride(1), wanted, dim, triton.next_power_of_2(dim), value_dim, triton.next_power_of_2(value_dim),
+    blocks = triton.cdiv(wanted, FETCH_BLOCK)
+    fetch_rows[(min(FETCH_PROGRAMS, rows * blocks),)](
+        key, value, held_keys, held_values, absent, places, *_heads(key, value), wanted, blocks, rows * blocks,
+        key.stride(2), value.stride(2), dim, triton.next_power_of_2(dim), value_dim, triton.next_power_of_2(value_dim),
         FETCH_BLOCK, kv_heads, overlap, num_warps=FETCH_WARPS, **launch,
     )  # fmt: skip
     return places
@@ -213,6 +217,11 @@ def _(
     length: Tensor | None,
 ) -> Tensor:
     return torch.empty_like(slots)
+
+
+def _heads(key: Tensor, value: Tensor) -> tuple[int, int, int, int]:
+    """How far apart rows of the batch and heads are, in keys and in values."""
+    return key.stride(0), key.stride(1), value.stride(0), value.stride(1)
 
 
 def _integers(like: Tensor, rows: int, columns: int) -> Tensor:
@@ -245,7 +254,7 @@ def dense_decode(
 
     Args:
         query: float [B, Hq, 1, D], contiguous.
-        key: float [B, Hkv, T, D], rows contiguous.
+        key: float [B, Hkv, T, D], each row contiguous.
         value: likewise, [B, Hkv, T, Dv].
         codes: uint8 [B or 1, T], rows contiguous: 0 for an invalid key.
         scaling: of the softmax.
@@ -266,9 +275,9 @@ def dense_decode(
         torch.empty(rows, parts, group, width, device=query.device) for width in (1, 1, value_pad)
     )
     attend_part[(parts, rows)](
-        query, key, value, codes, bests, totals, results, key.stride(0), key.stride(1), value.stride(0),
-        value.stride(1), kv_len, 0 if codes.shape[0] == 1 else codes.stride(0), span, scaling, softcap or 1.0, group,
-        group_pad, dim, max(16, triton.next_power_of_2(dim)), value_dim, value_pad, block, kv_heads,
+        query, key, value, codes, bests, totals, results, *_heads(key, value), kv_len,
+        0 if codes.shape[0] == 1 else codes.stride(0), span, scaling, softcap or 1.0, key.stride(2), value.stride(2),
+        group, group_pad, dim, max(16, triton.next_power_of_2(dim)), value_dim, value_pad, block, kv_heads,
         softcap is not None, overlap, num_warps=ATTEND_WARPS, **launch,
     )  # fmt: skip
     out = torch.empty(batch, kv_heads * group, 1, value_dim, dtype=query.dtype, device=query.device)

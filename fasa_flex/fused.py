@@ -49,8 +49,8 @@ def why_no_kernels(
 
 def why_not_these(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """Why no kernel of ours can read these tensors, or None."""
-    if key.stride()[2:] != (key.shape[3], 1) or value.stride()[2:] != (value.shape[3], 1):
-        return "rows of keys and values must be contiguous"
+    if key.stride(3) != 1 or value.stride(3) != 1:
+        return "each row of keys and values must be contiguous"
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return "it computes no gradients"
     return None

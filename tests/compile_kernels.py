@@ -14,7 +14,8 @@ from triton.compiler import ASTSource
 from fasa_flex import kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
-SHAPE = {"GROUP": 4, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "VALUE_DIM": 128, "VALUE_PAD": 128, "KV_HEADS": 8}
+SHAPE = {"GROUP": 4, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "VALUE_DIM": 128, "VALUE_PAD": 128}
+SHAPE |= {"KV_HEADS": 8, "KEY_STRIDE": 256, "VALUE_STRIDE": 256}
 SHAPE |= {"WIDTH": 32, "WIDTH_PAD": 32, "WANTED_PAD": 256, "BLOCK": 128, "OVERLAP": True}
 POINTERS = dict.fromkeys(("query", "keys", "values", "sinks", "out"), "*bf16")
 POINTERS |= dict.fromkeys(("scores", "top", "total", "bests", "totals", "results"), "*fp32")

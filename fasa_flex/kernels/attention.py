@@ -11,11 +11,12 @@ from fasa_flex.kernels.launching import begin
 @triton.jit
 def _attend_block(
     asked, keys, values, slot, real, best, total, result, scaling, softcap,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, CAPPED: tl.constexpr,
+    KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Take the keys and values at ``slot`` into a group's running softmax, those that are ``real``."""
     dim, value_dim = tl.arange(0, DIM_PAD), tl.arange(0, VALUE_PAD)
-    key = tl.load(keys + slot[:, None] * DIM + dim[None, :], mask=real[:, None] & (dim < DIM)[None, :], other=0)
+    key = tl.load(keys + slot[:, None] * KEY_STRIDE + dim[None, :], mask=real[:, None] & (dim < DIM)[None, :], other=0)
     logits = tl.dot(asked, tl.trans(key), input_precision="ieee") * scaling
     if CAPPED:
         logits = softcap * (1.0 - 2.0 / (tl.exp(2.0 * logits / softcap) + 1.0))
@@ -24,7 +25,7 @@ def _attend_block(
     shift = tl.where(higher == float("-inf"), 0.0, higher)
     weights, fade = tl.exp(logits - shift[:, None]), tl.exp(best - shift)
     value = tl.load(
-        values + slot[:, None] * VALUE_DIM + value_dim[None, :],
+        values + slot[:, None] * VALUE_STRIDE + value_dim[None, :],
         mask=real[:, None] & (value_dim < VALUE_DIM)[None, :],
         other=0,
     )
@@ -68,8 +69,9 @@ def _finish(
 @triton.jit
 def attend_rows(
     query, keys, values, slots, sinks, out, key_batch, key_head, value_batch, value_head, wanted, scaling, softcap,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr,
-    VALUE_PAD: tl.constexpr, WANTED_PAD: tl.constexpr, BLOCK: tl.constexpr, KV_HEADS: tl.constexpr,
+    KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
+    WANTED_PAD: tl.constexpr, BLOCK: tl.constexpr, KV_HEADS: tl.constexpr,
     CAPPED: tl.constexpr, SUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """FAC for the query heads of one key/value head."""
@@ -85,7 +87,7 @@ def attend_rows(
         slot = tl.load(slots + row * wanted + number, mask=number < wanted, other=-1).to(tl.int64)
         best, total, result = _attend_block(
             asked, keys, values, slot, slot >= 0, best, total, result, scaling, softcap,
-            DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, CAPPED,
+            KEY_STRIDE, VALUE_STRIDE, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, CAPPED,
         )  # fmt: skip
     _finish(out, row, total, result, GROUP, GROUP_PAD, VALUE_DIM, VALUE_PAD)
 
@@ -94,8 +96,9 @@ def attend_rows(
 def attend_part(
     query, keys, values, codes, bests, totals, results, key_batch, key_head, value_batch, value_head, kv_len,
     code_stride, span, scaling, softcap,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr,
-    VALUE_PAD: tl.constexpr, BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, CAPPED: tl.constexpr, OVERLAP: tl.constexpr,
+    KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    KV_HEADS: tl.constexpr, CAPPED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Dense attention of a group to one part of its keys, ``span`` of them: what `merge_parts` makes one of."""
     begin(OVERLAP)
@@ -111,7 +114,7 @@ def attend_part(
         code = tl.load(codes + (row // KV_HEADS) * code_stride + slot, mask=slot < kv_len, other=0)
         best, total, result = _attend_block(
             asked, keys, values, slot, code > 0, best, total, result, scaling, softcap,
-            DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, CAPPED,
+            KEY_STRIDE, VALUE_STRIDE, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, CAPPED,
         )  # fmt: skip
     head, value_dim = tl.arange(0, GROUP_PAD), tl.arange(0, VALUE_PAD)
     place = (row * tl.num_programs(0) + part) * GROUP + head

@@ -56,19 +56,23 @@ def find_rows(
 @triton.jit
 def fetch_rows(
     keys, values, held_keys, held_values, absent, places, key_batch, key_head, value_batch, value_head, wanted,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
+    blocks, pieces,
+    KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, BLOCK: tl.constexpr, KV_HEADS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Copy the absent rows of keys and values to their places."""
+    """Copy the absent rows of keys and values to their places; a piece is a block of one key/value head's rows."""
     begin(OVERLAP)
-    row, number = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    slot = tl.load(absent + row * wanted + number, mask=number < wanted, other=-1).to(tl.int64)
-    place = row * wanted + tl.load(places + row * wanted + number, mask=number < wanted, other=-1)
-    dim, value_dim, new = tl.arange(0, DIM_PAD), tl.arange(0, VALUE_PAD), (slot >= 0)[:, None]
-    keys += (row // KV_HEADS) * key_batch + (row % KV_HEADS) * key_head
-    values += (row // KV_HEADS) * value_batch + (row % KV_HEADS) * value_head
-    real, value_real = new & (dim < DIM)[None, :], new & (value_dim < VALUE_DIM)[None, :]
-    key = tl.load(keys + slot[:, None] * DIM + dim[None, :], mask=real)
-    value = tl.load(values + slot[:, None] * VALUE_DIM + value_dim[None, :], mask=value_real)  # while the keys cross
-    tl.store(held_keys + place[:, None] * DIM + dim[None, :], key, mask=real)
-    tl.store(held_values + place[:, None] * VALUE_DIM + value_dim[None, :], value, mask=value_real)
+    dim, value_dim = tl.arange(0, DIM_PAD), tl.arange(0, VALUE_PAD)
+    for piece in range(tl.program_id(0), pieces, tl.num_programs(0)):
+        row, number = (piece // blocks).to(tl.int64), (piece % blocks) * BLOCK + tl.arange(0, BLOCK)
+        slot = tl.load(absent + row * wanted + number, mask=number < wanted, other=-1).to(tl.int64)
+        place = row * wanted + tl.load(places + row * wanted + number, mask=number < wanted, other=-1)
+        key_row = keys + (row // KV_HEADS) * key_batch + (row % KV_HEADS) * key_head
+        value_row = values + (row // KV_HEADS) * value_batch + (row % KV_HEADS) * value_head
+        new = (slot >= 0)[:, None]
+        real, value_real = new & (dim < DIM)[None, :], new & (value_dim < VALUE_DIM)[None, :]
+        key = tl.load(key_row + slot[:, None] * KEY_STRIDE + dim[None, :], mask=real)
+        value = tl.load(value_row + slot[:, None] * VALUE_STRIDE + value_dim[None, :], mask=value_real)  # as keys cross
+        tl.store(held_keys + place[:, None] * DIM + dim[None, :], key, mask=real)
+        tl.store(held_values + place[:, None] * VALUE_DIM + value_dim[None, :], value, mask=value_real)
