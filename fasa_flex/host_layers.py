@@ -11,7 +11,7 @@ from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
 from fasa_flex.held_rows import HeldRows
-from fasa_flex.host_memory import host_memory, mapped_memory
+from fasa_flex.host_memory import host_rows, mapped_rows, split_rows
 from fasa_flex.packed_layers import KeepsPackedKeys, PackedLayer, StaticPackedLayer, writable
 from fasa_flex.packing import PackedDtype
 from fasa_flex.scoring import DominantChunks
@@ -91,9 +91,9 @@ class HostLayer(OnHost, PackedLayer):
         if start and not self.keys.requires_grad:
             self._grow(self.keys, self.values, start + length)
 
-    def _allocate(self, like: Tensor, length: int) -> Tensor:
-        device = self.device if self.is_initialized else like.device
-        return host_memory((*like.shape[:2], length, like.shape[3]), like.dtype, device)
+    def _allocate(self, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        device = self.device if self.is_initialized else key.device
+        return split_rows(host_rows(key, value, length, device), key.shape[3])
 
     def _room_packed(self, length: int) -> int:
         """A sixteenth to spare; buffers of the host have an eighth, but what the device holds is what FASA-M saves."""
@@ -105,9 +105,14 @@ class StaticHostLayer(OnHost, StaticPackedLayer):
 
     A decode step waits for nothing on the host and fits a CUDA graph. A forward of several tokens gets copies of all
     keys and values on the device.
+
+    Attributes:
+        rows: [B, Hkv, max_cache_len, D + Dv], of which `keys` and `values` are views. A step writes to it alone: of two
+            tensors that share memory a compiler would make copies.
     """
 
     max_cache_len: int
+    rows: Tensor
 
     def __init__(
         self, scorer: DominantChunks, max_cache_len: int, dtype: PackedDtype | None = None, hold: int = 0
@@ -118,18 +123,15 @@ class StaticHostLayer(OnHost, StaticPackedLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the buffers."""
         length = self.max_cache_len
-        keys, values = (
-            mapped_memory((*states.shape[:2], length, states.shape[3]), states) for states in (key_states, value_states)
-        )
+        rows = mapped_rows(key_states, value_states, length)
         self.max_cache_len = 0  # or buffers of the device would be allocated
         try:
             super().lazy_initialization(key_states, value_states)
         finally:
             self.max_cache_len = length
-        self.keys, self.values = keys, values
+        self.rows, (self.keys, self.values) = rows, split_rows(rows, key_states.shape[3])
         if not torch.compiler.is_compiling():
-            torch._dynamo.mark_static_address(self.keys)
-            torch._dynamo.mark_static_address(self.values)
+            torch._dynamo.mark_static_address(rows)
         self.repack(self.scorer, self.dtype_packed)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -143,6 +145,13 @@ class StaticHostLayer(OnHost, StaticPackedLayer):
             return keys, values
         self._forget()
         return (keys.clone(), values.clone()) if keys.is_cuda else (keys, values)
+
+    def _write(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        length = key_states.shape[2]
+        slots = self.cumulative_length + torch.arange(length, device=self.device)
+        self.cumulative_length.add_(length)
+        self.rows.index_copy_(2, slots, torch.cat([key_states, value_states], dim=3))
+        return split_rows(self.rows, key_states.shape[3])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search."""

@@ -36,16 +36,42 @@ def host_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) 
         ) from error
 
 
-def mapped_memory(shape: Sequence[int], like: Tensor) -> Tensor:
-    """`host_memory` as a tensor of the device of ``like``, whose kernels read and write it across the bus.
+def host_rows(key: Tensor, value: Tensor, length: int, device: torch.device) -> Tensor:
+    """Room in host memory for ``length`` keys and values, those of a token side by side; `split_rows` parts them.
+
+    What a device takes longest for, where rows lie scattered over gigabytes, is to find out where a page of the host's
+    is; so it need do so once for both.
+
+    Args:
+        key: [B, Hkv, t, D], such as will be kept.
+        value: [B, Hkv, t, Dv], of the same dtype.
+        length: tokens.
+        device: that will read them.
+
+    Returns:
+        [B, Hkv, length, D + Dv], zeros.
+
+    Raises:
+        ValueError: the host has no such memory.
+    """
+    return host_memory((*key.shape[:2], length, key.shape[3] + value.shape[3]), key.dtype, device)
+
+
+def mapped_rows(key: Tensor, value: Tensor, length: int) -> Tensor:
+    """`host_rows` as a tensor of the device of ``key``, whose kernels read and write it across the bus.
 
     So what runs on a device's tensors runs on it, in a CUDA graph too.
     """
-    host = host_memory(shape, like.dtype, like.device)
-    if not like.is_cuda:
+    host = host_rows(key, value, length, key.device)
+    if not key.is_cuda:
         return host
-    mapped: Tensor = torch.as_tensor(_Mapped(host), device=like.device)
-    return mapped.view(like.dtype).view(tuple(shape))
+    mapped: Tensor = torch.as_tensor(_Mapped(host), device=key.device)
+    return mapped.view(host.dtype).view(host.shape)
+
+
+def split_rows(rows: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """The keys [B, Hkv, T, head_dim] and the values that lie side by side in ``rows``, as views."""
+    return rows[..., :head_dim], rows[..., head_dim:]
 
 
 def settle(states: Tensor, device: torch.device) -> None:

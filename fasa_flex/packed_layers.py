@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
 
     def __init__(self, scorer: DominantChunks, dtype: PackedDtype | None = None) -> None:
         super().__init__()
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: tuple[Tensor, Tensor] | None = None
         self.repack(scorer, dtype)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -87,9 +88,10 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
             keys, values = map(_behind, held, new) if start else new
         else:
             self._grow(*new, end)
-            for buffer, states in zip(self._buffers.values(), new, strict=True):
+            assert self._buffers is not None
+            for buffer, states in zip(self._buffers, new, strict=True):
                 buffer[:, :, start:end].copy_(states, non_blocking=True)
-            keys, values = (buffer[:, :, :end] for buffer in self._buffers.values())
+            keys, values = (buffer[:, :, :end] for buffer in self._buffers)
         rows, packed = self.scorer.pack(key_states.detach()), self._packed_for(end)
         if packed is None:
             packed = PackedKeys.of(rows, self.dtype_packed, self._room_packed(end))
@@ -100,26 +102,19 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
         self.keys, self.values, self.packed = keys, values, packed
         return keys, values
 
-    def _grow(self, like_keys: Tensor, like_values: Tensor, end: int) -> None:
-        """Make room for ``end`` tokens, of all that is held or, where memory runs out, of nothing."""
-        start = self.get_seq_length()
-        keys = self._buffer("keys", self.keys, like_keys, start, end)
-        values = self._buffer("values", self.values, like_values, start, end)
+    def _grow(self, key: Tensor, value: Tensor, end: int) -> None:
+        """Make room for ``end`` tokens such as these, of all that is held or, where memory runs out, of nothing."""
+        start, held, buffers = self.get_seq_length(), (self.keys, self.values), self._buffers
+        if not start or not buffers or not all(map(partial(_serves, end=end), held, buffers)):
+            buffers = self._allocate(key, value, _room_for(end))
+            if start:
+                self._settle()
+                for buffer, states in zip(buffers, held, strict=True):
+                    buffer[:, :, :start] = states
         self.packed = self._packed_for(end)
-        self._buffers = {"keys": keys, "values": values}
+        self._buffers = buffers
         if start:
-            self.keys, self.values = keys[:, :, :start], values[:, :, :start]
-
-    def _buffer(self, name: str, held: Tensor, like: Tensor, start: int, end: int) -> Tensor:
-        """A buffer with room for ``end`` tokens that begins with the ``start`` held: theirs, or a larger one."""
-        buffer = self._buffers.get(name)
-        if start and buffer is not None and _begins(held, buffer) and buffer.shape[2] >= end and writable(buffer):
-            return buffer
-        buffer = self._allocate(like, _room_for(end))
-        if start:
-            self._settle()
-            buffer[:, :, :start] = held
-        return buffer
+            self.keys, self.values = (buffer[:, :, :start] for buffer in buffers)
 
     def _packed_for(self, end: int) -> PackedKeys | None:
         """The packed keys with room for ``end`` tokens, to write into; None while there are none."""
@@ -129,8 +124,10 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
             return self.packed.change(Tensor.clone)
         return self.packed
 
-    def _allocate(self, like: Tensor, length: int) -> Tensor:
-        return like.new_empty(*like.shape[:2], length, like.shape[3])
+    def _allocate(self, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Buffers for ``length`` keys and values such as these."""
+        keys, values = (states.new_empty(*states.shape[:2], length, states.shape[3]) for states in (key, value))
+        return keys, values
 
     def _room_packed(self, length: int) -> int:
         """Packed keys to allocate for ``length`` tokens."""
@@ -139,7 +136,7 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
     def offload(self) -> None:
         """Move the layer to host memory."""
         super().offload()
-        self._buffers.clear()
+        self._buffers = None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
@@ -156,7 +153,7 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
     def reset(self) -> None:
         """Empty the layer; transformers 5.17 fills a growing one with zeros instead."""
         super().reset()
-        self._buffers.clear()
+        self._buffers = None
         self.repack(self.scorer, self.dtype_packed)
 
 
@@ -214,10 +211,10 @@ def _behind(held: Tensor, new: Tensor) -> Tensor:
     return torch.cat([held.to(new.device), new], dim=2)
 
 
-def _begins(held: Tensor, buffer: Tensor) -> bool:
-    return (
-        held.data_ptr() == buffer.data_ptr() and held.stride() == buffer.stride() and held.shape[0] == buffer.shape[0]
-    )
+def _serves(held: Tensor, buffer: Tensor, end: int) -> bool:
+    """Whether a buffer has room for ``end`` tokens, may be written to and begins with what is held."""
+    begins = held.data_ptr() == buffer.data_ptr() and held.stride() == buffer.stride()
+    return begins and held.shape[0] == buffer.shape[0] and buffer.shape[2] >= end and writable(buffer)
 
 
 def writable(buffer: Tensor) -> bool:

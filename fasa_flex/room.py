@@ -55,7 +55,11 @@ class CountedStaticLayer(StaticLayer):
             self.written = None
         elif self.written is not None:
             self.written += length
-        states: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+        return self._write(key_states, value_states)
+
+    def _write(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """What `update` does once there is room."""
+        states: tuple[Tensor, Tensor] = super().update(key_states, value_states)
         return states
 
     def reset(self) -> None:

@@ -74,19 +74,20 @@ def weigh_rows(weights: Tensor, states: Tensor, slots: Tensor) -> Tensor:
 
 
 def _is_buffer(states: Tensor) -> bool:
-    """Whether states [B, H, T, D] are the first slots of every head in a buffer [B, H, C, D]."""
-    _, heads, kv_len, dim = states.shape
-    capacity = states.stride(1) // dim
-    return capacity >= kv_len and states.stride() == (heads * capacity * dim, capacity * dim, dim, 1)
+    """Whether states [B, H, T, D] are the first slots of every head in a buffer [B, H, C, ..], at a distance or not."""
+    row = states.stride(2)
+    if row != states.shape[3] and torch.compiler.is_compiling():
+        return False  # once written to, a tensor with gaps has none for the compiler
+    return _capacity(states) >= states.shape[2]
 
 
 def _table(states: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """The buffer's rows as they lie, float [.., D], and where in them the slots [B, H, G, Q, K] are: int64."""
     batch, heads, kv_len, dim = states.shape
-    capacity = states.stride(1) // dim
+    capacity = _capacity(states)
     first = torch.arange(batch * heads, device=slots.device).view(batch, heads, 1, 1, 1) * capacity
     count = (batch * heads - 1) * capacity + kv_len
-    return states.as_strided((count, dim), (dim, 1)), slots + first
+    return states.as_strided((count, dim), (states.stride(2), 1)), slots + first
 
 
 def whole_buffer(states: Tensor) -> Tensor:
@@ -95,9 +96,15 @@ def whole_buffer(states: Tensor) -> Tensor:
     What lies behind the states is not to be used; a graph compiled for the buffer serves until it is full.
     """
     batch, heads, kv_len, dim = states.shape
-    capacity = states.stride(1) // dim
-    end = states.storage_offset() + batch * heads * capacity * dim
+    capacity = _capacity(states)
+    end = states.storage_offset() + (batch * heads * capacity - 1) * states.stride(2) + dim
     fits = end * states.element_size() <= states.untyped_storage().nbytes()
-    if capacity < kv_len or not fits or states.stride() != (heads * capacity * dim, capacity * dim, dim, 1):
-        return states
-    return states.as_strided((batch, heads, capacity, dim), states.stride())
+    return states.as_strided((batch, heads, capacity, dim), states.stride()) if capacity >= kv_len and fits else states
+
+
+def _capacity(states: Tensor) -> int:
+    """Slots of every head in the buffer that states [B, H, T, D] lie in; 0 where they lie in none."""
+    _, heads, _, dim = states.shape
+    row = states.stride(2)
+    capacity = states.stride(1) // max(1, row)
+    return capacity if row >= dim and states.stride() == (heads * capacity * row, capacity * row, row, 1) else 0

@@ -188,7 +188,7 @@ def test_room_to_grow_counts(llama: PreTrainedModel) -> None:
     for placement in ("device", "host"):
         cache = filled(llama, placement=placement)
         layers = packed_layers(cache)
-        room = sum(buffer.nbytes for layer in layers for buffer in layer._buffers.values())
+        room = sum(buffer.nbytes for layer in layers for buffer in layer._buffers)
         packed = sum(layer.packed.n_bytes for layer in layers)
         held = sum(layer.held.n_bytes for layer in layers) if placement == "host" else 0
         dense = cache.layers[0].keys.nbytes * 2

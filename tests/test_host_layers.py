@@ -99,9 +99,9 @@ def short_of_memory(at: int, packed: bool = False) -> Iterator[list[str]]:
         yield tried
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 4])
+@pytest.mark.parametrize("at", [1, 2, 3])
 def test_a_layer_that_cannot_grow_is_as_before(llama: PreTrainedModel, at: int) -> None:
-    """Whichever of keys, values, packed keys and their scales cannot."""
+    """Whichever of keys with values, packed keys and their scales cannot."""
     config = FasaConfig(n_fac=6, n_tip=3, packed_dtype="int8")
     cache = FasaCache(llama, profile_of(llama), config, placement="host")
     with torch.no_grad():
@@ -113,16 +113,16 @@ def test_a_layer_that_cannot_grow_is_as_before(llama: PreTrainedModel, at: int) 
             pytest.raises((ValueError, RuntimeError), match="out of memory"),
         ):
             layer.update(*new)
-        assert tried == ["host", "host", "device", "device"][:at]
+        assert tried == ["host", "device", "device"][:at]
         assert_holds(cache, before)
         layer.update(*new)
     assert layer.keys.shape == layer.values.shape == (2, 2, 320, 16)
     assert layer.packed.scales.flatten(2).shape[2] >= 320
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 4])
+@pytest.mark.parametrize("at", [1, 2])
 def test_layers_stay_in_step_where_one_cannot_grow(llama: PreTrainedModel, ids: Ids, at: int) -> None:
-    """Two layers in host memory, two allocations each; the first layer is dense and on the device."""
+    """Two layers in host memory, one allocation each; the first layer is dense and on the device."""
     cache, other = (filled(llama, placement="host") for _ in range(2))
     before = held(cache)
     with enable(llama, profile_of(llama), CONFIG), torch.no_grad():
@@ -138,7 +138,7 @@ def test_layers_stay_in_step_where_one_cannot_grow(llama: PreTrainedModel, ids: 
     assert_packed(cache)
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 4])
+@pytest.mark.parametrize("at", [1, 2])
 @pytest.mark.parametrize("length", [None, 64])
 def test_a_cache_that_cannot_be_filled_is_empty_again(
     llama: PreTrainedModel, ids: Ids, length: int | None, at: int

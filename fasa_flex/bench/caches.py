@@ -43,7 +43,7 @@ def share(cache: Any, source: Any, length: int) -> bool:
         if not placed or not theirs.is_initialized or theirs.keys.shape[2] != length:
             return False
     for mine, theirs in pairs:
-        for name in (*_SHARED, "packed", "held") if type(mine) is type(theirs) else _SHARED:
+        for name in (*_SHARED, "packed", "held", "rows") if type(mine) is type(theirs) else _SHARED:
             if hasattr(theirs, name):
                 setattr(mine, name, getattr(theirs, name))
         mine.cumulative_length = mine.cumulative_length.to(theirs.keys.device)

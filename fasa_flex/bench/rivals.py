@@ -20,6 +20,7 @@ from fasa_flex.bench.shapes import Shape, random_chunks
 from fasa_flex.budget import Budget
 from fasa_flex.config import Backend
 from fasa_flex.held_rows import HeldRows
+from fasa_flex.host_memory import host_rows, split_rows
 from fasa_flex.packing import PackedKeys, dot_products
 from fasa_flex.scoring import DominantChunks
 from fasa_flex.selection import valid_keys
@@ -71,8 +72,12 @@ class Inputs:
         k = draw(shape.kv_heads, context)
         packed = PackedKeys.of(DominantChunks.from_chunks(chunks).pack(k), settings.packed_dtype)
         v = draw(shape.kv_heads, context)
-        host = (k.cpu().pin_memory(), v.cpu().pin_memory()) if device.type == "cuda" else None
-        held = None if host is None else HeldRows.empty(k, v, settings.n_fac)
+        host = held = None
+        if device.type == "cuda":
+            host = split_rows(host_rows(k, v, context, device), shape.head_dim)
+            held = HeldRows.empty(k, v, settings.n_fac)
+            for theirs, states in zip(host, (k, v), strict=True):
+                theirs.copy_(states)
         valid = valid_keys(1, context, None, device)
         x = cls(draw(shape.query_heads, 1), k, v, packed, chunks, valid, host, held)
         return x.with_permuted() if "permuted" in settings.backends else x
