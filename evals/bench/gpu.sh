@@ -4,7 +4,8 @@
 #   evals/bench/gpu.sh [FOLDER [PART...]]
 #
 # Results go to FOLDER (default: runs/gpu), one JSON for each part, written row by row; parts are check, op and step. Only
-# done where they are named: compiled, a step that is, and wide, larger batches of a call.
+# done where they are named: compiled, a step that is, in every backend; wide, larger batches of a call; and ahead, what
+# fetching rows of host memory before they are needed would give.
 #
 # Needs torch with CUDA, transformers and matplotlib; the package itself need not be installed. Started again, it goes on
 # where it was stopped. PYTHON names the interpreter (default: python3).
@@ -30,16 +31,18 @@ bench=("$python" -m fasa_flex.bench --device cuda --dtype bfloat16 --shapes llam
 status=0
 
 check() {
-    part 120 "$python" -m evals.bench.check_cuda --out "$out" --seconds 105 || status=1
+    part 110 "$python" -m evals.bench.check_cuda --out "$out" --seconds 100 || status=1
 }
 
 # one attention call: with every rival; then the cheaper ranking, and packed keys in int8, with the kernels alone
 op() {
-    local call=("${bench[@]}" --part op --batches 1,8 --contexts 32k,128k,4k,16k,64k)
-    part 125 "${call[@]}" --out "$out" --row-seconds 2 --seconds 100 || status=1
+    local call=("${bench[@]}" --part op --row-seconds 2)
+    part 100 "${call[@]}" --out "$out" --batches 1 --contexts 32k,128k,4k,16k,64k --seconds 70 || status=1
+    part 60 "${call[@]}" --out "$out" --batches 8 --contexts 32k,4k --seconds 30 || status=1
     call+=(--modes eager --backends triton --group-reduce max --row-seconds 1)
-    part 35 "${call[@]}" --out "$out/max" --seconds 22 || status=1
-    part 35 "${call[@]}" --out "$out/int8" --packed-dtype int8 --seconds 22 || status=1
+    part 45 "${call[@]}" --out "$out/max" --batches 1,8 --contexts 32k,128k,4k --seconds 18 || status=1
+    part 45 "${call[@]}" --out "$out/int8" --packed-dtype int8 --batches 1,8 --contexts 32k,128k,4k --seconds 18 ||
+        status=1
 }
 
 wide() {
@@ -47,18 +50,24 @@ wide() {
     part 70 "${call[@]}" --out "$out/wide" --row-seconds 1 --seconds 40 || status=1
 }
 
-# a whole decode step: eager ones are replayed as graphs; of FASA's backends only the kernels can be captured whole
+# a whole decode step: eager ones are replayed as graphs; of FASA's backends only the kernels can be captured whole.
+# What was pinned of the host's memory takes a quarter of a minute to give back
 step() {
     local whole=("${bench[@]}" --part step --modes eager --backends triton --row-seconds 2)
-    part 115 "${whole[@]}" --out "$out" --batches 1 --contexts 128k,32k,4k,64k,16k --seconds 95 || status=1
-    part 65 "${whole[@]}" --out "$out/max" --group-reduce max --batches 1 --contexts 128k,32k --seconds 30 || status=1
-    part 90 "${whole[@]}" --out "$out" --batches 8 --contexts 4k,32k --seconds 45 || status=1
+    part 130 "${whole[@]}" --out "$out" --batches 1 --contexts 128k,32k,4k,64k --seconds 75 || status=1
+    part 100 "${whole[@]}" --out "$out" --batches 8 --contexts 4k,32k --seconds 45 || status=1
 }
 
-# a whole model compiles for minutes; eight of its layers say what compiling gives
+# a whole model compiles for minutes; eight of its layers say what compiling gives, and how the backends compare
 compiled() {
-    part 180 "${bench[@]}" --part step --out "$out/compiled" --modes eager,compiled --backends triton --layers 8 \
-        --dense-layers 0 --batches 1 --contexts 128k --row-seconds 2 || status=1
+    local whole=("${bench[@]}" --part step --modes eager,compiled --backends triton,gather,flex --row-seconds 2)
+    whole+=(--layers 8 --dense-layers 0 --out "$out/compiled")
+    part 200 "${whole[@]}" --batches 1 --contexts 128k || status=1
+    part 200 "${whole[@]}" --batches 8 --contexts 32k || status=1
+}
+
+ahead() {
+    part 100 "$python" -m evals.bench.ahead --out "$out" || status=1
 }
 
 for wanted in "${@:2}"; do "$wanted"; done

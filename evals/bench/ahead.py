@@ -1,0 +1,146 @@
+"""Would it pay to fetch rows of host memory ahead, on a stream of their own (FASA-M)? Measured, because it is not done.
+
+    python -m evals.bench.ahead --out runs               # on CUDA, with 20 GB of host memory
+
+A decode step of eight layers as a CUDA graph: the weights of Llama-3.1-8B's, and after the query's product the fetch of
+the selected rows, with the kernels of `fasa_flex.decode`. Either all new rows are fetched in line; or 512 or 1024, the
+best of a step, ahead on a side stream, while the rest of the layer is computed, and in line what the next step misses.
+The shares that are new come from the reference model (evals/results/study/agreement.json, part "renewal"). The second
+selection, which fetching ahead needs too, is left out in its favour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasa_flex import decode
+from fasa_flex.bench.record import Ledger, command_line, provenance
+from fasa_flex.bench.shapes import SHAPES
+from fasa_flex.bench.timing import graphed, interleave
+from fasa_flex.held_rows import HeldRows
+from fasa_flex.host_memory import host_rows, split_rows
+
+SHAPE = SHAPES["llama-3.1-8b"]
+LAYERS = 8
+SELECTED = 256
+NEW = 0.48
+"""Of 256 selected rows, between two steps; and of twice and four times as many, which the study has not counted."""
+
+MISSING = {512: 0.30, 1024: 0.16}
+"""Of 256 selected rows, those not among so many best ones of the step before."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights [in, out], keys and values in host memory, the rows that the device holds of them, and slots to fetch."""
+
+    weights: tuple[Tensor, ...]
+    key: Tensor
+    value: Tensor
+    held: dict[int, HeldRows]
+    slots: dict[int, Tensor]
+
+    @classmethod
+    def random(cls, batch: int, context: int) -> Layer:
+        """Slots lie scattered over the context."""
+        like = torch.empty(batch, SHAPE.kv_heads, 0, SHAPE.head_dim, device="cuda", dtype=torch.bfloat16)
+        key, value = split_rows(host_rows(like, like, context, like.device), SHAPE.head_dim)
+        hidden, inner = SHAPE.hidden, SHAPE.intermediate
+        joint = (SHAPE.query_heads + 2 * SHAPE.kv_heads) * SHAPE.head_dim
+        sizes = ((hidden, joint), (hidden, hidden), (hidden, 2 * inner), (inner, hidden))
+        weights = tuple(torch.randn(size, device="cuda", dtype=torch.bfloat16) * size[0] ** -0.5 for size in sizes)
+        counts = (SELECTED, *MISSING)
+        slots = {count: _scattered(batch * SHAPE.kv_heads, context, count) for count in counts}
+        return cls(weights, key, value, {count: HeldRows.empty(like, like, count) for count in counts}, slots)
+
+    def fetch(self, count: int, share: float, programs: int) -> None:
+        """Fetch a share of ``count`` rows a key/value head."""
+        held = self.held[count]
+        held.forget(share)
+        decode.FETCH_PROGRAMS = programs
+        rows = (held.slots, held.places, held.keys, held.values)
+        decode.hold_slots(self.key, self.value, self.slots[count], *rows, None)
+
+
+def _scattered(rows: int, context: int, count: int) -> Tensor:
+    drawn = (torch.randperm(context, device="cuda")[:count] for _ in range(rows))
+    return torch.stack([slots.sort().values for slots in drawn]).int()
+
+
+def step(layers: list[Layer], batch: int, in_line: float, ahead: tuple[int, int] | None) -> Callable[[], Tensor]:
+    """A decode step that fetches a share of its rows in line, and (so many rows, by so many programs) ahead."""
+    side: Any = torch.cuda.Stream()
+    begun = torch.ones(batch, SHAPE.hidden, device="cuda", dtype=torch.bfloat16)
+
+    def run() -> Tensor:
+        x, main = begun, torch.cuda.current_stream()
+        for layer in layers:
+            query, out, up, down = layer.weights
+            x = (x @ query)[:, : SHAPE.hidden]
+            if in_line:
+                layer.fetch(SELECTED, in_line, 64)
+            if ahead is not None:
+                side.wait_stream(main)
+                with torch.cuda.stream(side):
+                    layer.fetch(ahead[0], NEW, ahead[1])
+            x = (((x @ out) @ up)[:, : SHAPE.intermediate]) @ down
+            if ahead is not None:
+                main.wait_stream(side)
+        return x
+
+    return run
+
+
+@torch.no_grad()
+def measure(batch: int, context: int, seconds: float) -> list[dict[str, Any]]:
+    """Microseconds that a layer takes, by what is fetched when."""
+    layers = [Layer.random(batch, context) for _ in range(LAYERS)]
+    ways: list[dict[str, Any]] = [{"fetched": "nothing", "in_line": 0.0}, {"fetched": "in line", "in_line": NEW}]
+    for count, missing in MISSING.items():
+        for programs in (16, 32, 64, 128):
+            ways.append({"fetched": f"{count} rows ahead", "in_line": missing, "ahead": (count, programs)})
+    calls = {}
+    for number, way in enumerate(ways):
+        call, how = graphed(step(layers, batch, way["in_line"], way.get("ahead")), torch.device("cuda"))
+        if how != "graph":
+            raise RuntimeError(f"{way} was not captured as a graph: {how}.")
+        calls[str(number)] = call
+    times = interleave(calls, torch.device("cuda"), 15, seconds)
+    rows = []
+    for way, timing in zip(ways, times.values(), strict=True):
+        quartiles = [quartile / LAYERS * 1e6 for quartile in timing.quartiles()]
+        found = {"batch": batch, "context": context, **way, "microseconds": timing.median / LAYERS * 1e6}
+        rows.append({**found, "quartiles": quartiles, "rounds": len(timing.seconds)})
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for ahead_cuda.json (default: runs)")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("it needs a CUDA device.", file=sys.stderr)
+        return 1
+    head = provenance(command_line("evals.bench.ahead"), torch.device("cuda"))
+    ledger = Ledger(options.out / "ahead_cuda.json", {**head, "settings": {"layers": LAYERS, "new": NEW}})
+    for batch, context in ((1, 131072), (8, 32768)):
+        if ledger.has({"batch": batch, "context": context}):
+            continue
+        for row in measure(batch, context, 2.0):
+            ledger.add(row)
+            print(
+                f"batch {batch}: {row['fetched']} {row.get('ahead', '')} {row['microseconds']:.1f} microseconds a layer"
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
