@@ -31,17 +31,17 @@ bench=("$python" -m fasa_flex.bench --device cuda --dtype bfloat16 --shapes llam
 status=0
 
 check() {
-    part 110 "$python" -m evals.bench.check_cuda --out "$out" --seconds 100 || status=1
+    part 105 "$python" -m evals.bench.check_cuda --out "$out" --seconds 100 || status=1
 }
 
 # one attention call: with every rival; then the cheaper ranking, and packed keys in int8, with the kernels alone
 op() {
     local call=("${bench[@]}" --part op --row-seconds 2)
-    part 100 "${call[@]}" --out "$out" --batches 1 --contexts 32k,128k,4k,16k,64k --seconds 70 || status=1
-    part 60 "${call[@]}" --out "$out" --batches 8 --contexts 32k,4k --seconds 30 || status=1
+    part 90 "${call[@]}" --out "$out" --batches 1 --contexts 32k,128k,4k,16k,64k --seconds 70 || status=1
+    part 50 "${call[@]}" --out "$out" --batches 8 --contexts 32k,4k --seconds 30 || status=1
     call+=(--modes eager --backends triton --group-reduce max --row-seconds 1)
-    part 45 "${call[@]}" --out "$out/max" --batches 1,8 --contexts 32k,128k,4k --seconds 18 || status=1
-    part 45 "${call[@]}" --out "$out/int8" --packed-dtype int8 --batches 1,8 --contexts 32k,128k,4k --seconds 18 ||
+    part 55 "${call[@]}" --out "$out/max" --batches 1,8 --contexts 32k,128k,4k --seconds 18 || status=1
+    part 55 "${call[@]}" --out "$out/int8" --packed-dtype int8 --batches 1,8 --contexts 32k,128k,4k --seconds 18 ||
         status=1
 }
 
@@ -54,7 +54,7 @@ wide() {
 # What was pinned of the host's memory takes a quarter of a minute to give back
 step() {
     local whole=("${bench[@]}" --part step --modes eager --backends triton --row-seconds 2)
-    part 130 "${whole[@]}" --out "$out" --batches 1 --contexts 128k,32k,4k,64k --seconds 75 || status=1
+    part 120 "${whole[@]}" --out "$out" --batches 1 --contexts 128k,32k,4k,64k --seconds 75 || status=1
     part 100 "${whole[@]}" --out "$out" --batches 8 --contexts 4k,32k --seconds 45 || status=1
 }
 
