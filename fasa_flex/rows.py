@@ -63,9 +63,9 @@ def weigh_rows(weights: Tensor, states: Tensor, slots: Tensor) -> Tensor:
     if slots.device.type != "cpu":
         return weights @ take_rows(states, slots)
     batch, count, _, width = weights.shape
-    if _is_buffer(states):
+    if _is_buffer(states) and states.stride(2) == states.shape[3]:
         table, index = _table(states, slots)
-    else:
+    else:  # of a table with gaps embedding_bag makes a copy
         table = take_rows(states, slots).flatten(0, 2)
         index = torch.arange(len(table))
     bags = index.view(batch, count, 1, width).expand_as(weights)

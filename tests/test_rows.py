@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from fasa_flex.rows import dot_rows, take_rows, weigh_rows
+from fasa_flex.rows import dot_rows, take_rows, weigh_rows, whole_buffer
 
 LENGTH, DIM = 9, 4
 
@@ -21,10 +22,14 @@ def states(layout: str, dtype: torch.dtype = torch.float64) -> Tensor:
         return whole[1:, :, :LENGTH]
     if layout == "last slots of a buffer":
         return whole[1:, :, 12 - LENGTH :]
+    if layout.startswith("side by side"):  # keys and values of a token, as FASA-M has them
+        first = DIM * layout.endswith("second")
+        return torch.cat([whole, whole], dim=3)[1:, :, :LENGTH, first : first + DIM]
     return whole[1:, :, :LENGTH].transpose(1, 2).contiguous().transpose(1, 2)  # by token, as projections leave them
 
 
-LAYOUTS = ["contiguous", "first slots of a buffer", "last slots of a buffer", "by token"]
+BUFFERS = ["first slots of a buffer", "side by side, first", "side by side, second"]
+LAYOUTS = ["contiguous", *BUFFERS, "last slots of a buffer", "by token"]
 
 
 def slots() -> Tensor:
@@ -49,6 +54,25 @@ def test_weighed_rows_are_their_sums_and_have_gradients(layout: str) -> None:
     weights = torch.rand(2, 12, 3, 5, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(weigh_rows(weights, held, slots()), weights @ expected_rows(held))
     assert torch.autograd.gradcheck(lambda w, h: weigh_rows(w, h, slots()), (weights, held))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_sum_is_of_a_table_with_gaps(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would copy all of it, which takes a thousand times as long."""
+    tables = []
+    real = F.embedding_bag
+    monkeypatch.setattr(F, "embedding_bag", lambda *call, **options: tables.append(call[1]) or real(*call, **options))
+    weigh_rows(torch.rand(2, 12, 3, 5, dtype=torch.float64), states(layout), slots())
+    assert [table.is_contiguous() for table in tables] == [True]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_buffer_is_found_from_its_first_slots(layout: str) -> None:
+    held = states(layout)
+    whole = whole_buffer(held)
+    assert whole.data_ptr() == held.data_ptr()
+    assert whole.shape == (2, 3, 12 if layout in BUFFERS else LENGTH, DIM)
+    assert torch.equal(whole[:, :, :LENGTH], held)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
