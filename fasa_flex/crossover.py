@@ -8,9 +8,9 @@ KV_BYTES = {"cuda": 190_000_000, "cpu": 30_000_000}
 """Keys and values of one layer, over the batch, from which a decode step is the faster if it is sparse.
 
 Below, a fixed cost decides: on an H100 (bfloat16, Llama-3.1-8B's shape, replayed as a graph) the crossover of a whole
-step is 23k tokens at batch 1, 94 MB, and 6k at batch 8, 190 MB (evals/results/bench_step_cuda.json): the later one, so
+step is 24k tokens at batch 1, 97 MB, and 6k at batch 8, 185 MB (evals/results/bench_step_cuda.json): the later one, so
 that sparse is never the slower; on two CPU cores (float32, Llama-3.2-1B's shape) that of a step whose attention is
-compiled is 7k tokens, 30 MB, and of one that is compiled whole a thousand (evals/results/bench_step_cpu.json).
+compiled is 7k tokens, 30 MB, and of one that is compiled whole 1.5k (evals/results/bench_step_cpu.json).
 """
 
 BUDGETS = 4
