@@ -47,7 +47,7 @@ def slot_of(order: Tensor, kv_len: int) -> Tensor:
 
 
 def largest(order: Tensor, count: int) -> Tensor:
-    """The ``count`` largest of int64 [..., T] along the last dimension, in any order: int64 [..., count]."""
+    """The ``count`` largest, at least one, of int64 [..., T] along the last dimension, in any order: [..., count]."""
     if order.device.type != "cpu":
         return order.topk(count, dim=-1, sorted=False).values
     found: Tensor = _largest_on_cpu(order, count)
@@ -65,7 +65,7 @@ def _largest_on_cpu(order: Tensor, count: int) -> Tensor:
     step = max(1, _GRAIN // max(1, kv_len))
     for at in range(0, rows, step):  # a piece and its copy stay in the cache
         piece = from_rows[at : at + step].copy()
-        piece.partition(min(first, kv_len - 1), axis=-1)
+        piece.partition(first, axis=-1)
         to_rows[at : at + step] = piece[:, first:]
     return found
 

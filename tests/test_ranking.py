@@ -22,6 +22,7 @@ INF, TINY = torch.inf, 1e-45  # the smallest subnormal of float32
         ([-INF, INF, 0.0, 3e38, -3e38], [1, 3, 2, 4, 0]),
         ([5.0] * 6, [0, 1, 2, 3, 4, 5]),
         ([1.0, torch.nan, INF], [1, 2, 0]),  # NaN is selected and shows, instead of hiding
+        ([-torch.nan, 1.0, torch.nan, INF], [0, 2, 3, 1]),  # whatever its sign
     ],
     ids=str,
 )
