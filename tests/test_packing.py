@@ -11,7 +11,7 @@ import torch
 from cases import EXACT, Case, generator, integers
 
 from fasa_flex import fasa_attention, packing
-from fasa_flex.packing import PackedKeys
+from fasa_flex.packing import PackedDtype, PackedKeys, packed_bytes
 
 LENGTHS = (1, 31, 32, 33, 101)
 PAIRS = [[0, 1], [2, 3]]
@@ -47,6 +47,13 @@ def test_rows_come_back_as_they_were(length: int, dtype: str | None, capacity: i
     for slot in range(length):  # a tile holds its keys side by side
         assert packed.tiles[:, :, slot // tile, :, slot % tile].float().equal(rows[:, :, slot])
     assert not packed.rows(packed.capacity)[:, :, length:].any()
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
+def test_a_key_takes_as_many_bytes_as_are_told_ahead(dtype: PackedDtype | None, cache_dtype: torch.dtype) -> None:
+    packed = PackedKeys.of(integers(2, 3, 64, 6, seed=1).to(cache_dtype), dtype)
+    assert packed.n_bytes == 2 * 3 * 64 * packed_bytes(6, dtype, cache_dtype)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

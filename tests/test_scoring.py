@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fasa_flex import RotaryLayout
+from fasa_flex.reads import ReadShare
 from fasa_flex.scoring import DominantChunks, reduce_group
 
 DIM = 8
@@ -34,6 +35,16 @@ def test_scores_equal_the_oracle(n_tip: int, rows: int) -> None:
         mine = pairs[h if rows == 6 else h // 3].tolist()
         expected = oracle.score(q[b, h, i].double().numpy(), k[b, h // 3].double().numpy(), mine)
         np.testing.assert_allclose(scores[b, h // 3, h % 3, i].numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "n_tip", "share"),
+    [(2, 1, 2 / 16), (2, 4, 8 / 16), (6, 1, 3 * 2 / 16), (6, 4, 0.5)],
+    ids=["per kv head", "all of the head", "per query head", "no more than whole keys"],
+)
+def test_ranking_reads_the_dimensions_of_every_set_once(rows: int, n_tip: int, share: float) -> None:
+    """Of 2 * DIM numbers of a key and a value; three query heads share one of two key/value heads."""
+    assert DominantChunks.from_chunks(chunks(rows, n_tip)).reads(DIM, 6, 2) == ReadShare(ranking=share)
 
 
 def test_packed_keys_hold_the_chunks_in_order_and_score_alike() -> None:
