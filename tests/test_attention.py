@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from cases import DIM, EXACT, Case, generator
+from cases import DIM, EXACT, Case, generator, integers
+from torch import Tensor
 from torch.nn import functional as F
 
-from fasa_flex import fasa_attention
+from fasa_flex import attention, fasa_attention
+from fasa_flex.budget import Budget
+from fasa_flex.packing import PackedKeys
+from fasa_flex.scoring import DominantChunks
+from fasa_flex.selection import valid_keys
+from fasa_flex.softmax import Softmax
 
 CASES = [
     Case("plain"),
@@ -131,3 +140,33 @@ def test_the_budget_is_256_and_nothing_is_forced_unless_told(backend: str) -> No
     np.testing.assert_allclose(out.numpy(), case.oracle(q, k, v, chunks).out, atol=1e-12)
     for n_fac in (255, 257):
         assert not out.equal(fasa_attention(q, k, v, chunks, n_fac=n_fac, backend=backend))
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "packed", "compiled"),
+    [(32, 32, 32, 32), (32, 32, 64, 32), (64, 64, 32, 11), (32, 48, 64, 11), (48, 32, 64, 11), (11, 11, 32, 11)],
+    ids=["room", "more packed", "fewer packed", "more values", "more keys", "full"],
+)
+@pytest.mark.parametrize("backend", ["fastest", "auto", "gather"])
+def test_what_compiles_is_a_growing_caches_whole_buffer(
+    keys: int, values: int, packed: int, compiled: int, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that one graph serves until it is full; free slots, which may hold anything, are not valid."""
+    seen: list[list[int]] = []
+
+    def compile_nothing(*signature: object) -> Callable[..., Tensor]:
+        def step(query: Tensor, key: Tensor, value: Tensor, scorer: Any, valid: Tensor, *rest: Any) -> Tensor:
+            seen.append([key.shape[2], value.shape[2], valid.shape[-1]])
+            return attention._score_select_attend(query, key, value, scorer, valid, *rest)
+
+        return step
+
+    monkeypatch.setattr(attention, "_compiled", compile_nothing)
+    scorer = DominantChunks(torch.tensor([[0, 1], [2, 3]]))
+    q = integers(1, 4, 1, 8, seed=1)
+    k, v = (integers(1, 2, room, 8, seed=room)[:, :, :11] for room in (keys, values))
+    held = PackedKeys.of(scorer.pack(k), None, packed)
+    call = (q, k, v, scorer, valid_keys(1, 11, None, q.device), Budget(4), "softmax", Softmax(0.3))
+    out = attention.sparse_attention(*call, backend, held)
+    assert torch.equal(out, attention.sparse_attention(*call, "gather"))
+    assert seen == ([[compiled] * 3] if backend == "fastest" else [])

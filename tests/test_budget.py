@@ -75,8 +75,10 @@ def test_heads_take_the_smaller_of_theirs_and_what_is_there() -> None:
 
 def test_heads_exceed_one_by_one_and_cover_together() -> None:
     budget = Budget((3, 8))
-    assert budget.exceeded(torch.tensor([[3, 4, 8, 9]])).tolist() == [[False, True, True, True]]
-    assert [budget.covers(keys) for keys in (3, 4, 8)] == [True, False, False]
+    assert budget.exceeded(torch.tensor([[2, 3, 4, 8, 9]])).tolist() == [[False, False, True, True, True]]
+    assert Budget(0.5).exceeded(torch.tensor([[0, 1, 2, 9]])).tolist() == [[False, False, True, True]]
+    assert Budget(1.0).exceeded(torch.tensor([[0, 1, 2, 9]])).tolist() == [[False] * 4]
+    assert [budget.covers(keys) for keys in (2, 3, 4, 8)] == [True, True, False, False]
     assert [budget.widest(keys) for keys in (2, 5, 9)] == [2, 5, 8]
     assert (budget.heads, Budget(8).heads, Budget(0.5).heads) == (2, 1, 1)
     assert [b.is_count for b in (budget, Budget(8), Budget(0.5))] == [False, True, False]
