@@ -58,12 +58,12 @@ def test_compiled_it_is_the_same_order() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("by", ["NumPy", "NumPy in pieces", "torch"])
+@pytest.mark.parametrize("by", ["NumPy", "NumPy by two rows", "NumPy by rows", "torch"])
 @pytest.mark.parametrize("count", [1, 16, 99, 100])
 def test_the_largest_are_those_of_a_sort(by: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By either library, for rows that do not lie one behind the other too; what may not be selected repeats."""
-    if by == "NumPy in pieces":
-        monkeypatch.setattr(ranking, "_GRAIN", 199)  # a row
+    if by in ("NumPy by two rows", "NumPy by rows"):
+        monkeypatch.setattr(ranking, "_GRAIN", 299 if by == "NumPy by two rows" else 99)  # less than a row of 100
     if by == "torch":
         monkeypatch.setattr(ranking, "_WORTH", 0)
         monkeypatch.setattr(ranking, "_GRAIN", 1)
