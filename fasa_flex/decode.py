@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 from torch import Tensor
@@ -16,6 +14,7 @@ from fasa_flex.kernels import (
     find_rows,
     merge_parts,
     mix_group,
+    overlapping,
     score_keys,
     select_keys,
 )
@@ -27,7 +26,7 @@ ATTEND_BLOCK, ATTEND_WARPS = 128, 4
 FIND_WARPS, FETCH_BLOCK, FETCH_WARPS, FETCH_PROGRAMS = 8, 16, 4, 64
 """Keys and warps of a program, the fastest of those tried on an H100; more tiles than counted are guessed at too.
 
-More programs fetch scattered rows more slowly: they wait for addresses of the host's pages.
+More programs than 64 fetch scattered rows of the host more slowly.
 """
 
 PROGRAMS, MOST_PARTS, MERGE_WARPS = 256, 128, 8
@@ -71,7 +70,7 @@ def select_slots(
         torch.empty(rows, group, size if mixed else 0, device=query.device) for size in (kv_len, blocks, blocks)
     )
     code_stride = 0 if codes.shape[0] == 1 else codes.stride(0)
-    overlap, launch = _overlapping(query.device)
+    overlap, launch = overlapping(query.device)
     score_keys[(blocks, rows)](
         query, dims, packed, codes if scales is None else scales, codes, scores, top, total, order, maxima,
         order.stride(0), maxima.stride(0), kv_len, code_stride, packed.stride(1), blocks, scaling, group, group_pad,
@@ -138,7 +137,7 @@ def attend_slots(
     wanted_pad = max(16, triton.next_power_of_2(wanted))
     block = min(ATTEND_BLOCK if key.element_size() == 2 else 32, wanted_pad)
     out = query.new_empty(batch, kv_heads * group, 1, value_dim)
-    overlap, launch = _overlapping(query.device)
+    overlap, launch = overlapping(query.device)
     attend_rows[(rows,)](
         query, key, value, slots, query if sinks is None else sinks, out, *_heads(key, value), wanted, scaling,
         softcap or 1.0, key.stride(2), value.stride(2), group, max(16, triton.next_power_of_2(group)), dim,
@@ -190,7 +189,7 @@ def hold_slots(
     """
     (rows, wanted), kv_heads = slots.shape, key.shape[1]
     dim, value_dim = key.shape[-1], value.shape[-1]
-    overlap, launch = _overlapping(slots.device)
+    overlap, launch = overlapping(slots.device)
     places, absent, scratch = (torch.empty_like(slots) for _ in range(3))
     find_rows[(rows,)](
         slots, held, held_at, places, absent, scratch, held if length is None else length, wanted,
@@ -233,13 +232,6 @@ def _aligned(like: Tensor, rows: int, columns: int) -> Tensor:
     return _integers(like, rows, triton.cdiv(columns, 16) * 16)[:, :columns]
 
 
-@functools.cache
-def _overlapping(device: torch.device) -> tuple[bool, dict[str, bool]]:
-    """Whether kernels are launched before the last one has ended, and how that is asked for."""
-    overlap = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
-    return overlap, {"launch_pdl": True} if overlap else {}
-
-
 @torch.library.custom_op("fasa_flex::dense_decode", mutates_args=())
 def dense_decode(
     query: Tensor,
@@ -270,7 +262,7 @@ def dense_decode(
     block = ATTEND_BLOCK if key.element_size() == 2 else 32
     span = triton.cdiv(triton.cdiv(kv_len, min(MOST_PARTS, max(1, PROGRAMS // rows))), block) * block
     parts = triton.cdiv(kv_len, span)
-    overlap, launch = _overlapping(query.device)
+    overlap, launch = overlapping(query.device)
     bests, totals, results = (
         torch.empty(rows, parts, group, width, device=query.device) for width in (1, 1, value_pad)
     )

@@ -39,8 +39,9 @@ def host_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) 
 def host_rows(key: Tensor, value: Tensor, length: int, device: torch.device) -> Tensor:
     """Room in host memory for ``length`` keys and values, those of a token side by side; `split_rows` parts them.
 
-    What a device takes longest for, where rows lie scattered over gigabytes, is to find out where a page of the host's
-    is; so it need do so once for both.
+    Where rows lie scattered over gigabytes, a GPU fetches them so in less than half the time that it takes with keys
+    and values apart (evals/results/bench_op_cuda.json and, apart, the last row of bench_op_cuda_max.json): presumably
+    because it finds out once for both where a page of the host's is.
 
     Args:
         key: [B, Hkv, t, D], such as will be kept.

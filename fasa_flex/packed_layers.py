@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -105,7 +104,7 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
     def _grow(self, key: Tensor, value: Tensor, end: int) -> None:
         """Make room for ``end`` tokens such as these, of all that is held or, where memory runs out, of nothing."""
         start, held, buffers = self.get_seq_length(), (self.keys, self.values), self._buffers
-        if not start or not buffers or not all(map(partial(_serves, end=end), held, buffers)):
+        if not start or not buffers or not all(map(_serves, held, buffers, (end, end))):
             buffers = self._allocate(key, value, _room_for(end))
             if start:
                 self._settle()

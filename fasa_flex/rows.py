@@ -77,7 +77,7 @@ def _is_buffer(states: Tensor) -> bool:
     """Whether states [B, H, T, D] are the first slots of every head in a buffer [B, H, C, ..], at a distance or not."""
     row = states.stride(2)
     if row != states.shape[3] and torch.compiler.is_compiling():
-        return False  # once written to, a tensor with gaps has none for the compiler
+        return False  # the compiler may hold a tensor with gaps as one without, once it was written to
     return _capacity(states) >= states.shape[2]
 
 

@@ -26,7 +26,7 @@ TINY = SHAPES["tiny"]
 
 def settings(**changes: object) -> Settings:
     fields = {"device": CPU, "dtype": torch.float32, "shapes": ("tiny",), "contexts": (64,), "batches": (1,)}
-    return Settings(**{**fields, **changes})  # type: ignore[arg-type]
+    return Settings(**{**fields, **changes})
 
 
 @pytest.mark.parametrize(("context", "limit"), [(4096, 5.3), (8192, 6.4), (32768, 7.5), (1 << 30, 8.0)])

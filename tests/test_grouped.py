@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, StaticCache
 
-from fasa_flex import FasaConfig, enable
+from fasa_flex import FasaConfig, enable, handle
 from fasa_flex.grouped import decodes_grouped, grouped_attention
 from fasa_flex.softmax import Softmax
 
@@ -42,17 +42,15 @@ def test_dense_layers_of_a_static_cache_repeat_no_keys(
     llama: PreTrainedModel, ids: Ids, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All layers dense, by name or by the crossover: the logits are the model's, by attention of ours."""
-    from fasa_flex import transformers
-
     layers = (0, 1, 2) if backend == "auto" else (0,)
     calls: list[int] = []
-    ours = transformers.grouped_attention
+    ours = handle.grouped_attention
 
     def counted(query: Tensor, *rest: object) -> Tensor:
         calls.append(query.shape[2])
-        return ours(query, *rest)  # type: ignore[arg-type]
+        return ours(query, *rest)
 
-    monkeypatch.setattr(transformers, "grouped_attention", counted)
+    monkeypatch.setattr(handle, "grouped_attention", counted)
 
     def logits() -> Tensor:
         cache = StaticCache(config=llama.config, max_cache_len=40)
@@ -62,7 +60,7 @@ def test_dense_layers_of_a_static_cache_repeat_no_keys(
     with torch.no_grad():
         expected = logits()
         assert not calls
-        config = FasaConfig(n_fac=4, n_tip=3, dense_layers=layers, backend=backend)  # type: ignore[arg-type]
+        config = FasaConfig(n_fac=4, n_tip=3, dense_layers=layers, backend=backend)
         with enable(llama, profile_of(llama), config):
             torch.testing.assert_close(logits(), expected, rtol=1e-4, atol=1e-4)
     assert calls == [1, 1, 1]

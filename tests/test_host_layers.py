@@ -76,7 +76,7 @@ def test_a_static_cache_in_host_memory_forgets_rows_that_a_longer_forward_may_ov
 
 @pytest.mark.parametrize("length", [None, 64])
 def test_a_token_has_its_key_and_its_value_side_by_side(llama: PreTrainedModel, ids: Ids, length: int | None) -> None:
-    """After a prefill, a step, a reordering and another step; a device looks up a page of the host's once for both."""
+    """After a prefill, a step, a reordering and another step."""
     cache = filled(llama, placement="host", max_cache_len=length)
     with torch.no_grad():
         llama(ids(1, rows=2), past_key_values=cache)

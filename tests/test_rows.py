@@ -58,7 +58,7 @@ def test_weighed_rows_are_their_sums_and_have_gradients(layout: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_sum_is_of_a_table_with_gaps(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch would copy all of it, which takes a thousand times as long."""
+    """torch would copy all of it, for a few rows."""
     tables = []
     real = F.embedding_bag
     monkeypatch.setattr(F, "embedding_bag", lambda *call, **options: tables.append(call[1]) or real(*call, **options))

@@ -114,7 +114,7 @@ def test_what_is_no_weight_is_refused(given: Any) -> None:
 
 
 def test_lists_become_tuples_so_that_a_config_round_trips_through_json() -> None:
-    config = FasaConfig(layer_budgets=[1, [2, 0.5]])  # type: ignore[arg-type]
+    config = FasaConfig(layer_budgets=[1, [2, 0.5]])
     assert config.layer_budgets == (1, (2, 0.5))
     assert FasaConfig(**config.to_dict()) == config
 

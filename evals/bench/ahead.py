@@ -32,7 +32,7 @@ SHAPE = SHAPES["llama-3.1-8b"]
 LAYERS = 8
 SELECTED = 256
 NEW = 0.48
-"""Of 256 selected rows, between two steps; and of twice and four times as many, which the study has not counted."""
+"""Of 256 selected rows, between two steps; and, as is assumed here, of twice and four times as many."""
 
 MISSING = {512: 0.30, 1024: 0.16}
 """Of 256 selected rows, those not among so many best ones of the step before."""

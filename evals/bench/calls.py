@@ -106,10 +106,10 @@ def check(case: Case, device: torch.device) -> dict[str, Any]:
             v,
             chunks,
             n_fac=case.n_fac,
-            group_reduce=case.group_reduce,  # type: ignore[arg-type]
+            group_reduce=case.group_reduce,
             key_mask=key_mask,
             packed_keys=packed,
-            backend=case.backend,  # type: ignore[arg-type]
+            backend=case.backend,
             softcap=SOFTCAP if case.softer else None,
             sinks=sinks,
         )[:, :, 0].double()

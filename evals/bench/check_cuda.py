@@ -71,9 +71,9 @@ def check_decoding(device: torch.device, backend: str, placement: str, steps: in
     prompt = torch.randint(3, 512, (1, 700 if steps > 100 else 80), generator=torch.Generator().manual_seed(1))
     prompt = prompt.to(device)
     mode = "reduce-overhead" if device.type == "cuda" else None
-    config = FasaConfig(n_fac=64 if steps > 100 else 16, backend=backend)  # type: ignore[arg-type]
+    config = FasaConfig(n_fac=64 if steps > 100 else 16, backend=backend)
     length = prompt.shape[1] + steps
-    cache = FasaCache(model, profile, config, placement=placement, max_cache_len=length)  # type: ignore[arg-type]
+    cache = FasaCache(model, profile, config, placement=placement, max_cache_len=length)
     counters.clear()
     with enable(model, profile, config) as fasa:
         plain = StaticCache(config=model.config, max_cache_len=length)

@@ -35,8 +35,8 @@ from evals.quality.steps import SINKS, TOP_K, with_interval
 from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
 from fasa_flex.baselines import scorer_factory
 from fasa_flex.bench.record import command_line, provenance
+from fasa_flex.handle import Fasa
 from fasa_flex.lm_eval.haystack import heldout_text
-from fasa_flex.transformers import Fasa
 
 MODEL = ROOT / "runs" / "reference_model_large"
 BUDGETS = (16, 64, 256, 1024)

@@ -28,9 +28,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from evals.quality.arms import LENGTH, MODEL, N_TIP, RESULTS, Ledger, provenance, quiet
 from evals.quality.steps import with_interval
 from fasa_flex import FasaConfig, FasaProfile, enable, inspection
+from fasa_flex.handle import Fasa
 from fasa_flex.lm_eval.documents import needle
 from fasa_flex.lm_eval.haystack import heldout_text
-from fasa_flex.transformers import Fasa
 
 ARMS = ("ahead", "own prompt", "first prompt")
 BUDGETS = (16, 32, 64)

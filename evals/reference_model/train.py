@@ -187,7 +187,7 @@ class Run:
         lr = stage.lr[0] + (stage.lr[1] - stage.lr[0]) * self.used / stage.tokens
         lr *= min(1.0, (self.step + 1) / self.recipe.warmup)
         loss = losses(self.model, ids.to(self.device), roles.to(self.device))
-        (loss["text"] + loss["answer"]).backward()  # type: ignore[no-untyped-call]
+        (loss["text"] + loss["answer"]).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = lr

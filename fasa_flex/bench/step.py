@@ -29,8 +29,9 @@ from fasa_flex.bench.timing import free_memory, graphed, interleave, peak_of
 from fasa_flex.bench.variants import Variant, config_of, variants
 from fasa_flex.cache import FasaCache
 from fasa_flex.config import FasaConfig
+from fasa_flex.handle import Fasa
 from fasa_flex.profile import FasaProfile
-from fasa_flex.transformers import Fasa, enable
+from fasa_flex.transformers import enable
 
 _SHARE_OF_MEMORY = 0.8
 _HEAD = "(final norm and output head)"

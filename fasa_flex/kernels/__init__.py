@@ -6,6 +6,7 @@ Nothing here waits for the host or allocates more than scores, and everything ca
 """
 
 from fasa_flex.kernels.attention import attend_part, attend_rows, merge_parts
+from fasa_flex.kernels.launching import overlapping
 from fasa_flex.kernels.rows import fetch_rows, find_rows
 from fasa_flex.kernels.scoring import TILE, mix_group, score_keys
 from fasa_flex.kernels.selection import select_keys
@@ -18,6 +19,7 @@ __all__ = [
     "find_rows",
     "merge_parts",
     "mix_group",
+    "overlapping",
     "score_keys",
     "select_keys",
 ]

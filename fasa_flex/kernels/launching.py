@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 
@@ -16,3 +19,10 @@ def begin(OVERLAP: tl.constexpr):
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+@functools.cache
+def overlapping(device: torch.device) -> tuple[bool, dict[str, bool]]:
+    """What ``OVERLAP`` is on a device, and the launch options that go with it."""
+    overlap = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+    return overlap, {"launch_pdl": True} if overlap else {}

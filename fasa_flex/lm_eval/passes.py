@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from fasa_flex.handle import Fasa
 from fasa_flex.lm_eval.windows import Batch, Window, score
-from fasa_flex.transformers import Fasa
 
 Answer = tuple[float, bool]
 

@@ -171,7 +171,7 @@ class LiveBytes(TorchDispatchMode):
         self.sizes: dict[int, int] = {}
         self.now = self.peak = self.largest = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):

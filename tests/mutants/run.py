@@ -239,9 +239,9 @@ def preload() -> None:
     """Import what every mutant needs and no mutation touches."""
     import pytest
     import torch._dynamo
-    from hypothesis.internal.conjecture import engine  # noqa: F401
-    from transformers.models.cohere import modeling_cohere  # noqa: F401
-    from transformers.models.llama import modeling_llama  # noqa: F401
+    from hypothesis.internal.conjecture import engine  # noqa: F401 - for the forks to have
+    from transformers.models.cohere import modeling_cohere  # noqa: F401 - likewise
+    from transformers.models.llama import modeling_llama  # noqa: F401 - likewise
 
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()):

@@ -1,0 +1,285 @@
+"""A model under FASA: what its attention does, forward by forward; `fasa_flex.transformers.enable` makes one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from fasa_flex.attention import sparse_attention
+from fasa_flex.boundary import Boundary
+from fasa_flex.config import FasaConfig, GroupReduce
+from fasa_flex.crossover import sparse_is_faster
+from fasa_flex.grouped import decodes_grouped, grouped_attention
+from fasa_flex.handed import check_keys, softmax_of
+from fasa_flex.held_rows import HeldRows
+from fasa_flex.host_layers import held_rows, on_host
+from fasa_flex.layers import attention_modules, attention_shape, layer_of, maximum_positions
+from fasa_flex.masking import DecodeStep, Once, count_valid, valid_from_mask
+from fasa_flex.packed_layers import pack_layer, packed_keys, packs
+from fasa_flex.packing import PackedKeys
+from fasa_flex.profile import FasaProfile
+from fasa_flex.prompt_calibration import PromptCalibration
+from fasa_flex.room import make_room
+from fasa_flex.scoring import Forward, Given, Scorer, SequenceScorer
+from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
+from fasa_flex.softmax import Softmax
+from fasa_flex.spread import spread_budget
+from fasa_flex.stats import FasaStats, read_share, tally
+
+_SCORE_BYTES = 1 << 27
+
+
+class Fasa:
+    """A model under FASA; made by `enable`.
+
+    Attributes:
+        config: the settings.
+        dense_layers: the layers that stay dense, each with its reason.
+        stats: what the model did since `enable` or ``stats.reset()``.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: FasaConfig,
+        scorers: dict[int, Scorer | SequenceScorer],
+        dense: dict[int, str],
+        source: FasaProfile | PromptCalibration | None,
+    ) -> None:
+        self.config = config
+        self.dense_layers = dense
+        self._source = source
+        self._scorers = {} if isinstance(source, PromptCalibration) else scorers
+        self._reduce: GroupReduce = "none" if config.per == "query_head" else config.group_reduce
+        self._budgets = spread_budget(
+            config.budget, config.layer_budgets, sorted(scorers), kv_heads=attention_shape(model)[2]
+        )
+        self._packs = packs(model) and config.per == "kv_head"
+        self._limit = maximum_positions(model)
+        self._boundary: Boundary | None = None
+        self._step = DecodeStep()
+        self._seam = AttentionSeam(model, self._attend)
+        modules = attention_modules(model)
+        self._first = min(modules)
+        self.stats = FasaStats(
+            [next(modules[layer].parameters()).device for layer in sorted(modules)],
+            {layer: read_share(scorer, model, config, self._packs) for layer, scorer in scorers.items()},
+            {layer: budget.heads for layer, budget in self._budgets.items()},
+        )
+        self._hooks = [
+            module.register_forward_pre_hook(self._before_attention, with_kwargs=True) for module in modules.values()
+        ]
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the method goes by earlier queries, so that a cropped or shared cache cannot be continued."""
+        followers = (scorer for scorer in self._scorers.values() if isinstance(scorer, SequenceScorer))
+        return any(getattr(scorer, "remembers", True) for scorer in followers)
+
+    @property
+    def profile(self) -> FasaProfile | None:
+        """What `enable` was given, or what the model found in a prompt; None before it has, and for another method."""
+        return self._source.profile if isinstance(self._source, PromptCalibration) else self._source
+
+    def recalibrate(self) -> None:
+        """Forget what was found in a prompt: all is dense until the next long one.
+
+        Raises:
+            ValueError: `enable` was given a profile or a scorer.
+        """
+        if not isinstance(self._source, PromptCalibration):
+            raise ValueError("enable was given a profile or a scorer; only enable(model) calibrates on prompts.")
+        self._source.forget()
+        self._scorers.clear()
+
+    def disable(self) -> None:
+        """Give the model its former attention back; its outputs are then bit-identical to those before `enable`."""
+        self._seam.close()
+        for hook in self._hooks:
+            hook.remove()
+
+    def __enter__(self) -> Fasa:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.disable()
+
+    @contextmanager
+    def sparse_from(self, start: Tensor, stop: Tensor | None = None) -> Iterator[None]:
+        """Evaluate with an explicit boundary: one forward equal to token-by-token sparse decode.
+
+        It concerns forwards of several tokens; a single token is decoded sparsely as ever. Slots count from the first
+        key of the cache, padding included.
+
+        Args:
+            start: int64 [B] or [1]: queries of row b at slots >= start[b] select for themselves, earlier ones are
+                dense.
+            stop: int64, shaped as ``start``: queries at slots >= stop[b] are padding and are not counted.
+
+        Raises:
+            ValueError: boundaries of another shape, type or batch, or negative ones.
+        """
+        former, self._boundary = self._boundary, Boundary.of(start, stop)
+        try:
+            yield
+        finally:
+            self._boundary = former
+
+    def _before_attention(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Hand on to the attention function what transformers keeps from it: the cache, and where the queries begin."""
+        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # GPT-NeoX has a name of its own for it
+        layer = layer_of(module)
+        if cache is not None and layer == self._first:
+            make_room(cache, (args[0] if args else kwargs["hidden_states"]).shape[1])
+        if cache is not None and layer in self._budgets and self._packs:
+            pack_layer(cache, layer, self._scorers.get(layer), self.config.packed_dtype)
+            kwargs = {**kwargs, "fasa_cache": cache}
+        asked = self._boundary is not None or isinstance(self._scorers.get(layer), SequenceScorer)
+        if cache is not None and asked:  # a sliding cache holds fewer keys than there were slots, a static one more
+            kwargs = {**kwargs, "fasa_first_slot": int(cache.get_seq_length(layer))}
+        return args, kwargs
+
+    def _attend(
+        self,
+        dense: DenseAttention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> AttentionResult:
+        """The attention function: [B, Q, Hq, D] from query [B, Hq, Q, D] and the whole cache's key and value."""
+        cache: Cache | None = kwargs.pop("fasa_cache", None)
+        layer = layer_of(module)
+        batch, _, q_len, _ = query.shape
+        kv_len = key.shape[2]
+        first_slot: int = kwargs.pop("fasa_first_slot", kv_len - q_len)
+        softmax = softmax_of(module, query, kwargs, self._seam.former)
+        once = self._step.of(attention_mask, (batch, q_len, kv_len), query.device)
+        n_valid = once("n_valid", count_valid)
+        check_keys(layer, key, n_valid, self._limit)
+        self._calibrate(layer, query, key, attention_mask, n_valid, first_slot, cache)
+        first, chosen = self._sparse_queries(layer, once, n_valid, kv_len, first_slot)
+        if self.config.backend == "fastest" and not self._is_faster(layer, query, key, value, cache):
+            first, chosen = q_len, None
+        self._count(layer, once, n_valid, chosen, first_slot)
+        scorer = self._scorers.get(layer)
+        if isinstance(scorer, SequenceScorer):
+            valid = once("valid", valid_from_mask)
+            sparse = torch.zeros_like(n_valid, dtype=torch.bool) if chosen is None else chosen
+            forward = Forward(query, key, valid, sparse, first, first_slot, self._budgets[layer], softmax.scaling)
+            scorer = Given(scorer.follow(forward))
+        if chosen is None:  # keys and values of FASA-M may be the host's
+            key, value = key.to(query.device), value.to(query.device)
+            if self._groups(layer, kv_len, kwargs) and decodes_grouped(query, key, value, attention_mask, softmax):
+                valid = once("valid", valid_from_mask)
+                return grouped_attention(query, key, value, valid, softmax).transpose(1, 2).contiguous(), None
+            return dense(module, query, key, value, attention_mask, **kwargs)
+        if kwargs.get("dropout"):
+            raise ValueError(f"{type(module).__name__} uses dropout, sparse attention does not; call model.eval().")
+        assert scorer is not None
+        valid = once("valid", valid_from_mask)[:, :, :, first:]
+        packed = held = None
+        if cache is not None and q_len == 1:
+            packed, held = packed_keys(cache, layer, scorer), held_rows(cache, layer)
+        focused = self._focused(layer, query[:, :, first:], key, value, scorer, valid, softmax, packed, held)
+        if self._boundary is None or q_len == 1:
+            return focused, None
+        out, weights = dense(module, query, key, value, attention_mask, **kwargs)
+        merged = torch.where(chosen[:, first:, None, None], focused, out[:, first:])
+        return torch.cat([out[:, :first], merged], dim=1), weights
+
+    def _calibrate(
+        self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, n_valid: Tensor, first_slot: int, cache: Any
+    ) -> None:
+        """Take a layer's scorer from the dense queries of a long prompt, and pack the keys that the layer holds."""
+        if not isinstance(self._source, PromptCalibration) or self._source.profile is not None:
+            return
+        (batch, q_len), boundary, device = n_valid.shape, self._boundary, n_valid.device
+        sparse = None if boundary is None else boundary.behind(first_slot, batch, q_len, device)
+        scorer = self._source.measure(layer, query, key, mask, n_valid, sparse)
+        if scorer is not None and layer in self._budgets:
+            self._scorers[layer] = scorer
+            if cache is not None:
+                pack_layer(cache, layer, scorer, self.config.packed_dtype)
+
+    def _sparse_queries(
+        self, layer: int, once: Once, n_valid: Tensor, kv_len: int, first_slot: int
+    ) -> tuple[int, Tensor | None]:
+        """Which queries of a forward are sparse: the first row that may be (Q for none), and bool [B, Q] for all."""
+        (batch, q_len), boundary = n_valid.shape, self._boundary
+        if layer not in self._scorers or self._budgets[layer].covers(kv_len):
+            return q_len, None
+        budget = self._budgets[layer]
+        over_budget = once(("over", budget), lambda *_: budget.exceeded(n_valid))
+        if boundary is None or q_len == 1:
+            return (0, over_budget) if q_len == 1 or self.config.prefill == "sparse" else (q_len, None)
+        behind = boundary.behind(first_slot, batch, q_len, n_valid.device)
+        first = max(0, boundary.lowest - first_slot)
+        return (first, over_budget & behind) if first < q_len else (q_len, None)
+
+    def _is_faster(self, layer: int, query: Tensor, key: Tensor, value: Tensor, cache: Cache | None) -> bool:
+        budget = self._budgets.get(layer)
+        if budget is None or on_host(cache, layer):  # from the host fewer rows are the faster, whatever their number
+            return budget is not None
+        return sparse_is_faster(query, key, value, budget.widest(key.shape[2]))
+
+    def _groups(self, layer: int, kv_len: int, options: dict[str, Any]) -> bool:
+        """Whether a dense layer may attend by ours instead of the model's own attention; not bit by bit the same."""
+        ours = layer in self.dense_layers or self.config.backend == "fastest"
+        asked_more = options.get("dropout") or options.get("output_attentions")
+        return ours and not asked_more and not self.config.budget.covers(kv_len)
+
+    def _focused(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scorer: Scorer,
+        valid: Tensor,
+        softmax: Softmax,
+        packed: PackedKeys | None,
+        held: HeldRows | None,
+    ) -> Tensor:
+        """Sparse attention of every query, [B, Q, Hq, D], as many queries at a time as their scores fit in memory."""
+        step = max(1, _SCORE_BYTES // (8 * query.shape[0] * query.shape[1] * key.shape[2]))
+        parts = [
+            sparse_attention(
+                query[:, :, at : at + step],
+                key,
+                value,
+                Given(scorer.scores[..., at : at + step, :]) if isinstance(scorer, Given) else scorer,
+                valid[:, :, :, at : at + step],
+                self._budgets[layer],
+                self._reduce,
+                softmax,
+                self.config.backend,
+                packed,
+                held,
+            )
+            for at in range(0, query.shape[2], step)
+        ]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return whole.transpose(1, 2).contiguous()
+
+    def _count(self, layer: int, once: Once, n_valid: Tensor, chosen: Tensor | None, first_slot: int) -> None:
+        budget = self._budgets.get(layer, self.config.budget)
+        counted = None
+        if self._boundary is not None:
+            counted = self._boundary.counted(first_slot, n_valid.shape[1], n_valid.device)
+        if counted is not None:
+            self.stats.add(layer, tally(n_valid * counted, chosen, budget))
+        else:
+            self.stats.add(layer, once((chosen is None, budget), lambda *_: tally(n_valid, chosen, budget)))
