@@ -38,6 +38,7 @@ SPEED_TABLES = {
     "step cuda": "bench_step_cuda",
     "step compiled cuda": "bench_step_cuda_compiled",
     "speed cpu": "bench_op_cpu",
+    "flex cpu": "bench_op_cpu_flex",
     "step cpu": "bench_step_cpu",
 }
 
