@@ -1,12 +1,15 @@
-"""Would it pay to fetch rows of host memory ahead, on a stream of their own (FASA-M)? Measured, because it is not done.
+"""Would it pay to fetch rows of host memory ahead, on a stream of their own, or narrower ones (FASA-M)? It is not done.
 
-    python -m evals.bench.ahead --out runs               # on CUDA, with 20 GB of host memory
+    python -m evals.bench.ahead --out runs               # on CUDA, with 40 GB of host memory
 
 A decode step of eight layers as a CUDA graph: the weights of Llama-3.1-8B's, and after the query's product the fetch of
 the selected rows, with the kernels of `fasa_flex.decode`. Either all new rows are fetched in line; or 512 or 1024, the
 best of a step, ahead on a side stream, while the rest of the layer is computed, and in line what the next step misses.
 The shares that are new come from the reference model (evals/results/study/agreement.json, part "renewal"). The second
 selection, which fetching ahead needs too, is left out in its favour.
+
+Narrower rows are those without a key's packed dimensions, which the device has: an eighth less. Putting the two parts
+of a key together is left out in their favour.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from fasa_flex import decode
 from fasa_flex.bench.record import Ledger, command_line, provenance
 from fasa_flex.bench.shapes import SHAPES
 from fasa_flex.bench.timing import graphed, interleave
+from fasa_flex.config import FasaConfig
 from fasa_flex.held_rows import HeldRows
 from fasa_flex.host_memory import host_rows, split_rows
 
@@ -36,6 +40,9 @@ NEW = 0.48
 
 MISSING = {512: 0.30, 1024: 0.16}
 """Of 256 selected rows, those not among so many best ones of the step before."""
+
+UNPACKED = SHAPE.head_dim - 2 * FasaConfig().chunks_of(SHAPE.head_dim)
+"""Dimensions of a key that are not packed."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +58,18 @@ class Layer:
     @classmethod
     def random(cls, batch: int, context: int) -> Layer:
         """Slots lie scattered over the context."""
-        like = torch.empty(batch, SHAPE.kv_heads, 0, SHAPE.head_dim, device="cuda", dtype=torch.bfloat16)
-        key, value = split_rows(host_rows(like, like, context, like.device), SHAPE.head_dim)
         hidden, inner = SHAPE.hidden, SHAPE.intermediate
         joint = (SHAPE.query_heads + 2 * SHAPE.kv_heads) * SHAPE.head_dim
         sizes = ((hidden, joint), (hidden, hidden), (hidden, 2 * inner), (inner, hidden))
         weights = tuple(torch.randn(size, device="cuda", dtype=torch.bfloat16) * size[0] ** -0.5 for size in sizes)
         counts = (SELECTED, *MISSING)
         slots = {count: _scattered(batch * SHAPE.kv_heads, context, count) for count in counts}
-        return cls(weights, key, value, {count: HeldRows.empty(like, like, count) for count in counts}, slots)
+        return cls(weights, *_rows(batch, context, SHAPE.head_dim), slots)
+
+    def narrower(self) -> Layer:
+        """The same layer with keys of the dimensions that are not packed."""
+        key, value, held = _rows(self.key.shape[0], self.key.shape[2], UNPACKED)
+        return replace(self, key=key, value=value, held=held)
 
     def fetch(self, count: int, share: float, programs: int) -> None:
         """Fetch a share of ``count`` rows a key/value head."""
@@ -68,6 +78,14 @@ class Layer:
         decode.FETCH_PROGRAMS = programs
         rows = (held.slots, held.places, held.keys, held.values)
         decode.hold_slots(self.key, self.value, self.slots[count], *rows, None)
+
+
+def _rows(batch: int, context: int, key_dim: int) -> tuple[Tensor, Tensor, dict[int, HeldRows]]:
+    """Keys and values in host memory, and what the device is to hold of them."""
+    like = torch.empty(batch, SHAPE.kv_heads, 0, SHAPE.head_dim, device="cuda", dtype=torch.bfloat16)
+    states = (like[..., :key_dim], like)
+    key, value = split_rows(host_rows(*states, context, like.device), key_dim)
+    return key, value, {count: HeldRows.empty(*states, count) for count in (SELECTED, *MISSING)}
 
 
 def _scattered(rows: int, context: int, count: int) -> Tensor:
@@ -103,13 +121,19 @@ def step(layers: list[Layer], batch: int, in_line: float, ahead: tuple[int, int]
 def measure(batch: int, context: int, seconds: float) -> list[dict[str, Any]]:
     """Microseconds that a layer takes, by what is fetched when."""
     layers = [Layer.random(batch, context) for _ in range(LAYERS)]
-    ways: list[dict[str, Any]] = [{"fetched": "nothing", "in_line": 0.0}, {"fetched": "in line", "in_line": NEW}]
+    narrow = [layer.narrower() for layer in layers]
+    ways: list[dict[str, Any]] = [
+        {"fetched": "nothing", "in_line": 0.0},
+        {"fetched": "in line", "in_line": NEW},
+        {"fetched": "in line, without the packed dimensions", "in_line": NEW, "key_dim": UNPACKED},
+    ]
     for count, missing in MISSING.items():
         for programs in (16, 32, 64, 128):
             ways.append({"fetched": f"{count} rows ahead", "in_line": missing, "ahead": (count, programs)})
     calls = {}
     for number, way in enumerate(ways):
-        call, how = graphed(step(layers, batch, way["in_line"], way.get("ahead")), torch.device("cuda"))
+        chosen = narrow if "key_dim" in way else layers
+        call, how = graphed(step(chosen, batch, way["in_line"], way.get("ahead")), torch.device("cuda"))
         if how != "graph":
             raise RuntimeError(f"{way} was not captured as a graph: {how}.")
         calls[str(number)] = call

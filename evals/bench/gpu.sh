@@ -4,8 +4,8 @@
 #   evals/bench/gpu.sh [FOLDER [PART...]]
 #
 # Results go to FOLDER (default: runs/gpu), one JSON for each part, written row by row; parts are check, op and step. Only
-# done where they are named: compiled, a step that is, in every backend; wide, larger batches of a call; and ahead, what
-# fetching rows of host memory before they are needed would give.
+# done where they are named: compiled, a step that is; wide, more contexts of batch 8; and ahead, what fetching rows of host
+# memory before they are needed would give, or narrower ones.
 #
 # Needs torch with CUDA, transformers and matplotlib; the package itself need not be installed. Started again, it goes on
 # where it was stopped. PYTHON names the interpreter (default: python3).
@@ -50,21 +50,21 @@ op() {
 }
 
 wide() {
-    local call=("${bench[@]}" --part op --batches 8 --contexts 128k,64k,16k --modes eager --backends triton)
-    measured 70 "${call[@]}" --out "$out/wide" --row-seconds 1 --seconds 40
+    measured 120 "${bench[@]}" --part op --out "$out/wide" --batches 8 --contexts 128k,64k,16k --row-seconds 1
+    local whole=("${bench[@]}" --part step --modes eager --row-seconds 2 --out "$out/wide")
+    measured 180 "${whole[@]}" --batches 8 --contexts 128k,64k,16k
 }
 
-# a whole decode step: eager ones are replayed as graphs; of FASA's backends only the kernels can be captured whole.
-# What was pinned of the host's memory takes a quarter of a minute to give back
+# a whole decode step, replayed as a graph. What was pinned of the host's memory takes a quarter of a minute to give back
 step() {
-    local whole=("${bench[@]}" --part step --modes eager --backends triton --row-seconds 2)
+    local whole=("${bench[@]}" --part step --modes eager --row-seconds 2)
     measured 120 "${whole[@]}" --out "$out" --batches 1 --contexts 128k,32k,4k,64k --seconds 75
     measured 100 "${whole[@]}" --out "$out" --batches 8 --contexts 4k,32k --seconds 45
 }
 
-# a whole model compiles for minutes; eight of its layers say what compiling gives, and how the backends compare
+# a whole model compiles for minutes; eight of its layers say what compiling gives
 compiled() {
-    local whole=("${bench[@]}" --part step --modes eager,compiled --backends triton,gather,flex --row-seconds 2)
+    local whole=("${bench[@]}" --part step --modes eager,compiled --row-seconds 2)
     whole+=(--layers 8 --dense-layers 0 --out "$out/compiled")
     measured 200 "${whole[@]}" --batches 1 --contexts 128k
     measured 200 "${whole[@]}" --batches 8 --contexts 32k

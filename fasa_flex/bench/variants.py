@@ -56,9 +56,9 @@ def variants(settings: Settings) -> list[Variant]:
     if settings.device.type == "cuda":
         found.append(Variant("compiled flex", "dense", _register("flex", _flex_region(settings))))
     if "compiled" in settings.modes:
-        found += [replace(v, name=f"{v.name}, compiled", compiled=True) for v in (*dense, *sparse)]
-    if settings.device.type == "cpu" and "gather" in settings.backends:
-        host.append(Variant("FASA-C fastest", "sparse", backend="fastest"))  # compiles where it is sparse
+        found += [replace(v, name=f"{v.name}, compiled", compiled=True) for v in (*dense, *sparse, *host)]
+    if ("triton" if settings.device.type == "cuda" else "gather") in settings.backends:
+        host.append(Variant("FASA-C fastest", "sparse", backend="fastest"))  # on CPU it compiles where it is sparse
     return [*found, *host]
 
 
