@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from torch import Tensor
 
-KV_BYTES = {"cuda": 190_000_000, "cpu": 30_000_000}
+KV_BYTES = {
+    ("cuda", False): 190_000_000,
+    ("cuda", True): 25_000_000,
+    ("cpu", False): 30_000_000,
+    ("cpu", True): 30_000_000,
+}
 """Keys and values of one layer, over the batch, from which a decode step is the faster if it is sparse.
 
-Below, a fixed cost decides: on an H100 (bfloat16, Llama-3.1-8B's shape, replayed as a graph) the crossover of a whole
-step is 24k tokens at batch 1, 97 MB, and 6k at batch 8, 185 MB (evals/results/bench_step_cuda.json): the later one, so
-that sparse is never the slower; on two CPU cores (float32, Llama-3.2-1B's shape) that of a step whose attention is
-compiled is 7k tokens, 30 MB, and of one that is compiled whole 1.5k (evals/results/bench_step_cpu.json).
+By device, and by whether dense attention would be `fasa_flex.grouped`'s. Below, a fixed cost decides: on an H100
+(bfloat16, Llama-3.1-8B's shape, replayed as a graph) the crossover of a whole step with the best dense one is 24k
+tokens at batch 1, 97 MB, and 6k at batch 8, 185 MB: the later one, so that sparse is never the slower; with that of
+ours, which a mask needs, it is between 4k and 16k tokens at batch 1 (evals/results/bench_step_cuda.json). On two CPU
+cores (float32, Llama-3.2-1B's shape) that of a step whose attention is compiled is 7k tokens, 30 MB, and of one that is
+compiled whole 1.5k (evals/results/bench_step_cpu.json).
 """
 
-BUDGETS = 4
-"""And at least so many times the budget, the least that was measured: 256 of 1024 tokens at batch 8 on a CPU."""
+BUDGETS = {"cuda": 16, "cpu": 4}
+"""And at least so many times the budget, the least that was measured: 256 of 4096 and of 1024 tokens at batch 8."""
 
 
-def sparse_is_faster(query: Tensor, key: Tensor, value: Tensor, most_selected: int) -> bool:
+def sparse_is_faster(query: Tensor, key: Tensor, value: Tensor, most_selected: int, grouped: bool) -> bool:
     """Whether the rule says so for one layer's decode step; shapes alone decide, so it compiles.
 
     Args:
@@ -25,7 +32,7 @@ def sparse_is_faster(query: Tensor, key: Tensor, value: Tensor, most_selected: i
         key: float [B, Hkv, T, D]; T counts the slots of a static buffer, all of which dense attention reads.
         value: float [B, Hkv, T, Dv].
         most_selected: the budget among T keys.
+        grouped: whether dense attention would be `fasa_flex.grouped.grouped_attention`.
     """
-    held = (key.numel() + value.numel()) * key.element_size()
-    least = KV_BYTES.get(query.device.type, 0)
-    return held >= least and key.shape[2] >= BUDGETS * most_selected
+    held, device = (key.numel() + value.numel()) * key.element_size(), query.device.type
+    return held >= KV_BYTES.get((device, grouped), 0) and key.shape[2] >= BUDGETS.get(device, 1) * most_selected

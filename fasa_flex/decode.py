@@ -14,6 +14,7 @@ from fasa_flex.kernels import (
     find_rows,
     merge_parts,
     mix_group,
+    on_their_device,
     overlapping,
     score_keys,
     select_keys,
@@ -34,6 +35,7 @@ PROGRAMS, MOST_PARTS, MERGE_WARPS = 256, 128, 8
 
 
 @torch.library.custom_op("fasa_flex::select_slots", mutates_args=())
+@on_their_device
 def select_slots(
     query: Tensor,
     dims: Tensor,
@@ -107,6 +109,7 @@ def _(
 
 
 @torch.library.custom_op("fasa_flex::attend_slots", mutates_args=())
+@on_their_device
 def attend_slots(
     query: Tensor,
     key: Tensor,
@@ -161,6 +164,7 @@ def _(
 
 
 @torch.library.custom_op("fasa_flex::hold_slots", mutates_args=("held", "held_at", "held_keys", "held_values"))
+@on_their_device
 def hold_slots(
     key: Tensor,
     value: Tensor,
@@ -233,6 +237,7 @@ def _aligned(like: Tensor, rows: int, columns: int) -> Tensor:
 
 
 @torch.library.custom_op("fasa_flex::dense_decode", mutates_args=())
+@on_their_device
 def dense_decode(
     query: Tensor,
     key: Tensor,

@@ -171,7 +171,8 @@ class Fasa:
         check_keys(layer, key, n_valid, self._limit)
         self._calibrate(layer, query, key, attention_mask, n_valid, first_slot, cache)
         first, chosen = self._sparse_queries(layer, once, n_valid, kv_len, first_slot)
-        if self.config.backend == "fastest" and not self._is_faster(layer, query, key, value, cache):
+        groups = self._groups(layer, kv_len, kwargs) and decodes_grouped(query, key, value, attention_mask, softmax)
+        if self.config.backend == "fastest" and not self._is_faster(layer, query, key, value, groups, cache):
             first, chosen = q_len, None
         self._count(layer, once, n_valid, chosen, first_slot)
         scorer = self._scorers.get(layer)
@@ -182,7 +183,7 @@ class Fasa:
             scorer = Given(scorer.follow(forward))
         if chosen is None:  # keys and values of FASA-M may be the host's
             key, value = key.to(query.device), value.to(query.device)
-            if self._groups(layer, kv_len, kwargs) and decodes_grouped(query, key, value, attention_mask, softmax):
+            if groups:
                 valid = once("valid", valid_from_mask)
                 return grouped_attention(query, key, value, valid, softmax).transpose(1, 2).contiguous(), None
             return dense(module, query, key, value, attention_mask, **kwargs)
@@ -229,11 +230,13 @@ class Fasa:
         first = max(0, boundary.lowest - first_slot)
         return (first, over_budget & behind) if first < q_len else (q_len, None)
 
-    def _is_faster(self, layer: int, query: Tensor, key: Tensor, value: Tensor, cache: Cache | None) -> bool:
+    def _is_faster(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, groups: bool, cache: Cache | None
+    ) -> bool:
         budget = self._budgets.get(layer)
         if budget is None or on_host(cache, layer):  # from the host fewer rows are the faster, whatever their number
             return budget is not None
-        return sparse_is_faster(query, key, value, budget.widest(key.shape[2]))
+        return sparse_is_faster(query, key, value, budget.widest(key.shape[2]), groups)
 
     def _groups(self, layer: int, kv_len: int, options: dict[str, Any]) -> bool:
         """Whether a dense layer may attend by ours instead of the model's own attention; not bit by bit the same."""

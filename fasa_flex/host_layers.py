@@ -146,7 +146,7 @@ class StaticHostLayer(OnHost, StaticPackedLayer):
         self._forget()
         return (keys.clone(), values.clone()) if keys.is_cuda else (keys, values)
 
-    def _write(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+    def _write_states(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         length = key_states.shape[2]
         slots = self.cumulative_length + torch.arange(length, device=self.device)
         self.cumulative_length.add_(length)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
+from fasa_flex.fused import writes_at_once
 from fasa_flex.host_memory import settle
 from fasa_flex.packing import PackedDtype, PackedKeys
 from fasa_flex.room import CountedStaticLayer
@@ -182,23 +183,28 @@ class StaticPackedLayer(KeepsPackedKeys, CountedStaticLayer):
         if self.packed is not None:
             self.packed.change(Tensor.zero_)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write keys and values [B, Hkv, t, D] behind those held; returns the whole buffers.
-
-        Raises:
-            ValueError: there is no room for them (`reserve`).
-        """
-        self.reserve(key_states.shape[2])
+    def _write(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        length = key_states.shape[2]
-        slots = self.cumulative_length.view(1)
+        assert self.packed is not None
+        packed, dims, held = self.packed, self.scorer.dims, self.cumulative_length
+        states = (key_states, value_states, self.keys, self.values)
+        if writes_at_once(*states, packed):
+            from fasa_flex.writing import write_token  # Triton is there with CUDA only
+
+            scales = None if packed.scales is None else packed.scales.squeeze(3)
+            write_token(*states, packed.tiles.squeeze(4), scales, dims.contiguous(), held)
+            held.add_(1)
+            return self.keys, self.values
+        slots, length = held.view(1), key_states.shape[2]
         if length > 1:
             slots = slots + torch.arange(length, device=self.device)
-        assert self.packed is not None
-        self.packed.write(self.scorer.pack(key_states), slots)
-        states: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
-        return states
+        packed.write(self.scorer.pack(key_states), slots)
+        return self._write_states(key_states, value_states)
+
+    def _write_states(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values, without the packed keys."""
+        return super()._write(key_states, value_states)
 
 
 def _room_for(length: int) -> int:

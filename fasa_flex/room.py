@@ -51,11 +51,12 @@ class CountedStaticLayer(StaticLayer):
         """
         length = key_states.shape[2]
         self.reserve(length)
+        states = self._write(key_states, value_states)
         if self._counts_on_device():
             self.written = None
         elif self.written is not None:
             self.written += length
-        return self._write(key_states, value_states)
+        return states
 
     def _write(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """What `update` does once there is room."""

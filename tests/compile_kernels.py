@@ -17,7 +17,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 SHAPE = {"GROUP": 4, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "VALUE_DIM": 128, "VALUE_PAD": 128}
 SHAPE |= {"KV_HEADS": 8, "KEY_STRIDE": 256, "VALUE_STRIDE": 256}
 SHAPE |= {"WIDTH": 32, "WIDTH_PAD": 32, "WANTED_PAD": 256, "BLOCK": 128, "OVERLAP": True}
-POINTERS = dict.fromkeys(("query", "keys", "values", "sinks", "out"), "*bf16")
+POINTERS = dict.fromkeys(("query", "key", "value", "keys", "values", "packed", "sinks", "out"), "*bf16")
 POINTERS |= dict.fromkeys(("scores", "top", "total", "bests", "totals", "results"), "*fp32")
 POINTERS |= dict.fromkeys(("held_keys", "held_values"), "*bf16")
 POINTERS |= dict.fromkeys(
@@ -27,10 +27,10 @@ POINTERS |= {"dims": "*i64", "scales": "*fp16", "codes": "*u8", "length": "*i64"
 NUMBERS = {"scaling": "fp32", "softcap": "fp32", "key_batch": "i64", "value_batch": "i64"}
 
 
-def compiles(kernel: Any, keys: str = "*bf16", **constants: Any) -> None:
-    """Compile to machine code; raises where that fails."""
+def compiles(kernel: Any, int8: str = "", **constants: Any) -> None:
+    """Compile to machine code, an argument being ``int8``; raises where that fails."""
     chosen = {name: value for name, value in {**SHAPE, **constants}.items() if name in kernel.arg_names}
-    types = {**dict.fromkeys(kernel.arg_names, "i32"), **NUMBERS, **POINTERS, "keys": keys}
+    types = {**dict.fromkeys(kernel.arg_names, "i32"), **NUMBERS, **POINTERS, int8: "*i8"}
     signature = {name: "constexpr" if name in chosen else types[name] for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in chosen.items()}
     built = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=places), target=TARGET)
@@ -40,7 +40,7 @@ def compiles(kernel: Any, keys: str = "*bf16", **constants: Any) -> None:
 def main() -> None:
     for how in ("softmax", "max", "mean"):
         compiles(kernels.score_keys, HOW=how, SCALED=False)
-    compiles(kernels.score_keys, keys="*i8", HOW="softmax", SCALED=True)
+    compiles(kernels.score_keys, int8="keys", HOW="softmax", SCALED=True)
     compiles(kernels.mix_group, GROUP_PAD=4, BLOCK=1024)
     for search in (False, True):
         compiles(kernels.select_keys, TILES_PAD=1024 if search else 128, SEARCH=search, GUESS=search)
@@ -51,6 +51,8 @@ def main() -> None:
     for bounded in (False, True):
         compiles(kernels.find_rows, BOUNDED=bounded)
     compiles(kernels.fetch_rows, BLOCK=16)
+    compiles(kernels.write_states, SCALED=False)
+    compiles(kernels.write_states, int8="packed", SCALED=True)
 
 
 if __name__ == "__main__":

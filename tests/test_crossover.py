@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from generation import Ids, generate, profile_of
@@ -32,7 +34,27 @@ def layer(batch: int, heads: int, length: int) -> tuple[torch.Tensor, torch.Tens
     ],
 )
 def test_the_rule(batch: int, heads: int, length: int, budget: int, expected: bool) -> None:
-    assert sparse_is_faster(*layer(batch, heads, length), budget) is expected
+    for grouped in (False, True):
+        assert sparse_is_faster(*layer(batch, heads, length), budget, grouped) is expected
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "grouped", "expected"),
+    [
+        (1, 32768, False, False),  # 134 MB in bfloat16
+        (1, 65536, False, True),
+        (1, 4096, True, False),  # 17 MB
+        (1, 8192, True, True),
+        (8, 4096, True, True),
+        (8, 4095, True, False),  # of 16 budgets the least was measured
+    ],
+)
+def test_on_a_gpu_the_rule_asks_what_dense_attention_would_be(
+    batch: int, length: int, grouped: bool, expected: bool
+) -> None:
+    states = torch.empty(batch, 8, length, 128, dtype=torch.bfloat16, device="meta")
+    query = Mock(device=torch.device("cuda"))
+    assert sparse_is_faster(query, states, states, 256, grouped) is expected
 
 
 def test_below_the_crossover_the_model_is_dense_to_the_bit_and_counts_so(llama: PreTrainedModel, ids: Ids) -> None:
@@ -45,11 +67,21 @@ def test_below_the_crossover_the_model_is_dense_to_the_bit_and_counts_so(llama: 
     assert torch.equal(logits, dense[1])
 
 
+def test_with_a_mask_the_crossover_is_that_of_grouped_attention(
+    llama: PreTrainedModel, ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A static cache has one."""
+    monkeypatch.setitem(fasa_flex.crossover.KV_BYTES, ("cpu", False), 0)
+    with enable(llama, profile_of(llama), FasaConfig(n_fac=6, backend="fastest")) as fasa:
+        generate(llama, ids(40, rows=1), cache_implementation="static")
+        assert fasa.stats.sparse_queries == 0
+
+
 def test_above_the_crossover_it_is_auto(llama: PreTrainedModel, ids: Ids, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a crossover of 43 tokens, the steps before it are dense."""
     prompt, profile = ids(40, rows=1), profile_of(llama)
     token = 2 * 2 * 16 * 4  # keys and values, two heads of 16 float32
-    monkeypatch.setitem(fasa_flex.crossover.KV_BYTES, "cpu", 43 * token)
+    monkeypatch.setitem(fasa_flex.crossover.KV_BYTES, ("cpu", False), 43 * token)
     with enable(llama, profile, FasaConfig(n_fac=5, backend="fastest")) as fasa:
         generate(llama, prompt, max_new_tokens=6)
         assert [layer.sparse_queries for layer in fasa.stats.per_layer] == [0, 3, 3]  # at 43, 44 and 45 keys
@@ -61,7 +93,7 @@ def test_it_compiles_twice_for_a_growing_cache_and_decodes_as_gather(
     llama: PreTrainedModel, ids: Ids, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """300 steps go beyond the first buffer: the second compilation serves any length."""
-    monkeypatch.setitem(fasa_flex.crossover.KV_BYTES, "cpu", 0)
+    monkeypatch.setitem(fasa_flex.crossover.KV_BYTES, ("cpu", False), 0)
     prompt, profile = ids(100, rows=2), profile_of(llama)
     torch._dynamo.reset()
     counters.clear()

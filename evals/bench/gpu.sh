@@ -4,8 +4,8 @@
 #   evals/bench/gpu.sh [FOLDER [PART...]]
 #
 # Results go to FOLDER (default: runs/gpu), one JSON for each part, written row by row; parts are check, op and step. Only
-# done where they are named: compiled, a step that is; wide, more contexts of batch 8; and ahead, what fetching rows of host
-# memory before they are needed would give, or narrower ones.
+# done where they are named: int8, packed keys of a call in eight bits; compiled, a step that is; wide, more contexts of
+# batch 8; and ahead, what fetching rows of host memory before they are needed would give, or narrower ones.
 #
 # Needs torch with CUDA, transformers and matplotlib; the package itself need not be installed. Started again, it goes on
 # where it was stopped. PYTHON names the interpreter (default: python3).
@@ -36,17 +36,20 @@ bench=("$python" -m fasa_flex.bench --device cuda --dtype bfloat16 --shapes llam
 status=0
 
 check() {
-    part 105 "$python" -m evals.bench.check_cuda --out "$out" --seconds 100 || status=1
+    part 150 "$python" -m evals.bench.check_cuda --out "$out" --seconds 120 || status=1
 }
 
-# one attention call: with every rival; then the cheaper ranking, and packed keys in int8, with the kernels alone
+# one attention call: with every rival; then the cheaper ranking, with the kernels alone
 op() {
-    local call=("${bench[@]}" --part op --row-seconds 2)
-    measured 90 "${call[@]}" --out "$out" --batches 1 --contexts 32k,128k,4k,16k,64k --seconds 70
-    measured 50 "${call[@]}" --out "$out" --batches 8 --contexts 32k,4k --seconds 30
+    local call=("${bench[@]}" --part op --batches 1,8)
+    measured 150 "${call[@]}" --out "$out" --contexts 32k,128k,4k --row-seconds 2 --seconds 110
     call+=(--modes eager --backends triton --group-reduce max --row-seconds 1)
-    measured 55 "${call[@]}" --out "$out/max" --batches 1,8 --contexts 32k,128k,4k --seconds 18
-    measured 55 "${call[@]}" --out "$out/int8" --packed-dtype int8 --batches 1,8 --contexts 32k,128k,4k --seconds 18
+    measured 50 "${call[@]}" --out "$out/max" --contexts 32k,128k,4k --seconds 20
+}
+
+int8() {
+    local call=("${bench[@]}" --part op --batches 1,8 --modes eager --backends triton --group-reduce max)
+    measured 70 "${call[@]}" --out "$out/int8" --packed-dtype int8 --contexts 32k,128k,4k --row-seconds 1
 }
 
 wide() {
@@ -57,9 +60,9 @@ wide() {
 
 # a whole decode step, replayed as a graph. What was pinned of the host's memory takes a quarter of a minute to give back
 step() {
-    local whole=("${bench[@]}" --part step --modes eager --row-seconds 2)
-    measured 120 "${whole[@]}" --out "$out" --batches 1 --contexts 128k,32k,4k,64k --seconds 75
-    measured 100 "${whole[@]}" --out "$out" --batches 8 --contexts 4k,32k --seconds 45
+    local whole=("${bench[@]}" --part step --modes eager --row-seconds 2 --out "$out")
+    measured 115 "${whole[@]}" --batches 1 --contexts 128k,32k,4k --seconds 75
+    measured 115 "${whole[@]}" --batches 8 --contexts 32k,4k --seconds 45
 }
 
 # a whole model compiles for minutes; eight of its layers say what compiling gives

@@ -1,4 +1,4 @@
-"""The Triton kernels of a decode step on a GPU: TIP, the group's ranking, the selection, FAC; and a dense layer's.
+"""The Triton kernels of a decode step on a GPU: the cache, TIP, ranking, selection, FAC; and a dense layer's.
 
 Inductor's kernels for the same step take 2.2 to 6.6 times as long on an H100 (evals/results/bench_op_cuda.json).
 Nothing here waits for the host or allocates more than scores, and everything can be captured in a CUDA graph.
@@ -6,10 +6,11 @@ Nothing here waits for the host or allocates more than scores, and everything ca
 """
 
 from fasa_flex.kernels.attention import attend_part, attend_rows, merge_parts
-from fasa_flex.kernels.launching import overlapping
+from fasa_flex.kernels.launching import on_their_device, overlapping
 from fasa_flex.kernels.rows import fetch_rows, find_rows
 from fasa_flex.kernels.scoring import TILE, mix_group, score_keys
 from fasa_flex.kernels.selection import select_keys
+from fasa_flex.kernels.writing import write_states
 
 __all__ = [
     "TILE",
@@ -19,7 +20,9 @@ __all__ = [
     "find_rows",
     "merge_parts",
     "mix_group",
+    "on_their_device",
     "overlapping",
     "score_keys",
     "select_keys",
+    "write_states",
 ]

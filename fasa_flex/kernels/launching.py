@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -26,3 +29,18 @@ def overlapping(device: torch.device) -> tuple[bool, dict[str, bool]]:
     """What ``OVERLAP`` is on a device, and the launch options that go with it."""
     overlap = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
     return overlap, {"launch_pdl": True} if overlap else {}
+
+
+def on_their_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Let ``launch`` run with the GPU of the tensors that it is given as the current one, on which Triton launches.
+
+    It need not be: a model may be spread over several. Keys and values may be the host's.
+    """
+
+    @functools.wraps(launch)
+    def run(*args: Any) -> Any:
+        theirs = (arg.get_device() for arg in args if isinstance(arg, Tensor) and arg.is_cuda)
+        with torch.cuda.device(next(theirs, -1)):
+            return launch(*args)
+
+    return run

@@ -1,0 +1,118 @@
+"""What a decoded token adds to a static cache by one kernel, interpreted, against what PyTorch's operators write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import generator, pick_chunks
+from generation import Ids, profile_of
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fasa_flex import FasaCache, FasaConfig, enable
+from fasa_flex.fused import writes_at_once
+from fasa_flex.packing import PackedKeys
+from fasa_flex.scoring import DominantChunks
+
+pytest.importorskip("triton")
+write_token = pytest.importorskip("fasa_flex.writing").write_token
+
+BATCH, HEADS, LENGTH = 2, 3, 9
+
+
+def drawn(*size: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(size, generator=generator(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("side_by_side", [False, True], ids=["apart", "side by side"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("packed_dtype", [None, "float16", "int8"])
+def test_a_token_is_written_as_by_operators(
+    dtype: torch.dtype, packed_dtype: Any, side_by_side: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys of an odd width, values of another, new states as a model's views; nothing else changes."""
+    monkeypatch.setattr("fasa_flex.packing.tile_of", lambda device: 1)
+    dim, value_dim, at = 12, 10, 4
+    scorer = DominantChunks.from_chunks(pick_chunks(HEADS, 3, dim=dim))
+    rows = drawn(BATCH, HEADS, LENGTH, dim + value_dim, seed=1, dtype=dtype)
+    keys, values = rows[..., :dim], rows[..., dim:]
+    if not side_by_side:
+        keys, values = keys.contiguous(), values.contiguous()
+    new = 3 * drawn(BATCH, 1, HEADS, dim + value_dim, seed=2, dtype=dtype).transpose(1, 2)
+    key, value = new[..., :dim], new[..., dim:]
+    packed = PackedKeys.of(scorer.pack(keys), packed_dtype)
+    expected = [keys.clone(), values.clone(), packed.change(Tensor.clone)]
+    expected[0][:, :, at], expected[1][:, :, at] = key[:, :, 0], value[:, :, 0]
+    expected[2].write(scorer.pack(key), torch.tensor([at]))
+    scales = None if packed.scales is None else packed.scales.squeeze(3)
+    write_token(key, value, keys, values, packed.tiles.squeeze(4), scales, scorer.dims, torch.tensor(at))
+    assert torch.equal(keys, expected[0])
+    assert torch.equal(values, expected[1])
+    assert torch.equal(packed.tiles, expected[2].tiles)
+    assert packed.scales is None or torch.equal(packed.scales, expected[2].scales)
+
+
+def test_a_key_of_zeros_has_a_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fasa_flex.packing.tile_of", lambda device: 1)
+    keys, dims = drawn(1, 1, LENGTH, 8, seed=1), torch.arange(4)[None]
+    packed = PackedKeys.of(keys[..., :4].contiguous(), "int8")
+    assert packed.scales is not None
+    nothing = torch.zeros(1, 1, 1, 8)
+    states = (nothing, nothing, keys, keys.clone())
+    write_token(*states, packed.tiles.squeeze(4), packed.scales.squeeze(3), dims, torch.tensor(2))
+    assert not packed.tiles[:, :, 2].any()
+    assert float(packed.scales[0, 0, 2]) == torch.finfo(torch.float16).tiny
+
+
+@pytest.mark.parametrize("packed_dtype", [torch.float32, torch.int8])
+def test_beyond_the_end_nothing_is_written(packed_dtype: torch.dtype) -> None:
+    """A GPU stops there too, by an assertion that the interpreter does not check."""
+    dims, new = torch.arange(4)[None], torch.ones(1, 1, 1, 8)
+    wholes = [torch.zeros(1, 1, LENGTH + 1, width, dtype=dtype) for width, dtype in ((8, None), (4, packed_dtype))]
+    keys, packed = (whole[:, :, :LENGTH] for whole in wholes)
+    scales = torch.zeros(1, 1, LENGTH + 1, dtype=torch.float16)
+    held = scales[:, :, :LENGTH] if packed_dtype == torch.int8 else None
+    write_token(new, new, keys, keys, packed, held, dims, torch.tensor(LENGTH))
+    assert not any(bool(buffer.any()) for buffer in (*wholes, scales))
+
+
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_a_model_decodes_the_same_by_it(
+    llama: PreTrainedModel, ids: Ids, placement: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the prefill by operators, then every sparse layer's tokens by the kernel, as many as are counted."""
+    monkeypatch.setattr("fasa_flex.packing.tile_of", lambda device: 1)
+    config, profile = FasaConfig(n_fac=8, n_tip=3, backend="gather"), profile_of(llama)
+    prompt, tokens = ids(40, rows=2), [ids(1, seed=step, rows=2) for step in range(3)]
+    written: list[int] = []
+
+    def counting(*states: Any) -> None:
+        written.append(int(states[-1]))
+        write_token(*states)
+
+    def decode() -> tuple[Tensor, FasaCache]:
+        cache = FasaCache(llama, profile, config, placement=placement, max_cache_len=48)
+        with torch.no_grad(), enable(llama, profile, config):
+            llama(prompt, past_key_values=cache)
+            return torch.cat([llama(token, past_key_values=cache).logits for token in tokens]), cache
+
+    expected, plain = decode()
+    monkeypatch.setattr("fasa_flex.writing.write_token", counting)
+    monkeypatch.setattr("fasa_flex.packed_layers.writes_at_once", lambda key, *states: key.shape[2] == 1)
+    logits, cache = decode()
+    assert torch.equal(logits, expected)
+    sparse = llama.config.num_hidden_layers - 1
+    assert written == [length for length in (40, 41, 42) for _ in range(sparse)]
+    for ours, theirs in zip(cache.layers, plain.layers, strict=True):
+        assert int(ours.cumulative_length) == ours.written == int(theirs.cumulative_length) == 43
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
+
+
+def test_operators_write_what_the_kernel_cannot() -> None:
+    """Without CUDA everything; there, what `writes_at_once` compares is the shape, the dtype and the place."""
+    keys = torch.zeros(1, 1, LENGTH, 8)
+    packed = PackedKeys.of(keys[..., :4].contiguous())
+    assert not writes_at_once(keys[:, :, :1], keys[:, :, :1], keys, keys, packed)
