@@ -5,19 +5,19 @@ from __future__ import annotations
 from torch import Tensor
 
 KV_BYTES = {
-    ("cuda", False): 190_000_000,
-    ("cuda", True): 25_000_000,
+    ("cuda", False): 170_000_000,
+    ("cuda", True): 33_000_000,
     ("cpu", False): 30_000_000,
     ("cpu", True): 30_000_000,
 }
 """Keys and values of one layer, over the batch, from which a decode step is the faster if it is sparse.
 
-By device, and by whether dense attention would be `fasa_flex.grouped`'s. Below, a fixed cost decides: on an H100
-(bfloat16, Llama-3.1-8B's shape, replayed as a graph) the crossover of a whole step with the best dense one is 24k
-tokens at batch 1, 97 MB, and 6k at batch 8, 185 MB: the later one, so that sparse is never the slower; with that of
-ours, which a mask needs, it is between 4k and 16k tokens at batch 1 (evals/results/bench_step_cuda.json). On two CPU
-cores (float32, Llama-3.2-1B's shape) that of a step whose attention is compiled is 7k tokens, 30 MB, and of one that is
-compiled whole 1.5k (evals/results/bench_step_cpu.json).
+By device, and by whether dense attention would be `fasa_flex.grouped`'s. Below, a fixed cost decides. On an H100
+(bfloat16, Llama-3.1-8B's shape, replayed as a graph) the crossover of a whole step with the best dense one is 10k
+tokens at batch 1, 39 MB, and 5k at batch 8, 168 MB: the later one, so that sparse is never the slower. With ours, which
+a mask needs, it is between 4k and 16k tokens at batch 1, 17 and 67 MB, and at batch 8 below 4k (bench_step_cuda.json in
+evals/results). On two CPU cores (float32, Llama-3.2-1B's shape) that of a step whose attention is compiled is 7k
+tokens, 30 MB, and of one that is compiled whole 1.5k (bench_step_cpu.json).
 """
 
 BUDGETS = {"cuda": 16, "cpu": 4}

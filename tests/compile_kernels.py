@@ -27,14 +27,16 @@ POINTERS |= {"dims": "*i64", "scales": "*fp16", "codes": "*u8", "length": "*i64"
 NUMBERS = {"scaling": "fp32", "softcap": "fp32", "key_batch": "i64", "value_batch": "i64"}
 
 
-def compiles(kernel: Any, int8: str = "", **constants: Any) -> None:
-    """Compile to machine code, an argument being ``int8``; raises where that fails."""
+def compiles(kernel: Any, int8: str = "", asserts: bool = False, **constants: Any) -> None:
+    """Compile to machine code, an argument being ``int8``, with a check in it or none; raises where that fails."""
     chosen = {name: value for name, value in {**SHAPE, **constants}.items() if name in kernel.arg_names}
     types = {**dict.fromkeys(kernel.arg_names, "i32"), **NUMBERS, **POINTERS, int8: "*i8"}
     signature = {name: "constexpr" if name in chosen else types[name] for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in chosen.items()}
-    built = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=places), target=TARGET)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+    built = triton.compile(source, target=TARGET, options={"debug": asserts})
     assert built.asm["cubin"]
+    assert ("__assertfail" in built.asm["ptx"]) == asserts
 
 
 def main() -> None:
@@ -51,8 +53,8 @@ def main() -> None:
     for bounded in (False, True):
         compiles(kernels.find_rows, BOUNDED=bounded)
     compiles(kernels.fetch_rows, BLOCK=16)
-    compiles(kernels.write_states, SCALED=False)
-    compiles(kernels.write_states, int8="packed", SCALED=True)
+    compiles(kernels.write_states, asserts=True, SCALED=False)
+    compiles(kernels.write_states, int8="packed", asserts=True, SCALED=True)
 
 
 if __name__ == "__main__":
