@@ -216,6 +216,19 @@ def test_the_smallest_run(smallest: Path, part: str) -> None:
     assert (smallest / f"bench_{part}_cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_as_many_layers_as_fit_beside_what_transformers_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, chosen = SHAPES["llama-3.1-8b"], settings(shapes=("llama-3.1-8b",), contexts=(32768,))
+    free = 40_000_000_000
+    monkeypatch.setattr("fasa_flex.bench.step.free_memory", lambda device: free)
+    layers = step.layers_that_fit(shape, 1, 32768, chosen)
+    repeated = 2 * 32768 * 32 * 128 * 4
+    held = shape.layer_parameters() * 4 + 2 * 32768 * 8 * 128 * 4
+    assert 1 < layers < 32
+    assert shape.head_parameters() * 4 + layers * held + repeated < 0.8 * free
+    monkeypatch.setattr("fasa_flex.bench.step.free_memory", lambda device: shape.head_parameters() * 4 + repeated)
+    assert step.layers_that_fit(shape, 1, 32768, chosen) == 0
+
+
 def test_a_decode_step_states_its_depth_and_ceiling(smallest: Path) -> None:
     for row in json.loads((smallest / "bench_step_cpu.json").read_text())["rows"]:
         assert (row["layers"], row["full_layers"], row["dense_layers"]) == (2, 2, [0])

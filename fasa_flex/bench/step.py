@@ -44,7 +44,9 @@ def layers_that_fit(shape: Shape, batch: int, context: int, settings: Settings) 
     buffers = op.bytes_needed(shape, batch, context, settings)
     if settings.device.type == "cpu":
         buffers *= 2  # dense and FASA-C share keys and values; FASA-M's host memory is the same memory here
-    free = int(_SHARE_OF_MEMORY * free_memory(settings.device)) - shape.head_parameters() * item - 2 * buffers
+    repeated = 2 * batch * context * shape.query_heads * shape.head_dim * item  # by transformers, for every query head
+    spare = shape.head_parameters() * item + 2 * buffers + repeated
+    free = int(_SHARE_OF_MEMORY * free_memory(settings.device)) - spare
     fit = free // (shape.layer_parameters() * item + buffers)
     return max(0, min(shape.layers, fit, settings.layers or shape.layers))
 
