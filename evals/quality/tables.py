@@ -5,9 +5,9 @@ python -m evals.quality.tables          # writes them between the README's marke
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
+from evals.marked import fill
 from evals.quality.agreement_tables import calibration, compound, held, large_compound, transfer
 from evals.quality.arms import ROOT
 from evals.quality.budgets import MEANS, in_all_layers
@@ -181,21 +181,8 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def block(text: str, name: str) -> str | None:
-    """What stands between the markers of a table; None without these."""
-    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, flags=re.DOTALL)
-    return found and found[1].removesuffix("\n")
-
-
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    for name, made in TABLES.items():
-        if block(text, name) is None:
-            raise SystemExit(f"{README} has no place for the table {name}: add <!-- {name} --> and <!-- /{name} -->")
-        before, _, rest = text.partition(f"<!-- {name} -->\n")
-        behind = rest[rest.index(f"<!-- /{name} -->") :]
-        text = f"{before}<!-- {name} -->\n{made()}\n{behind}"
-    README.write_text(text, encoding="utf-8")
+    fill(README, TABLES)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from evals.marked import block
 from evals.quality import agreement, arms, budgets, calibrations, documents, methods, steps, sweep, tables, zero_setup
 from fasa_flex import RotaryLayout, calibrate
 from fasa_flex.budget import Budget
@@ -249,7 +250,7 @@ def test_a_dense_layer_reads_everything() -> None:
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_the_readme_shows_the_committed_results(name: str) -> None:
     """`python -m evals.quality.tables` writes them."""
-    assert tables.block(tables.README.read_text(), name) == tables.TABLES[name]()
+    assert block(tables.README.read_text(), name) == tables.TABLES[name]()
 
 
 def run_in_small(script: Any, file: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

@@ -1,0 +1,60 @@
+"""The tables of speed in README.md and evals/bench/README.md, made of the committed results.
+
+python -m evals.bench.tables            # writes them between the READMEs' markers
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from evals.marked import fill
+from fasa_flex.bench.report import side_by_side, summary
+
+ROOT = Path(__file__).parents[2]
+MAIN, DETAILS = ROOT / "README.md", Path(__file__).with_name("README.md")
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """The rows of a committed result."""
+    rows: list[dict[str, Any]] = json.loads((ROOT / "evals" / "results" / f"bench_{name}.json").read_text())["rows"]
+    return rows
+
+
+def rivals(name: str) -> str:
+    """Every one of FASA's ways against the best dense one."""
+    return summary(rows_of(name))
+
+
+def rankings(device: str, int8: str, rival: str) -> str:
+    """One of FASA's ways, by how the group ranks and what packed keys are held in."""
+    files = {"softmax (default)": device, "max": f"{device}_max", int8: f"{device}_int8"}
+    return side_by_side({name: rows_of(f"op_{file}") for name, file in files.items()}, rival)
+
+
+TABLES: dict[Path, dict[str, Callable[[], str]]] = {
+    MAIN: {
+        "speed cuda": partial(rivals, "op_cuda"),
+        "step cuda": partial(rivals, "step_cuda"),
+        "speed cpu": partial(rivals, "op_cpu"),
+        "step cpu": partial(rivals, "step_cpu"),
+    },
+    DETAILS: {
+        "rankings cuda": partial(rankings, "cuda", "max, int8 packed keys", "FASA-C triton"),
+        "step compiled cuda": partial(rivals, "step_cuda_compiled"),
+        "rankings cpu": partial(rankings, "cpu", "softmax, int8 packed keys", "FASA-C gather, compiled"),
+        "flex cpu": partial(rivals, "op_cpu_flex"),
+    },
+}
+
+
+def main() -> None:
+    for readme, tables in TABLES.items():
+        fill(readme, tables)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Tables between the markers of a README, ``<!-- name -->`` and ``<!-- /name -->``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+
+def block(text: str, name: str) -> str | None:
+    """What stands between the markers of a table; None without these."""
+    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, flags=re.DOTALL)
+    return found and found[1].removesuffix("\n")
+
+
+def fill(readme: Path, tables: Mapping[str, Callable[[], str]]) -> None:
+    """Write tables between their markers.
+
+    Raises:
+        SystemExit: one has none.
+    """
+    text = readme.read_text(encoding="utf-8")
+    for name, made in tables.items():
+        if block(text, name) is None:
+            raise SystemExit(f"{readme} has no place for the table {name}: add <!-- {name} --> and <!-- /{name} -->")
+        before, _, rest = text.partition(f"<!-- {name} -->\n")
+        behind = rest[rest.index(f"<!-- /{name} -->") :]
+        text = f"{before}<!-- {name} -->\n{made()}\n{behind}"
+    readme.write_text(text, encoding="utf-8")
