@@ -56,9 +56,12 @@ class Fasa:
         self.dense_layers = dense
         self._source = source
         self._scorers = {} if isinstance(source, PromptCalibration) else scorers
+        # told apart once: whether an object has a protocol takes as long as a layer's other Python
+        self._followers = {layer: s for layer, s in self._scorers.items() if isinstance(s, SequenceScorer)}
         self._reduce: GroupReduce = "none" if config.per == "query_head" else config.group_reduce
+        self._budget = config.budget
         self._budgets = spread_budget(
-            config.budget, config.layer_budgets, sorted(scorers), kv_heads=attention_shape(model)[2]
+            self._budget, config.layer_budgets, sorted(scorers), kv_heads=attention_shape(model)[2]
         )
         self._packs = packs(model) and config.per == "kv_head"
         self._limit = maximum_positions(model)
@@ -79,8 +82,7 @@ class Fasa:
     @property
     def remembers(self) -> bool:
         """Whether the method goes by earlier queries, so that a cropped or shared cache cannot be continued."""
-        followers = (scorer for scorer in self._scorers.values() if isinstance(scorer, SequenceScorer))
-        return any(getattr(scorer, "remembers", True) for scorer in followers)
+        return any(getattr(scorer, "remembers", True) for scorer in self._followers.values())
 
     @property
     def profile(self) -> FasaProfile | None:
@@ -144,7 +146,7 @@ class Fasa:
         if cache is not None and layer in self._budgets and self._packs:
             pack_layer(cache, layer, self._scorers.get(layer), self.config.packed_dtype)
             kwargs = {**kwargs, "fasa_cache": cache}
-        asked = self._boundary is not None or isinstance(self._scorers.get(layer), SequenceScorer)
+        asked = self._boundary is not None or layer in self._followers
         if cache is not None and asked:  # a sliding cache holds fewer keys than there were slots, a static one more
             kwargs = {**kwargs, "fasa_first_slot": int(cache.get_seq_length(layer))}
         return args, kwargs
@@ -175,12 +177,12 @@ class Fasa:
         if self.config.backend == "fastest" and not self._is_faster(layer, query, key, value, groups, cache):
             first, chosen = q_len, None
         self._count(layer, once, n_valid, chosen, first_slot)
-        scorer = self._scorers.get(layer)
-        if isinstance(scorer, SequenceScorer):
+        scorer: Any = self._scorers.get(layer)
+        if layer in self._followers:
             valid = once("valid", valid_from_mask)
             sparse = torch.zeros_like(n_valid, dtype=torch.bool) if chosen is None else chosen
             forward = Forward(query, key, valid, sparse, first, first_slot, self._budgets[layer], softmax.scaling)
-            scorer = Given(scorer.follow(forward))
+            scorer = Given(self._followers[layer].follow(forward))
         if chosen is None:  # keys and values of FASA-M may be the host's
             key, value = key.to(query.device), value.to(query.device)
             if groups:
@@ -242,7 +244,7 @@ class Fasa:
         """Whether a dense layer may attend by ours instead of the model's own attention; not bit by bit the same."""
         ours = layer in self.dense_layers or self.config.backend == "fastest"
         asked_more = options.get("dropout") or options.get("output_attentions")
-        return ours and not asked_more and not self.config.budget.covers(kv_len)
+        return ours and not asked_more and not self._budget.covers(kv_len)
 
     def _focused(
         self,
@@ -278,7 +280,7 @@ class Fasa:
         return whole.transpose(1, 2).contiguous()
 
     def _count(self, layer: int, once: Once, n_valid: Tensor, chosen: Tensor | None, first_slot: int) -> None:
-        budget = self._budgets.get(layer, self.config.budget)
+        budget = self._budgets.get(layer, self._budget)
         counted = None
         if self._boundary is not None:
             counted = self._boundary.counted(first_slot, n_valid.shape[1], n_valid.device)
