@@ -1,0 +1,170 @@
+"""The benchmark's structure on the smallest run, its files and its command; never its speed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fasa_flex import cli
+from fasa_flex.bench import stages
+from fasa_flex.bench.command import main
+from fasa_flex.bench.record import Ledger, command_line, hardware, provenance, reason_of
+from fasa_flex.bench.settings import Settings, quick
+
+CPU = torch.device("cpu")
+
+
+def settings(**changes: object) -> Settings:
+    fields = {"device": CPU, "dtype": torch.float32, "shapes": ("tiny",), "contexts": (64,), "batches": (1,)}
+    return Settings(**{**fields, **changes})
+
+
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of ``--quick``, both parts."""
+    folder = tmp_path_factory.mktemp("bench")
+    assert main(["--quick", "--part", "all", "--device", "cpu", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("part", ["op", "step"])
+def test_the_smallest_run(smallest: Path, part: str) -> None:
+    data = json.loads((smallest / f"bench_{part}_cpu.json").read_text())
+    assert {"command", "date", "hardware", "python", "versions", "revision", "settings", "quality"} <= set(data)
+    assert set(data["bandwidth_gb_per_s"]) == {"copy", "read"}
+    assert [row["context"] for row in data["rows"]] == [64, 128]
+    for row in data["rows"]:
+        names = {rival["name"]: rival for rival in row["rivals"]}
+        assert {"SDPA", "grouped SDPA", "FASA-C gather"} <= set(names)
+        assert part == "op" or {"FASA-M", "FASA-C fastest"} <= set(names), row["left_out"]
+        dense = [rival for rival in row["rivals"] if rival["kind"] == "dense"]
+        assert names[row["best_dense"]]["seconds"] == min(rival["seconds"] for rival in dense)
+        assert names[row["best_dense"]]["speedup"] == 1
+        for rival in row["rivals"]:
+            assert rival["quartiles"][0] <= rival["seconds"] <= rival["quartiles"][1]
+            assert rival["memory"]["peak"] > 0
+            assert rival["error"] < 1e-3
+    assert data["table"].count("\n") == 1 + sum(len(row["rivals"]) for row in data["rows"])
+    assert data["crossovers"]
+    assert (smallest / f"bench_{part}_cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_decode_step_states_its_depth_and_ceiling(smallest: Path) -> None:
+    for row in json.loads((smallest / "bench_step_cpu.json").read_text())["rows"]:
+        assert (row["layers"], row["full_layers"], row["dense_layers"]) == (2, 2, [0])
+        assert 1 <= row["ceiling"] <= row["limit"]
+        assert all(rival["tokens_per_s"] == pytest.approx(1 / rival["seconds"]) for rival in row["rivals"])
+
+
+def test_the_fastest_way_is_dense_where_that_is_faster(smallest: Path) -> None:
+    """And reads what dense attention reads, so its time is one of a dense step."""
+    for row in json.loads((smallest / "bench_step_cpu.json").read_text())["rows"]:
+        read = {rival["name"]: rival["gb_per_s"] * rival["seconds"] for rival in row["rivals"]}
+        assert read["FASA-C fastest"] == pytest.approx(read["grouped SDPA"])
+        assert read["FASA-C fastest"] > 1.001 * read["FASA-C gather"]
+
+
+def test_a_second_run_measures_nothing_again(smallest: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = json.loads((smallest / "bench_op_cpu.json").read_text())["rows"]
+    assert main(["--quick", "--device", "cpu", "--out", str(smallest)]) == 0
+    assert json.loads((smallest / "bench_op_cpu.json").read_text())["rows"] == before
+    capsys.readouterr()
+    assert main(["--quick", "--device", "cpu", "--n-tip", "3", "--out", str(smallest)]) == 2
+    assert "rows of other settings; pass --fresh" in capsys.readouterr().err
+
+
+def test_a_ledger_keeps_what_a_killed_run_had(tmp_path: Path) -> None:
+    head = {**provenance("command", CPU), "settings": {"n": 1}}
+    Ledger(tmp_path / "rows.json", head).add({"context": 1})
+    again = Ledger(tmp_path / "rows.json", head)
+    assert again.has({"context": 1})
+    assert not again.has({"context": 2})
+    assert again.data["earlier_commands"] == ["command"]
+    assert not Ledger(tmp_path / "rows.json", head, fresh=True).rows
+
+
+def test_no_time_left_is_said(tmp_path: Path) -> None:
+    assert main(["--quick", "--device", "cpu", "--seconds", "0", "--out", str(tmp_path)]) == 2
+    left = json.loads((tmp_path / "bench_op_cpu.json").read_text())["left_out"]
+    assert [row["reason"] for row in left] == ["no time left of 0 s"] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--shapes", "gpt-9"], "unknown shape 'gpt-9'"),
+        (["--contexts", "0"], "contexts must be positive"),
+        (["--modes", "fast"], "modes must be of eager, compiled"),
+        (["--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
+        (["--device", "meta"], "device must be cpu or cuda, got 'meta'"),
+        (["--repeats", "0"], "repeats must be an integer of at least 1, got 0"),
+        (["--row-seconds", "-1"], "seconds for a row must not be negative, got -1.0"),
+        (["--layers", "-1"], "layers must be an integer of at least 1, got -1"),
+        (["--layers", "0"], "layers must be an integer of at least 1, got 0"),
+        (["--n-tip", "0"], "n_tip must be an integer of at least 1, got 0"),
+        (["--n-tip", "999", "--shapes", "tiny"], "n_tip must be at most 8 for shape 'tiny'"),
+        (["--n-fac", "0"], "n_fac must be an integer of at least 1, got 0"),
+        (
+            ["--dense-layers", "0,2", "--shapes", "tiny"],
+            "dense_layers of 2 layers of shape 'tiny' must be below 2, got 2",
+        ),
+        (["--dense-layers", "-1"], "each of dense_layers must be an integer of at least 0, got -1"),
+    ],
+)
+def test_wrong_options_end_in_a_sentence(
+    arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--device", "cpu", *arguments, "--out", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert sentence in told
+    assert told.count("\n") == 1
+
+
+def test_what_is_no_number_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--contexts", "4k,many"])
+    assert "expected numbers such as 4096,32k, got '4k,many'" in capsys.readouterr().err
+
+
+def test_the_command_names_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.argv", ["fasa-flex", "bench", "--part", "op", "--out", str(tmp_path)])
+    assert command_line("fasa_flex.bench") == f"python -m fasa_flex.bench --part op --out {tmp_path.name}"
+
+
+def test_what_describes_the_machine_names_no_folder() -> None:
+    found = json.dumps([hardware(CPU), provenance("command", CPU)])
+    assert str(Path.home()) not in found
+    assert str(Path(__file__).parent) not in found
+
+
+def test_the_command_has_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--shapes", "gpt-9", "--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert "unknown shape 'gpt-9'" in capsys.readouterr().err
+
+
+def test_quick_is_tiny() -> None:
+    smallest = quick(settings(shapes=("llama-3.1-8b",), contexts=(1 << 20,)))
+    assert smallest.shapes == ("tiny",)
+    assert max(smallest.contexts) <= 128
+
+
+def test_a_row_says_where_the_time_of_a_call_goes(smallest: Path) -> None:
+    row = json.loads((smallest / "bench_op_cpu.json").read_text())["rows"][0]
+    assert list(row["stages"]) == list(stages.STAGES)
+    assert sum(stage["share"] for stage in row["stages"].values()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError("no room\nand a stack"), "ValueError: no room"),
+        (RuntimeError("\n  late start"), "RuntimeError: late start"),
+        (AssertionError(), "AssertionError"),
+    ],
+    ids=str,
+)
+def test_a_reason_is_the_first_line_of_an_error_that_may_say_nothing(error: Exception, reason: str) -> None:
+    assert reason_of(error) == reason
