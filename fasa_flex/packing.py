@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasa_flex.realize import realize
+from fasa_flex.realize import compute_once
 
 PackedDtype = Literal["bfloat16", "float16", "int8"]
 
@@ -99,7 +99,7 @@ class PackedKeys:
         if self.tiles.shape[4] == 1:
             scores = dot_products(query, tiles.squeeze(4))[:, :, None].transpose(2, 4)
         elif torch.compiler.is_compiling():
-            scores = _scores_of_tiles(realize(query.detach().float()), tiles.float())
+            scores = _scores_of_tiles(compute_once(query.detach().float()), tiles.float())
         else:  # piece by piece where tiles are converted, so that what becomes of them stays in the cache
             pieces = tiles.split(count if tiles.dtype == torch.float32 else _PIECE, dim=2)
             scores = torch.cat([dot_products(query[:, :, None], piece.mT) for piece in pieces], dim=2)

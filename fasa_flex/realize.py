@@ -25,6 +25,15 @@ def _(tensor: Tensor) -> Tensor:
 realize.register_autograd(lambda context, gradient: gradient)
 
 
+def compute_once(tensor: Tensor) -> Tensor:
+    """The same tensor, in a graph for CPU only: a buffer there, as from `realize`, but without a call of microseconds.
+
+    What as_strided views, Inductor makes a buffer of.
+    """
+    whole = tensor.contiguous()
+    return whole.as_strided(whole.shape, whole.stride())
+
+
 def read_as_floats(mask: Tensor) -> Tensor:
     """The same bool mask; compiled for CPU, a comparison of floats made once.
 
@@ -32,6 +41,5 @@ def read_as_floats(mask: Tensor) -> Tensor:
     loads the mask anew.
     """
     if torch.compiler.is_compiling() and mask.device.type == "cpu":
-        floats = mask.to(torch.float32, memory_format=torch.contiguous_format)
-        return floats.as_strided(floats.shape, floats.stride()) > 0  # what as_strided views, Inductor makes a buffer of
+        return compute_once(mask.to(torch.float32, memory_format=torch.contiguous_format)) > 0
     return mask

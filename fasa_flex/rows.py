@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasa_flex.realize import realize
+from fasa_flex.realize import compute_once
 
 
 def take_rows(states: Tensor, slots: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def dot_rows(query: Tensor, rows: Tensor) -> Tensor:
     with torch.autocast(query.device.type, enabled=False):
         query, rows = query.to(wide), rows.to(wide)
         if torch.compiler.is_compiling() and query.device.type == "cpu":
-            products: Tensor = realize(query)[:, :, :, None] * rows[:, :, None]
+            products: Tensor = compute_once(query)[:, :, :, None] * rows[:, :, None]
             return products.sum(-1)
         return query @ rows.mT
 

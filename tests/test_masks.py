@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fasa_flex.budget import Budget
-from fasa_flex.masks import kv_block_size, realize, to_block_mask
+from fasa_flex.masks import kv_block_size, to_block_mask
 from fasa_flex.selection import Selection, select, valid_keys
 
 
@@ -68,13 +68,3 @@ def test_lists_off_the_cpu_hold_no_more_than_one_query_can_select(shared: int, w
 def test_blocks_are_single_keys_on_cpu_and_what_triton_compiles_elsewhere() -> None:
     assert kv_block_size(torch.device("cpu")) == 1
     assert kv_block_size(torch.device("cuda")) == kv_block_size(torch.device("xpu")) == 16
-
-
-def test_realize_is_a_contiguous_copy() -> None:
-    tensor = torch.arange(6).view(2, 3).T
-    copy = realize(tensor)
-    assert copy.is_contiguous()
-    assert copy.equal(tensor)
-    assert copy.data_ptr() != tensor.data_ptr()
-    fake = realize(tensor.to("meta"))
-    assert (fake.shape, fake.stride()) == (copy.shape, copy.stride())
