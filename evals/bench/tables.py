@@ -47,6 +47,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
         "step compiled cuda": partial(rivals, "step_cuda_compiled"),
         "rankings cpu": partial(rankings, "cpu", "softmax, int8 packed keys", "FASA-C gather, compiled"),
         "flex cpu": partial(rivals, "op_cpu_flex"),
+        "permuted cpu": partial(rivals, "op_cpu_permuted"),
     },
 }
 
