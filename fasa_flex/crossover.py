@@ -15,10 +15,10 @@ KV_BYTES = {
 By device, and by whether dense attention would be `fasa_flex.grouped`'s. Below, a fixed cost decides. On an H100
 (bfloat16, Llama-3.1-8B's shape, replayed as a graph) the crossover of a whole step with the best dense one is 10k
 tokens at batch 1, 39 MB, and 5k at batch 8, 168 MB: the later one, so that sparse is never the slower. With ours, which
-a mask needs, it is between 4k and 16k tokens at batch 1, 17 and 67 MB, and at batch 8 below 4k (bench_step_cuda.json in
-evals/results). On two CPU cores (float32, Llama-3.2-1B's shape) a step is the faster from 10k tokens on where nothing
-is compiled, 42 MB, and from 1k where all is (bench_step_cpu.json); compiling attention alone, as "fastest" does, is
-between the two, and 30 MB are 7k tokens.
+a mask needs, it is between 4k and 32k tokens at batch 1, 17 and 134 MB, and at batch 8 below 4k (bench_step_cuda.json
+in evals/results, the last two in its `repeats`). On two CPU cores (float32, Llama-3.2-1B's shape) a step is the faster
+from 10k tokens on where nothing is compiled, 42 MB, and from 1k where all is (bench_step_cpu.json); compiling attention
+alone, as "fastest" does, is between the two, and 30 MB are 7k tokens.
 """
 
 BUDGETS = {"cuda": 16, "cpu": 4}

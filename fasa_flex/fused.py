@@ -56,20 +56,21 @@ def why_not_these(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return None
 
 
-def writes_at_once(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, packed: PackedKeys) -> bool:
+def writes_at_once(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, packed: PackedKeys, dims: Tensor) -> bool:
     """Whether `fasa_flex.writing` can write a decoded token's ``key`` and ``value`` into a static layer's buffers.
 
-    What it cannot write, PyTorch's operators write or refuse; a compiler makes one kernel of them by itself.
+    What it cannot write, PyTorch's operators write or refuse. A compiler fuses these by itself.
     """
     if torch.compiler.is_compiling() or not key.is_cuda or key.shape[2] != 1:
         return False
     fit = all(
-        (*new.shape[:2], new.shape[3], new.dtype, new.device)
-        == (*held.shape[:2], held.shape[3], held.dtype, held.device)
+        (*new.shape[:2], new.shape[3], new.dtype, new.device, 1)
+        == (*held.shape[:2], held.shape[3], held.dtype, held.device, held.stride(3))
         for new, held in ((key, keys), (value, values))
     )
-    rows = packed.tiles.shape[2] == keys.shape[2] and packed.tiles.is_contiguous() and keys.stride(3) == 1
-    return fit and rows and packed.tiles.device == key.device and why_not_these(key, key, value) is None
+    here = packed.tiles.device == dims.device == key.device
+    rows = packed.tiles.shape[2] == keys.shape[2] and packed.tiles.is_contiguous()
+    return fit and here and rows and why_not_these(key, key, value) is None
 
 
 def decode_by_kernels(

@@ -40,8 +40,8 @@ def host_rows(key: Tensor, value: Tensor, length: int, device: torch.device) -> 
     """Room in host memory for ``length`` keys and values, those of a token side by side; `split_rows` parts them.
 
     Where rows lie scattered over gigabytes, a GPU fetches them so in less than half the time that it takes with keys
-    and values apart (evals/results/bench_op_cuda_max.json and, apart, its `repeats`): presumably
-    because it finds out once for both where a page of the host's is.
+    and values apart (evals/results/bench_op_cuda_max.json and, apart, its `repeats`): presumably because it finds out
+    once for both where a page of the host's is.
 
     Args:
         key: [B, Hkv, t, D], such as will be kept.

@@ -189,7 +189,7 @@ class StaticPackedLayer(KeepsPackedKeys, CountedStaticLayer):
         assert self.packed is not None
         packed, dims, held = self.packed, self.scorer.dims, self.cumulative_length
         states = (key_states, value_states, self.keys, self.values)
-        if writes_at_once(*states, packed):
+        if writes_at_once(*states, packed, dims):
             from fasa_flex.writing import write_token  # Triton is there with CUDA only
 
             scales = None if packed.scales is None else packed.scales.squeeze(3)

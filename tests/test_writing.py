@@ -111,8 +111,50 @@ def test_a_model_decodes_the_same_by_it(
         assert torch.equal(ours.values, theirs.values)
 
 
-def test_operators_write_what_the_kernel_cannot() -> None:
-    """Without CUDA everything; there, what `writes_at_once` compares is the shape, the dtype and the place."""
-    keys = torch.zeros(1, 1, LENGTH, 8)
-    packed = PackedKeys.of(keys[..., :4].contiguous())
-    assert not writes_at_once(keys[:, :, :1], keys[:, :, :1], keys, keys, packed)
+class OnGpu:
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tensor, name)
+
+
+def call(**changes: Any) -> tuple[Any, ...]:
+    """Arguments of `writes_at_once` that it takes, but for the changes."""
+    keys, dims = torch.zeros(2, 3, LENGTH, 8), torch.zeros(3, 4, dtype=torch.long)
+    packed = PackedKeys(torch.zeros(2, 3, LENGTH, 4, 1))
+    key, value = torch.zeros(2, 3, 1, 8), torch.zeros(2, 3, 1, 6)
+    arguments = {"key": key, "value": value, "keys": keys, "values": torch.zeros(2, 3, LENGTH, 6), "packed": packed}
+    arguments |= {"dims": dims, **changes}
+    return (OnGpu(arguments.pop("key")), *arguments.values())
+
+
+CANNOT = {
+    "two tokens": {"key": torch.zeros(2, 3, 2, 8)},
+    "another batch": {"key": torch.zeros(1, 3, 1, 8)},
+    "another width": {"value": torch.zeros(2, 3, 1, 7)},
+    "another dtype": {"key": torch.zeros(2, 3, 1, 8, dtype=torch.bfloat16)},
+    "a gradient": {"value": torch.zeros(2, 3, 1, 6, requires_grad=True)},
+    "rows with gaps": {"key": torch.zeros(2, 3, 1, 16)[..., ::2]},
+    "a cache with gaps": {"values": torch.zeros(2, 3, LENGTH, 12)[..., ::2]},
+    "a cache elsewhere": {"keys": torch.zeros(2, 3, LENGTH, 8, device="meta")},
+    "dimensions elsewhere": {"dims": torch.zeros(3, 4, dtype=torch.long, device="meta")},
+    "packed keys elsewhere": {"packed": PackedKeys(torch.zeros(2, 3, LENGTH, 4, 1, device="meta"))},
+    "tiles": {"packed": PackedKeys(torch.zeros(2, 3, 1, 4, 32))},
+    "packed keys with gaps": {"packed": PackedKeys(torch.zeros(2, 3, LENGTH, 8, 1)[:, :, :, ::2])},
+}
+
+
+@pytest.mark.parametrize("changes", CANNOT.values(), ids=CANNOT)
+def test_operators_write_what_the_kernel_cannot(changes: dict[str, Any]) -> None:
+    assert writes_at_once(*call())
+    assert not writes_at_once(*call(**changes))
+
+
+def test_operators_write_on_a_cpu() -> None:
+    key, *others = call()
+    assert not writes_at_once(key.tensor, *others)

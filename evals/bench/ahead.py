@@ -1,6 +1,6 @@
 """Would it pay to fetch rows of host memory ahead, on a stream of their own, or narrower ones (FASA-M)? It is not done.
 
-    python -m evals.bench.ahead --out runs               # on CUDA, with 40 GB of host memory
+    python -m evals.bench.ahead --out runs               # on CUDA, with 20 GB of host memory
 
 A decode step of eight layers as a CUDA graph: the weights of Llama-3.1-8B's, and after the query's product the fetch of
 the selected rows, with the kernels of `fasa_flex.decode`. Either all new rows are fetched in line; or 512 or 1024, the

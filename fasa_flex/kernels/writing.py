@@ -24,7 +24,7 @@ def write_states(
     row, slot = tl.program_id(0).to(tl.int64), tl.load(length)
     tl.device_assert(slot < capacity, "a static cache is full")
     batch, head = row // KV_HEADS, row % KV_HEADS
-    room = tl.where(slot < capacity, 1, 0)
+    room = tl.where(slot < capacity, 1, 0)  # beyond the end no dimension is real, also where nothing checks assertions
     key += batch * key_batch + head * key_head
     dim, value_dim, place = tl.arange(0, DIM_PAD), tl.arange(0, VALUE_PAD), tl.arange(0, WIDTH_PAD)
     real = dim < DIM * room
