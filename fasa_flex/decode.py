@@ -66,8 +66,9 @@ def select_slots(
     kv_len, group, rows = codes.shape[1], query_heads // kv_heads, batch * kv_heads
     wanted, mixed = min(n_fac, kv_len), how == "softmax" and group > 1
     group_pad, block = max(16, triton.next_power_of_2(group)), MIXED_BLOCK if mixed else SCORE_BLOCK
-    blocks, tiles = triton.cdiv(kv_len, block), triton.cdiv(kv_len, TILE.value)
-    order, maxima = _aligned(query, rows, kv_len), _aligned(query, rows, tiles)
+    covered = _up_to(MIX_BLOCK if mixed else 16 * TILE.value, kv_len)  # rows of sixteens, which threads read in fours
+    blocks, tiles = covered // block, triton.cdiv(kv_len, TILE.value)
+    order, maxima = _integers(query, rows, covered), _integers(query, rows, covered // TILE.value)
     scores, top, total = (
         torch.empty(rows, group, size if mixed else 0, device=query.device) for size in (kv_len, blocks, blocks)
     )
@@ -80,14 +81,14 @@ def select_slots(
         how if mixed or how == "mean" else "max", kv_heads, overlap, num_warps=SCORE_WARPS, **launch,
     )  # fmt: skip
     if mixed:
-        mix_group[(triton.cdiv(kv_len, MIX_BLOCK), rows)](
+        mix_group[(covered // MIX_BLOCK, rows)](
             scores, top, total, codes, order, maxima, order.stride(0), maxima.stride(0), kv_len, code_stride, blocks,
             group, triton.next_power_of_2(group), MIX_BLOCK, kv_heads, overlap, num_warps=MIX_WARPS, **launch,
         )  # fmt: skip
     wanted_pad = max(16, triton.next_power_of_2(wanted))
     slots, chosen = _integers(query, rows, wanted), _integers(query, rows, wanted_pad)
     select_keys[(rows,)](
-        order, maxima, chosen, slots, order.stride(0), maxima.stride(0), kv_len, tiles, wanted,
+        order, maxima, chosen, slots, order.stride(0), maxima.stride(0), wanted,
         max(2, triton.next_power_of_2(tiles)), wanted_pad, tiles > wanted_pad, tiles > MOST_COUNTED, overlap,
         num_warps=SELECT_WARPS, **launch,
     )  # fmt: skip
@@ -231,9 +232,9 @@ def _integers(like: Tensor, rows: int, columns: int) -> Tensor:
     return torch.empty(rows, columns, dtype=torch.int32, device=like.device)
 
 
-def _aligned(like: Tensor, rows: int, columns: int) -> Tensor:
-    """Integers whose rows begin where a thread can read several at once."""
-    return _integers(like, rows, triton.cdiv(columns, 16) * 16)[:, :columns]
+def _up_to(multiple: int, number: int) -> int:
+    """The next multiple."""
+    return triton.cdiv(number, multiple) * multiple
 
 
 @torch.library.custom_op("fasa_flex::dense_decode", mutates_args=())

@@ -28,15 +28,14 @@ def _store_order(
     ranking, slot, row, block, codes, order, maxima, order_stride, maxima_stride, kv_len, code_stride,
     KV_HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the order of a block of keys, and the maximum of every tile of them."""
-    inside = slot < kv_len
-    code = tl.load(codes + (row // KV_HEADS) * code_stride + slot, mask=inside, other=0)
+    """Write the order of a whole block of keys, whether there are that many, and the maximum of every tile of them."""
+    code = tl.load(codes + (row // KV_HEADS) * code_stride + slot, mask=slot < kv_len, other=0)
     bits = tl.where(code > 1, FIRST, _rank_bits(ranking))
     bits = tl.where(code > 0, bits, LOWEST)
-    tl.store(order + row * order_stride + slot, bits, mask=inside)
+    tl.store(order + row * order_stride + slot, bits)
     tile = block * (BLOCK // TILE) + tl.arange(0, BLOCK // TILE)
     maximum = tl.max(tl.reshape(bits, (BLOCK // TILE, TILE)), 1)
-    tl.store(maxima + row * maxima_stride + tile, maximum, mask=tile * TILE < kv_len)
+    tl.store(maxima + row * maxima_stride + tile, maximum)
 
 
 @triton.jit

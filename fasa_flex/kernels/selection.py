@@ -32,35 +32,34 @@ def _best(values, wanted, low, COUNT: tl.constexpr, GUESS: tl.constexpr):
     fall fast. With ``GUESS``, which takes longer than to count a few values again, every second round encloses where a
     geometric fall of the counts puts the last one wanted.
     """
-    low, high = low.to(tl.int64), tl.max(values, 0).to(tl.int64)
-    found, over, guessed = tl.sum((values >= low.to(tl.int32)).to(tl.int32), 0), 0, 0
+    high = tl.max(values, 0)
+    found, over, guessed = tl.sum((values >= low).to(tl.int32), 0), 0, 0
     while (low < high) & (found != wanted):
-        span = high - low + 1
-        first, second = (span + 2) >> 2, (span + 1) >> 1
+        gap = (high - low).to(tl.uint32, bitcast=True)  # up to 2**32 - 1
+        first, second = (gap >> 2) + 1, (gap >> 1) + 1
         if GUESS:
             guessed = 1 - guessed
             if guessed == 1:
                 count = found.to(tl.float32)
-                guess = span.to(tl.float32) * (tl.log2(count / wanted) / tl.log2(count / (over + 0.5)))
-                first, second = (guess * 0.85).to(tl.int64), (guess * 1.15).to(tl.int64) + 1
-        first = tl.minimum(tl.maximum(first, 1), span - 1)
-        second = tl.minimum(tl.maximum(second, first), span - 1)
-        one, two = (low + first).to(tl.int32), (low + second).to(tl.int32)
+                guess = gap.to(tl.float32) * (tl.log2(count / wanted) / tl.log2(count / (over + 0.5)))
+                first, second = (guess * 0.85).to(tl.uint32), tl.minimum(guess * 1.15, 4e9).to(tl.uint32) + 1
+        second = tl.minimum(second, gap)
+        first = tl.minimum(tl.maximum(first, 1), second)
+        one, two = low + first.to(tl.int32, bitcast=True), low + second.to(tl.int32, bitcast=True)
         counts = tl.sum(tl.where(values >= one, 1, 0) + tl.where(values >= two, 65536, 0), 0)
         over_one, over_two = counts & 65535, (counts >> 16) & 65535
         if over_two >= wanted:
-            low, found = low + second, over_two
+            low, found = two, over_two
         elif over_one >= wanted:
-            low, high, found, over = low + first, low + second - 1, over_one, over_two
+            low, high, found, over = one, two - 1, over_one, over_two
         else:
-            high, over = low + first - 1, over_one
-    threshold = low.to(tl.int32)
-    taken = values >= threshold
+            high, over = one - 1, over_one
+    taken = values >= low
     if found > wanted:
-        above, equal = values > threshold, values == threshold
+        above, equal = values > low, values == low
         left = wanted - tl.sum(above.to(tl.int32), 0)
         taken = above | (equal & (_number(equal, COUNT) <= left))
-    return taken, threshold
+    return taken, low
 
 
 @triton.jit
@@ -71,26 +70,26 @@ def _lower_bound(values, COUNT: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def select_keys(
-    order, maxima, tiles, slots, order_stride, maxima_stride, kv_len, count, wanted,
+    order, maxima, tiles, slots, order_stride, maxima_stride, wanted,
     TILES_PAD: tl.constexpr, WANTED_PAD: tl.constexpr, SEARCH: tl.constexpr, GUESS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The slots of one key/value head, ascending; -1 where no valid key is left."""
+    """The slots of one key/value head, ascending; -1 where no valid key is left. Rows are as long as their strides."""
     begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     KEYS: tl.constexpr = (WANTED_PAD if SEARCH else TILES_PAD) * TILE
     if SEARCH:
         number = tl.arange(0, TILES_PAD)
-        maximum = tl.load(maxima + row * maxima_stride + number, mask=number < count, other=LOWEST)
+        maximum = tl.load(maxima + row * maxima_stride + number, mask=number < maxima_stride, other=LOWEST)
         taken, low = _best(maximum, wanted, _lower_bound(maximum, TILES_PAD, WANTED_PAD), TILES_PAD, GUESS)
         tl.store(tiles + row * WANTED_PAD + _number(taken, TILES_PAD) - 1, number, mask=taken)
         tl.debug_barrier()  # the tiles are read by other threads than wrote them
         number = tl.arange(0, WANTED_PAD)
-        tile = tl.load(tiles + row * WANTED_PAD + number, mask=number < wanted, other=count)
+        tile = tl.load(tiles + row * WANTED_PAD + number, mask=number < wanted, other=maxima_stride)
         slot = tl.reshape(tile[:, None] * TILE + tl.arange(0, TILE)[None, :], (KEYS,))
-        bits = tl.load(order + row * order_stride + slot, mask=slot < kv_len, other=LOWEST)
     else:
         slot = tl.arange(0, KEYS)
-        bits = tl.load(order + row * order_stride + slot, mask=slot < kv_len, other=LOWEST)
+    bits = tl.load(order + row * order_stride + slot, mask=slot < order_stride, other=LOWEST)
+    if not SEARCH:
         low = _lower_bound(bits, KEYS, WANTED_PAD)
     taken, low = _best(bits, wanted, low, KEYS, GUESS)
     place = row * wanted + _number(taken, KEYS) - 1
