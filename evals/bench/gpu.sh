@@ -44,7 +44,7 @@ op() {
     local call=("${bench[@]}" --part op --batches 1,8)
     measured 150 "${call[@]}" --out "$out" --contexts 32k,128k,4k --row-seconds 2 --seconds 110
     call+=(--modes eager --backends triton --group-reduce max --row-seconds 1)
-    measured 50 "${call[@]}" --out "$out/max" --contexts 32k,128k,4k --seconds 20
+    measured 60 "${call[@]}" --out "$out/max" --contexts 32k,128k,4k --seconds 35
 }
 
 int8() {
