@@ -66,7 +66,8 @@ def select_slots(
     kv_len, group, rows = codes.shape[1], query_heads // kv_heads, batch * kv_heads
     wanted, mixed = min(n_fac, kv_len), how == "softmax" and group > 1
     group_pad, block = max(16, triton.next_power_of_2(group)), MIXED_BLOCK if mixed else SCORE_BLOCK
-    covered = _up_to(MIX_BLOCK if mixed else 16 * TILE.value, kv_len)  # rows of sixteens, which threads read in fours
+    whole = MIX_BLOCK if mixed else 16 * TILE.value  # keys: of sixteens of tiles, which threads read in fours
+    covered = triton.cdiv(kv_len, whole) * whole
     blocks, tiles = covered // block, triton.cdiv(kv_len, TILE.value)
     order, maxima = _integers(query, rows, covered), _integers(query, rows, covered // TILE.value)
     scores, top, total = (
@@ -230,11 +231,6 @@ def _heads(key: Tensor, value: Tensor) -> tuple[int, int, int, int]:
 
 def _integers(like: Tensor, rows: int, columns: int) -> Tensor:
     return torch.empty(rows, columns, dtype=torch.int32, device=like.device)
-
-
-def _up_to(multiple: int, number: int) -> int:
-    """The next multiple."""
-    return triton.cdiv(number, multiple) * multiple
 
 
 @torch.library.custom_op("fasa_flex::dense_decode", mutates_args=())
