@@ -50,18 +50,22 @@ def largest(order: Tensor, count: int) -> Tensor:
     """The ``count`` largest, at least one, of int64 [..., T] along the last dimension, in any order: [..., count]."""
     if order.device.type != "cpu":
         return order.topk(count, dim=-1, sorted=False).values
-    found: Tensor = _largest_on_cpu(order, count)
+    found: Tensor = torch.ops.fasa_flex.largest(order, count)
     return found
 
 
-@torch.library.custom_op("fasa_flex::largest", mutates_args=())
+# not `torch.library.custom_op`, whose three layers take as long as a short row's partition
+torch.library.define("fasa_flex::largest", "(Tensor order, SymInt count) -> Tensor")
+
+
+@torch.library.impl("fasa_flex::largest", "cpu")
 def _largest_on_cpu(order: Tensor, count: int) -> Tensor:
     """By NumPy's partition, whose vector code is many times as fast as `torch.topk`, but on one core."""
     kv_len, rows = order.shape[-1], order.numel() // max(1, order.shape[-1])
     if min(torch.get_num_threads(), rows, order.numel() // _GRAIN) > _WORTH:
         return order.topk(count, dim=-1, sorted=False).values
     first, found = kv_len - count, order.new_empty(*order.shape[:-1], count)
-    from_rows, to_rows = order.reshape(rows, kv_len).numpy(), found.view(rows, count).numpy()
+    from_rows, to_rows = order.numpy().reshape(rows, kv_len), found.numpy().reshape(rows, count)
     step = max(1, _GRAIN // max(1, kv_len))
     for at in range(0, rows, step):  # a piece and its copy stay in the cache
         piece = from_rows[at : at + step].copy()
@@ -70,6 +74,6 @@ def _largest_on_cpu(order: Tensor, count: int) -> Tensor:
     return found
 
 
-@_largest_on_cpu.register_fake
+@torch.library.register_fake("fasa_flex::largest")
 def _(order: Tensor, count: int) -> Tensor:
     return order.new_empty(*order.shape[:-1], count)

@@ -170,7 +170,8 @@ def reduce_group(scores: Tensor, valid: Tensor, how: GroupReduce, scaling: float
     if torch.compiler.is_compiling() and scores.device.type == "cpu":  # head by head, so that a row stays in the cache
         softmaxes = (torch.where(valid, member * scaling, -torch.inf).softmax(-1) for member in scores.split(1, dim=2))
         return functools.reduce(torch.add, softmaxes)
-    weights: Tensor = attention_weights(torch.where(valid, scores * scaling, -torch.inf))
+    logits = torch.where(valid, scores * scaling, -torch.inf)
+    weights: Tensor = attention_weights(logits) if torch.compiler.is_compiling() else logits.softmax(-1)
     return weights.sum(2, keepdim=True)
 
 
