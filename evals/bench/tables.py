@@ -46,6 +46,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
         "rankings cuda": partial(rankings, "cuda", "max, int8 packed keys", "FASA-C triton"),
         "step compiled cuda": partial(rivals, "step_cuda_compiled"),
         "rankings cpu": partial(rankings, "cpu", "softmax, int8 packed keys", "FASA-C gather, compiled"),
+        "rankings cpu intel": partial(rankings, "cpu_intel", "softmax, int8 packed keys", "FASA-C gather, compiled"),
         "flex cpu": partial(rivals, "op_cpu_flex"),
         "permuted cpu": partial(rivals, "op_cpu_permuted"),
     },
