@@ -97,6 +97,13 @@ def test_decode_equals_the_oracle(step: Step) -> None:
     np.testing.assert_allclose(out.numpy(), expected.out, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["a search over tiles", "all scores equal", "softmax", "sinks and recent"])
+def test_long_rows_are_guessed_at_and_select_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from 2048 tiles on; with sinks and padding the orders span all of 32 bits."""
+    monkeypatch.setattr(ops, "MOST_COUNTED", 1)
+    test_decode_equals_the_oracle(STEPS[name])
+
+
 def codes(real: Tensor, forced: int) -> Tensor:
     """0 for padding, 1 for a key, 2 for one of the first or last real ones."""
     nth = real.cumsum(-1)

@@ -12,7 +12,7 @@ import torch
 
 from fasa_flex import RotaryLayout
 from fasa_flex.reads import ReadShare
-from fasa_flex.scoring import DominantChunks, reduce_group
+from fasa_flex.scoring import DominantChunks, attention_weights, reduce_group
 
 DIM = 8
 
@@ -129,3 +129,11 @@ def test_a_compiled_group_ranks_alike(how: str) -> None:
     some = valid.expand(expected.shape)
     torch.testing.assert_close(compiled[some], expected[some], atol=1e-6, rtol=1e-5)
     torch._dynamo.reset()
+
+
+def test_attention_weights_are_the_softmax_and_an_operator() -> None:
+    """What a graph for a GPU calls; on CPU nothing else here does."""
+    logits = torch.randn(2, 3, 4, 1, 5, generator=torch.Generator().manual_seed(0))
+    logits[0, 0, 0, 0, 2:] = -math.inf
+    assert attention_weights(logits).equal(logits.softmax(-1))
+    torch.library.opcheck(attention_weights, (logits,))
