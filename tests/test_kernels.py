@@ -97,11 +97,13 @@ def test_decode_equals_the_oracle(step: Step) -> None:
     np.testing.assert_allclose(out.numpy(), expected.out, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["a search over tiles", "all scores equal", "softmax", "sinks and recent"])
-def test_long_rows_are_guessed_at_and_select_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As from 2048 tiles on; with sinks and padding the orders span all of 32 bits."""
+@pytest.mark.parametrize(
+    "step", [STEPS["a search over tiles"], STEPS["softmax"], Step(90, forced=2, masked=0.9)], ids=str
+)
+def test_long_rows_are_guessed_at_and_select_the_same(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from 2048 tiles on; the last one's orders span 32 bits, from keys of no use to those that are forced."""
     monkeypatch.setattr(ops, "MOST_COUNTED", 1)
-    test_decode_equals_the_oracle(STEPS[name])
+    test_decode_equals_the_oracle(step)
 
 
 def codes(real: Tensor, forced: int) -> Tensor:
