@@ -14,12 +14,13 @@ from fasa_flex.realize import compute_once
 
 PackedDtype = Literal["bfloat16", "float16", "int8"]
 
-_PIECE = 64  # tiles
+_MANY = 512
+"""Tiles of a head from which on, uncompiled, heads are scored one by one: all at once copies the query for each."""
 
 
 def tile_of(device: torch.device) -> int:
-    """Keys of a tile: on CPU 32, of 16 to 1024 the fastest in every precision; elsewhere 1, which is rows of keys."""
-    return 32 if device.type == "cpu" else 1
+    """Keys of a tile: on CPU 16, a vector or two, so that tiles are read as they lie; elsewhere 1, rows of keys."""
+    return 16 if device.type == "cpu" else 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,9 +101,10 @@ class PackedKeys:
             scores = dot_products(query, tiles.squeeze(4))[:, :, None].transpose(2, 4)
         elif torch.compiler.is_compiling():
             scores = _scores_of_tiles(compute_once(query.detach().float()), tiles.float())
-        else:  # piece by piece where tiles are converted, so that what becomes of them stays in the cache
-            pieces = tiles.split(count if tiles.dtype == torch.float32 else _PIECE, dim=2)
-            scores = torch.cat([dot_products(query[:, :, None], piece.mT) for piece in pieces], dim=2)
+        elif count < _MANY:
+            scores = dot_products(query[:, :, None], tiles.mT)
+        else:
+            scores = _scores_by_head(query, tiles)
         if self.scales is not None:
             scores = scores * self.scales[:, :, :count, None].float()
         return scores.transpose(2, 3).flatten(3)[..., :kv_len]
@@ -135,19 +137,25 @@ def dot_products(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _scores_of_tiles(query: Tensor, tiles: Tensor) -> Tensor:
-    """Dot products as one kernel, which loads what it multiplies once for all members of the group.
+    """Dot products as one kernel, which loads what it multiplies once for all members of the group, front to back.
 
-    Two dimensions at a time, so that fewer sums wait for one another. Args and result as in `PackedKeys.scores`:
-    [B, Hkv, G, 2 * n_tip] and [B, Hkv, N, 2 * n_tip, L] -> [B, Hkv, N, G, L].
+    Args and result as in `PackedKeys.scores`: [B, Hkv, G, 2 * n_tip] and [B, Hkv, N, 2 * n_tip, L] ->
+    [B, Hkv, N, G, L].
     """
-    halves = tiles.chunk(2, dim=3)
-    members = []
-    for member in query.unbind(2):
-        one, other = (
-            dims[:, :, None, :, None] * half for dims, half in zip(member.chunk(2, dim=-1), halves, strict=True)
-        )
-        members.append((one + other).sum(3))
+    members = [(member[:, :, None, :, None] * tiles).sum(3) for member in query.unbind(2)]
     return torch.stack(members, dim=2).transpose(2, 3)
+
+
+def _scores_by_head(query: Tensor, tiles: Tensor) -> Tensor:
+    """The same uncompiled, head by head, so that the query is not copied and converted tiles stay in the cache."""
+    (batch, heads, count, _, lanes), group = tiles.shape, query.shape[2]
+    scores = torch.empty(batch, heads, group, count, lanes, device=tiles.device)
+    with torch.no_grad(), torch.autocast(tiles.device.type, enabled=False):
+        for head, held, found in zip(
+            query.float().flatten(0, 1), tiles.flatten(0, 1), scores.flatten(0, 1), strict=True
+        ):
+            found.copy_((head.expand(count, -1, -1) @ held.float()).transpose(0, 1))
+    return scores.transpose(2, 3)
 
 
 def _convert(rows: Tensor, dtype: PackedDtype | None) -> tuple[Tensor, Tensor | None]:

@@ -179,7 +179,7 @@ def test_sizes_are_those_of_the_paper(llama: PreTrainedModel) -> None:
         static = filled(llama, placement=placement, max_cache_len=20).size
         assert static.host == (512 / 3 if placement == "host" else 0)
         slots = 2 * 2 * 6 * 2 * 4 / 40 * (placement == "host")  # which rows are held, and where
-        assert static.device == pytest.approx(static.formula + 2 * (48 * 12 / 20 + slots) / 3)  # a tile is 32 keys
+        assert static.device == pytest.approx(static.formula + 2 * (48 * 12 / 20 + slots) / 3)  # two tiles of 16 keys
     with pytest.raises(ValueError, match="empty"):
         _ = FasaCache(llama, profile_of(llama), CONFIG).size
 

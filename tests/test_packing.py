@@ -13,22 +13,22 @@ from cases import EXACT, Case, generator, integers
 from fasa_flex import fasa_attention, packing
 from fasa_flex.packing import PackedDtype, PackedKeys, packed_bytes
 
-LENGTHS = (1, 31, 32, 33, 101)
+LENGTHS = (1, 15, 16, 17, 101)
 PAIRS = [[0, 1], [2, 3]]
 
 
-@pytest.fixture(autouse=True, params=[32, 1], ids=["tiles of 32", "rows"])
+@pytest.fixture(autouse=True, params=[16, 1], ids=["tiles of 16", "rows"])
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Keys of a tile: on CPU, and elsewhere."""
     monkeypatch.setattr(packing, "tile_of", lambda device: request.param)
-    monkeypatch.setattr(packing, "_PIECE", 2)  # so that 101 keys are several
+    monkeypatch.setattr(packing, "_MANY", 4)  # so that 101 keys are scored head by head
     size: int = request.param
     return size
 
 
-def test_tiles_are_of_32_keys_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_are_of_16_keys_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert [packing.tile_of(torch.device(device)) for device in ("cpu", "cuda", "xpu")] == [32, 1, 1]
+    assert [packing.tile_of(torch.device(device)) for device in ("cpu", "cuda", "xpu")] == [16, 1, 1]
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -93,7 +93,7 @@ def test_growing_and_reordering_keep_rows(dtype: str | None, tile: int) -> None:
     rows = torch.randn(2, 3, 40, 4, generator=generator(5))
     packed = PackedKeys.of(rows, dtype)
     grown = packed.grown(100)
-    assert grown.capacity == (128 if tile == 32 else 100)
+    assert grown.capacity == (112 if tile == 16 else 100)
     assert grown.rows(40).equal(packed.rows(40))
     assert not grown.rows(100)[:, :, 64:].any()
     turned = packed.change(lambda tensor: tensor.flip(0))
