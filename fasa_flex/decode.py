@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from fasa_flex.kernels import (
@@ -16,9 +15,12 @@ from fasa_flex.kernels import (
     mix_group,
     on_their_device,
     overlapping,
+    parts_of,
+    power_of_two,
     score_keys,
     select_keys,
 )
+from fasa_flex.operators import operator
 
 SCORE_BLOCK, MIXED_BLOCK, SCORE_WARPS = 128, 256, 4  # mixed: where every block adds to a softmax over all
 MIX_BLOCK, MIX_WARPS = 1024, 8
@@ -34,7 +36,7 @@ PROGRAMS, MOST_PARTS, MERGE_WARPS = 256, 128, 8
 """Of a dense layer's attention: two programs for each multiprocessor, whose parts of a row are merged at once."""
 
 
-@torch.library.custom_op("fasa_flex::select_slots", mutates_args=())
+@operator("select_slots")
 @on_their_device
 def select_slots(
     query: Tensor,
@@ -65,10 +67,10 @@ def select_slots(
     kv_heads, width = dims.shape
     kv_len, group, rows = codes.shape[1], query_heads // kv_heads, batch * kv_heads
     wanted, mixed = min(n_fac, kv_len), how == "softmax" and group > 1
-    group_pad, block = max(16, triton.next_power_of_2(group)), MIXED_BLOCK if mixed else SCORE_BLOCK
+    group_pad, block = power_of_two(group, 16), MIXED_BLOCK if mixed else SCORE_BLOCK
     whole = MIX_BLOCK if mixed else 16 * TILE.value  # keys: of sixteens of tiles, which threads read in fours
-    covered = triton.cdiv(kv_len, whole) * whole
-    blocks, tiles = covered // block, triton.cdiv(kv_len, TILE.value)
+    covered = parts_of(kv_len, whole) * whole
+    blocks, tiles = covered // block, parts_of(kv_len, TILE.value)
     order, maxima = _integers(query, rows, covered), _integers(query, rows, covered // TILE.value)
     scores, top, total = (
         torch.empty(rows, group, size if mixed else 0, device=query.device) for size in (kv_len, blocks, blocks)
@@ -78,25 +80,25 @@ def select_slots(
     score_keys[(blocks, rows)](
         query, dims, packed, codes if scales is None else scales, codes, scores, top, total, order, maxima,
         order.stride(0), maxima.stride(0), kv_len, code_stride, packed.stride(1), blocks, scaling, group, group_pad,
-        dim, width, max(16, triton.next_power_of_2(width)), block, scales is not None,
+        dim, width, power_of_two(width, 16), block, scales is not None,
         how if mixed or how == "mean" else "max", kv_heads, overlap, num_warps=SCORE_WARPS, **launch,
     )  # fmt: skip
     if mixed:
         mix_group[(covered // MIX_BLOCK, rows)](
             scores, top, total, codes, order, maxima, order.stride(0), maxima.stride(0), kv_len, code_stride, blocks,
-            group, triton.next_power_of_2(group), MIX_BLOCK, kv_heads, overlap, num_warps=MIX_WARPS, **launch,
+            group, power_of_two(group), MIX_BLOCK, kv_heads, overlap, num_warps=MIX_WARPS, **launch,
         )  # fmt: skip
-    wanted_pad = max(16, triton.next_power_of_2(wanted))
+    wanted_pad = power_of_two(wanted, 16)
     slots, chosen = _integers(query, rows, wanted), _integers(query, rows, wanted_pad)
     select_keys[(rows,)](
         order, maxima, chosen, slots, order.stride(0), maxima.stride(0), wanted,
-        max(2, triton.next_power_of_2(tiles)), wanted_pad, tiles > wanted_pad, tiles > MOST_COUNTED, overlap,
+        power_of_two(tiles, 2), wanted_pad, tiles > wanted_pad, tiles > MOST_COUNTED, overlap,
         num_warps=SELECT_WARPS, **launch,
     )  # fmt: skip
     return slots
 
 
-@select_slots.register_fake
+@torch.library.register_fake("fasa_flex::select_slots")
 def _(
     query: Tensor,
     dims: Tensor,
@@ -110,7 +112,7 @@ def _(
     return _integers(query, query.shape[0] * dims.shape[0], min(n_fac, codes.shape[1]))
 
 
-@torch.library.custom_op("fasa_flex::attend_slots", mutates_args=())
+@operator("attend_slots")
 @on_their_device
 def attend_slots(
     query: Tensor,
@@ -139,20 +141,20 @@ def attend_slots(
     batch, kv_heads, _, dim = key.shape
     rows, wanted = slots.shape
     group, value_dim = query.shape[1] // kv_heads, value.shape[-1]
-    wanted_pad = max(16, triton.next_power_of_2(wanted))
+    wanted_pad = power_of_two(wanted, 16)
     block = min(ATTEND_BLOCK if key.element_size() == 2 else 32, wanted_pad)
     out = query.new_empty(batch, kv_heads * group, 1, value_dim)
     overlap, launch = overlapping(query.device)
     attend_rows[(rows,)](
         query, key, value, slots, query if sinks is None else sinks, out, *_heads(key, value), wanted, scaling,
-        softcap or 1.0, key.stride(2), value.stride(2), group, max(16, triton.next_power_of_2(group)), dim,
-        max(16, triton.next_power_of_2(dim)), value_dim, max(16, triton.next_power_of_2(value_dim)), wanted_pad, block,
+        softcap or 1.0, key.stride(2), value.stride(2), group, power_of_two(group, 16), dim,
+        power_of_two(dim, 16), value_dim, power_of_two(value_dim, 16), wanted_pad, block,
         kv_heads, softcap is not None, sinks is not None, overlap, num_warps=ATTEND_WARPS, **launch,
     )  # fmt: skip
     return out
 
 
-@attend_slots.register_fake
+@torch.library.register_fake("fasa_flex::attend_slots")
 def _(
     query: Tensor,
     key: Tensor,
@@ -165,7 +167,7 @@ def _(
     return query.new_empty(*query.shape[:3], value.shape[-1])
 
 
-@torch.library.custom_op("fasa_flex::hold_slots", mutates_args=("held", "held_at", "held_keys", "held_values"))
+@operator("hold_slots", mutates=("held", "held_at", "held_keys", "held_values"))
 @on_their_device
 def hold_slots(
     key: Tensor,
@@ -199,18 +201,18 @@ def hold_slots(
     places, absent, scratch = (torch.empty_like(slots) for _ in range(3))
     find_rows[(rows,)](
         slots, held, held_at, places, absent, scratch, held if length is None else length, wanted,
-        triton.next_power_of_2(wanted), length is not None, overlap, num_warps=FIND_WARPS, **launch,
+        power_of_two(wanted), length is not None, overlap, num_warps=FIND_WARPS, **launch,
     )  # fmt: skip
-    blocks = triton.cdiv(wanted, FETCH_BLOCK)
+    blocks = parts_of(wanted, FETCH_BLOCK)
     fetch_rows[(min(FETCH_PROGRAMS, rows * blocks),)](
         key, value, held_keys, held_values, absent, places, *_heads(key, value), wanted, blocks, rows * blocks,
-        key.stride(2), value.stride(2), dim, triton.next_power_of_2(dim), value_dim, triton.next_power_of_2(value_dim),
+        key.stride(2), value.stride(2), dim, power_of_two(dim), value_dim, power_of_two(value_dim),
         FETCH_BLOCK, kv_heads, overlap, num_warps=FETCH_WARPS, **launch,
     )  # fmt: skip
     return places
 
 
-@hold_slots.register_fake
+@torch.library.register_fake("fasa_flex::hold_slots")
 def _(
     key: Tensor,
     value: Tensor,
@@ -233,7 +235,7 @@ def _integers(like: Tensor, rows: int, columns: int) -> Tensor:
     return torch.empty(rows, columns, dtype=torch.int32, device=like.device)
 
 
-@torch.library.custom_op("fasa_flex::dense_decode", mutates_args=())
+@operator("dense_decode")
 @on_their_device
 def dense_decode(
     query: Tensor,
@@ -260,10 +262,10 @@ def dense_decode(
     """
     batch, kv_heads, kv_len, dim = key.shape
     rows, group, value_dim = batch * kv_heads, query.shape[1] // kv_heads, value.shape[-1]
-    group_pad, value_pad = max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(value_dim))
+    group_pad, value_pad = power_of_two(group, 16), power_of_two(value_dim, 16)
     block = ATTEND_BLOCK if key.element_size() == 2 else 32
-    span = triton.cdiv(triton.cdiv(kv_len, min(MOST_PARTS, max(1, PROGRAMS // rows))), block) * block
-    parts = triton.cdiv(kv_len, span)
+    span = parts_of(parts_of(kv_len, min(MOST_PARTS, max(1, PROGRAMS // rows))), block) * block
+    parts = parts_of(kv_len, span)
     overlap, launch = overlapping(query.device)
     bests, totals, results = (
         torch.empty(rows, parts, group, width, device=query.device) for width in (1, 1, value_pad)
@@ -271,18 +273,18 @@ def dense_decode(
     attend_part[(parts, rows)](
         query, key, value, codes, bests, totals, results, *_heads(key, value), kv_len,
         0 if codes.shape[0] == 1 else codes.stride(0), span, scaling, softcap or 1.0, key.stride(2), value.stride(2),
-        group, group_pad, dim, max(16, triton.next_power_of_2(dim)), value_dim, value_pad, block, kv_heads,
+        group, group_pad, dim, power_of_two(dim, 16), value_dim, value_pad, block, kv_heads,
         softcap is not None, overlap, num_warps=ATTEND_WARPS, **launch,
     )  # fmt: skip
     out = torch.empty(batch, kv_heads * group, 1, value_dim, dtype=query.dtype, device=query.device)
     merge_parts[(rows, group)](
         bests, totals, results, query if sinks is None else sinks, out, parts, group, value_dim, value_pad,
-        triton.next_power_of_2(parts), kv_heads, sinks is not None, overlap, num_warps=MERGE_WARPS, **launch,
+        power_of_two(parts), kv_heads, sinks is not None, overlap, num_warps=MERGE_WARPS, **launch,
     )  # fmt: skip
     return out
 
 
-@dense_decode.register_fake
+@torch.library.register_fake("fasa_flex::dense_decode")
 def _(
     query: Tensor,
     key: Tensor,

@@ -57,7 +57,7 @@ def why_not_these(query: Tensor, key: Tensor, value: Tensor) -> str | None:
 
 
 def writes_at_once(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, packed: PackedKeys, dims: Tensor) -> bool:
-    """Whether `fasa_flex.writing` can write a decoded token's ``key`` and ``value`` into a static layer's buffers.
+    """Whether `fasa_flex.writing` can write a decoded token's ``key`` and ``value`` into a layer's buffers.
 
     What it cannot write, PyTorch's operators write or refuse. A compiler fuses these by itself.
     """

@@ -89,7 +89,7 @@ class HostLayer(OnHost, PackedLayer):
         """
         start = self.get_seq_length()
         if start and not self.keys.requires_grad:
-            self._grow(self.keys, self.values, start + length)
+            self._grow(self.keys, self.values, start, start + length)
 
     def _allocate(self, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
         device = self.device if self.is_initialized else key.device

@@ -86,26 +86,32 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
         if by_copies:  # which a compiler and autograd know
             held = (self.keys, self.values)
             keys, values = map(_behind, held, new) if start else new
+            packed = self._packed_for(end)
         else:
-            self._grow(*new, end)
+            self._grow(*new, start, end)
             assert self._buffers is not None
+            packed = self.packed
+            keys, values = (buffer[:, :, :end] for buffer in self._buffers)
+            if start and packed is not None and _write_token(*new, *self._buffers, packed, self.scorer.dims, start):
+                self.keys, self.values = keys, values
+                return keys, values
             for buffer, states in zip(self._buffers, new, strict=True):
                 buffer[:, :, start:end].copy_(states, non_blocking=True)
-            keys, values = (buffer[:, :, :end] for buffer in self._buffers)
-        rows, packed = self.scorer.pack(key_states.detach()), self._packed_for(end)
+        rows = self.scorer.pack(key_states.detach())
         if packed is None:
             packed = PackedKeys.of(rows, self.dtype_packed, self._room_packed(end))
         else:
-            packed.write(rows, torch.arange(start, end, device=rows.device))
+            packed.write(rows, start)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys, self.values, self.packed = keys, values, packed
         return keys, values
 
-    def _grow(self, key: Tensor, value: Tensor, end: int) -> None:
+    def _grow(self, key: Tensor, value: Tensor, start: int, end: int) -> None:
         """Make room for ``end`` tokens such as these, of all that is held or, where memory runs out, of nothing."""
-        start, held, buffers = self.get_seq_length(), (self.keys, self.values), self._buffers
-        if not start or not buffers or not all(map(_serves, held, buffers, (end, end))):
+        held, buffers = (self.keys, self.values), self._buffers
+        grows = not start or not buffers or not all(map(_serves, held, buffers, (end, end)))
+        if grows:
             buffers = self._allocate(key, value, _room_for(end))
             if start:
                 self._settle()
@@ -113,7 +119,7 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
                     buffer[:, :, :start] = states
         self.packed = self._packed_for(end)
         self._buffers = buffers
-        if start:
+        if grows and start and buffers:
             self.keys, self.values = (buffer[:, :, :start] for buffer in buffers)
 
     def _packed_for(self, end: int) -> PackedKeys | None:
@@ -189,11 +195,7 @@ class StaticPackedLayer(KeepsPackedKeys, CountedStaticLayer):
         assert self.packed is not None
         packed, dims, held = self.packed, self.scorer.dims, self.cumulative_length
         states = (key_states, value_states, self.keys, self.values)
-        if writes_at_once(*states, packed, dims):
-            from fasa_flex.writing import write_token  # Triton is there with CUDA only
-
-            scales = None if packed.scales is None else packed.scales.squeeze(3)
-            write_token(*states, packed.tiles.squeeze(4), scales, dims.contiguous(), held)
+        if _write_token(*states, packed, dims, held):
             held.add_(1)
             return self.keys, self.values
         slots, length = held.view(1), key_states.shape[2]
@@ -205,6 +207,25 @@ class StaticPackedLayer(KeepsPackedKeys, CountedStaticLayer):
     def _write_states(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Write keys and values, without the packed keys."""
         return super()._write(key_states, value_states)
+
+
+def _write_token(
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    packed: PackedKeys,
+    dims: Tensor,
+    length: Tensor | int,
+) -> bool:
+    """Write a decoded token behind ``length`` others by one kernel; False where it cannot, and nothing is written."""
+    if not writes_at_once(key, value, keys, values, packed, dims):
+        return False
+    from fasa_flex.writing import write_token  # Triton is there with CUDA only
+
+    scales = None if packed.scales is None else packed.scales.squeeze(3)
+    write_token(key, value, keys, values, packed.tiles.squeeze(4), scales, dims.contiguous(), length)
+    return True
 
 
 def _room_for(length: int) -> int:

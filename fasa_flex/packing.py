@@ -65,10 +65,23 @@ class PackedKeys:
         scales = 0 if self.scales is None else self.scales.nbytes
         return self.tiles.nbytes + scales
 
-    def write(self, rows: Tensor, slots: Tensor) -> None:
-        """Write keys [B, Hkv, t, 2 * n_tip] into the slots int64 [t], in place."""
-        lanes = self.tiles.shape[4]
+    def write(self, rows: Tensor, slots: Tensor | int) -> None:
+        """Write keys in place.
+
+        Args:
+            rows: float [B, Hkv, t, 2 * n_tip].
+            slots: int64 [t], where to; or the slot of the first of them, the others behind it.
+        """
+        lanes, length = self.tiles.shape[4], rows.shape[2]
         rows, scales = _convert(rows, None if self.scales is None else "int8")
+        if isinstance(slots, int) and (lanes == 1 or length == 1):  # plain copies, the fewest and cheapest of launches
+            tile, lane = slice(slots // lanes, slots // lanes + length), slots % lanes
+            self.tiles[:, :, tile, :, lane].copy_(rows)
+            if self.scales is not None and scales is not None:
+                self.scales[:, :, tile, lane].copy_(scales)
+            return
+        if isinstance(slots, int):
+            slots = torch.arange(slots, slots + length, device=rows.device)
         if lanes == 1:  # a kernel each; written through a view, Inductor would copy the whole buffer twice
             self.tiles.index_copy_(2, slots, rows.to(self.tiles.dtype)[..., None])
             if self.scales is not None and scales is not None:

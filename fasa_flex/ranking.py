@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fasa_flex.operators import operator
+
 INVALID = torch.iinfo(torch.int64).min
 """Below every score: the key may not be selected."""
 
@@ -48,17 +50,12 @@ def slot_of(order: Tensor, kv_len: int) -> Tensor:
 
 def largest(order: Tensor, count: int) -> Tensor:
     """The ``count`` largest, at least one, of int64 [..., T] along the last dimension, in any order: [..., count]."""
-    if order.device.type != "cpu":
-        return order.topk(count, dim=-1, sorted=False).values
-    found: Tensor = torch.ops.fasa_flex.largest(order, count)
-    return found
+    if order.device.type == "cpu":
+        return _largest_on_cpu(order, count)
+    return order.topk(count, dim=-1, sorted=False).values
 
 
-# not `torch.library.custom_op`, whose three layers take as long as a short row's partition
-torch.library.define("fasa_flex::largest", "(Tensor order, SymInt count) -> Tensor")
-
-
-@torch.library.impl("fasa_flex::largest", "cpu")
+@operator("largest", devices="cpu")
 def _largest_on_cpu(order: Tensor, count: int) -> Tensor:
     """By NumPy's partition, whose vector code is many times as fast as `torch.topk`, but on one core."""
     kv_len, rows = order.shape[-1], order.numel() // max(1, order.shape[-1])

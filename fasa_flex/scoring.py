@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fasa_flex.budget import Budget
 from fasa_flex.config import GroupReduce
+from fasa_flex.operators import operator
 from fasa_flex.packing import PackedKeys, dot_products
 from fasa_flex.reads import ReadShare
 from fasa_flex.realize import read_as_floats
@@ -171,16 +172,15 @@ def reduce_group(scores: Tensor, valid: Tensor, how: GroupReduce, scaling: float
         softmaxes = (torch.where(valid, member * scaling, -torch.inf).softmax(-1) for member in scores.split(1, dim=2))
         return functools.reduce(torch.add, softmaxes)
     logits = torch.where(valid, scores * scaling, -torch.inf)
-    weights: Tensor = attention_weights(logits) if torch.compiler.is_compiling() else logits.softmax(-1)
-    return weights.sum(2, keepdim=True)
+    return attention_weights(logits).sum(2, keepdim=True)
 
 
-@torch.library.custom_op("fasa_flex::attention_weights", mutates_args=())
+@operator("attention_weights")
 def attention_weights(logits: Tensor) -> Tensor:
     """Softmax along the last dimension, as torch has it: Inductor's own takes every exponential twice (torch 2.13)."""
     return logits.softmax(-1)
 
 
-@attention_weights.register_fake
+@torch.library.register_fake("fasa_flex::attention_weights")
 def _(logits: Tensor) -> Tensor:
     return torch.empty_like(logits)

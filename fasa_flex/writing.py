@@ -1,11 +1,10 @@
-"""A decoded token into a static cache on a GPU by one kernel, where PyTorch's operators launch six."""
+"""A decoded token into a cache on a GPU by one kernel, where PyTorch's operators launch six."""
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 
-from fasa_flex.kernels import on_their_device, overlapping, write_states
+from fasa_flex.kernels import on_their_device, overlapping, power_of_two, write_states
 
 
 @on_their_device
@@ -17,11 +16,11 @@ def write_token(
     packed: Tensor,
     scales: Tensor | None,
     dims: Tensor,
-    length: Tensor,
+    length: Tensor | int,
 ) -> None:
     """Write a token's states behind those held, where `fasa_flex.fused.writes_at_once`; the length stays.
 
-    A CUDA graph may replay it beyond the end of the cache: that stops the device with an assertion.
+    A CUDA graph may replay it beyond the end of a static cache: that stops the device with an assertion.
 
     Args:
         key: float [B, Hkv, 1, D], each row contiguous.
@@ -31,7 +30,7 @@ def write_token(
         packed: [B, Hkv, T, 2 * n_tip], contiguous; a float dtype or int8.
         scales: float16 [B, Hkv, T], contiguous, of int8 keys.
         dims: int64 [Hkv, 2 * n_tip], contiguous, the dimensions that are packed.
-        length: int64 scalar, the tokens held.
+        length: the tokens held, of a static cache an int64 scalar on the device.
     """
     batch, kv_heads, capacity, dim = keys.shape
     value_dim, width = values.shape[3], dims.shape[1]
@@ -39,6 +38,6 @@ def write_token(
     write_states[(batch * kv_heads,)](
         key, value, keys, values, packed, packed if scales is None else scales, dims, length,
         *(states.stride(axis) for states in (key, value, keys, values) for axis in (0, 1)), capacity, keys.stride(2),
-        values.stride(2), dim, triton.next_power_of_2(dim), value_dim, triton.next_power_of_2(value_dim), width,
-        triton.next_power_of_2(width), scales is not None, kv_heads, overlap, num_warps=1, debug=True, **launch,
+        values.stride(2), dim, power_of_two(dim), value_dim, power_of_two(value_dim), width, power_of_two(width),
+        scales is not None, isinstance(length, Tensor), kv_heads, overlap, num_warps=1, debug=True, **launch,
     )  # fmt: skip

@@ -27,10 +27,10 @@ POINTERS |= {"dims": "*i64", "scales": "*fp16", "codes": "*u8", "length": "*i64"
 NUMBERS = {"scaling": "fp32", "softcap": "fp32", "key_batch": "i64", "value_batch": "i64"}
 
 
-def compiles(kernel: Any, int8: str = "", asserts: bool = False, **constants: Any) -> None:
-    """Compile to machine code, an argument being ``int8``, with a check in it or none; raises where that fails."""
+def compiles(kernel: Any, int8: str = "", number: str = "", asserts: bool = False, **constants: Any) -> None:
+    """Compile to machine code, raises where that fails: with a check in it or none, some argument in another type."""
     chosen = {name: value for name, value in {**SHAPE, **constants}.items() if name in kernel.arg_names}
-    types = {**dict.fromkeys(kernel.arg_names, "i32"), **NUMBERS, **POINTERS, int8: "*i8"}
+    types = {**dict.fromkeys(kernel.arg_names, "i32"), **NUMBERS, **POINTERS, int8: "*i8", number: "i32"}
     signature = {name: "constexpr" if name in chosen else types[name] for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in chosen.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places)
@@ -53,8 +53,8 @@ def main() -> None:
     for bounded in (False, True):
         compiles(kernels.find_rows, BOUNDED=bounded)
     compiles(kernels.fetch_rows, BLOCK=16)
-    compiles(kernels.write_states, asserts=True, SCALED=False)
-    compiles(kernels.write_states, int8="packed", asserts=True, SCALED=True)
+    compiles(kernels.write_states, asserts=True, SCALED=False, COUNTED=True)
+    compiles(kernels.write_states, int8="packed", number="length", asserts=True, SCALED=True, COUNTED=False)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Dense layers of a decode step under a mask: each key is read once for its group, and the result is the model's."""
+"""Dense layers of a decode step: each key is read once for its group, and the result is the model's."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from cases import generator
 from generation import Ids, profile_of
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from fasa_flex import FasaConfig, enable, handle
 from fasa_flex.grouped import decodes_grouped, grouped_attention
@@ -27,19 +29,20 @@ def test_grouped_attention_is_attention_to_repeated_keys() -> None:
     torch.testing.assert_close(grouped_attention(q, k, v, valid, Softmax(0.3)), expected)
 
 
-def test_it_serves_one_masked_query_of_a_group() -> None:
+def test_it_serves_one_query_of_a_group() -> None:
     q, k, mask, plain = states(6, 1, 1), states(2, 50, 2), torch.ones(2, 1, 1, 50, dtype=torch.bool), Softmax(0.3)
     assert decodes_grouped(q, k, k, mask, plain)
-    assert not decodes_grouped(q, k, k, None, plain)
+    assert decodes_grouped(q, k, k, None, plain)
     assert not decodes_grouped(states(6, 2, 1), k, k, mask, plain)
     assert not decodes_grouped(states(2, 1, 1), k, k, mask, plain)
     assert not decodes_grouped(q, k, k, mask, Softmax(0.3, softcap=2.0))
 
 
 @pytest.mark.parametrize("backend", ["auto", "fastest"])
+@pytest.mark.parametrize("cache", [StaticCache, DynamicCache])
 @pytest.mark.filterwarnings("ignore:every layer of")
-def test_dense_layers_of_a_static_cache_repeat_no_keys(
-    llama: PreTrainedModel, ids: Ids, backend: str, monkeypatch: pytest.MonkeyPatch
+def test_dense_layers_read_each_key_once_for_its_group(
+    llama: PreTrainedModel, ids: Ids, backend: str, cache: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All layers dense, by name or by the crossover: the logits are the model's, by attention of ours."""
     layers = (0, 1, 2) if backend == "auto" else (0,)
@@ -53,9 +56,9 @@ def test_dense_layers_of_a_static_cache_repeat_no_keys(
     monkeypatch.setattr(handle, "grouped_attention", counted)
 
     def logits() -> Tensor:
-        cache = StaticCache(config=llama.config, max_cache_len=40)
-        llama(ids(20, rows=2), past_key_values=cache)
-        return llama(ids(1, rows=2), past_key_values=cache).logits
+        held = cache(config=llama.config, **({"max_cache_len": 40} if cache is StaticCache else {}))
+        llama(ids(20, rows=2), past_key_values=held)
+        return llama(ids(1, rows=2), past_key_values=held).logits
 
     with torch.no_grad():
         expected = logits()

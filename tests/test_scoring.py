@@ -136,4 +136,4 @@ def test_attention_weights_are_the_softmax_and_an_operator() -> None:
     logits = torch.randn(2, 3, 4, 1, 5, generator=torch.Generator().manual_seed(0))
     logits[0, 0, 0, 0, 2:] = -math.inf
     assert attention_weights(logits).equal(logits.softmax(-1))
-    torch.library.opcheck(attention_weights, (logits,))
+    torch.library.opcheck(torch.ops.fasa_flex.attention_weights.default, (logits,))

@@ -128,17 +128,22 @@ def test_a_prompt_calibrates_and_decoding_is_that_of_the_profile_it_made(
 def test_short_prompts_stay_dense_and_the_first_long_one_decides(llama: PreTrainedModel, ids: Ids) -> None:
     short, long, other = ids(40, rows=1), ids(PROMPT, seed=1, rows=1), ids(PROMPT, seed=2, rows=1)
     dense = generate(llama, short, max_new_tokens=NEW)[1]
+
+    def is_dense() -> bool:
+        """Layer 0 decodes by grouped attention, so within rounding."""
+        return torch.allclose(generate(llama, short, max_new_tokens=NEW)[1], dense, rtol=1e-4, atol=1e-4)
+
     with enable(llama, config=CONFIG) as fasa:
-        assert torch.equal(generate(llama, short, max_new_tokens=NEW)[1], dense)
+        assert is_dense()
         assert (fasa.profile, fasa.stats.sparse_queries) == (None, 0)
         generate(llama, long, max_new_tokens=2)
         first = fasa.profile
         generate(llama, other, max_new_tokens=2)
         assert fasa.profile is first
-        assert not torch.equal(generate(llama, short, max_new_tokens=NEW)[1], dense)
+        assert not is_dense()
         fasa.recalibrate()
         assert fasa.profile is None
-        assert torch.equal(generate(llama, short, max_new_tokens=NEW)[1], dense)
+        assert is_dense()
         generate(llama, other, max_new_tokens=2)
         assert first is not None
         assert fasa.profile is not None

@@ -44,3 +44,13 @@ def on_their_device(launch: Callable[..., Any]) -> Callable[..., Any]:
             return launch(*args)
 
     return run
+
+
+def parts_of(length: int, size: int) -> int:
+    """Parts of ``size`` that cover ``length``; Triton's own, and its power of two, take microseconds each call."""
+    return -(-length // size)
+
+
+def power_of_two(number: int, least: int = 1) -> int:
+    """The first power of two from ``number`` on, ``least`` at the least, which is one too."""
+    return max(least, 1 << (number - 1).bit_length())

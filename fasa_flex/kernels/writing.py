@@ -1,4 +1,4 @@
-"""What a decoded token adds to a static cache: its key, its value and its packed key."""
+"""What a decoded token adds to a cache: its key, its value and its packed key."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ _LEAST = tl.constexpr(6.103515625e-05)  # the smallest normal float16
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: added and taken away, it rounds half to even
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def write_states(
     key, value, keys, values, packed, scales, dims, length, key_batch, key_head, value_batch, value_head, keys_batch,
     keys_head, values_batch, values_head, capacity,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
-    SCALED: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
+    SCALED: tl.constexpr, COUNTED: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Write one key/value head's states behind the ``length`` tokens held; int8 as `fasa_flex.packing` converts."""
+    """Write one key/value head's states behind the ``length`` tokens held; int8 as `fasa_flex.packing` converts.
+
+    The length is a number, or where it is ``COUNTED`` on the device, a pointer to it.
+    """
     begin(OVERLAP)
-    row, slot = tl.program_id(0).to(tl.int64), tl.load(length)
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(length) if COUNTED else tl.cast(length, tl.int64)
     tl.device_assert(slot < capacity, "a static cache is full")
     batch, head = row // KV_HEADS, row % KV_HEADS
     room = tl.where(slot < capacity, 1, 0)  # beyond the end no dimension is real, also where nothing checks assertions
