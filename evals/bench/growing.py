@@ -3,8 +3,8 @@
     python -m evals.bench.growing --device cuda --shape llama-3.1-8b --contexts 1024 8192 32768 65536 --out runs
     python -m evals.bench.growing --device cpu --shape llama-3.2-1b --layers 4 --contexts 1024 4096 16384 --out runs
 
-On a GPU such a step waits for Python at most lengths, whatever the attention. Every step has a length of its own, as in
-a real decoding; the ways take turns, each with a cache of its own. "flash" is the model's attention with PyTorch told to
+On a GPU such a step waits for Python, whatever the attention. Every step has a length of its own, as in a real
+decoding; the ways take turns, each with a cache of its own. "flash" is the model's attention where PyTorch is told to
 use no other kernel, so that cuDNN plans nothing.
 """
 
