@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from fasa_flex.attention import sparse_attention
 from fasa_flex.boundary import Boundary
@@ -238,7 +239,9 @@ class Fasa:
         budget = self._budgets.get(layer)
         if budget is None or on_host(cache, layer):  # from the host fewer rows are the faster, whatever their number
             return budget is not None
-        return sparse_is_faster(query, key, value, budget.widest(key.shape[2]), groups)
+        growing = cache is not None and isinstance(cache.layers[layer], DynamicLayer)
+        eager = not torch.compiler.is_compiling()
+        return sparse_is_faster(query, key, value, budget.widest(key.shape[2]), groups, growing and eager)
 
     def _groups(self, layer: int, kv_len: int, options: dict[str, Any]) -> bool:
         """Whether a dense layer may attend by ours instead of the model's own attention; not bit by bit the same."""

@@ -39,22 +39,24 @@ def test_the_rule(batch: int, heads: int, length: int, budget: int, expected: bo
 
 
 @pytest.mark.parametrize(
-    ("batch", "length", "grouped", "expected"),
+    ("batch", "length", "grouped", "growing", "expected"),
     [
-        (1, 32768, False, False),  # 134 MB in bfloat16
-        (1, 65536, False, True),
-        (1, 4096, True, False),  # 17 MB
-        (1, 8192, True, True),
-        (8, 4096, True, True),
-        (8, 4095, True, False),  # of 16 budgets the least was measured
+        (1, 32768, False, False, False),  # 134 MB in bfloat16
+        (1, 65536, False, False, True),
+        (1, 4096, True, False, False),  # 17 MB
+        (1, 8192, True, False, True),
+        (8, 4096, True, False, True),
+        (8, 4095, True, False, False),  # of 16 budgets the least was measured
+        (8, 131072, True, True, False),  # 4.3 GB: Python decides
+        (16, 131072, True, True, True),
     ],
 )
 def test_on_a_gpu_the_rule_asks_what_dense_attention_would_be(
-    batch: int, length: int, grouped: bool, expected: bool
+    batch: int, length: int, grouped: bool, growing: bool, expected: bool
 ) -> None:
     states = torch.empty(batch, 8, length, 128, dtype=torch.bfloat16, device="meta")
     query = Mock(device=torch.device("cuda"))
-    assert sparse_is_faster(query, states, states, 256, grouped) is expected
+    assert sparse_is_faster(query, states, states, 256, grouped, growing) is expected
 
 
 def test_below_the_crossover_the_model_is_dense_and_counts_so(llama: PreTrainedModel, ids: Ids) -> None:
@@ -106,3 +108,17 @@ def test_it_compiles_twice_for_a_growing_cache_and_decodes_as_gather(
     assert torch.equal(*results)
     assert counters["stats"]["unique_graphs"] == 2
     torch._dynamo.reset()
+
+
+def test_only_an_eager_step_of_a_growing_cache_is_one(
+    llama: PreTrainedModel, ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the rule for growing caches out of reach, a static one is sparse and a growing one dense."""
+    monkeypatch.setitem(fasa_flex.crossover.KV_BYTES, ("cpu", True), 0)
+    monkeypatch.setitem(fasa_flex.crossover.GROWING_BYTES, "cpu", 1 << 40)
+    sparse = {}
+    for cache in ("static", "dynamic"):
+        with enable(llama, profile_of(llama), FasaConfig(n_fac=6, backend="fastest")) as fasa, torch.no_grad():
+            generate(llama, ids(40, rows=1), max_new_tokens=3, cache_implementation=cache)
+            sparse[cache] = fasa.stats.sparse_queries
+    assert sparse == {"static": 2 * 2, "dynamic": 0}

@@ -35,6 +35,17 @@ def rankings(device: str, int8: str, rival: str) -> str:
     return side_by_side({name: rows_of(f"op_{file}") for name, file in files.items()}, rival)
 
 
+def growing(device: str) -> str:
+    """Milliseconds of an eager step on a growing cache, in every way; sparse ones are marked."""
+    rows = json.loads((ROOT / "evals" / "results" / f"growing_{device}.json").read_text())["rows"]
+    names = [way["name"] for way in rows[0]["ways"]]
+    lines = [["context", *names], ["--:"] * (1 + len(names))]
+    for row in rows:
+        times = [f"{way['seconds'] * 1e3:.3g}{' (sparse)' if way['sparse'] else ''}" for way in row["ways"]]
+        lines.append([f"{row['context'] // 1024}k", *times])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     MAIN: {
         "speed cuda": partial(rivals, "op_cuda"),
@@ -45,6 +56,8 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     DETAILS: {
         "rankings cuda": partial(rankings, "cuda", "max, int8 packed keys", "FASA-C triton"),
         "step compiled cuda": partial(rivals, "step_cuda_compiled"),
+        "growing cuda": partial(growing, "cuda"),
+        "growing cpu": partial(growing, "cpu"),
         "rankings cpu": partial(rankings, "cpu", "softmax, int8 packed keys", "FASA-C gather, compiled"),
         "rankings cpu intel": partial(rankings, "cpu_intel", "softmax, int8 packed keys", "FASA-C gather, compiled"),
         "flex cpu": partial(rivals, "op_cpu_flex"),
