@@ -74,13 +74,13 @@ class PackedKeys:
         """
         lanes, length = self.tiles.shape[4], rows.shape[2]
         rows, scales = _convert(rows, None if self.scales is None else "int8")
-        if isinstance(slots, int) and (lanes == 1 or length == 1):  # plain copies, the fewest and cheapest of launches
-            tile, lane = slice(slots // lanes, slots // lanes + length), slots % lanes
-            self.tiles[:, :, tile, :, lane].copy_(rows)
-            if self.scales is not None and scales is not None:
-                self.scales[:, :, tile, lane].copy_(scales)
-            return
         if isinstance(slots, int):
+            if (lanes == 1 or length == 1) and not torch.compiler.is_compiling():  # plain copies, the cheapest
+                first, place = divmod(slots, lanes)
+                self.tiles[:, :, first : first + length, :, place].copy_(rows)
+                if self.scales is not None and scales is not None:
+                    self.scales[:, :, first : first + length, place].copy_(scales)
+                return
             slots = torch.arange(slots, slots + length, device=rows.device)
         if lanes == 1:  # a kernel each; written through a view, Inductor would copy the whole buffer twice
             self.tiles.index_copy_(2, slots, rows.to(self.tiles.dtype)[..., None])

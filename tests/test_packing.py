@@ -78,12 +78,13 @@ def test_scores_equal_the_oracle(length: int, dtype: str | None) -> None:
         assert packed.scores(query, length).equal(scores)
 
 
+@pytest.mark.parametrize("by", ["slots", "first slot"])
 @pytest.mark.parametrize("dtype", [None, "float16", "int8"])
-def test_writing_key_by_key_is_packing_at_once(dtype: str | None) -> None:
+def test_writing_key_by_key_is_packing_at_once(dtype: str | None, by: str) -> None:
     rows = torch.randn(2, 3, 70, 4, generator=generator(4))
     whole, written = PackedKeys.of(rows, dtype), PackedKeys.of(torch.zeros(2, 3, 1, 4), dtype, 70)
-    for start, end in ((0, 1), (1, 5), (5, 40), (40, 70)):
-        written.write(rows[:, :, start:end], torch.arange(start, end))
+    for start, end in ((0, 1), (1, 5), (5, 40), (40, 41), (41, 70)):
+        written.write(rows[:, :, start:end], torch.arange(start, end) if by == "slots" else start)
     assert written.rows(70).equal(whole.rows(70))
     assert (written.scales is None) == (dtype != "int8")
 

@@ -46,10 +46,22 @@ def growing(device: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def generated(device: str) -> str:
+    """Milliseconds a token of `generate`, by its cache."""
+    rows = json.loads((ROOT / "evals" / "results" / f"generate_{device}.json").read_text())["rows"]
+    names, found = list(dict.fromkeys(row["name"] for row in rows)), dict[str, dict[str, str]]()
+    for row in rows:
+        found.setdefault(row["cache"], {})[row["name"]] = f"{row['seconds'] * 1e3:.3g} ms"
+    lines = [["cache", *names], ["---"] + ["--:"] * len(names)]
+    lines += [[cache, *(times[name] for name in names)] for cache, times in found.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     MAIN: {
         "speed cuda": partial(rivals, "op_cuda"),
         "step cuda": partial(rivals, "step_cuda"),
+        "generate cuda": partial(generated, "cuda"),
         "speed cpu": partial(rivals, "op_cpu"),
         "step cpu": partial(rivals, "step_cpu"),
     },

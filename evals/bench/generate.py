@@ -1,0 +1,81 @@
+"""What a token costs in `generate`, on a growing cache, which is its default, and on a static one, which it compiles.
+
+    python -m evals.bench.generate --out runs          # on CUDA
+
+Seconds of a token are those of a long answer less those of a short one, so that the prompt and what is compiled are
+left out; each is given twice, so that cuDNN has planned its lengths. The model has Llama-3.1-8B's shape and random
+weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from fasa_flex.bench.record import Ledger, command_line, provenance
+from fasa_flex.bench.shapes import SHAPES, random_profile
+from fasa_flex.bench.step import twin
+from fasa_flex.bench.timing import synchronize
+from fasa_flex.config import FasaConfig
+from fasa_flex.transformers import enable
+
+SHAPE = SHAPES["llama-3.1-8b"]
+SHORT, LONG, REPEATS = 8, 108, 3
+CACHES: dict[str, dict[str, Any]] = {"growing": {}, "static": {"cache_implementation": "static"}}
+
+
+def seconds_a_token(model: PreTrainedModel, prompt: torch.Tensor, options: dict[str, Any]) -> list[float]:
+    """Of greedy decoding, several times."""
+
+    def answer(length: int) -> float:
+        synchronize(model.device)
+        begun = time.perf_counter()
+        model.generate(prompt, max_new_tokens=length, min_new_tokens=length, do_sample=False, **options)
+        synchronize(model.device)
+        return time.perf_counter() - begun
+
+    found = []
+    for repeat in range(1 + REPEATS):
+        seconds = [answer(length) for length in (LONG, LONG, SHORT, SHORT)]  # the first may compile or plan
+        if repeat:
+            found.append((seconds[1] - seconds[3]) / (LONG - SHORT))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--context", type=int, default=32768, help="tokens of the prompt")
+    parser.add_argument("--layers", type=int, default=8, help="of the model's 32")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the results")
+    arguments = parser.parse_args()
+    device, layers, context = torch.device("cuda"), arguments.layers, arguments.context
+    base = SHAPE.model(layers, context + LONG, torch.bfloat16, device).eval()
+    profile = random_profile(SHAPE, base, layers)
+    prompt = torch.randint(0, SHAPE.vocabulary, (1, context), device=device)
+    head = provenance(command_line("evals.bench.generate"), device)
+    ledger = Ledger(arguments.out / "generate_cuda.json", head, fresh=True)
+    for cache, options in CACHES.items():
+        for way in ("dense", "FASA auto", "FASA fastest"):
+            torch._dynamo.reset()
+            model = twin(base, layers)
+            with ExitStack() as stack:
+                if way != "dense":
+                    backend: Any = way.removeprefix("FASA ")
+                    stack.enter_context(enable(model, profile, FasaConfig(n_fac=256, backend=backend)))
+                times = seconds_a_token(model, prompt, options)
+            row = {"shape": SHAPE.name, "layers": layers, "batch": 1, "context": context, "cache": cache, "name": way}
+            ledger.add({**row, "seconds": statistics.median(times), "all_seconds": times})
+            print(f"{cache} cache, {way}: {statistics.median(times) * 1e3:.2f} ms a token", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
