@@ -25,7 +25,7 @@ between the two, and 30 MB are 7k tokens.
 GROWING_BYTES = {"cuda": 6_000_000_000}
 """And where a cache grows, so that no graph holds the step: a GPU then waits for Python, which takes longer for sparse
 attention than for dense. On an H100 a step of 32 layers takes 56 ms all dense and 64 sparse (growing_cuda.json in
-evals/results); dense attention keeps the device as long from 6 GB on.
+evals/results); by its bytes, dense attention keeps the device as long from 6 GB on.
 """
 
 BUDGETS = {"cuda": 16, "cpu": 4}

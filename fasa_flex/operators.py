@@ -14,8 +14,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def operator(name: str, devices: str = "default", mutates: tuple[str, ...] = ()) -> Callable[[_Function], _Function]:
     """Make a function of tensors the operator ``fasa_flex::name`` of compiled graphs; it takes no keyword arguments.
 
-    Eagerly it stays the function: a decode step calls several in each layer, and an operator's call from Python takes
-    as long as launching its kernel; `torch.library.custom_op`'s, with its checks of every result, several times that.
+    Eagerly it stays the function: a decode step calls several in each layer, and `torch.library.custom_op`'s three
+    layers around it, with their checks of every result, may take longer than launching its kernel.
     What the operator returns of fake tensors is for `torch.library.register_fake`.
 
     Args:

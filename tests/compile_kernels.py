@@ -28,7 +28,10 @@ NUMBERS = {"scaling": "fp32", "softcap": "fp32", "key_batch": "i64", "value_batc
 
 
 def compiles(kernel: Any, int8: str = "", number: str = "", asserts: bool = False, **constants: Any) -> None:
-    """Compile to machine code, raises where that fails: with a check in it or none, some argument in another type."""
+    """Compile to machine code, with a check in it or none; raises where that fails.
+
+    An argument named by ``int8`` or ``number`` has another type than in `POINTERS`.
+    """
     chosen = {name: value for name, value in {**SHAPE, **constants}.items() if name in kernel.arg_names}
     types = {**dict.fromkeys(kernel.arg_names, "i32"), **NUMBERS, **POINTERS, int8: "*i8", number: "i32"}
     signature = {name: "constexpr" if name in chosen else types[name] for name in kernel.arg_names}

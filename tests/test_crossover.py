@@ -60,6 +60,7 @@ def test_on_a_gpu_the_rule_asks_what_dense_attention_would_be(
 
 
 def test_below_the_crossover_the_model_is_dense_and_counts_so(llama: PreTrainedModel, ids: Ids) -> None:
+    """Within rounding: what is dense then is grouped attention, not the model's own."""
     prompt, profile = ids(40, rows=1), profile_of(llama)
     dense = generate(llama, prompt)
     with enable(llama, profile, FasaConfig(n_fac=6, backend="fastest")) as fasa:

@@ -56,6 +56,9 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=8, help="of the model's 32")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the results")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():  # elsewhere transformers does not compile by itself
+        print("it needs a CUDA device.", file=sys.stderr)
+        return 1
     device, layers, context = torch.device("cuda"), arguments.layers, arguments.context
     base = SHAPE.model(layers, context + LONG, torch.bfloat16, device).eval()
     profile = random_profile(SHAPE, base, layers)

@@ -20,40 +20,44 @@ MAIN, DETAILS = ROOT / "README.md", Path(__file__).with_name("README.md")
 
 def rows_of(name: str) -> list[dict[str, Any]]:
     """The rows of a committed result."""
-    rows: list[dict[str, Any]] = json.loads((ROOT / "evals" / "results" / f"bench_{name}.json").read_text())["rows"]
+    rows: list[dict[str, Any]] = json.loads((ROOT / "evals" / "results" / f"{name}.json").read_text())["rows"]
     return rows
 
 
 def rivals(name: str) -> str:
     """Every one of FASA's ways against the best dense one."""
-    return summary(rows_of(name))
+    return summary(rows_of(f"bench_{name}"))
 
 
 def rankings(device: str, int8: str, rival: str) -> str:
     """One of FASA's ways, by how the group ranks and what packed keys are held in."""
     files = {"softmax (default)": device, "max": f"{device}_max", int8: f"{device}_int8"}
-    return side_by_side({name: rows_of(f"op_{file}") for name, file in files.items()}, rival)
+    return side_by_side({name: rows_of(f"bench_op_{file}") for name, file in files.items()}, rival)
 
 
 def growing(device: str) -> str:
     """Milliseconds of an eager step on a growing cache, in every way; sparse ones are marked."""
-    rows = json.loads((ROOT / "evals" / "results" / f"growing_{device}.json").read_text())["rows"]
+    rows = rows_of(f"growing_{device}")
     names = [way["name"] for way in rows[0]["ways"]]
     lines = [["context", *names], ["--:"] * (1 + len(names))]
     for row in rows:
         times = [f"{way['seconds'] * 1e3:.3g}{' (sparse)' if way['sparse'] else ''}" for way in row["ways"]]
         lines.append([f"{row['context'] // 1024}k", *times])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return _joined(lines)
 
 
 def generated(device: str) -> str:
     """Milliseconds a token of `generate`, by its cache."""
-    rows = json.loads((ROOT / "evals" / "results" / f"generate_{device}.json").read_text())["rows"]
+    rows = rows_of(f"generate_{device}")
     names, found = list(dict.fromkeys(row["name"] for row in rows)), dict[str, dict[str, str]]()
     for row in rows:
         found.setdefault(row["cache"], {})[row["name"]] = f"{row['seconds'] * 1e3:.3g} ms"
     lines = [["cache", *names], ["---"] + ["--:"] * len(names)]
     lines += [[cache, *(times[name] for name in names)] for cache, times in found.items()]
+    return _joined(lines)
+
+
+def _joined(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
