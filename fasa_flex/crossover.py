@@ -22,7 +22,7 @@ compiled, 42 MB, and from 1k where all is (bench_step_cpu.json); compiling atten
 between the two, and 30 MB are 7k tokens.
 """
 
-GROWING_BYTES = {"cuda": 6_000_000_000}
+GROWING_BYTES = {"cuda": 1_500_000_000}
 """And where a cache grows, so that no graph holds the step: a GPU then waits for Python, which takes longer for sparse
 attention than for dense. On an H100 a step of 32 layers takes 56 ms all dense and 64 sparse (growing_cuda.json in
 evals/results); by its bytes, dense attention keeps the device as long from 6 GB on.

@@ -4,13 +4,16 @@ Under a mask, as of a static cache, transformers repeats keys and values for eve
 layers at 128k tokens then takes 117 ms, without a mask 15; one of 16 layers at 32k, compiled on two CPU cores, 1.3 s,
 by grouped rows 0.3. Without one, as of a growing cache, PyTorch reads a key for every query head on a CPU, which takes
 two to three times as long from 4k tokens on, and on an H100 (torch 2.11) has cuDNN plan every length anew, in 45 to 72
-ms a token (evals/results).
+ms a token (evals/results); flash attention plans nothing.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.backends import cuda
 from torch.nn import functional as F
 
 from fasa_flex.fused import codes_of, why_not_these
@@ -27,7 +30,9 @@ def decodes_grouped(query: Tensor, key: Tensor, value: Tensor, attention_mask: T
     return not planned_once and why_not_these(query, key, value) is None
 
 
-def grouped_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor, softmax: Softmax) -> Tensor:
+def grouped_attention(
+    query: Tensor, key: Tensor, value: Tensor, valid: Tensor, softmax: Softmax, all_valid: bool = False
+) -> Tensor:
     """Dense attention of one query a row where `decodes_grouped`.
 
     Args:
@@ -36,11 +41,12 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor, 
         value: float [B, Hkv, T, Dv].
         valid: bool [B or 1, 1, 1, 1, T].
         softmax: the model's.
+        all_valid: whether every key is known to be.
 
     Returns:
         [B, Hq, 1, Dv].
     """
-    if query.is_cuda:
+    if query.is_cuda and not (all_valid and softmax.plain and _flash_has(key, value)):
         from fasa_flex.decode import dense_decode  # Triton is there with CUDA only
 
         out: Tensor = dense_decode(
@@ -48,6 +54,21 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor, 
         )
         return out
     batch, query_heads, _, dim = query.shape
-    rows = query.reshape(batch, key.shape[1], -1, dim)
-    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=valid[:, 0], scale=softmax.scaling)
-    return out.reshape(batch, query_heads, 1, -1)
+    rows, mask = query.reshape(batch, key.shape[1], -1, dim), None if all_valid else valid[:, 0]
+    attend = F.scaled_dot_product_attention if torch.compiler.is_compiling() else _without_cudnn
+    return attend(rows, key, value, attn_mask=mask, scale=softmax.scaling).reshape(batch, query_heads, 1, -1)
+
+
+def _without_cudnn(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """PyTorch's attention by any kernel but cuDNN's."""
+    former = cuda.cudnn_sdp_enabled()
+    cuda.enable_cudnn_sdp(False)
+    try:
+        return F.scaled_dot_product_attention(query, key, value, **options)
+    finally:
+        cuda.enable_cudnn_sdp(former)
+
+
+def _flash_has(key: Tensor, value: Tensor) -> bool:
+    """Whether PyTorch's flash attention, which plans nothing and splits a row's keys, has a kernel for these."""
+    return key.element_size() == 2 and key.shape[3] == value.shape[3] <= 256

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from fasa_flex.attention import sparse_attention
 from fasa_flex.boundary import Boundary
 from fasa_flex.config import FasaConfig, GroupReduce
-from fasa_flex.crossover import sparse_is_faster
+from fasa_flex.crossover import GROWING_BYTES, sparse_is_faster
 from fasa_flex.grouped import decodes_grouped, grouped_attention
 from fasa_flex.handed import check_keys, softmax_of
 from fasa_flex.held_rows import HeldRows
@@ -142,15 +142,23 @@ class Fasa:
         """Hand on to the attention function what transformers keeps from it: the cache, and where the queries begin."""
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # GPT-NeoX has a name of its own for it
         layer = layer_of(module)
+        states: Tensor = args[0] if args else kwargs["hidden_states"]
         if cache is not None and layer == self._first:
-            make_room(cache, (args[0] if args else kwargs["hidden_states"]).shape[1])
+            make_room(cache, states.shape[1])
         if cache is not None and layer in self._budgets and self._packs:
-            pack_layer(cache, layer, self._scorers.get(layer), self.config.packed_dtype)
+            self._pack(cache, layer, now=not self._packs_late(states.device))
             kwargs = {**kwargs, "fasa_cache": cache}
         asked = self._boundary is not None or layer in self._followers
         if cache is not None and asked:  # a sliding cache holds fewer keys than there were slots, a static one more
             kwargs = {**kwargs, "fasa_first_slot": int(cache.get_seq_length(layer))}
         return args, kwargs
+
+    def _packs_late(self, device: torch.device) -> bool:
+        """Whether a growing layer's keys are packed at its first sparse step, as before that packing costs time."""
+        return self.config.backend == "fastest" and device.type in GROWING_BYTES
+
+    def _pack(self, cache: Cache, layer: int, now: bool) -> None:
+        pack_layer(cache, layer, self._scorers.get(layer), self.config.packed_dtype, growing=now)
 
     def _attend(
         self,
@@ -188,7 +196,8 @@ class Fasa:
             key, value = key.to(query.device), value.to(query.device)
             if groups:
                 valid = once("valid", valid_from_mask)
-                return grouped_attention(query, key, value, valid, softmax).transpose(1, 2).contiguous(), None
+                out = grouped_attention(query, key, value, valid, softmax, all_valid=attention_mask is None)
+                return out.transpose(1, 2).contiguous(), None
             return dense(module, query, key, value, attention_mask, **kwargs)
         if kwargs.get("dropout"):
             raise ValueError(f"{type(module).__name__} uses dropout, sparse attention does not; call model.eval().")
@@ -197,6 +206,9 @@ class Fasa:
         packed = held = None
         if cache is not None and q_len == 1:
             packed, held = packed_keys(cache, layer, scorer), held_rows(cache, layer)
+            if packed is None and self._packs:
+                self._pack(cache, layer, now=True)
+                packed = packed_keys(cache, layer, scorer)
         focused = self._focused(layer, query[:, :, first:], key, value, scorer, valid, softmax, packed, held)
         if self._boundary is None or q_len == 1:
             return focused, None
@@ -216,7 +228,7 @@ class Fasa:
         if scorer is not None and layer in self._budgets:
             self._scorers[layer] = scorer
             if cache is not None:
-                pack_layer(cache, layer, scorer, self.config.packed_dtype)
+                self._pack(cache, layer, now=not self._packs_late(device))
 
     def _sparse_queries(
         self, layer: int, once: Once, n_valid: Tensor, kv_len: int, first_slot: int

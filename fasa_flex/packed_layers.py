@@ -248,16 +248,17 @@ def writable(buffer: Tensor) -> bool:
     return torch.is_inference_mode_enabled() or not buffer.is_inference()
 
 
-def pack_layer(cache: Cache, layer: int, scorer: object, dtype: PackedDtype | None) -> None:
+def pack_layer(cache: Cache, layer: int, scorer: object, dtype: PackedDtype | None, growing: bool = True) -> None:
     """Let a layer of any cache keep packed keys, if it is of a kind that can and ``scorer`` scores dimensions of keys.
 
-    A plain growing or static layer is replaced by one that packs, with the keys and values it holds. One that packs
-    already is packed anew where ``scorer`` scores other dimensions. In a compiled graph all stays as it is.
+    A plain growing layer, unless ``growing`` is False, or static one is replaced by one that packs, with the keys and
+    values it holds. One that packs already is packed anew where ``scorer`` scores other dimensions. In a compiled graph
+    all stays as it is.
     """
     if not isinstance(scorer, DominantChunks) or layer >= len(cache.layers) or torch.compiler.is_compiling():
         return
     held = cache.layers[layer]
-    if type(held) is DynamicLayer:
+    if type(held) is DynamicLayer and growing:
         held = _adopt(held, PackedLayer(scorer, dtype))
     elif type(held) in (StaticLayer, CountedStaticLayer):
         held = _adopt(held, StaticPackedLayer(scorer, held.max_cache_len, dtype))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from unittest.mock import Mock
 
 import pytest
 import torch
 from generation import Ids, generate, profile_of
 from torch._dynamo.utils import counters
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
+import fasa_flex.attention
 import fasa_flex.crossover
 from fasa_flex import FasaConfig, enable
+from fasa_flex.config import Backend
 from fasa_flex.crossover import sparse_is_faster
+from fasa_flex.packed_layers import PackedLayer
 
 
 def layer(batch: int, heads: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -47,8 +52,8 @@ def test_the_rule(batch: int, heads: int, length: int, budget: int, expected: bo
         (1, 8192, True, False, True),
         (8, 4096, True, False, True),
         (8, 4095, True, False, False),  # of 16 budgets the least was measured
-        (8, 131072, True, True, False),  # 4.3 GB: Python decides
-        (16, 131072, True, True, True),
+        (2, 131072, True, True, False),  # 1.1 GB: Python decides
+        (4, 131072, True, True, True),
     ],
 )
 def test_on_a_gpu_the_rule_asks_what_dense_attention_would_be(
@@ -123,3 +128,30 @@ def test_only_an_eager_step_of_a_growing_cache_is_one(
             generate(llama, ids(40, rows=1), max_new_tokens=3, cache_implementation=cache)
             sparse[cache] = fasa.stats.sparse_queries
     assert sparse == {"static": 2 * 2, "dynamic": 0}
+
+
+def test_where_python_decides_a_growing_layer_is_packed_at_its_first_sparse_step(
+    llama: PreTrainedModel, ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then it is the plain one; from then on the logits are those of "auto", which packs from the start."""
+    monkeypatch.setattr(fasa_flex.attention, "_compiled", lambda *_: fasa_flex.attention._score_select_attend)
+    monkeypatch.setitem(fasa_flex.crossover.KV_BYTES, ("cpu", True), 0)
+    monkeypatch.setitem(fasa_flex.crossover.GROWING_BYTES, "cpu", 1 << 40)
+    tokens, plain = [ids(1, seed, rows=2) for seed in range(3)], DynamicCache(config=llama.config)
+
+    def decode(backend: Backend, cache: DynamicCache) -> tuple[torch.Tensor, int, list[type]]:
+        with enable(llama, profile_of(llama), FasaConfig(n_fac=6, backend=backend)) as fasa:
+            logits = [llama(token, past_key_values=cache).logits for token in tokens]
+            return torch.cat(logits), fasa.stats.sparse_queries, [type(layer) for layer in cache.layers]
+
+    with torch.no_grad():
+        llama(ids(40, rows=2), past_key_values=plain)
+        expected, *sparse = decode("auto", copy.deepcopy(plain))
+        assert sparse == [2 * 2 * 3, [DynamicLayer, PackedLayer, PackedLayer]]
+        dense, *rest = decode("fastest", copy.deepcopy(plain))
+        assert rest == [0, [DynamicLayer] * 3]
+        assert not torch.allclose(dense, expected)
+        monkeypatch.setitem(fasa_flex.crossover.GROWING_BYTES, "cpu", 0)
+        late, *rest = decode("fastest", plain)
+    assert rest == sparse
+    torch.testing.assert_close(late, expected, rtol=1e-5, atol=1e-5)

@@ -29,6 +29,25 @@ def test_grouped_attention_is_attention_to_repeated_keys() -> None:
     torch.testing.assert_close(grouped_attention(q, k, v, valid, Softmax(0.3)), expected)
 
 
+def test_where_all_keys_are_valid_cudnn_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would plan every length of a growing cache anew; what may be asked afterwards is as before."""
+    q, k, v = states(6, 1, 1), states(2, 50, 2), states(2, 50, 3)
+    expected = F.scaled_dot_product_attention(q, *(x.repeat_interleave(3, dim=1) for x in (k, v)), scale=0.3)
+    attend, during, former = F.scaled_dot_product_attention, [], torch.backends.cuda.cudnn_sdp_enabled()
+
+    def watched(*args: Any, **options: Any) -> Tensor:
+        during.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    for allowed in (not former, former):
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
+        out = grouped_attention(q, k, v, torch.ones(1, 1, 1, 1, 50, dtype=torch.bool), Softmax(0.3), all_valid=True)
+        torch.testing.assert_close(out, expected)
+        assert torch.backends.cuda.cudnn_sdp_enabled() is allowed
+    assert during == [False, False]
+
+
 def test_it_serves_one_query_of_a_group() -> None:
     q, k, mask, plain = states(6, 1, 1), states(2, 50, 2), torch.ones(2, 1, 1, 50, dtype=torch.bool), Softmax(0.3)
     assert decodes_grouped(q, k, k, mask, plain)
@@ -49,9 +68,9 @@ def test_dense_layers_read_each_key_once_for_its_group(
     calls: list[int] = []
     ours = handle.grouped_attention
 
-    def counted(query: Tensor, *rest: object) -> Tensor:
+    def counted(query: Tensor, *rest: Any, **options: Any) -> Tensor:
         calls.append(query.shape[2])
-        return ours(query, *rest)
+        return ours(query, *rest, **options)
 
     monkeypatch.setattr(handle, "grouped_attention", counted)
 
