@@ -35,9 +35,9 @@ def rankings(device: str, int8: str, rival: str) -> str:
     return side_by_side({name: rows_of(f"bench_op_{file}") for name, file in files.items()}, rival)
 
 
-def growing(device: str) -> str:
+def growing(file: str) -> str:
     """Milliseconds of an eager step on a growing cache, in every way; sparse ones are marked."""
-    rows = rows_of(f"growing_{device}")
+    rows = rows_of(file)
     names = [way["name"] for way in rows[0]["ways"]]
     lines = [["context", *names], ["--:"] * (1 + len(names))]
     for row in rows:
@@ -72,8 +72,9 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     DETAILS: {
         "rankings cuda": partial(rankings, "cuda", "max, int8 packed keys", "FASA-C triton"),
         "step compiled cuda": partial(rivals, "step_cuda_compiled"),
-        "growing cuda": partial(growing, "cuda"),
-        "growing cpu": partial(growing, "cpu"),
+        "growing cuda": partial(growing, "growing_cuda"),
+        "growing long cuda": partial(growing, "growing_long_cuda"),
+        "growing cpu": partial(growing, "growing_cpu"),
         "rankings cpu": partial(rankings, "cpu", "softmax, int8 packed keys", "FASA-C gather, compiled"),
         "rankings cpu intel": partial(rankings, "cpu_intel", "softmax, int8 packed keys", "FASA-C gather, compiled"),
         "flex cpu": partial(rivals, "op_cpu_flex"),
