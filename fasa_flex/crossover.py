@@ -26,6 +26,8 @@ GROWING_BYTES = {"cuda": 1_500_000_000}
 """And where a cache grows, so that no graph holds the step: a GPU then waits for Python, which takes longer for sparse
 attention than for dense. On an H100 sparse attention is level with dense at 1.1 GB a layer and the faster at 1.6
 (growing_long_cuda.json in evals/results), where transformers' copying of a growing cache takes most of a dense step.
+An uncompiled step of a static cache, as slow for Python, is not one of these: it may be the warm-up of a graph, which
+is to have launched every kernel before the graph is recorded.
 """
 
 BUDGETS = {"cuda": 16, "cpu": 4}
