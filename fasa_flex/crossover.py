@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from fasa_flex.host_layers import on_host
 
 KV_BYTES = {
     ("cuda", False): 170_000_000,
@@ -15,7 +20,7 @@ KV_BYTES = {
 By device, and by whether dense attention would be `fasa_flex.grouped`'s. Below, a fixed cost decides. On an H100
 (bfloat16, Llama-3.1-8B's shape, replayed as a graph; bench_step_cuda.json in evals/results) the crossover of a whole
 step with the best dense one is 6k to 10k tokens at batch 1, 25 to 39 MB, and 4k to 5k at batch 8, 140 to 168 MB: the
-latest of them, so that sparse is not the slower. With ours, which a mask or an eager call needs, it is between 4k and
+latest of them, so that sparse is not the slower. With ours, which a mask needs, it is between 4k and
 32k tokens at batch 1, 17 and 134 MB, and at batch 8 below 4k (the first of its `repeats`, where "fastest" was dense by
 ours). On two CPU cores (float32, Llama-3.2-1B's shape) a step is the faster from 10k tokens on where nothing is
 compiled, 42 MB, and from 1k where all is (bench_step_cpu.json); compiling attention alone, as "fastest" does, is
@@ -25,7 +30,7 @@ between the two, and 30 MB are 7k tokens.
 GROWING_BYTES = {"cuda": 1_500_000_000}
 """And where a cache grows, so that no graph holds the step: a GPU then waits for Python, which takes longer for sparse
 attention than for dense. On an H100 sparse attention is level with dense at 1.1 GB a layer and the faster at 1.6
-(growing_long_cuda.json in evals/results), where transformers' copying of a growing cache takes most of a dense step.
+(growing_long_cuda.json in evals/results); a dense step reads each byte there and transformers' growing cache copies it.
 An uncompiled step of a static cache, as slow for Python, is not one of these: it may be the warm-up of a graph, which
 is to have launched every kernel before the graph is recorded.
 """
@@ -50,3 +55,19 @@ def sparse_is_faster(
     held, device = (key.numel() + value.numel()) * key.element_size(), query.device.type
     least = max(KV_BYTES.get((device, grouped), 0), GROWING_BYTES.get(device, 0) if growing else 0)
     return held >= least and key.shape[2] >= BUDGETS.get(device, 1) * most_selected
+
+
+def sparse_layer_is_faster(
+    cache: Cache | None, layer: int, query: Tensor, key: Tensor, value: Tensor, most_selected: int, grouped: bool
+) -> bool:
+    """`sparse_is_faster`, arguments likewise, by what the layer's cache is."""
+    if on_host(cache, layer):  # from there fewer rows are the faster, whatever their number
+        return True
+    growing = cache is not None and isinstance(cache.layers[layer], DynamicLayer)
+    eager = not torch.compiler.is_compiling()
+    return sparse_is_faster(query, key, value, most_selected, grouped, growing and eager)
+
+
+def packs_late(device: torch.device) -> bool:
+    """Whether a growing layer's keys had better stay unpacked until a step is sparse: dense ones wait for Python."""
+    return device.type in GROWING_BYTES

@@ -55,6 +55,7 @@ def grouped_attention(
         return out
     batch, query_heads, _, dim = query.shape
     rows, mask = query.reshape(batch, key.shape[1], -1, dim), None if all_valid else valid[:, 0]
+    # a compiler does not trace the switch, and has no need of it: a graph's lengths are planned once
     attend = F.scaled_dot_product_attention if torch.compiler.is_compiling() else _without_cudnn
     return attend(rows, key, value, attn_mask=mask, scale=softmax.scaling).reshape(batch, query_heads, 1, -1)
 

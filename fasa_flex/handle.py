@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from fasa_flex.attention import sparse_attention
 from fasa_flex.boundary import Boundary
 from fasa_flex.config import FasaConfig, GroupReduce
-from fasa_flex.crossover import GROWING_BYTES, sparse_is_faster
+from fasa_flex.crossover import packs_late, sparse_layer_is_faster
 from fasa_flex.grouped import decodes_grouped, grouped_attention
 from fasa_flex.handed import check_keys, softmax_of
 from fasa_flex.held_rows import HeldRows
-from fasa_flex.host_layers import held_rows, on_host
+from fasa_flex.host_layers import held_rows
 from fasa_flex.layers import attention_modules, attention_shape, layer_of, maximum_positions
 from fasa_flex.masking import DecodeStep, Once, count_valid, valid_from_mask
 from fasa_flex.packed_layers import pack_layer, packed_keys, packs
@@ -146,19 +145,17 @@ class Fasa:
         if cache is not None and layer == self._first:
             make_room(cache, states.shape[1])
         if cache is not None and layer in self._budgets and self._packs:
-            self._pack(cache, layer, now=not self._packs_late(states.device))
+            self._pack(cache, layer, states.device)
             kwargs = {**kwargs, "fasa_cache": cache}
         asked = self._boundary is not None or layer in self._followers
         if cache is not None and asked:  # a sliding cache holds fewer keys than there were slots, a static one more
             kwargs = {**kwargs, "fasa_first_slot": int(cache.get_seq_length(layer))}
         return args, kwargs
 
-    def _packs_late(self, device: torch.device) -> bool:
-        """Whether a growing layer's keys are packed at its first sparse step, as before that packing costs time."""
-        return self.config.backend == "fastest" and device.type in GROWING_BYTES
-
-    def _pack(self, cache: Cache, layer: int, now: bool) -> None:
-        pack_layer(cache, layer, self._scorers.get(layer), self.config.packed_dtype, growing=now)
+    def _pack(self, cache: Cache, layer: int, device: torch.device) -> None:
+        """Pack a layer's keys, those of a growing one at its first sparse step where "fastest" is better off so."""
+        late = self.config.backend == "fastest" and packs_late(device)
+        pack_layer(cache, layer, self._scorers.get(layer), self.config.packed_dtype, growing=not late)
 
     def _attend(
         self,
@@ -183,8 +180,10 @@ class Fasa:
         self._calibrate(layer, query, key, attention_mask, n_valid, first_slot, cache)
         first, chosen = self._sparse_queries(layer, once, n_valid, kv_len, first_slot)
         groups = self._groups(layer, kv_len, kwargs) and decodes_grouped(query, key, value, attention_mask, softmax)
-        if self.config.backend == "fastest" and not self._is_faster(layer, query, key, value, groups, cache):
-            first, chosen = q_len, None
+        if self.config.backend == "fastest" and chosen is not None:
+            states = (query, key, value)
+            if not sparse_layer_is_faster(cache, layer, *states, self._budgets[layer].widest(kv_len), groups):
+                first, chosen = q_len, None
         self._count(layer, once, n_valid, chosen, first_slot)
         scorer: Any = self._scorers.get(layer)
         if layer in self._followers:
@@ -206,8 +205,8 @@ class Fasa:
         packed = held = None
         if cache is not None and q_len == 1:
             packed, held = packed_keys(cache, layer, scorer), held_rows(cache, layer)
-            if packed is None and self._packs:
-                self._pack(cache, layer, now=True)
+            if packed is None and self._packs:  # its first sparse step
+                pack_layer(cache, layer, scorer, self.config.packed_dtype)
                 packed = packed_keys(cache, layer, scorer)
         focused = self._focused(layer, query[:, :, first:], key, value, scorer, valid, softmax, packed, held)
         if self._boundary is None or q_len == 1:
@@ -228,7 +227,7 @@ class Fasa:
         if scorer is not None and layer in self._budgets:
             self._scorers[layer] = scorer
             if cache is not None:
-                self._pack(cache, layer, now=not self._packs_late(device))
+                self._pack(cache, layer, device)
 
     def _sparse_queries(
         self, layer: int, once: Once, n_valid: Tensor, kv_len: int, first_slot: int
@@ -244,16 +243,6 @@ class Fasa:
         behind = boundary.behind(first_slot, batch, q_len, n_valid.device)
         first = max(0, boundary.lowest - first_slot)
         return (first, over_budget & behind) if first < q_len else (q_len, None)
-
-    def _is_faster(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, groups: bool, cache: Cache | None
-    ) -> bool:
-        budget = self._budgets.get(layer)
-        if budget is None or on_host(cache, layer):  # from the host fewer rows are the faster, whatever their number
-            return budget is not None
-        growing = cache is not None and isinstance(cache.layers[layer], DynamicLayer)
-        eager = not torch.compiler.is_compiling()
-        return sparse_is_faster(query, key, value, budget.widest(key.shape[2]), groups, growing and eager)
 
     def _groups(self, layer: int, kv_len: int, options: dict[str, Any]) -> bool:
         """Whether a dense layer may attend by ours instead of the model's own attention; not bit by bit the same."""

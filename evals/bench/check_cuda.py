@@ -83,16 +83,16 @@ def check_decoding(device: torch.device, backend: str, placement: str, steps: in
         cache = FasaCache(model, profile, config, placement=placement, max_cache_len=length)
         run = torch.compile(model, fullgraph=True, mode=mode)
     with enable(model, profile, replace(config, backend="reference")):
-        expected, eager = decode(model, model, prompt, steps, DynamicCache(config=model.config))
+        expected, wanted = decode(model, model, prompt, steps, DynamicCache(config=model.config))
     counters.clear()
     with enable(model, profile, config) as fasa:
         got, logits = decode(model, run, prompt, steps, cache)
         sparse = fasa.stats.sparse_queries
     same = int((got == expected).int().cumprod(0).sum())
-    error = float((logits[:same] - eager[:same]).norm() / eager[:same].norm())
+    error = float((logits[:same] - wanted[:same]).norm() / wanted[:same].norm())
     skipped = dict(counters["inductor"]).get("cudagraph_skips", 0)
-    best = eager[min(same, steps - 1)].topk(2).values
-    gap = float((best[0] - best[1]) / eager.std())
+    best = wanted[min(same, steps - 1)].topk(2).values
+    gap = float((best[0] - best[1]) / wanted.std())
     return {
         "steps": steps,
         "same_tokens": same,
