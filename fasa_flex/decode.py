@@ -1,17 +1,18 @@
-"""A decode step on a GPU as operators over the kernels of `fasa_flex.kernels`: a sparse layer's and a dense one's."""
+"""A sparse decode step on a GPU as operators over the kernels of `fasa_flex.kernels`."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fasa_flex.kernels import (
     TILE,
-    attend_part,
     attend_rows,
     fetch_rows,
     find_rows,
-    merge_parts,
+    focus_rows,
     mix_group,
     on_their_device,
     overlapping,
@@ -26,17 +27,20 @@ SCORE_BLOCK, MIXED_BLOCK, SCORE_WARPS = 128, 256, 4  # mixed: where every block 
 MIX_BLOCK, MIX_WARPS = 1024, 8
 SELECT_WARPS, MOST_COUNTED = 8, 2048
 ATTEND_BLOCK, ATTEND_WARPS = 128, 4
+FOCUS_WARPS, WIDE_BLOCK, WIDE_WARPS, MOST_NARROW = 4, 256, 8, 4096  # wide: where there are more tiles to search
 FIND_WARPS, FETCH_BLOCK, FETCH_WARPS, FETCH_PROGRAMS = 8, 16, 4, 64
 """Keys and warps of a program, the fastest of those tried on an H100; more tiles than counted are guessed at too.
 
 More programs than 64 fetch scattered rows of the host more slowly.
 """
 
-PROGRAMS, MOST_PARTS, MERGE_WARPS = 256, 128, 8
-"""Of a dense layer's attention: two programs for each multiprocessor, whose parts of a row are merged at once."""
 
-
-@operator("select_slots")
+@operator(
+    "select_slots",
+    lambda query, dims, packed, scales, codes, n_fac, *_: _integers(
+        query, query.shape[0] * dims.shape[0], min(n_fac, codes.shape[1])
+    ),
+)
 @on_their_device
 def select_slots(
     query: Tensor,
@@ -63,56 +67,14 @@ def select_slots(
     Returns:
         int32 [B * Hkv, min(n_fac, T)], ascending; -1 where no valid key is left.
     """
-    batch, query_heads, _, dim = query.shape
-    kv_heads, width = dims.shape
-    kv_len, group, rows = codes.shape[1], query_heads // kv_heads, batch * kv_heads
-    wanted, mixed = min(n_fac, kv_len), how == "softmax" and group > 1
-    group_pad, block = power_of_two(group, 16), MIXED_BLOCK if mixed else SCORE_BLOCK
-    whole = MIX_BLOCK if mixed else 16 * TILE.value  # keys: of sixteens of tiles, which threads read in fours
-    covered = parts_of(kv_len, whole) * whole
-    blocks, tiles = covered // block, parts_of(kv_len, TILE.value)
-    order, maxima = _integers(query, rows, covered), _integers(query, rows, covered // TILE.value)
-    scores, top, total = (
-        torch.empty(rows, group, size if mixed else 0, device=query.device) for size in (kv_len, blocks, blocks)
-    )
-    code_stride = 0 if codes.shape[0] == 1 else codes.stride(0)
+    order, maxima = _ranked(query, dims, packed, scales, codes, how, scaling)
+    search = _search(order, maxima, codes.shape[1], n_fac)
     overlap, launch = overlapping(query.device)
-    score_keys[(blocks, rows)](
-        query, dims, packed, codes if scales is None else scales, codes, scores, top, total, order, maxima,
-        order.stride(0), maxima.stride(0), kv_len, code_stride, packed.stride(1), blocks, scaling, group, group_pad,
-        dim, width, power_of_two(width, 16), block, scales is not None,
-        how if mixed or how == "mean" else "max", kv_heads, overlap, num_warps=SCORE_WARPS, **launch,
-    )  # fmt: skip
-    if mixed:
-        mix_group[(covered // MIX_BLOCK, rows)](
-            scores, top, total, codes, order, maxima, order.stride(0), maxima.stride(0), kv_len, code_stride, blocks,
-            group, power_of_two(group), MIX_BLOCK, kv_heads, overlap, num_warps=MIX_WARPS, **launch,
-        )  # fmt: skip
-    wanted_pad = power_of_two(wanted, 16)
-    slots, chosen = _integers(query, rows, wanted), _integers(query, rows, wanted_pad)
-    select_keys[(rows,)](
-        order, maxima, chosen, slots, order.stride(0), maxima.stride(0), wanted,
-        power_of_two(tiles, 2), wanted_pad, tiles > wanted_pad, tiles > MOST_COUNTED, overlap,
-        num_warps=SELECT_WARPS, **launch,
-    )  # fmt: skip
-    return slots
+    select_keys[(order.shape[0],)](*search, overlap, num_warps=SELECT_WARPS, **launch)
+    return search.slots
 
 
-@torch.library.register_fake("fasa_flex::select_slots")
-def _(
-    query: Tensor,
-    dims: Tensor,
-    packed: Tensor,
-    scales: Tensor | None,
-    codes: Tensor,
-    n_fac: int,
-    how: str,
-    scaling: float,
-) -> Tensor:
-    return _integers(query, query.shape[0] * dims.shape[0], min(n_fac, codes.shape[1]))
-
-
-@operator("attend_slots")
+@operator("attend_slots", lambda query, key, value, *_: result_of(query, value))
 @on_their_device
 def attend_slots(
     query: Tensor,
@@ -138,36 +100,48 @@ def attend_slots(
     Returns:
         [B, Hq, 1, Dv]; zeros for a row without a slot.
     """
-    batch, kv_heads, _, dim = key.shape
     rows, wanted = slots.shape
-    group, value_dim = query.shape[1] // kv_heads, value.shape[-1]
-    wanted_pad = power_of_two(wanted, 16)
-    block = min(ATTEND_BLOCK if key.element_size() == 2 else 32, wanted_pad)
-    out = query.new_empty(batch, kv_heads * group, 1, value_dim)
+    out, attention = _attention(query, key, value, wanted, ATTEND_BLOCK, scaling, softcap, sinks)
     overlap, launch = overlapping(query.device)
-    attend_rows[(rows,)](
-        query, key, value, slots, query if sinks is None else sinks, out, *_heads(key, value), wanted, scaling,
-        softcap or 1.0, key.stride(2), value.stride(2), group, power_of_two(group, 16), dim,
-        power_of_two(dim, 16), value_dim, power_of_two(value_dim, 16), wanted_pad, block,
-        kv_heads, softcap is not None, sinks is not None, overlap, num_warps=ATTEND_WARPS, **launch,
-    )  # fmt: skip
+    attend_rows[(rows,)](slots, wanted, power_of_two(wanted, 16), *attention, overlap, num_warps=ATTEND_WARPS, **launch)
     return out
 
 
-@torch.library.register_fake("fasa_flex::attend_slots")
-def _(
+@operator("sparse_decode", lambda query, key, value, *_: result_of(query, value))
+@on_their_device
+def sparse_decode(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    slots: Tensor,
+    dims: Tensor,
+    packed: Tensor,
+    scales: Tensor | None,
+    codes: Tensor,
+    n_fac: int,
+    how: str,
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[-1])
+    """TIP, the selection and FAC for one query a row: `select_slots` and `attend_slots`, arguments likewise.
+
+    Returns:
+        [B, Hq, 1, Dv]; zeros for a row without a valid key.
+    """
+    order, maxima = _ranked(query, dims, packed, scales, codes, how, scaling)
+    search = _search(order, maxima, codes.shape[1], n_fac)
+    block, warps = (ATTEND_BLOCK, FOCUS_WARPS) if search.TILES_PAD <= MOST_NARROW else (WIDE_BLOCK, WIDE_WARPS)
+    out, attention = _attention(query, key, value, search.wanted, block, scaling, softcap, sinks)
+    overlap, launch = overlapping(query.device)
+    focus_rows[(order.shape[0],)](*search, *attention, overlap, num_warps=warps, **launch)
+    return out
 
 
-@operator("hold_slots", mutates=("held", "held_at", "held_keys", "held_values"))
+@operator(
+    "hold_slots",
+    lambda key, value, slots, *_: torch.empty_like(slots),
+    mutates=("held", "held_at", "held_keys", "held_values"),
+)
 @on_their_device
 def hold_slots(
     key: Tensor,
@@ -205,93 +179,102 @@ def hold_slots(
     )  # fmt: skip
     blocks = parts_of(wanted, FETCH_BLOCK)
     fetch_rows[(min(FETCH_PROGRAMS, rows * blocks),)](
-        key, value, held_keys, held_values, absent, places, *_heads(key, value), wanted, blocks, rows * blocks,
+        key, value, held_keys, held_values, absent, places, *head_strides(key, value), wanted, blocks, rows * blocks,
         key.stride(2), value.stride(2), dim, power_of_two(dim), value_dim, power_of_two(value_dim),
         FETCH_BLOCK, kv_heads, overlap, num_warps=FETCH_WARPS, **launch,
     )  # fmt: skip
     return places
 
 
-@torch.library.register_fake("fasa_flex::hold_slots")
-def _(
+def _ranked(
+    query: Tensor, dims: Tensor, packed: Tensor, scales: Tensor | None, codes: Tensor, how: str, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """TIP: the order of every key, int32 [B * Hkv, >= T], and of every tile of keys its maximum."""
+    batch, query_heads, _, dim = query.shape
+    kv_heads, width = dims.shape
+    kv_len, group, rows = codes.shape[1], query_heads // kv_heads, batch * kv_heads
+    mixed = how == "softmax" and group > 1
+    group_pad, block = power_of_two(group, 16), MIXED_BLOCK if mixed else SCORE_BLOCK
+    whole = MIX_BLOCK if mixed else 16 * TILE.value  # keys: of sixteens of tiles, which threads read in fours
+    covered = parts_of(kv_len, whole) * whole
+    blocks = covered // block
+    order, maxima = _integers(query, rows, covered), _integers(query, rows, covered // TILE.value)
+    scores, top, total = (
+        torch.empty(rows, group, size if mixed else 0, device=query.device) for size in (kv_len, blocks, blocks)
+    )
+    code_stride = 0 if codes.shape[0] == 1 else codes.stride(0)
+    overlap, launch = overlapping(query.device)
+    score_keys[(blocks, rows)](
+        query, dims, packed, codes if scales is None else scales, codes, scores, top, total, order, maxima,
+        order.stride(0), maxima.stride(0), kv_len, code_stride, packed.stride(1), blocks, scaling, group, group_pad,
+        dim, width, power_of_two(width, 16), block, scales is not None,
+        how if mixed or how == "mean" else "max", kv_heads, overlap, num_warps=SCORE_WARPS, **launch,
+    )  # fmt: skip
+    if mixed:
+        mix_group[(covered // MIX_BLOCK, rows)](
+            scores, top, total, codes, order, maxima, order.stride(0), maxima.stride(0), kv_len, code_stride, blocks,
+            group, power_of_two(group), MIX_BLOCK, kv_heads, overlap, num_warps=MIX_WARPS, **launch,
+        )  # fmt: skip
+    return order, maxima
+
+
+class _Search(NamedTuple):
+    """What `select_keys` is handed."""
+
+    order: Tensor
+    maxima: Tensor
+    tiles: Tensor
+    slots: Tensor
+    order_stride: int
+    maxima_stride: int
+    wanted: int
+    TILES_PAD: int
+    WANTED_PAD: int
+    SEARCH: bool
+    GUESS: bool
+
+
+def _search(order: Tensor, maxima: Tensor, kv_len: int, n_fac: int) -> _Search:
+    rows, tiles, wanted = order.shape[0], parts_of(kv_len, TILE.value), min(n_fac, kv_len)
+    wanted_pad = power_of_two(wanted, 16)
+    return _Search(
+        order, maxima, _integers(order, rows, wanted_pad), _integers(order, rows, wanted),
+        order.stride(0), maxima.stride(0), wanted, power_of_two(tiles, 2), wanted_pad,
+        tiles > wanted_pad, tiles > MOST_COUNTED,
+    )  # fmt: skip
+
+
+def _attention(
+    query: Tensor,
     key: Tensor,
     value: Tensor,
-    slots: Tensor,
-    held: Tensor,
-    held_at: Tensor,
-    held_keys: Tensor,
-    held_values: Tensor,
-    length: Tensor | None,
-) -> Tensor:
-    return torch.empty_like(slots)
+    wanted: int,
+    block: int,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """A result [B, Hq, 1, Dv] and what `attend_rows` is handed for it, but the slots."""
+    kv_heads, dim, value_dim = key.shape[1], key.shape[3], value.shape[3]
+    group = query.shape[1] // kv_heads
+    out = result_of(query, value)
+    block = min(block if key.element_size() == 2 else 32, power_of_two(wanted, 16))
+    return out, (
+        query, key, value, query if sinks is None else sinks, out, *head_strides(key, value), scaling, softcap or 1.0,
+        key.stride(2), value.stride(2), group, power_of_two(group, 16), dim, power_of_two(dim, 16),
+        value_dim, power_of_two(value_dim, 16), block, kv_heads, softcap is not None, sinks is not None,
+    )  # fmt: skip
 
 
-def _heads(key: Tensor, value: Tensor) -> tuple[int, int, int, int]:
+def result_of(query: Tensor, value: Tensor) -> Tensor:
+    """Room for a result [B, Hq, 1, Dv]."""
+    return query.new_empty(*query.shape[:3], value.shape[-1])
+
+
+def head_strides(key: Tensor, value: Tensor) -> tuple[int, int, int, int]:
     """How far apart rows of the batch and heads are, in keys and in values."""
     return key.stride(0), key.stride(1), value.stride(0), value.stride(1)
 
 
 def _integers(like: Tensor, rows: int, columns: int) -> Tensor:
     return torch.empty(rows, columns, dtype=torch.int32, device=like.device)
-
-
-@operator("dense_decode")
-@on_their_device
-def dense_decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    codes: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """One dense decode step under a mask, in which a group's query heads read each key and value once.
-
-    Args:
-        query: float [B, Hq, 1, D], contiguous.
-        key: float [B, Hkv, T, D], each row contiguous.
-        value: likewise, [B, Hkv, T, Dv].
-        codes: uint8 [B or 1, T], rows contiguous: 0 for an invalid key.
-        scaling: of the softmax.
-        softcap: of the logits, or None.
-        sinks: float [Hq], or None.
-
-    Returns:
-        [B, Hq, 1, Dv]; zeros for a row without a valid key.
-    """
-    batch, kv_heads, kv_len, dim = key.shape
-    rows, group, value_dim = batch * kv_heads, query.shape[1] // kv_heads, value.shape[-1]
-    group_pad, value_pad = power_of_two(group, 16), power_of_two(value_dim, 16)
-    block = ATTEND_BLOCK if key.element_size() == 2 else 32
-    span = parts_of(parts_of(kv_len, min(MOST_PARTS, max(1, PROGRAMS // rows))), block) * block
-    parts = parts_of(kv_len, span)
-    overlap, launch = overlapping(query.device)
-    bests, totals, results = (
-        torch.empty(rows, parts, group, width, device=query.device) for width in (1, 1, value_pad)
-    )
-    attend_part[(parts, rows)](
-        query, key, value, codes, bests, totals, results, *_heads(key, value), kv_len,
-        0 if codes.shape[0] == 1 else codes.stride(0), span, scaling, softcap or 1.0, key.stride(2), value.stride(2),
-        group, group_pad, dim, power_of_two(dim, 16), value_dim, value_pad, block, kv_heads,
-        softcap is not None, overlap, num_warps=ATTEND_WARPS, **launch,
-    )  # fmt: skip
-    out = torch.empty(batch, kv_heads * group, 1, value_dim, dtype=query.dtype, device=query.device)
-    merge_parts[(rows, group)](
-        bests, totals, results, query if sinks is None else sinks, out, parts, group, value_dim, value_pad,
-        power_of_two(parts), kv_heads, sinks is not None, overlap, num_warps=MERGE_WARPS, **launch,
-    )  # fmt: skip
-    return out
-
-
-@torch.library.register_fake("fasa_flex::dense_decode")
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    codes: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[-1])

@@ -86,15 +86,14 @@ def decode_by_kernels(
     held: HeldRows | None = None,
 ) -> Tensor:
     """`sparse_attention` of one query a row, [B, Hq, 1, Dv], where `why_no_kernels` finds no reason against it."""
-    from fasa_flex.decode import attend_slots, hold_slots, select_slots  # Triton is there with CUDA only
+    from fasa_flex.decode import attend_slots, hold_slots, select_slots, sparse_decode  # Triton is there with CUDA only
 
     codes, query = codes_of(valid), query.contiguous()
     forced = forced_keys(valid, budget)
     if forced is not None:
         codes = codes + forced
     assert isinstance(budget.n_fac, int)
-    slots = select_slots(
-        query,
+    ranked_by = (
         scorer.dims.contiguous(),
         packed.tiles.squeeze(4),
         None if packed.scales is None else packed.scales.squeeze(3),
@@ -103,10 +102,13 @@ def decode_by_kernels(
         "max" if group_reduce == "none" else group_reduce,
         softmax.scaling,
     )
-    if held is not None and held.count == slots.shape[1]:
-        slots = hold_slots(key, value, slots, held.slots, held.places, held.keys, held.values, held.length)
-        key, value = held.keys, held.values
-    out: Tensor = attend_slots(query, key, value, slots, softmax.scaling, softmax.softcap, softmax.sinks)
+    out: Tensor
+    if held is None or held.count != min(budget.n_fac, codes.shape[-1]):
+        out = sparse_decode(query, key, value, *ranked_by, softmax.softcap, softmax.sinks)
+    else:  # FASA-M: between the two, the device fetches what it does not hold
+        slots = select_slots(query, *ranked_by)
+        places = hold_slots(key, value, slots, held.slots, held.places, held.keys, held.values, held.length)
+        out = attend_slots(query, held.keys, held.values, places, softmax.scaling, softmax.softcap, softmax.sinks)
     return out
 
 

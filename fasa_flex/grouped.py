@@ -47,7 +47,7 @@ def grouped_attention(
         [B, Hq, 1, Dv].
     """
     if query.is_cuda and not (all_valid and softmax.plain and _flash_has(key, value)):
-        from fasa_flex.decode import dense_decode  # Triton is there with CUDA only
+        from fasa_flex.dense import dense_decode  # Triton is there with CUDA only
 
         out: Tensor = dense_decode(
             query.contiguous(), key, value, codes_of(valid).flatten(1), softmax.scaling, softmax.softcap, softmax.sinks

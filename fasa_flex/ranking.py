@@ -55,7 +55,7 @@ def largest(order: Tensor, count: int) -> Tensor:
     return order.topk(count, dim=-1, sorted=False).values
 
 
-@operator("largest", devices="cpu")
+@operator("largest", lambda order, count: order.new_empty(*order.shape[:-1], count), devices="cpu")
 def _largest_on_cpu(order: Tensor, count: int) -> Tensor:
     """By NumPy's partition, whose vector code is many times as fast as `torch.topk`, but on one core."""
     kv_len, rows = order.shape[-1], order.numel() // max(1, order.shape[-1])
@@ -69,8 +69,3 @@ def _largest_on_cpu(order: Tensor, count: int) -> Tensor:
         piece.partition(first, axis=-1)
         to_rows[at : at + step] = piece[:, first:]
     return found
-
-
-@torch.library.register_fake("fasa_flex::largest")
-def _(order: Tensor, count: int) -> Tensor:
-    return order.new_empty(*order.shape[:-1], count)

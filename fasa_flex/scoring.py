@@ -175,12 +175,7 @@ def reduce_group(scores: Tensor, valid: Tensor, how: GroupReduce, scaling: float
     return attention_weights(logits).sum(2, keepdim=True)
 
 
-@operator("attention_weights")
+@operator("attention_weights", torch.empty_like)
 def attention_weights(logits: Tensor) -> Tensor:
     """Softmax along the last dimension, as torch has it: Inductor's own takes every exponential twice (torch 2.13)."""
     return logits.softmax(-1)
-
-
-@torch.library.register_fake("fasa_flex::attention_weights")
-def _(logits: Tensor) -> Tensor:
-    return torch.empty_like(logits)

@@ -48,7 +48,9 @@ def main() -> None:
     compiles(kernels.score_keys, int8="keys", HOW="softmax", SCALED=True)
     compiles(kernels.mix_group, GROUP_PAD=4, BLOCK=1024)
     for search in (False, True):
-        compiles(kernels.select_keys, TILES_PAD=1024 if search else 128, SEARCH=search, GUESS=search)
+        chosen = {"TILES_PAD": 1024 if search else 128, "SEARCH": search, "GUESS": search}
+        compiles(kernels.select_keys, **chosen)
+        compiles(kernels.focus_rows, SUNK=search, CAPPED=search, **chosen)
     for sunk, capped in ((False, False), (True, True)):
         compiles(kernels.attend_rows, SUNK=sunk, CAPPED=capped)
         compiles(kernels.attend_part, CAPPED=capped)

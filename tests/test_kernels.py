@@ -27,7 +27,9 @@ from fasa_flex.packing import PackedKeys
 from fasa_flex.scoring import DominantChunks
 
 pytest.importorskip("triton")
-ops = pytest.importorskip("fasa_flex.decode")
+ops, dense = (pytest.importorskip(f"fasa_flex.{name}") for name in ("decode", "dense"))
+
+FUNCTIONS = ("sparse_decode", "select_slots", "hold_slots", "attend_slots")
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's log(0) of masked lanes
 
@@ -81,8 +83,13 @@ def test_decode_equals_the_oracle(step: Step) -> None:
         real[0] = step.batch == 1
     scorer = DominantChunks.from_chunks(chunks)
     packed, real_codes = scorer.pack(k), codes(real, step.forced)
-    slots = ops.select_slots(q, scorer.dims, packed, None, real_codes, step.n_fac, step.how, step.dim**-0.5)
-    out = ops.attend_slots(q, k, v, slots, step.dim**-0.5, step.softcap, sinks)
+    scaling = step.dim**-0.5
+    ranked = (scorer.dims, packed, None, real_codes, step.n_fac, step.how, scaling)
+    slots = ops.select_slots(q, *ranked)
+    outs = {
+        "apart": ops.attend_slots(q, k, v, slots, scaling, step.softcap, sinks),
+        "at once": ops.sparse_decode(q, k, v, *ranked, step.softcap, sinks),
+    }
     expected = oracle.fasa(
         *(x.double().numpy() for x in (q, k, v)),
         chunks.numpy(),
@@ -94,7 +101,8 @@ def test_decode_equals_the_oracle(step: Step) -> None:
         softcap=step.softcap,
         sinks=None if sinks is None else sinks.double().numpy(),
     )
-    np.testing.assert_allclose(out.numpy(), expected.out, atol=1e-5)
+    for how, out in outs.items():
+        np.testing.assert_allclose(out.numpy(), expected.out, atol=1e-5, err_msg=how)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +111,7 @@ def test_decode_equals_the_oracle(step: Step) -> None:
 def test_long_rows_are_guessed_at_and_select_the_same(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
     """As from 2048 tiles on; the last one's orders span 32 bits, from keys of no use to those that are forced."""
     monkeypatch.setattr(ops, "MOST_COUNTED", 1)
+    monkeypatch.setattr(ops, "MOST_NARROW", 1)
     test_decode_equals_the_oracle(step)
 
 
@@ -122,8 +131,7 @@ def test_int8_keys_are_scored_with_their_scales() -> None:
     packed = PackedKeys.of(scorer.pack(k), "int8")
     rows, scales = packed.tiles.transpose(3, 4).flatten(2, 3).contiguous(), packed.scales.flatten(2)
     everyone = torch.ones(1, 80, dtype=torch.uint8)
-    slots = ops.select_slots(q, scorer.dims, rows, scales, everyone, 5, "max", 0.25)
-    out = ops.attend_slots(q, k, v, slots, 0.25, None, None)
+    out = ops.sparse_decode(q, k, v, scorer.dims, rows, scales, everyone, 5, "max", 0.25, None, None)
     held = k.clone()
     held[..., scorer.dims[0]] = packed.rows(80)
     ranked = oracle.fasa(*(x.double().numpy() for x in (q, held, v)), chunks.numpy(), n_fac=5)
@@ -139,7 +147,7 @@ def test_int8_keys_are_scored_with_their_scales() -> None:
     ids=["one part", "many parts, padding and an empty row", "softcap", "learned sinks"],
 )
 def test_dense_decode_equals_the_oracle_with_a_budget_for_all_keys(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "PROGRAMS", 16)
+    monkeypatch.setattr(dense, "PROGRAMS", 16)
     heads = step.kv_heads * step.group
     q = integers(step.batch, heads, 1, step.dim, seed=1, limit=step.limit)
     k = integers(step.batch, step.kv_heads, step.length, step.dim, seed=2, limit=step.limit)
@@ -148,7 +156,7 @@ def test_dense_decode_equals_the_oracle_with_a_budget_for_all_keys(step: Step, m
     real = torch.rand(step.batch, step.length, generator=generator(5)) >= step.masked
     if step.masked:
         real[0] = False
-    out = ops.dense_decode(q, k, v, codes(real, 0), step.dim**-0.5, step.softcap, sinks)
+    out = dense.dense_decode(q, k, v, codes(real, 0), step.dim**-0.5, step.softcap, sinks)
     expected = oracle.fasa(
         *(x.double().numpy() for x in (q, k, v)),
         pick_chunks(step.kv_heads, step.n_tip, dim=step.dim).numpy(),
@@ -246,8 +254,8 @@ def test_a_compiled_model_decodes_by_kernels_without_copying_its_cache(
     logits, code = run_and_get_code(decode, "auto", torch.compile(llama, fullgraph=True, dynamic=False))
     torch.testing.assert_close(logits, decode("reference", llama), atol=1e-4, rtol=1e-4)
     graph = max(code, key=len)
-    assert graph.count("= torch.ops.fasa_flex.attend_slots.default(") == 2
-    assert graph.count("= torch.ops.fasa_flex.hold_slots.default(") == 2 * (placement == "host")
+    called = [name for name in FUNCTIONS if graph.count(f"= torch.ops.fasa_flex.{name}.default(") == 2]
+    assert called == (["sparse_decode"] if placement == "device" else ["select_slots", "hold_slots", "attend_slots"])
     shapes = re.findall(r"= empty_strided_cpu\(\(([\d, ]+)\)", graph)
     sizes = [math.prod(int(size) for size in shape.split(",") if size.strip()) for shape in shapes]
     assert sizes

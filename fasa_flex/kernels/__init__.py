@@ -2,10 +2,10 @@
 
 Inductor's kernels for the same step take 2.5 to 6.6 times as long on an H100 (evals/results/bench_op_cuda.json).
 Nothing here waits for the host or allocates more than scores, and everything can be captured in a CUDA graph.
-`fasa_flex.decode` makes operators of them.
+`fasa_flex.decode` and `fasa_flex.dense` make operators of them.
 """
 
-from fasa_flex.kernels.attention import attend_part, attend_rows, merge_parts
+from fasa_flex.kernels.attention import attend_part, attend_rows, focus_rows, merge_parts
 from fasa_flex.kernels.launching import on_their_device, overlapping, parts_of, power_of_two
 from fasa_flex.kernels.rows import fetch_rows, find_rows
 from fasa_flex.kernels.scoring import TILE, mix_group, score_keys
@@ -18,6 +18,7 @@ __all__ = [
     "attend_rows",
     "fetch_rows",
     "find_rows",
+    "focus_rows",
     "merge_parts",
     "mix_group",
     "on_their_device",

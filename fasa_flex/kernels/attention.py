@@ -1,4 +1,4 @@
-"""FAC: attention to the selected rows; and a dense layer's, to all of them."""
+"""FAC: attention to the selected rows, or the selection and it; and a dense layer's, to all of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from fasa_flex.kernels.launching import begin
+from fasa_flex.kernels.selection import select_keys
 
 
 @triton.jit
@@ -68,11 +69,11 @@ def _finish(
 
 @triton.jit
 def attend_rows(
-    query, keys, values, slots, sinks, out, key_batch, key_head, value_batch, value_head, wanted, scaling, softcap,
+    slots, wanted, WANTED_PAD: tl.constexpr,
+    query, keys, values, sinks, out, key_batch, key_head, value_batch, value_head, scaling, softcap,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
-    WANTED_PAD: tl.constexpr, BLOCK: tl.constexpr, KV_HEADS: tl.constexpr,
-    CAPPED: tl.constexpr, SUNK: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, CAPPED: tl.constexpr, SUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """FAC for the query heads of one key/value head."""
     begin(OVERLAP)
@@ -90,6 +91,28 @@ def attend_rows(
             KEY_STRIDE, VALUE_STRIDE, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, CAPPED,
         )  # fmt: skip
     _finish(out, row, total, result, GROUP, GROUP_PAD, VALUE_DIM, VALUE_PAD)
+
+
+@triton.jit
+def focus_rows(
+    order, maxima, tiles, slots, order_stride, maxima_stride, wanted,
+    TILES_PAD: tl.constexpr, WANTED_PAD: tl.constexpr, SEARCH: tl.constexpr, GUESS: tl.constexpr,
+    query, keys, values, sinks, out, key_batch, key_head, value_batch, value_head, scaling, softcap,
+    KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, CAPPED: tl.constexpr, SUNK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """The selection of one key/value head and FAC for its query heads: `select_keys`, then `attend_rows`."""
+    begin(OVERLAP)
+    select_keys(
+        order, maxima, tiles, slots, order_stride, maxima_stride, wanted, TILES_PAD, WANTED_PAD, SEARCH, GUESS, False
+    )
+    tl.debug_barrier()  # the slots are read by other threads than wrote them
+    attend_rows(
+        slots, wanted, WANTED_PAD, query, keys, values, sinks, out, key_batch, key_head, value_batch, value_head,
+        scaling, softcap, KEY_STRIDE, VALUE_STRIDE, GROUP, GROUP_PAD, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, BLOCK,
+        KV_HEADS, CAPPED, SUNK, False,
+    )  # fmt: skip
 
 
 @triton.jit
