@@ -52,13 +52,13 @@ def variants(settings: Settings) -> list[Variant]:
     host = [Variant("FASA-M", "sparse", placement="host")]
     if settings.device.type == "cuda":
         host.append(replace(host[0], name=f"FASA-M, {rivals.HALF_HELD}", new_rows=0.5))
+    if ("triton" if settings.device.type == "cuda" else "gather") in settings.backends:
+        host.append(Variant("FASA-C fastest", "sparse", backend="fastest"))  # on CPU it compiles where it is sparse
     found = [*dense, *sparse] if "eager" in settings.modes else []
     if settings.device.type == "cuda":
         found.append(Variant("compiled flex", "dense", _register("flex", _flex_region(settings))))
     if "compiled" in settings.modes:
         found += [replace(v, name=f"{v.name}, compiled", compiled=True) for v in (*dense, *sparse, *host)]
-    if ("triton" if settings.device.type == "cuda" else "gather") in settings.backends:
-        host.append(Variant("FASA-C fastest", "sparse", backend="fastest"))  # on CPU it compiles where it is sparse
     return [*found, *host]
 
 
