@@ -27,7 +27,7 @@ SCORE_BLOCK, MIXED_BLOCK, SCORE_WARPS = 128, 256, 4  # mixed: where every block 
 MIX_BLOCK, MIX_WARPS = 1024, 8
 SELECT_WARPS, MOST_COUNTED = 8, 2048
 ATTEND_BLOCK, ATTEND_WARPS = 128, 4
-FOCUS_WARPS, WIDE_BLOCK, WIDE_WARPS, MOST_NARROW = 4, 256, 8, 4096  # wide: where there are more tiles to search
+FOCUS_WARPS, MOST_FOCUSED = 4, 4096  # at once while there are no more tiles: a longer search wants more warps
 FIND_WARPS, FETCH_BLOCK, FETCH_WARPS, FETCH_PROGRAMS = 8, 16, 4, 64
 """Keys and warps of a program, the fastest of those tried on an H100; more tiles than counted are guessed at too.
 
@@ -101,7 +101,7 @@ def attend_slots(
         [B, Hq, 1, Dv]; zeros for a row without a slot.
     """
     rows, wanted = slots.shape
-    out, attention = _attention(query, key, value, wanted, ATTEND_BLOCK, scaling, softcap, sinks)
+    out, attention = _attention(query, key, value, wanted, scaling, softcap, sinks)
     overlap, launch = overlapping(query.device)
     attend_rows[(rows,)](slots, wanted, power_of_two(wanted, 16), *attention, overlap, num_warps=ATTEND_WARPS, **launch)
     return out
@@ -128,12 +128,15 @@ def sparse_decode(
     Returns:
         [B, Hq, 1, Dv]; zeros for a row without a valid key.
     """
+    ranked_by = (dims, packed, scales, codes, n_fac, how, scaling)
+    if parts_of(codes.shape[1], TILE.value) > MOST_FOCUSED:
+        slots = select_slots(query, *ranked_by)
+        return attend_slots(query, key, value, slots, scaling, softcap, sinks)
     order, maxima = _ranked(query, dims, packed, scales, codes, how, scaling)
     search = _search(order, maxima, codes.shape[1], n_fac)
-    block, warps = (ATTEND_BLOCK, FOCUS_WARPS) if search.TILES_PAD <= MOST_NARROW else (WIDE_BLOCK, WIDE_WARPS)
-    out, attention = _attention(query, key, value, search.wanted, block, scaling, softcap, sinks)
+    out, attention = _attention(query, key, value, search.wanted, scaling, softcap, sinks)
     overlap, launch = overlapping(query.device)
-    focus_rows[(order.shape[0],)](*search, *attention, overlap, num_warps=warps, **launch)
+    focus_rows[(order.shape[0],)](*search, *attention, overlap, num_warps=FOCUS_WARPS, **launch)
     return out
 
 
@@ -249,7 +252,6 @@ def _attention(
     key: Tensor,
     value: Tensor,
     wanted: int,
-    block: int,
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
@@ -258,7 +260,7 @@ def _attention(
     kv_heads, dim, value_dim = key.shape[1], key.shape[3], value.shape[3]
     group = query.shape[1] // kv_heads
     out = result_of(query, value)
-    block = min(block if key.element_size() == 2 else 32, power_of_two(wanted, 16))
+    block = min(ATTEND_BLOCK if key.element_size() == 2 else 32, power_of_two(wanted, 16))
     return out, (
         query, key, value, query if sinks is None else sinks, out, *head_strides(key, value), scaling, softcap or 1.0,
         key.stride(2), value.stride(2), group, power_of_two(group, 16), dim, power_of_two(dim, 16),

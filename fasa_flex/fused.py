@@ -102,14 +102,11 @@ def decode_by_kernels(
         "max" if group_reduce == "none" else group_reduce,
         softmax.scaling,
     )
-    out: Tensor
     if held is None or held.count != min(budget.n_fac, codes.shape[-1]):
-        out = sparse_decode(query, key, value, *ranked_by, softmax.softcap, softmax.sinks)
-    else:  # FASA-M: between the two, the device fetches what it does not hold
-        slots = select_slots(query, *ranked_by)
-        places = hold_slots(key, value, slots, held.slots, held.places, held.keys, held.values, held.length)
-        out = attend_slots(query, held.keys, held.values, places, softmax.scaling, softmax.softcap, softmax.sinks)
-    return out
+        return sparse_decode(query, key, value, *ranked_by, softmax.softcap, softmax.sinks)
+    slots = select_slots(query, *ranked_by)
+    places = hold_slots(key, value, slots, held.slots, held.places, held.keys, held.values, held.length)
+    return attend_slots(query, held.keys, held.values, places, softmax.scaling, softmax.softcap, softmax.sinks)
 
 
 def codes_of(valid: Tensor) -> Tensor:

@@ -49,10 +49,9 @@ def grouped_attention(
     if query.is_cuda and not (all_valid and softmax.plain and _flash_has(key, value)):
         from fasa_flex.dense import dense_decode  # Triton is there with CUDA only
 
-        out: Tensor = dense_decode(
+        return dense_decode(
             query.contiguous(), key, value, codes_of(valid).flatten(1), softmax.scaling, softmax.softcap, softmax.sinks
         )
-        return out
     batch, query_heads, _, dim = query.shape
     rows, mask = query.reshape(batch, key.shape[1], -1, dim), None if all_valid else valid[:, 0]
     # a compiler does not trace the switch, and has no need of it: a graph's lengths are planned once

@@ -105,13 +105,16 @@ def test_decode_equals_the_oracle(step: Step) -> None:
         np.testing.assert_allclose(out.numpy(), expected.out, atol=1e-5, err_msg=how)
 
 
+@pytest.mark.parametrize("limit", ["MOST_COUNTED", "MOST_FOCUSED"])
 @pytest.mark.parametrize(
     "step", [STEPS["a search over tiles"], STEPS["softmax"], Step(90, forced=2, masked=0.9)], ids=str
 )
-def test_long_rows_are_guessed_at_and_select_the_same(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As from 2048 tiles on; the last one's orders span 32 bits, from keys of no use to those that are forced."""
-    monkeypatch.setattr(ops, "MOST_COUNTED", 1)
-    monkeypatch.setattr(ops, "MOST_NARROW", 1)
+def test_long_rows_select_the_same(step: Step, limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 2048 tiles on the search guesses, from 4096 on it is a kernel of its own.
+
+    The last step's orders span 32 bits, from keys of no use to those that are forced.
+    """
+    monkeypatch.setattr(ops, limit, 1)
     test_decode_equals_the_oracle(step)
 
 

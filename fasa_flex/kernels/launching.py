@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @triton.jit
@@ -31,7 +33,7 @@ def overlapping(device: torch.device) -> tuple[bool, dict[str, bool]]:
     return overlap, {"launch_pdl": True} if overlap else {}
 
 
-def on_their_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+def on_their_device(launch: _Function) -> _Function:
     """Let ``launch`` run with the GPU of the tensors that it is given as the current one, on which Triton launches.
 
     It need not be: a model may be spread over several. Keys and values may be the host's.
@@ -43,7 +45,7 @@ def on_their_device(launch: Callable[..., Any]) -> Callable[..., Any]:
         with torch.cuda.device(next(theirs, -1)):
             return launch(*args)
 
-    return run
+    return cast(_Function, run)
 
 
 def parts_of(length: int, size: int) -> int:
