@@ -77,6 +77,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
         "growing cpu": partial(growing, "growing_cpu"),
         "rankings cpu": partial(rankings, "cpu", "softmax, int8 packed keys", "FASA-C gather, compiled"),
         "rankings cpu intel": partial(rankings, "cpu_intel", "softmax, int8 packed keys", "FASA-C gather, compiled"),
+        "step cpu intel": partial(rivals, "step_cpu_intel"),
         "flex cpu": partial(rivals, "op_cpu_flex"),
         "permuted cpu": partial(rivals, "op_cpu_permuted"),
     },

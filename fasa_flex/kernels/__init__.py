@@ -1,6 +1,6 @@
 """The Triton kernels of a decode step on a GPU: the cache, TIP, ranking, selection, FAC; and a dense layer's.
 
-Inductor's kernels for the same step take 2.5 to 6.6 times as long on an H100 (evals/results/bench_op_cuda.json).
+Inductor's kernels for the same step take 2.7 to 6.6 times as long on an H100 (evals/results/bench_op_cuda.json).
 Nothing here waits for the host or allocates more than scores, and everything can be captured in a CUDA graph.
 `fasa_flex.decode` and `fasa_flex.dense` make operators of them.
 """
