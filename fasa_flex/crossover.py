@@ -19,10 +19,10 @@ KV_BYTES = {
 
 By device, and by whether dense attention would be `fasa_flex.grouped`'s. Below, a fixed cost decides. On an H100
 (bfloat16, Llama-3.1-8B's shape, replayed as a graph; bench_step_cuda.json in evals/results) the crossover of a whole
-step with the best dense one is 5k to 10k tokens at batch 1, 22 to 39 MB, and 4k to 5k at batch 8, 140 to 168 MB: the
-latest of them, so that sparse is not the slower. With ours, which a mask needs, it is between 4k and
-32k tokens at batch 1, 17 and 134 MB, and at batch 8 below 4k (the first of its `repeats`, where "fastest" was dense by
-ours). On two CPU cores (float32, Llama-3.2-1B's shape) a step is the faster from 10k tokens on where nothing is
+step with the best dense one is 5k to 8k tokens at batch 1, 22 to 33 MB, and 4k to 5k at batch 8, 136 to 153 MB: a
+little more than the latest of them, so that sparse is not the slower. With ours, which a mask needs, it is between 4k
+and 32k tokens at batch 1, 17 and 134 MB, and at batch 8 below 4k (the first of its `repeats`, where "fastest" was dense
+by ours). On two CPU cores (float32, Llama-3.2-1B's shape) a step is the faster from 10k tokens on where nothing is
 compiled, 42 MB, and from 1k where all is (bench_step_cpu.json); compiling attention alone, as "fastest" does, is
 between the two, and 30 MB are 7k tokens.
 """

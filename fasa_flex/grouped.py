@@ -3,8 +3,8 @@
 Under a mask, as of a static cache, transformers repeats keys and values for every query head: on an H100 a step of 32
 layers at 128k tokens then takes 117 ms, without a mask 15; one of 16 layers at 32k, compiled on two CPU cores, 1.3 s,
 by grouped rows 0.3. Without one, as of a growing cache, PyTorch reads a key for every query head on a CPU, which takes
-two to three times as long from 4k tokens on, and on an H100 (torch 2.11) has cuDNN plan every length anew, in 41 to 69
-ms a token (evals/results); flash attention plans nothing.
+two to three and a half times as long from 4k tokens on, and on an H100 (torch 2.11) has cuDNN plan every length anew,
+in 42 to 69 ms a token (evals/results); flash attention plans nothing.
 """
 
 from __future__ import annotations

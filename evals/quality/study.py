@@ -1,6 +1,6 @@
 """The whole study, part by part, and the tables of evals/README.md; or `nox -s study`.
 
-    python -m evals.quality.study          # an hour and a half on two cores; --quick: minutes
+    python -m evals.quality.study          # two hours on two cores; --quick: minutes
 
 Every part goes on where it was stopped and measures nothing twice. The tables are written only into the README of the
 committed results, not for another ``--out``.

@@ -155,7 +155,7 @@ LARGE = Recipe(
     text_share=0.4,
     workers=8,
 )
-"""48 times the parameters, twice the distance, and the same text, of which less may be learnt by heart: some ten passes
+"""45 times the parameters, twice the distance, and the same text, of which less may be learnt by heart: some ten passes
 at most have a loss, and weights decay ten times as much."""
 
 QUICK = Recipe(
