@@ -37,14 +37,17 @@ class Boundary:
                 )
         return cls(start, stop, int(start.min()))
 
-    def behind(self, first_slot: int, batch: int, q_len: int, device: torch.device) -> Tensor:
-        """Which queries, of slots ``first_slot`` on, lie behind the start: bool [B or 1, Q].
+    def check_rows(self, batch: int) -> None:
+        """Refuse a batch of another size.
 
         Raises:
             ValueError: starts for another number of rows.
         """
         if len(self.start) not in (1, batch):
             raise ValueError(f"start names {len(self.start)} rows, the batch has {batch}; give each one slot.")
+
+    def behind(self, first_slot: int, q_len: int, device: torch.device) -> Tensor:
+        """Which queries, of slots ``first_slot`` on, lie behind the start: bool [B or 1, Q]."""
         return _slots(first_slot, q_len, device) >= self.start.to(device)[:, None]
 
     def counted(self, first_slot: int, q_len: int, device: torch.device) -> Tensor | None:

@@ -202,9 +202,8 @@ def _ranked(
     covered = parts_of(kv_len, whole) * whole
     blocks = covered // block
     order, maxima = _integers(query, rows, covered), _integers(query, rows, covered // TILE.value)
-    scores, top, total = (
-        torch.empty(rows, group, size if mixed else 0, device=query.device) for size in (kv_len, blocks, blocks)
-    )
+    sizes = (kv_len, blocks, blocks) if mixed else (0, 0, 0)
+    scores, top, total = (torch.empty(rows, group, size, dtype=torch.float32, device=query.device) for size in sizes)
     code_stride = 0 if codes.shape[0] == 1 else codes.stride(0)
     overlap, launch = overlapping(query.device)
     score_keys[(blocks, rows)](

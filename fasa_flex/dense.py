@@ -46,7 +46,7 @@ def dense_decode(
     parts = parts_of(kv_len, span)
     overlap, launch = overlapping(query.device)
     bests, totals, results = (
-        torch.empty(rows, parts, group, width, device=query.device) for width in (1, 1, value_pad)
+        torch.empty(rows, parts, group, width, dtype=torch.float32, device=query.device) for width in (1, 1, value_pad)
     )
     attend_part[(parts, rows)](
         query, key, value, codes, bests, totals, results, *head_strides(key, value), kv_len,

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasa_flex.boundary import Boundary
+from fasa_flex.masking import check_mask
 from fasa_flex.softmax import Softmax
 
 
@@ -29,23 +31,45 @@ def softmax_of(module: nn.Module, query: Tensor, options: dict[str, Any], implem
     return softmax
 
 
-def check_keys(layer: int, key: Tensor, n_valid: Tensor, limit: int | None) -> None:
-    """Refuse what cannot end well; in decode a check would stall the device, NaN keys rank first there and show.
+def check_forward(
+    batch: int, q_len: int, held: Tensor | int, options: dict[str, Any], boundary: Boundary | None, limit: int | None
+) -> None:
+    """Refuse a forward that cannot end well; asked before a cache is written to.
+
+    A prompt may not be longer than the model was made for; a token decoded beyond that is the model's own affair.
+
+    Args:
+        batch: rows.
+        q_len: tokens that each adds.
+        held: tokens in the cache, padding included.
+        options: keyword arguments of the attention module.
+        boundary: of `Fasa.sparse_from`.
+        limit: the longest sequence that the model takes; None: it states none.
+
+    Raises:
+        ValueError: a boundary for other rows, an attention mask that is more than a mask, or too long a sequence.
+    """
+    if boundary is not None:
+        boundary.check_rows(batch)
+    check_mask(options.get("attention_mask"))
+    if limit is None or q_len == 1 or torch.compiler.is_compiling() or int(held) + q_len <= limit:
+        return
+    positions: Tensor | None = options.get("position_ids")  # which do not count padding
+    longest = int(held) + q_len if positions is None else int(positions.max()) + 1
+    if longest > limit:
+        raise ValueError(f"the sequence has {longest} tokens and the model takes at most {limit}; shorten the prompt.")
+
+
+def check_keys(layer: int, key: Tensor, q_len: int) -> None:
+    """Refuse NaN; in decode a check would stall the device, NaN keys rank first there and show.
 
     Args:
         layer: its number.
         key: float [B, Hkv, T, D].
-        n_valid: int64 [B, Q], valid keys of each query.
-        limit: the longest sequence that the model takes; None: it states none.
+        q_len: queries.
 
     Raises:
-        ValueError: a sequence that is too long, or NaN in the keys of a forward of several tokens.
+        ValueError: NaN in the keys of a forward of several tokens.
     """
-    if torch.compiler.is_compiling():
-        return
-    if limit is not None and key.shape[2] > limit < int(n_valid.max()):
-        raise ValueError(
-            f"the sequence has {int(n_valid.max())} tokens and the model takes at most {limit}; shorten the prompt."
-        )
-    if n_valid.shape[1] > 1 and key.isnan().any():
+    if q_len > 1 and not torch.compiler.is_compiling() and key.isnan().any():
         raise ValueError(f"the keys of layer {layer} hold NaN; check the model's weights, its dtype and its inputs.")

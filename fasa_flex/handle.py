@@ -16,7 +16,7 @@ from fasa_flex.boundary import Boundary
 from fasa_flex.config import FasaConfig, GroupReduce
 from fasa_flex.crossover import packs_late, sparse_layer_is_faster
 from fasa_flex.grouped import decodes_grouped, grouped_attention
-from fasa_flex.handed import check_keys, softmax_of
+from fasa_flex.handed import check_forward, check_keys, softmax_of
 from fasa_flex.held_rows import HeldRows
 from fasa_flex.host_layers import held_rows
 from fasa_flex.layers import attention_modules, attention_shape, layer_of, maximum_positions
@@ -67,7 +67,6 @@ class Fasa:
         self._limit = maximum_positions(model)
         self._boundary: Boundary | None = None
         self._step = DecodeStep()
-        self._seam = AttentionSeam(model, self._attend)
         modules = attention_modules(model)
         self._first = min(modules)
         self.stats = FasaStats(
@@ -75,6 +74,7 @@ class Fasa:
             {layer: read_share(scorer, model, config, self._packs) for layer, scorer in scorers.items()},
             {layer: budget.heads for layer, budget in self._budgets.items()},
         )
+        self._seam = AttentionSeam(model, self._attend)
         self._hooks = [
             module.register_forward_pre_hook(self._before_attention, with_kwargs=True) for module in modules.values()
         ]
@@ -105,6 +105,14 @@ class Fasa:
         self._seam.close()
         for hook in self._hooks:
             hook.remove()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fasa:
+        """A copied model would go on counting and attending through this handle.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a model under FASA cannot be copied; disable() first, and enable the copy by itself.")
 
     def __enter__(self) -> Fasa:
         return self
@@ -142,8 +150,11 @@ class Fasa:
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # GPT-NeoX has a name of its own for it
         layer = layer_of(module)
         states: Tensor = args[0] if args else kwargs["hidden_states"]
-        if cache is not None and layer == self._first:
-            make_room(cache, states.shape[1])
+        if layer == self._first:  # before any layer of the cache is written to
+            held = 0 if cache is None else cache.get_seq_length(layer)
+            check_forward(states.shape[0], states.shape[1], held, kwargs, self._boundary, self._limit)
+            if cache is not None:
+                make_room(cache, states.shape[1])
         if cache is not None and layer in self._budgets and self._packs:
             self._pack(cache, layer, states.device)
             kwargs = {**kwargs, "fasa_cache": cache}
@@ -168,15 +179,17 @@ class Fasa:
         **kwargs: Any,
     ) -> AttentionResult:
         """The attention function: [B, Q, Hq, D] from query [B, Hq, Q, D] and the whole cache's key and value."""
+        if getattr(module, "layer_idx", None) is None:  # no layer of the decoder: a vision tower's attention
+            return dense(module, query, key, value, attention_mask, **kwargs)
         cache: Cache | None = kwargs.pop("fasa_cache", None)
         layer = layer_of(module)
         batch, _, q_len, _ = query.shape
         kv_len = key.shape[2]
         first_slot: int = kwargs.pop("fasa_first_slot", kv_len - q_len)
         softmax = softmax_of(module, query, kwargs, self._seam.former)
-        once = self._step.of(attention_mask, (batch, q_len, kv_len), query.device)
+        once = self._step.of(attention_mask, (batch, q_len, kv_len), query.device, begins=layer == self._first)
         n_valid = once("n_valid", count_valid)
-        check_keys(layer, key, n_valid, self._limit)
+        check_keys(layer, key, q_len)
         self._calibrate(layer, query, key, attention_mask, n_valid, first_slot, cache)
         first, chosen = self._sparse_queries(layer, once, n_valid, kv_len, first_slot)
         groups = self._groups(layer, kv_len, kwargs) and decodes_grouped(query, key, value, attention_mask, softmax)
@@ -221,8 +234,8 @@ class Fasa:
         """Take a layer's scorer from the dense queries of a long prompt, and pack the keys that the layer holds."""
         if not isinstance(self._source, PromptCalibration) or self._source.profile is not None:
             return
-        (batch, q_len), boundary, device = n_valid.shape, self._boundary, n_valid.device
-        sparse = None if boundary is None else boundary.behind(first_slot, batch, q_len, device)
+        boundary, device = self._boundary, n_valid.device
+        sparse = None if boundary is None else boundary.behind(first_slot, n_valid.shape[1], device)
         scorer = self._source.measure(layer, query, key, mask, n_valid, sparse)
         if scorer is not None and layer in self._budgets:
             self._scorers[layer] = scorer
@@ -233,14 +246,14 @@ class Fasa:
         self, layer: int, once: Once, n_valid: Tensor, kv_len: int, first_slot: int
     ) -> tuple[int, Tensor | None]:
         """Which queries of a forward are sparse: the first row that may be (Q for none), and bool [B, Q] for all."""
-        (batch, q_len), boundary = n_valid.shape, self._boundary
+        q_len, boundary = n_valid.shape[1], self._boundary
         if layer not in self._scorers or self._budgets[layer].covers(kv_len):
             return q_len, None
         budget = self._budgets[layer]
         over_budget = once(("over", budget), lambda *_: budget.exceeded(n_valid))
         if boundary is None or q_len == 1:
             return (0, over_budget) if q_len == 1 or self.config.prefill == "sparse" else (q_len, None)
-        behind = boundary.behind(first_slot, batch, q_len, n_valid.device)
+        behind = boundary.behind(first_slot, q_len, n_valid.device)
         first = max(0, boundary.lowest - first_slot)
         return (first, over_budget & behind) if first < q_len else (q_len, None)
 

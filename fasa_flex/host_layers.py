@@ -50,9 +50,16 @@ class OnHost(KeepsPackedKeys):
         if self.held is not None:
             self.held = self.held.change(change)
 
+    def own_held(self) -> HeldRows | None:
+        """What is held, as tensors that may be written to: those made in inference mode may not outside of it."""
+        if self.held is not None and not torch.compiler.is_compiling() and not writable(self.held.slots):
+            self.held = self.held.change(Tensor.clone)
+        return self.held
+
     def _forget(self) -> None:
-        if self.held is not None:
-            self.held.forget()
+        held = self.own_held()
+        if held is not None:
+            held.forget()
 
 
 class HostLayer(OnHost, PackedLayer):
@@ -120,6 +127,12 @@ class StaticHostLayer(OnHost, StaticPackedLayer):
         super().__init__(scorer, max_cache_len, dtype)
         self.hold, self.held = hold, None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle; pickled tensors share no memory, and keys and values are to be views of the rows."""
+        self.__dict__.update(state)
+        if "rows" in state:
+            self.keys, self.values = split_rows(self.rows, self.keys.shape[3])
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the buffers."""
         length = self.max_cache_len
@@ -168,8 +181,4 @@ def on_host(cache: Cache | None, layer: int) -> bool:
 def held_rows(cache: Cache, layer: int) -> HeldRows | None:
     """The rows that the device holds of a layer in host memory; None for any other layer."""
     held = cache.layers[layer]
-    if not isinstance(held, OnHost) or held.held is None:
-        return None
-    if not torch.compiler.is_compiling() and not writable(held.held.slots):
-        held.held = held.held.change(Tensor.clone)
-    return held.held
+    return held.own_held() if isinstance(held, OnHost) else None

@@ -36,9 +36,23 @@ def attention_shape(model: PreTrainedModel) -> tuple[int, int, int, int]:
 
 
 def maximum_positions(model: PreTrainedModel) -> int | None:
-    """The longest sequence the model's config allows, or None where it states none."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) else None
+    """The longest sequence the model's config allows, or None where it states none.
+
+    RoPE that is stretched (YaRN, linear) allows its factor more than what it was trained at, whether the config says so
+    or not, and dynamic RoPE stretches as it goes.
+    """
+    text = model.config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return None
+    stated = getattr(text, "rope_parameters", None) or {}
+    longest = limit
+    for rope in [stated, *(value for value in stated.values() if isinstance(value, dict))]:
+        if rope.get("rope_type") == "dynamic":
+            return None
+        trained = rope.get("original_max_position_embeddings") or limit
+        longest = max(longest, int(trained * (rope.get("factor") or 1.0)))
+    return longest
 
 
 def check_supported(model: PreTrainedModel) -> None:

@@ -11,6 +11,9 @@ from torch import Tensor
 Shape = tuple[int, int, int]
 """Batch, queries, keys: B, Q, T."""
 
+MASKED = -1e3
+"""What an additive mask adds to the logit of a key that is not to be attended to, or less: no weight is left of it."""
+
 Make = Callable[["Tensor | None", Shape, torch.device], Tensor]
 Once = Callable[[Hashable, Make], Tensor]
 
@@ -38,8 +41,28 @@ def valid_from_mask(attention_mask: Tensor | None, shape: Shape, device: torch.d
         )
     mask = attention_mask[..., :kv_len]
     if mask.dtype is not torch.bool:
-        mask = mask > torch.finfo(mask.dtype).min / 2
+        mask = mask > MASKED
     return mask[:, :, None]
+
+
+def check_mask(attention_mask: Tensor | None) -> None:
+    """Refuse an additive mask that is more than a mask: a bias has no place in a selection of keys.
+
+    A forward of one token is not checked on a GPU, where asking would stall it.
+
+    Raises:
+        ValueError: the mask adds something else to logits than 0 and what masks.
+    """
+    if attention_mask is None or not attention_mask.is_floating_point() or torch.compiler.is_compiling():
+        return
+    if attention_mask.is_cuda and attention_mask.shape[-2] == 1:
+        return
+    biased = (attention_mask > MASKED) & (attention_mask != 0)
+    if biased.any():
+        raise ValueError(
+            f"the attention mask adds {float(attention_mask[biased][0]):g} to a logit, which FASA's selection cannot follow; "
+            "pass 0 for keys to attend to and torch.finfo(dtype).min for others, or disable FASA."
+        )
 
 
 def count_valid(attention_mask: Tensor | None, shape: Shape, device: torch.device) -> Tensor:
@@ -54,24 +77,31 @@ def count_valid(attention_mask: Tensor | None, shape: Shape, device: torch.devic
 class DecodeStep:
     """What the layers of one decode step have in common, computed by the first of them.
 
-    They are handed one mask, and its sums and comparisons cost a launch each. A mask is known by what it is and by its
-    version, so that one written to in between is another. Nothing is kept of a forward of several tokens, whose masks
-    are large, nor in a compiled graph, which finds common expressions by itself.
+    They are handed one mask, and its sums and comparisons cost a launch each. A step is known by its mask and begins at
+    the first layer: a mask may be written to between two steps. Nothing is kept of a forward of several tokens, whose
+    masks are large, nor in a compiled graph, which finds common expressions by itself. Forwards in several threads take
+    it from each other, and each finds its own.
     """
 
     def __init__(self) -> None:
-        self._mask: Tensor | None = None
-        self._key: tuple[Any, ...] = ()
-        self._known: dict[Hashable, Tensor] = {}
+        self._last: tuple[Tensor | None, tuple[Any, ...], dict[Hashable, Tensor]] = (None, (), {})
 
-    def of(self, mask: Tensor | None, shape: Shape, device: torch.device) -> Once:
-        """For a forward with this mask: ``once(name, make)`` is ``make(mask, shape, device)``, of the layer before."""
+    def of(self, mask: Tensor | None, shape: Shape, device: torch.device, begins: bool) -> Once:
+        """For a forward with this mask: ``once(name, make)`` is ``make(mask, shape, device)``, of the layer before.
+
+        Args:
+            mask: as for `valid_from_mask`.
+            shape: likewise.
+            device: of the results.
+            begins: whether this is the step's first layer.
+        """
         if shape[1] > 1 or torch.compiler.is_compiling():
             return lambda name, make: make(mask, shape, device)
-        key = (shape, device, torch.is_inference_mode_enabled(), _version(mask))
-        if mask is not self._mask or key != self._key:
-            self._mask, self._key, self._known = mask, key, {}
-        known = self._known
+        key = (shape, device, torch.is_inference_mode_enabled())
+        last_mask, last_key, known = self._last
+        if begins or mask is not last_mask or key != last_key:
+            known = {}
+            self._last = (mask, key, known)
 
         def once(name: Hashable, make: Make) -> Tensor:
             if name not in known:
@@ -79,7 +109,3 @@ class DecodeStep:
             return known[name]
 
         return once
-
-
-def _version(mask: Tensor | None) -> int:
-    return 0 if mask is None or mask.is_inference() else mask._version

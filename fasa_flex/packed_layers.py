@@ -80,13 +80,10 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
         """Append keys and values [B, Hkv, t, D]; returns all of them. Where memory runs out, nothing is lost."""
         start, new = self.get_seq_length(), (key_states, value_states)
         end = start + key_states.shape[2]
-        by_copies = torch.compiler.is_compiling() or any(
-            states.requires_grad for states in (*new, self.keys, self.values) if states is not None
-        )
-        if by_copies:  # which a compiler and autograd know
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():  # by copies, which a compiler and autograd know
             held = (self.keys, self.values)
             keys, values = map(_behind, held, new) if start else new
-            packed = self._packed_for(end)
+            packed, self._buffers = self._packed_for(end), None
         else:
             self._grow(*new, start, end)
             assert self._buffers is not None
@@ -110,13 +107,19 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
     def _grow(self, key: Tensor, value: Tensor, start: int, end: int) -> None:
         """Make room for ``end`` tokens such as these, of all that is held or, where memory runs out, of nothing."""
         held, buffers = (self.keys, self.values), self._buffers
-        grows = not start or not buffers or not all(map(_serves, held, buffers, (end, end)))
+        if start and buffers and not all(map(_begins, held, buffers)):
+            self.repack(self.scorer, self.dtype_packed)  # other keys were put in the place of those that are packed
+            buffers = None
+        if start:
+            key, value = _wider(key, self.keys), _wider(value, self.values)
+        grows = not start or not buffers or not all(map(_serves, (key, value), buffers, (end, end)))
         if grows:
             buffers = self._allocate(key, value, _room_for(end))
+            buffers[1][:, :, end:] = 0  # flex multiplies free slots of a block by weights of 0
             if start:
                 self._settle()
-                for buffer, states in zip(buffers, held, strict=True):
-                    buffer[:, :, :start] = states
+                for buffer, known in zip(buffers, held, strict=True):
+                    buffer[:, :, :start] = known
         self.packed = self._packed_for(end)
         self._buffers = buffers
         if grows and start and buffers:
@@ -130,6 +133,10 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
             return self.packed.change(Tensor.clone)
         return self.packed
 
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        super()._change(change)
+        self._buffers = None  # keys and values are others now, which do not lie in them
+
     def _allocate(self, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Buffers for ``length`` keys and values such as these."""
         keys, values = (states.new_empty(*states.shape[:2], length, states.shape[3]) for states in (key, value))
@@ -138,11 +145,6 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
     def _room_packed(self, length: int) -> int:
         """Packed keys to allocate for ``length`` tokens."""
         return _room_for(length)
-
-    def offload(self) -> None:
-        """Move the layer to host memory."""
-        super().offload()
-        self._buffers = None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
@@ -237,10 +239,19 @@ def _behind(held: Tensor, new: Tensor) -> Tensor:
     return torch.cat([held.to(new.device), new], dim=2)
 
 
-def _serves(held: Tensor, buffer: Tensor, end: int) -> bool:
-    """Whether a buffer has room for ``end`` tokens, may be written to and begins with what is held."""
-    begins = held.data_ptr() == buffer.data_ptr() and held.stride() == buffer.stride()
-    return begins and held.shape[0] == buffer.shape[0] and buffer.shape[2] >= end and writable(buffer)
+def _begins(held: Tensor, buffer: Tensor) -> bool:
+    """Whether a buffer begins with what is held."""
+    return held.data_ptr() == buffer.data_ptr() and held.stride() == buffer.stride() and len(held) == len(buffer)
+
+
+def _serves(states: Tensor, buffer: Tensor, end: int) -> bool:
+    """Whether a buffer has room for ``end`` tokens such as these and may be written to."""
+    return buffer.dtype == states.dtype and buffer.shape[2] >= end and writable(buffer)
+
+
+def _wider(states: Tensor, held: Tensor) -> Tensor:
+    """``states`` in the dtype that both they and what is held have room in, as `torch.cat` has it: after autocast."""
+    return states.to(torch.promote_types(states.dtype, held.dtype))
 
 
 def writable(buffer: Tensor) -> bool:

@@ -162,7 +162,7 @@ def _scores_of_tiles(query: Tensor, tiles: Tensor) -> Tensor:
 def _scores_by_head(query: Tensor, tiles: Tensor) -> Tensor:
     """The same uncompiled, head by head, so that the query is not copied and converted tiles stay in the cache."""
     (batch, heads, count, _, lanes), group = tiles.shape, query.shape[2]
-    scores = torch.empty(batch, heads, group, count, lanes, device=tiles.device)
+    scores = torch.empty(batch, heads, group, count, lanes, dtype=torch.float32, device=tiles.device)
     heads_of = (query.float().flatten(0, 1), tiles.flatten(0, 1), scores.flatten(0, 1))
     # not `dot_products`, which would enter autocast for every head, in 50 microseconds each
     with torch.no_grad(), torch.autocast(tiles.device.type, enabled=False):  # no gradient, they only rank

@@ -219,7 +219,8 @@ class PromptCalibration:
         if layer == self._layers[-1]:
             self.profile, self._sample = profile, None
         dims = profile.dominant_dims(self._n_tip, self._config.per)[layer]
-        return DominantChunks.from_chunks(dims.to(query.device))
+        with torch.inference_mode(False):  # a forward with gradients may follow
+            return DominantChunks.from_chunks(dims.to(query.device).clone())
 
     def forget(self) -> None:
         """Measure the next long prompt anew."""

@@ -92,12 +92,14 @@ class FasaStats:
         self, devices: Sequence[torch.device], reads: Mapping[int, ReadShare | None], heads: Mapping[int, int]
     ) -> None:
         self._reads, self._heads = dict(reads), dict(heads)
-        self._counts = [torch.zeros(4, dtype=torch.long, device=device) for device in devices]
+        with torch.inference_mode(False):  # they are written to inside and outside of it
+            self._counts = [torch.zeros(4, dtype=torch.long, device=device) for device in devices]
 
     def add(self, layer: int, tally: Tensor) -> None:
         """Add a `tally` to the counts of a layer."""
         if self._counts[layer].device != tally.device:  # the model has moved since
-            self._counts[layer] = self._counts[layer].to(tally.device)
+            with torch.inference_mode(False):
+                self._counts[layer] = self._counts[layer].to(tally.device)
         self._counts[layer].add_(tally)
 
     def reset(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
+import torch
 from transformers import PreTrainedModel
 
 from fasa_flex.config import FasaConfig
@@ -63,14 +64,15 @@ def enable(
     layers = sorted(attention_modules(model))
     if not set(layers) - set(dense):
         warnings.warn(f"every layer of {type(model).__name__} stays dense ({dense}): nothing is sparse.", stacklevel=2)
-    scorers = {layer: _placed(scorer(layer), model, layer) for layer in layers if layer not in dense}
+    with torch.inference_mode(False):  # what is made here serves inside and outside of it
+        scorers = {layer: _placed(scorer(layer), model, layer) for layer in layers if layer not in dense}
     return Fasa(model, config, scorers, dense, profile if prompt is None else prompt)
 
 
 def _dominant_chunks(profile: FasaProfile, config: FasaConfig) -> ScorerFactory:
     """TIP for every layer."""
     tables = profile.dominant_dims(config.chunks_of(profile.layout.head_dim), config.per)
-    return lambda layer: DominantChunks.from_chunks(tables[layer])
+    return lambda layer: DominantChunks.from_chunks(tables[layer].clone())
 
 
 def _placed(scorer: Scorer | SequenceScorer, model: PreTrainedModel, layer: int) -> Scorer | SequenceScorer:

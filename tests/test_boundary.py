@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 def test_queries_behind_the_start_written_out() -> None:
     """Queries at slots 3..6; row 0 is sparse from 5 on, row 1 from 2 on."""
     boundary = Boundary.of(torch.tensor([5, 2]), None)
-    assert boundary.behind(3, 2, 4, CPU).int().tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
+    assert boundary.behind(3, 4, CPU).int().tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
     assert boundary.lowest == 2
     assert boundary.counted(3, 4, CPU) is None
 
@@ -27,9 +27,10 @@ def test_queries_that_are_counted_written_out() -> None:
 
 
 def test_one_start_serves_every_row_and_another_number_does_not() -> None:
-    assert Boundary.of(torch.tensor([4]), None).behind(3, 3, 2, CPU).int().tolist() == [[0, 1]]
+    assert Boundary.of(torch.tensor([4]), None).behind(3, 2, CPU).int().tolist() == [[0, 1]]
+    Boundary.of(torch.tensor([4]), None).check_rows(3)
     with pytest.raises(ValueError, match="start names 2 rows, the batch has 3") as error:
-        Boundary.of(torch.tensor([4, 4]), None).behind(3, 3, 2, CPU)
+        Boundary.of(torch.tensor([4, 4]), None).check_rows(3)
     assert "\n" not in str(error.value)
 
 

@@ -72,7 +72,8 @@ class Evicting(ABC):
         slots = torch.where(own, at, ABSENT)
         allowed = forward.budget.of(forward.valid.sum(-1)).expand(batch, kv_heads, 1, -1)[:, :, 0]
         sparse = forward.sparse & own
-        scores = torch.full((batch, kv_heads, 1, q_len - forward.first, kv_len + 1), -torch.inf, device=key.device)
+        size = (batch, kv_heads, 1, q_len - forward.first, kv_len + 1)
+        scores = torch.full(size, -torch.inf, dtype=torch.float32, device=key.device)
         for start, stop, drops in _blocks(sparse.any(0).tolist()):
             if drops:
                 self._make_room(forward, key, allowed[..., start], sparse[:, start, None])

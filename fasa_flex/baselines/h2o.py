@@ -28,7 +28,7 @@ class H2O(Evicting):
 
     def begin(self, forward: Forward) -> None:
         """As `Evicting`."""
-        self._received = torch.zeros(*forward.key.shape[:2], 0, device=forward.key.device)
+        self._received = torch.zeros(*forward.key.shape[:2], 0, dtype=torch.float32, device=forward.key.device)
 
     def observe(self, query: Tensor, slots: Tensor, key: Tensor, scaling: float) -> None:
         """As `Evicting`."""

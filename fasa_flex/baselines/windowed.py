@@ -132,7 +132,7 @@ def _redundancy(keys: Tensor, present: Tensor, threshold: float) -> Tensor:
     batch, heads, width, _ = unit.shape
     column = torch.arange(width, dtype=torch.int32, device=keys.device)
     count = present.sum(-1, keepdim=True, dtype=torch.int32).clamp(min=1)
-    total = torch.zeros(batch, heads, width, device=keys.device)
+    total = torch.zeros(batch, heads, width, dtype=torch.float32, device=keys.device)
     step = rows_that_fit(batch * heads * width)
     for at in range(0, width, step):
         cosine = dot_products(unit[:, :, at : at + step], unit)
