@@ -7,10 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
-
-if TYPE_CHECKING:
-    from fasa_flex.profile import FasaProfile
+from typing import get_args
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,7 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
 def _compare(options: argparse.Namespace) -> None:
     from fasa_flex import compare
 
+    _check_folder(options.plot)
     runs = [compare.Run.load(folder) for folder in options.runs]
     rows = compare.compare(runs, draws=options.draws, seed=options.seed)
     print(compare.table(rows))
@@ -72,8 +70,10 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     from fasa_flex import inspection
+    from fasa_flex.profile import FasaProfile
 
-    profiles = [_load_profile(name) for name in options.profiles]
+    profiles = [FasaProfile.from_pretrained(name) for name in options.profiles]
+    _check_folder(options.plot)
     n_tip = inspection.default_n_tip(profiles[0]) if options.n_tip is None else options.n_tip
     print(inspection.report(options.profiles, profiles, n_tip, options.per))
     if options.plot is not None:
@@ -83,16 +83,10 @@ def _inspect(options: argparse.Namespace) -> None:
         print(f"drawn to {options.plot}", file=sys.stderr)
 
 
-def _load_profile(name: str) -> FasaProfile:
-    from fasa_flex.profile import FasaProfile
-
-    try:
-        return FasaProfile.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(
-            f"{name} is no folder, and the Hub gives no such profile ({type(error).__name__}); "
-            "pass a folder that save_pretrained wrote."
-        ) from error
+def _check_folder(file: Path | None) -> None:
+    """Refuse a picture that could not be written, before the work is done."""
+    if file is not None and not file.parent.is_dir():
+        raise ValueError(f"{file.parent} is no folder to draw {file.name} in; make it, or name another.")
 
 
 def _bench_options(parser: argparse.ArgumentParser) -> None:

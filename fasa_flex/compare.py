@@ -28,6 +28,7 @@ class Run:
         account: ``results["config"]["fasa"]``; empty for other models.
         prompts: For each task, the hash of every document's prompt and target.
         scores: For each task and metric, a number for every document; several samples of one are averaged.
+        pretrained: What was loaded; None where the run does not say.
     """
 
     folder: Path
@@ -35,6 +36,7 @@ class Run:
     account: dict[str, Any]
     prompts: dict[str, dict[str, str]]
     scores: dict[tuple[str, str], dict[str, float]]
+    pretrained: str | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> Run:
@@ -50,7 +52,9 @@ class Run:
                 f"{folder} holds {len(found)} results of lm-eval, not one: pass the folder of a single run "
                 "(give each run an --output_path of its own)"
             )
-        results = json.loads(found[0].read_text())
+        results = _parsed(found[0])[0]
+        if not isinstance(results, dict) or not {"configs", "config"} <= set(results):
+            raise ValueError(f"{found[0]} is no result of lm-eval: it names no configs")
         stamp = found[0].stem.removeprefix("results_")
         prompts: dict[str, dict[str, str]] = {}
         scores: dict[tuple[str, str], dict[str, float]] = {}
@@ -58,11 +62,11 @@ class Run:
             path = found[0].with_name(f"samples_{task}_{stamp}.jsonl")
             if not path.is_file():
                 raise ValueError(f"{folder} has no samples of {task}: run lm_eval with --log_samples")
-            samples = [json.loads(line) for line in path.read_text().splitlines()]
+            samples = _parsed(path, lines=True)
             prompts[task] = {str(sample["doc_id"]): sample["prompt_hash"] + sample["target_hash"] for sample in samples}
             scores |= _scores(task, samples)
         config = results["config"]
-        return cls(folder, str(config["model"]), config.get("fasa", {}), prompts, scores)
+        return cls(folder, str(config["model"]), config.get("fasa", {}), prompts, scores, _pretrained(config))
 
     @property
     def name(self) -> str:
@@ -120,8 +124,10 @@ def compare(runs: Sequence[Run], draws: int = DRAWS, seed: int = 0) -> list[Row]
         seed: Of the private generator that draws them.
 
     Raises:
-        ValueError: Fewer than two runs, no task in common, or other prompts.
+        ValueError: Fewer than two runs or one draw, no task in common, other prompts, or scores of other documents.
     """
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}: a bootstrap of 10000 is usual")
     if len(runs) < 2:
         raise ValueError(f"comparing needs at least two runs, got {len(runs)}: pass their output folders")
     shared = [key for key in runs[0].scores if all(key in run.scores for run in runs)]
@@ -132,6 +138,13 @@ def compare(runs: Sequence[Run], draws: int = DRAWS, seed: int = 0) -> list[Row]
     rows = []
     for task, metric in shared:
         documents = sorted(runs[0].scores[task, metric])
+        for run in runs[1:]:
+            others = set(documents) ^ set(run.scores[task, metric])
+            if others:
+                raise ValueError(
+                    f"{runs[0].folder} and {run.folder} have {metric} of {task} for different documents, "
+                    f"{min(others)} among them: run the task anew, with the same --limit"
+                )
         table = np.array([[run.scores[task, metric][doc] for doc in documents] for run in runs])
         drawn = np.random.default_rng(seed).integers(0, len(documents), size=(draws, len(documents)))
         means = np.stack([values[drawn].mean(1) for values in table])
@@ -174,7 +187,22 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     profiles = {run.account["profile"] for run in runs if run.method == "fasa" and run.account.get("profile")}
     if len(profiles) > 1:
         said.append(f"the FASA runs use {len(profiles)} different profiles")
+    models = sorted({run.pretrained for run in runs if run.pretrained})
+    if len(models) > 1:
+        said.append(f"the runs are of different models: {', '.join(models)}")
+    for number, run in enumerate(runs):
+        for other in runs[number + 1 :]:
+            if run.account and run.name == other.name and (differing := _settings_that_differ(run, other)):
+                said.append(f"{run.folder} and {other.folder} are both {run.name} and differ in {', '.join(differing)}")
     return said
+
+
+def _settings_that_differ(run: Run, other: Run) -> list[str]:
+    """Names of the settings in which two accounts differ."""
+    told = {"tasks", "requests", "warnings", "versions", "calibration", "stays_dense", "truncated_inputs"}
+    told |= {"shared_prefills", "processes", "profile"}
+    names = sorted((run.account.keys() | other.account.keys()) - told)
+    return [name for name in names if run.account.get(name) != other.account.get(name)]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -218,7 +246,7 @@ def _scores(task: str, samples: Sequence[Mapping[str, Any]]) -> dict[tuple[str, 
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for sample in samples:
         for metric in sample["metrics"]:
-            value = _number(sample[metric])
+            value = _number(metric, sample[metric])
             if value is None or (metric.isdigit() and value == -1):  # RULER's sign for documents of another length
                 continue
             name = f"{metric} [nats per unit]" if isinstance(sample[metric], list) else metric
@@ -228,13 +256,35 @@ def _scores(task: str, samples: Sequence[Mapping[str, Any]]) -> dict[tuple[str, 
     return {key: {doc: float(np.mean(values)) for doc, values in docs.items()} for key, docs in found.items()}
 
 
-def _number(value: Any) -> float | None:
-    """A document's value; of perplexity's (log-likelihood, length) pair, nats a unit, of which fewer are better."""
+def _number(metric: str, value: Any) -> float | None:
+    """A document's value; of perplexity's (log-likelihood, length) pair, nats a unit, of which fewer are better.
+
+    Other pairs, as of F1 and MCC, are a document's gold and predicted class, which say something together only.
+    """
     if isinstance(value, bool | int | float):
         return float(value)
-    if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(part, int | float) for part in value):
-        return -float(value[0]) / float(value[1]) if value[1] else None
+    perplexity = metric.endswith("perplexity") or metric == "bits_per_byte"
+    if perplexity and isinstance(value, list | tuple) and len(value) == 2 and value[1]:
+        return -float(value[0]) / float(value[1])
     return None
+
+
+def _parsed(path: Path, lines: bool = False) -> list[Any]:
+    """A file of JSON, or of a JSON text a line; nothing but a newline ends a line of it."""
+    try:
+        with path.open(encoding="utf-8", newline="\n") as file:
+            return [json.loads(text) for text in (file if lines else [file.read()])]
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no JSON of lm-eval ({error}): run lm_eval again") from error
+
+
+def _pretrained(config: Mapping[str, Any]) -> str | None:
+    """What lm-eval's ``model_args`` say was loaded."""
+    arguments = config.get("model_args")
+    if isinstance(arguments, str):
+        arguments = dict(word.partition("=")[::2] for word in arguments.split(","))
+    found = arguments.get("pretrained") if isinstance(arguments, Mapping) else None
+    return None if found is None else str(found)
 
 
 def _interval(values: Any) -> tuple[float, float]:

@@ -234,8 +234,10 @@ class Fasa:
         """Take a layer's scorer from the dense queries of a long prompt, and pack the keys that the layer holds."""
         if not isinstance(self._source, PromptCalibration) or self._source.profile is not None:
             return
-        boundary, device = self._boundary, n_valid.device
-        sparse = None if boundary is None else boundary.behind(first_slot, n_valid.shape[1], device)
+        boundary, device, q_len = self._boundary, n_valid.device, n_valid.shape[1]
+        if boundary is not None and first_slot + q_len + 1 < boundary.lowest:
+            return  # a prompt in parts, of which this is not the last: decoding goes on with what it ends on
+        sparse = None if boundary is None else boundary.behind(first_slot, q_len, device)
         scorer = self._source.measure(layer, query, key, mask, n_valid, sparse)
         if scorer is not None and layer in self._budgets:
             self._scorers[layer] = scorer

@@ -59,8 +59,9 @@ def check_mask(attention_mask: Tensor | None) -> None:
         return
     biased = (attention_mask > MASKED) & (attention_mask != 0)
     if biased.any():
+        bias = float(attention_mask[biased][0])
         raise ValueError(
-            f"the attention mask adds {float(attention_mask[biased][0]):g} to a logit, which FASA's selection cannot follow; "
+            f"the attention mask adds {bias:g} to a logit, which FASA's selection cannot follow; "
             "pass 0 for keys to attend to and torch.finfo(dtype).min for others, or disable FASA."
         )
 

@@ -19,6 +19,7 @@ from fasa_flex.profile import FasaProfile
 _DENSE = "0.35"
 _MOST_ROWS = 48
 COLOURS = ("#1f6fb4", "#d1603d", "#4a8f53", "#8a5ca8", "#b8860b", "#5f6b7a")
+_MARKERS = ("o", "s", "^", "D")  # where there are more methods than colours
 
 
 def agreement_heatmap(profile: FasaProfile, n_tip: int | None = None, per: Sharing = "kv_head") -> Figure:
@@ -161,14 +162,14 @@ def score_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
         for row in here:
             if row["budget"] is None:
                 axes.axhline(row["score"], color=_DENSE, linestyle="--", linewidth=1.2, label=row["method"])
-        for method, colour in zip(methods, COLOURS, strict=False):
+        for number, method in enumerate(methods):
             line = sorted((row for row in here if row["method"] == method), key=lambda row: row["budget"])
             axes.errorbar(
                 [row["budget"] for row in line],
                 [row["score"] for row in line],
                 yerr=[row["stderr"] or 0.0 for row in line],
-                color=colour,
-                marker="o",
+                color=COLOURS[number % len(COLOURS)],
+                marker=_MARKERS[number // len(COLOURS) % len(_MARKERS)],
                 markersize=4,
                 capsize=2,
                 label=method,
@@ -181,5 +182,6 @@ def score_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_ylabel(here[0]["metric"].replace("_", " "))
         axes.set_title(task, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    columns = min(6, 3 * len(tasks))
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
     return figure

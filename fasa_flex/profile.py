@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelHubMixin, constants, snapshot_download
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fasa_flex.budget import check_count
 from fasa_flex.config import Sharing, check_choice
 from fasa_flex.layers import attention_shape
 from fasa_flex.rotary import RotaryLayout
@@ -76,7 +78,9 @@ class FasaProfile(
             )
         if not ((agreement >= 0) & (agreement <= 1)).all():
             raise ValueError("agreement must lie in [0, 1]; calibrate again.")
-        if provenance.kv_heads < 1 or agreement.shape[1] % provenance.kv_heads:
+        for name in ("kv_heads", "top_k", "queries"):
+            check_count(f"{name} of a profile", getattr(provenance, name), least=1)
+        if agreement.shape[1] % provenance.kv_heads:
             raise ValueError(
                 f"{agreement.shape[1]} query heads do not divide into {provenance.kv_heads} key/value heads; "
                 "calibrate again."
@@ -178,6 +182,11 @@ class FasaProfile(
         _check_size(Path(pretrained_model_name_or_path))
         try:
             profile: FasaProfile = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (OSError, HFValidationError) as error:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is no folder, and the Hub gives no such profile "
+                f"({type(error).__name__}); pass a folder that save_pretrained wrote."
+            ) from error
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, AttributeError) as error:
             raise _damaged(pretrained_model_name_or_path, error) from error
         return profile
@@ -226,13 +235,20 @@ class FasaProfile(
         data = (folder / _TENSORS).read_bytes()
         try:
             fields = json.loads((folder / _JSON).read_text())["fasa_profile"]
+            if isinstance(fields["format"], int) and fields["format"] > FORMAT:
+                raise _NewerFormatError(
+                    f"the profile in {folder} has format {fields['format']}; upgrade fasa_flex to read it."
+                )
             if fields["format"] != FORMAT:
                 raise ValueError(f"format {fields['format']!r} is not {FORMAT}")
             if hashlib.sha256(data).hexdigest() != fields["tensors_sha256"]:
                 raise ValueError(f"{_TENSORS} is not the file that {_JSON} describes")
             provenance = fields["provenance"]
             provenance["sample_hashes"] = tuple(provenance["sample_hashes"])
+            provenance["versions"] = {str(name): str(version) for name, version in provenance["versions"].items()}
             return cls(load(data)["agreement"], RotaryLayout.from_dict(fields["layout"]), Provenance(**provenance))
+        except _NewerFormatError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise _damaged(folder, error) from error
 
@@ -252,6 +268,10 @@ class FasaProfile(
     def __repr__(self) -> str:
         layers, heads, chunks = self.agreement.shape
         return f"FasaProfile({self.provenance.model_id}: {layers} layers, {heads} query heads, {chunks} chunks)"
+
+
+class _NewerFormatError(ValueError):
+    """A profile of a later format, which is not damaged."""
 
 
 def _check_size(folder: Path) -> None:

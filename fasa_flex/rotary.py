@@ -46,6 +46,13 @@ class RotaryLayout:
             )
         if not 0 < n_rotated <= len(chunks):
             raise ValueError(f"n_rotated must lie in 1..{len(chunks)}, got {n_rotated}.")
+        if frequencies is not None and (
+            frequencies.shape != (n_rotated,) or not (frequencies.isfinite() & (frequencies != 0)).all()
+        ):
+            raise ValueError(
+                f"frequencies must be {n_rotated} numbers, one for each chunk that turns, got {frequencies.tolist()}; "
+                "pass radians a position."
+            )
         self.chunks = chunks.long().cpu()
         self.n_rotated = n_rotated
         self.frequencies = frequencies

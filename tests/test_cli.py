@@ -66,6 +66,8 @@ def test_inspect_refuses_in_one_sentence(
     assert "n_tip must lie in 1..32" in refused(str(SHIPPED), "--n-tip", "33")
     assert "config.json is missing" in refused(str(tmp_path))
 
+    assert "is no folder to draw x.png in" in refused(str(SHIPPED), "--plot", str(tmp_path / "missing" / "x.png"))
+
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("several\nlines")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,55 @@ def test_the_drawn_rows_are_those_of_the_table(tmp_path: Path) -> None:
     assert {row["task"] for row in curve_rows(several)} == {"needle, acc", "needle, nll"}  # a panel each
     assert len(table(rows).splitlines()) == 2 + 3
     assert warnings(runs) == []
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Run:
+    """The run with every sample changed, written as lm-eval does: without escapes."""
+    path = next(folder.rglob("samples_*"))
+    lines = [change(json.loads(line)) for line in path.read_text().splitlines()]
+    path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n", encoding="utf-8")
+    return Run.load(folder)
+
+
+def test_pairs_of_classes_are_no_scores(tmp_path: Path) -> None:
+    """As lm-eval logs them for F1: gold and predicted."""
+    folder = write(tmp_path / "a", [1.0, 0.0])
+    run = rewritten(folder, lambda line: {**line, "metrics": ["exact_match", "f1"], "f1": [1, line["doc_id"]]})
+    assert set(run.scores) == {("needle", "exact_match")}
+
+
+def test_documents_may_hold_any_character(tmp_path: Path) -> None:
+    run = rewritten(write(tmp_path / "a", [1.0, 0.0]), lambda line: {**line, "doc": "one\u2028two\u2029three\x85four"})
+    assert run.scores == {("needle", "exact_match"): {"0": 1.0, "1": 0.0}}
+
+
+def test_scores_of_other_documents_are_refused(tmp_path: Path) -> None:
+    def drop(line: dict[str, Any]) -> dict[str, Any]:
+        return {**line, "metrics": [] if line["doc_id"] == 1 else line["metrics"]}
+
+    whole = Run.load(write(tmp_path / "a", [1.0, 0.0, 1.0]))
+    part = rewritten(write(tmp_path / "b", [1.0, 0.0, 1.0], 64), drop)
+    for runs in ([whole, part], [part, whole]):
+        with pytest.raises(ValueError, match="exact_match of needle for different documents, 1 among them"):
+            compare(runs)
+
+
+def test_settings_and_models_that_differ_are_told(tmp_path: Path) -> None:
+    runs = [Run.load(write(tmp_path / name, [1.0], 64)) for name in ("a", "b")]
+    assert warnings(runs) == []
+    other = replace(runs[1], account={**runs[1].account, "n_recent": 8, "n_tip": 16}, pretrained="B")
+    said = warnings([replace(runs[0], pretrained="A"), other])
+    assert said[0] == "the runs are of different models: A, B"
+    assert said[1].endswith("are both fasa, 64 and differ in n_recent, n_tip")
+
+
+def test_what_is_no_result_is_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", [1.0])
+    path = next(folder.rglob("results_*"))
+    for content, reason in (('{"configs": {', "is no JSON of lm-eval"), ("{}", "is no result of lm-eval")):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=f"{path.name} {reason}") as error:
+            Run.load(folder)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
+        compare([Run.load(write(tmp_path / name, [1.0])) for name in ("b", "c")], draws=0)

@@ -96,3 +96,15 @@ def test_curves_have_a_panel_a_task_and_a_line_a_method(tmp_path: Path) -> None:
     assert list(recent.get_ydata()) == [0.1]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "FASA", "recent"]
     figure.savefig(tmp_path / "curves.png")
+
+
+def test_every_method_is_drawn() -> None:
+    """However many there are, each with a look of its own."""
+    rows = [
+        {"task": "t", "metric": "acc", "method": f"method {number}", "budget": budget, "score": 0.5, "stderr": None}
+        for number in range(11)
+        for budget in (32, 64)
+    ]
+    lines = [line for line in score_curves(rows).axes[0].lines if len(line.get_xdata()) == 2]
+    looks = {(line.get_color(), line.get_marker()) for line in lines if line.get_marker() not in ("None", "_")}
+    assert len(looks) == 11

@@ -211,16 +211,44 @@ def edited(profile: FasaProfile, folder: Path, edit: Callable[[dict[str, Any]], 
         lambda fields: fields["provenance"].pop("top_k"),
         lambda fields: fields["layout"]["chunks"].pop(),
         lambda fields: fields["layout"].update(chunks=[[0, 1]] * CHUNKS),
-        lambda fields: fields.update(format=999),
+        lambda fields: fields.update(format="one"),
         lambda fields: fields["provenance"].update(kv_heads=3),
+        lambda fields: fields["provenance"].update(queries=0),
+        lambda fields: fields["provenance"].update(queries=-5),
+        lambda fields: fields["provenance"].update(queries="abc"),
+        lambda fields: fields["provenance"].update(top_k=None),
+        lambda fields: fields["provenance"].update(versions=None),
+        lambda fields: fields["layout"].update(frequencies=[0] * fields["layout"]["n_rotated"]),
+        lambda fields: fields["layout"]["frequencies"].pop(),
     ],
-    ids=["no layout", "no provenance", "no top_k", "a chunk too few", "not planes", "future format", "3 KV heads of 4"],
+    ids=[
+        "no layout",
+        "no provenance",
+        "no top_k",
+        "a chunk too few",
+        "not planes",
+        "unknown format",
+        "3 KV heads of 4",
+        "no queries",
+        "fewer",
+        "queries of text",
+        "top_k of nothing",
+        "no versions",
+        "chunks that stand still",
+        "a frequency too few",
+    ],
 )
 def test_a_tampered_description_is_refused(
     profile: FasaProfile, tmp_path: Path, edit: Callable[[dict[str, Any]], object]
 ) -> None:
     edited(profile, tmp_path, edit)
     with pytest.raises(ValueError, match=r"(?i)profile|layout|chunk|heads"):
+        FasaProfile.from_pretrained(tmp_path)
+
+
+def test_a_later_format_is_not_damaged(profile: FasaProfile, tmp_path: Path) -> None:
+    edited(profile, tmp_path, lambda fields: fields.update(format=999))
+    with pytest.raises(ValueError, match="has format 999; upgrade fasa_flex to read it"):
         FasaProfile.from_pretrained(tmp_path)
 
 

@@ -26,7 +26,8 @@ class Run:
         dense_answers: Log-likelihood requests all of whose tokens are predicted by dense queries.
         truncated: Inputs that lost tokens on the left.
         unfinished: Generations that ran into ``max_gen_toks``.
-        stats: Every number of `FasaStats.as_dict`: integers add up, others are means weighted by sparse queries.
+        stats: Every number of `FasaStats.as_dict`: integers add up, others are means weighted by sparse queries. Rows of a
+            batch go on until its last answer ends, and count.
         selected: Keys that sparse queries attended to.
         valid: Keys that sparse queries chose from.
         bytes_read: Keys and values that sparse queries read, ranking included (`fasa_flex.reads`); None if not stated.
@@ -96,8 +97,8 @@ class Run:
         if not self.sparse_queries:
             said.append(
                 f"NO SPARSE QUERY in {self.kind} requests of {self.task}, {DENSE}: the budget may cover every context, "
-                "continuations of one token may come from the prompt's last query alone (pass sparse_tail=1), or "
-                "dense_layers may name every layer"
+                "continuations of one token may come from the prompt's last query alone (pass sparse_tail=1), "
+                "dense_layers may name every layer, or profile=prompt has met no dense prompt of 128 tokens"
             )
         elif self.dense_answers:
             said.append(
@@ -125,11 +126,14 @@ class Account:
         self._stats = stats
         self._runs: list[Run] = []
         self._everywhere: list[Run] = []
+        self._reported = False
         self.current = Run("", "")
 
     @contextmanager
     def of(self, task: str, kind: str, requests: int) -> Iterator[Run]:
         """Count what happens inside under ``task``; warn where it ends."""
+        if self._reported:  # another evaluation begins
+            self._runs, self._everywhere, self._reported = [], [], False
         self.current = run = Run(task, kind, requests)
         self._stats.reset()
         yield run
@@ -153,6 +157,10 @@ class Account:
             key = getattr(run, name)
             totals[key] = totals[key] + run if key in totals else run
         return totals
+
+    def reported(self) -> None:
+        """All has been told: what comes next is an evaluation of its own."""
+        self._reported = True
 
     def warnings(self) -> list[str]:
         """Of every task, over all processes."""

@@ -11,6 +11,7 @@ from lm_eval.models.huggingface import HFLM
 
 from fasa_flex import FasaConfig
 from fasa_flex.baselines import Method, scorer_factory
+from fasa_flex.config import Backend, GroupReduce
 from fasa_flex.lm_eval.profiles import Calibration
 from fasa_flex.scoring import Scorer, SequenceScorer
 
@@ -31,6 +32,8 @@ def layer_set(value: LayerSet) -> tuple[int, ...]:
         return tuple(sorted({int(word) for word in words}))
     if isinstance(value, int):
         return (value,)
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"dense_layers={value!r} is not a set of layers: write 0, 0+1 or none")
     return tuple(value)
 
 
@@ -53,14 +56,25 @@ def config_of(
     n_sink: int | None,
     layer_budgets: str | Sequence[Any],
     dense_layers: LayerSet,
+    group_reduce: GroupReduce | None = "softmax",
+    backend: Backend = "auto",
     **others: Any,
 ) -> FasaConfig:
-    """The configuration that the words of the command line mean; the ``others`` as they are."""
+    """The configuration that the words of the command line mean; the ``others`` as they are.
+
+    lm-eval makes None of the word ``none``.
+    """
+    if backend == "fastest":
+        raise ValueError(
+            "backend='fastest' is dense where that is faster, which would be evaluated in FASA's stead: write auto"
+        )
     return FasaConfig(
         n_fac=n_fac,
         n_sink=sinks(method, n_fac) if n_sink is None else n_sink,
         layer_budgets=budget_weights(layer_budgets),
         dense_layers=layer_set(dense_layers),
+        group_reduce=group_reduce or "none",
+        backend=backend,
         **others,
     )
 
@@ -96,9 +110,11 @@ def scorer_of(
 
 
 def check_batch_size(batch_size: int | str | None) -> None:
-    """Refuse ``batch_size=auto``: its probe runs dense attention, so it measures another model's memory."""
+    """Refuse ``batch_size=auto``, whose probe runs dense attention, so it measures another model's memory."""
     if str(batch_size).startswith("auto"):
         raise ValueError(f"batch_size={batch_size} probes memory with dense attention only: pass a number to fasa_hf")
+    if batch_size is not None and not (str(batch_size).isdigit() and int(batch_size)):
+        raise ValueError(f"batch_size={batch_size} is no number of requests: pass 1 or more")
 
 
 def check_parallel(tp_plan: object) -> None:
@@ -112,7 +128,7 @@ def check_parallel(tp_plan: object) -> None:
 
 def check_tokens(name: str, value: object) -> None:
     """Refuse what is not a count of tokens."""
-    if not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{name} must be a whole number of tokens, got {value!r}: pass 0 or more")
 
 

@@ -35,7 +35,7 @@ from fasa_flex.lm_eval.arguments import (
 )
 from fasa_flex.lm_eval.passes import Answer, Passes
 from fasa_flex.lm_eval.profiles import FACTS, calibration_for, default_cache, preserved_rng
-from fasa_flex.lm_eval.report import parameters_of, report_of
+from fasa_flex.lm_eval.report import loaded_as, parameters_of, report_of
 from fasa_flex.lm_eval.windows import Window
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -130,7 +130,7 @@ class FasaHFLM(HFLM):
         super().__init__(pretrained, backend="causal", batch_size=batch_size, **hf_args)
         if hasattr(self, "accelerator"):  # lm-eval reads these only where several GPUs are visible
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        cache = Path(profile_cache) if profile_cache else default_cache()
+        cache = Path(str(profile_cache)) if profile_cache else default_cache()
         with preserved_rng():
             self.calibration = self._main_first(
                 lambda: calibration_for(
@@ -289,9 +289,11 @@ class FasaHFLM(HFLM):
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
         """Refuse a ``--use_cache`` file with answers of another model or budget."""
         if cache_hook.dbdict is not None:
-            claim(cache_hook.dbdict, {"pretrained": str(self.pretrained), **parameters_of(self)})
+            claim(cache_hook.dbdict, {**loaded_as(self), **parameters_of(self)})
         super().set_cache_hook(cache_hook)
 
     def get_model_info(self) -> dict[str, Any]:
         """lm-eval's facts about the model, and under ``fasa`` everything that decides a sparse score."""
-        return super().get_model_info() | {"fasa": report_of(self)}
+        info: dict[str, Any] = super().get_model_info() | {"fasa": report_of(self)}
+        self.account.reported()
+        return info

@@ -112,7 +112,9 @@ def calibration_for(
     """
     if method == "double_sparsity":
         return auto_channels(model, tokenizer, source, max_length)
-    if profile == PROMPT and method == "fasa":
+    if profile == PROMPT:
+        if method != "fasa":
+            raise ValueError(f"profile=prompt is FASA's own way, not that of method={method}: pass auto or a folder")
         return Calibration(None, record={"name": PROMPT})
     if isinstance(profile, str) and profile != AUTO:
         profile = FasaProfile.from_pretrained(profile)
@@ -199,7 +201,10 @@ def samples_of(source: str, count_tokens: Callable[[str], int], max_length: int)
                 f"calibration_source={source!r} is neither {FACTS!r} nor a text file: pass the path of a long text"
             )
         steps = 64
-        texts = [path.read_text(encoding="utf-8")]
+        try:
+            texts = [path.read_text(encoding="utf-8")]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"calibration_source={source!r} is no text in UTF-8 ({error}): pass one") from error
         length = least = min(count_tokens(texts[0]), 8192, max_length - steps)
         if least < 64:
             raise ValueError(

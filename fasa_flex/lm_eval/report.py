@@ -23,11 +23,20 @@ def parameters_of(lm: FasaHFLM) -> dict[str, Any]:
     }
 
 
+def loaded_as(lm: FasaHFLM) -> dict[str, Any]:
+    """All that decides an answer of the model itself, JSON-ready."""
+    names = ["pretrained", "revision", "peft", "delta", "max_length", "truncation", "add_bos_token", "prefix_token_id"]
+    names += ["softmax_dtype", "mixed_precision_dtype", "enable_thinking", "chat_template_args", "on_truncation"]
+    return {"dtype": str(lm.model.dtype), **{name: str(getattr(lm, name, None)) for name in names}}
+
+
 def report_of(lm: FasaHFLM) -> dict[str, Any]:
     """Parameters, calibration, versions, and for each task what its queries were and read, JSON-ready."""
     by_kind = lm.account.by("kind")
+    found = lm.fasa.profile  # with profile=prompt, what the first long prompt has led to
     return {
         **parameters_of(lm),
+        **({} if lm.profile is not None or found is None else {"profile": found.fingerprint}),
         "stays_dense": {str(layer): reason for layer, reason in lm.fasa.dense_layers.items()},
         "calibration": lm.calibration.record,
         "tasks": {task: run.as_dict() for task, run in lm.account.by("task").items()},

@@ -7,7 +7,15 @@ import re
 import pytest
 
 from fasa_flex import FasaConfig
-from fasa_flex.lm_eval.arguments import LayerSet, budget_weights, check_unknown, config_of, layer_set, sinks
+from fasa_flex.lm_eval.arguments import (
+    LayerSet,
+    budget_weights,
+    check_batch_size,
+    check_unknown,
+    config_of,
+    layer_set,
+    sinks,
+)
 
 
 @pytest.mark.parametrize(
@@ -64,3 +72,22 @@ def test_budget_weights_that_are_no_numbers(written: str) -> None:
 def test_weights_that_are_not_positive_are_refused_by_the_configuration() -> None:
     with pytest.raises(ValueError, match="positive weights"):
         config_of("fasa", 64, None, "1+0+2", 0)
+
+
+def test_none_is_a_way_to_rank_a_group() -> None:
+    """lm-eval makes None of the word."""
+    assert config_of("fasa", 64, None, "uniform", 0, group_reduce=None) == FasaConfig(n_fac=64, group_reduce="none")
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, "auto", "auto:4", "many"])
+def test_batch_sizes_that_are_no_number_are_refused(batch_size: int | str) -> None:
+    with pytest.raises(ValueError, match=f"batch_size={batch_size}") as error:
+        check_batch_size(batch_size)
+    assert "\n" not in str(error.value)
+
+
+def test_what_would_be_dense_unnoticed_is_refused() -> None:
+    with pytest.raises(ValueError, match="backend='fastest' is dense where that is faster"):
+        config_of("fasa", 64, None, "uniform", 0, backend="fastest")
+    with pytest.raises(ValueError, match=r"dense_layers=0\.1 is not a set of layers"):
+        layer_set(0.1)  # type: ignore[arg-type]

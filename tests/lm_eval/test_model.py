@@ -165,7 +165,6 @@ def test_lost_tokens_are_counted_or_refused(sparse: Load, requests: Requests) ->
     asked = requests("loglikelihood", (text, " x = 1")), requests("generate_until", (text, {"max_gen_toks": 4}))
     lm = sparse()
     lm.loglikelihood(asked[0], disable_tqdm=True)
-    assert lm.get_model_info()["fasa"]["truncated_inputs"] == 1
     lm.generate_until(asked[1], disable_tqdm=True)
     account = lm.get_model_info()["fasa"]
     assert account["truncated_inputs"] == 2
@@ -175,6 +174,16 @@ def test_lost_tokens_are_counted_or_refused(sparse: Load, requests: Requests) ->
     for run, batch in zip((strict.loglikelihood, strict.generate_until), asked, strict=True):
         with pytest.raises(ValueError, match=r"exceeds the model's maximum of 768 tokens"):
             run(batch, disable_tqdm=True)
+
+
+def test_a_second_evaluation_is_accounted_for_alone(sparse: Load, requests: Requests) -> None:
+    lm, asked = sparse(), requests("loglikelihood", (heldout_text()[:900], " return x"))
+    reports = []
+    for _ in range(2):
+        lm.loglikelihood(asked, disable_tqdm=True)
+        reports.append(lm.get_model_info()["fasa"])
+    assert reports[0]["requests"]["loglikelihood"]["requests"] == 1
+    assert reports[0]["requests"] == reports[1]["requests"]
 
 
 def test_everything_that_decides_a_score_is_recorded(sparse: Load) -> None:
@@ -200,6 +209,9 @@ def test_an_answer_file_belongs_to_one_budget(sparse: Load, requests: Requests, 
     assert CachingLM(sparse(), path).loglikelihood(asked) == first
     with pytest.raises(ValueError, match="give --use_cache a path of its own"):
         CachingLM(sparse(n_fac=17), path)
+    for other in ({"max_length": 128}, {"dtype": "bfloat16"}, {"softmax_dtype": "float64"}):
+        with pytest.raises(ValueError, match="give --use_cache a path of its own"):
+            CachingLM(sparse(**other), path)
 
 
 def test_hf_never_reads_sparse_answers_nor_the_other_way_round(

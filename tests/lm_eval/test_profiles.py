@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -133,3 +134,30 @@ def test_with_profile_prompt_the_model_calibrates_itself(sparse: Load) -> None:
     account = lm.get_model_info()["fasa"]
     assert account["calibration"] == {"name": "prompt"}
     assert account["tasks"]["t"]["sparse_queries"] > 0
+
+
+def test_with_profile_prompt_a_prompt_in_parts_is_calibrated_on_as_a_whole(sparse: Load) -> None:
+    """Continuations of one context share its prefill, which goes through the cache in parts."""
+    context = heldout_text()[:900]
+    requests = [
+        Instance("loglikelihood", {}, (context, end), number, metadata=("t", number, 1))
+        for number, end in enumerate((" return x", " return y"))
+    ]
+    lm = sparse(profile="prompt")
+    lm.passes.limits = replace(lm.passes.limits, part=150)
+    lm.loglikelihood(requests, disable_tqdm=True)
+    assert lm.passes.shared_prefills == 1
+    assert lm.fasa.profile is not None
+    length = len(lm.tok_encode(context))
+    found = lm.fasa.profile.provenance.sample_hashes[0]
+    assert found in {f"the last queries of a prompt of {length - short} tokens" for short in (0, 1)}
+    assert lm.get_model_info()["fasa"]["profile"] == lm.fasa.profile.fingerprint
+
+
+def test_a_profile_that_is_not_there_is_named(sparse: Load, tmp_path: Path) -> None:
+    for missing in (str(tmp_path / "nowhere"), "nowhere/at-all"):
+        with pytest.raises(ValueError, match=f"^{missing} is no folder, and the Hub gives no such profile") as error:
+            sparse(profile=missing)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="not that of method=oracle"):
+        sparse(profile="prompt", method="oracle")
