@@ -26,8 +26,8 @@ class Run:
         dense_answers: Log-likelihood requests all of whose tokens are predicted by dense queries.
         truncated: Inputs that lost tokens on the left.
         unfinished: Generations that ran into ``max_gen_toks``.
-        stats: Every number of `FasaStats.as_dict`: integers add up, others are means weighted by sparse queries. Rows of a
-            batch go on until its last answer ends, and count.
+        stats: Every number of `FasaStats.as_dict`: integers add up, others are means weighted by sparse queries. Rows
+            of a batch go on until its last answer ends, and count.
         selected: Keys that sparse queries attended to.
         valid: Keys that sparse queries chose from.
         bytes_read: Keys and values that sparse queries read, ranking included (`fasa_flex.reads`); None if not stated.
@@ -164,7 +164,10 @@ class Account:
 
     def warnings(self) -> list[str]:
         """Of every task, over all processes."""
-        return [warning for run in self.by("task").values() for warning in run.warnings()]
+        runs = self.by("task").values()
+        if not runs:
+            return ["no request was answered here: what the queries of answers from --use_cache were is not known"]
+        return [warning for run in runs for warning in run.warnings()]
 
 
 def _is_number(value: object) -> bool:

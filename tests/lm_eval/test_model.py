@@ -206,7 +206,9 @@ def test_loading_leaves_the_global_generators_alone(sparse: Load) -> None:
 def test_an_answer_file_belongs_to_one_budget(sparse: Load, requests: Requests, tmp_path: Path) -> None:
     path, asked = str(tmp_path / "answers.db"), requests("loglikelihood", (heldout_text()[:300], " return x"))
     first = CachingLM(sparse(), path).loglikelihood(asked)
-    assert CachingLM(sparse(), path).loglikelihood(asked) == first
+    lm = sparse()
+    assert CachingLM(lm, path).loglikelihood(asked) == first
+    assert lm.get_model_info()["fasa"]["warnings"][0].startswith("no request was answered here")
     with pytest.raises(ValueError, match="give --use_cache a path of its own"):
         CachingLM(sparse(n_fac=17), path)
     for other in ({"max_length": 128}, {"dtype": "bfloat16"}, {"softmax_dtype": "float64"}):
