@@ -23,7 +23,7 @@ from fasa_flex.packing import PackedKeys
 from fasa_flex.realize import realize
 from fasa_flex.reference import reference_attention
 from fasa_flex.rows import dot_rows, take_rows, weigh_rows, whole_buffer
-from fasa_flex.scoring import DominantChunks, Scorer, reduce_group
+from fasa_flex.scoring import DominantChunks, Scorer, check_scores, reduce_group
 from fasa_flex.selection import Selection, select, valid_keys
 from fasa_flex.softmax import Softmax
 
@@ -166,7 +166,10 @@ def _score_select_attend(
     backend: Backend,
     packed_keys: PackedKeys | Tensor | None,
 ) -> Tensor:
-    scores = reduce_group(scorer(query, key, packed_keys), valid, group_reduce, softmax.scaling)
+    scores = scorer(query, key, packed_keys)
+    if not isinstance(scorer, DominantChunks):
+        check_scores(scores, query, key)
+    scores = reduce_group(scores, valid, group_reduce, softmax.scaling)
     if backend == "reference":
         return reference_attention(query, key, value, scores, valid, budget, softmax)
     attend = flex_focused if backend == "flex" else gather_focused

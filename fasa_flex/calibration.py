@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fasa_flex.agreement import contextual_agreement
-from fasa_flex.layers import attention_shape, check_supported, layer_of, maximum_positions
+from fasa_flex.layers import attention_shape, check_supported, evaluating, layer_of, maximum_positions
 from fasa_flex.profile import FasaProfile, Provenance, config_hash
 from fasa_flex.rotary import RotaryLayout
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
@@ -58,16 +58,12 @@ def calibrate(
     layers, query_heads, kv_heads, _ = attention_shape(model)
     total = torch.zeros(layers, query_heads, len(layout.chunks), dtype=torch.float64)
     queries = 0
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for ids in tqdm(encoded, desc="calibrating", unit="sample", disable=not progress):
             full = _continue(model, ids, max_new_tokens)
             decoded = len(full) - len(ids)
             total += _sample_agreement(model, full, decoded, layout, top_k) * decoded
             queries += decoded
-    finally:
-        model.train(was_training)
     provenance = Provenance(
         model_id=model.config.name_or_path or type(model).__name__,
         model_type=model.config.get_text_config().model_type,
@@ -136,6 +132,21 @@ def _encode(sample: Tensor | str, tokenizer: PreTrainedTokenizerBase | None) -> 
     return sample.long().cpu()
 
 
+_GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    **dict.fromkeys(("temperature", "top_p", "top_k", "max_time", "stop_strings", "bad_words_ids", "sequence_bias")),
+    **dict.fromkeys(("min_new_tokens", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens")),
+    **dict.fromkeys(("begin_suppress_tokens", "prompt_lookup_num_tokens", "cache_implementation")),
+}
+"""Whatever the model's own generation config asks for."""
+
+
 def _continue(model: PreTrainedModel, ids: Tensor, max_new_tokens: int) -> Tensor:
     """The sample and its dense greedy continuation, token ids [n]; at least one token longer."""
     prompt = ids[None].to(model.device)
@@ -143,11 +154,7 @@ def _continue(model: PreTrainedModel, ids: Tensor, max_new_tokens: int) -> Tenso
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
+        **_GREEDY,
     )
     result: Tensor = full[0]
     return result

@@ -234,6 +234,8 @@ class Fasa:
         """Take a layer's scorer from the dense queries of a long prompt, and pack the keys that the layer holds."""
         if not isinstance(self._source, PromptCalibration) or self._source.profile is not None:
             return
+        if layer == self._first:
+            self._scorers.clear()  # of a prefill that was broken off
         boundary, device, q_len = self._boundary, n_valid.device, n_valid.shape[1]
         if boundary is not None and first_slot + q_len + 1 < boundary.lowest:
             return  # a prompt in parts, of which this is not the last: decoding goes on with what it ends on

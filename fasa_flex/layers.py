@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -33,6 +35,18 @@ def attention_shape(model: PreTrainedModel) -> tuple[int, int, int, int]:
     if getattr(config, "kv_lora_rank", None):  # MLA: queries and keys as attention sees them, expanded and whole
         kv_heads, head_dim = query_heads, config.qk_nope_head_dim + config.qk_rope_head_dim
     return config.num_hidden_layers, query_heads, kv_heads, head_dim
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set a model to evaluation, and every module of it back to what it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def maximum_positions(model: PreTrainedModel) -> int | None:

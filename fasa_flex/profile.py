@@ -121,7 +121,8 @@ class FasaProfile(
         """Agreement as the counts it was made from, where it was, so that equal ones tie exactly: float64."""
         counts = self.agreement.double() * self.provenance.queries * self.provenance.top_k
         whole = counts.round()
-        return whole if (counts - whole).abs().max() < 0.1 else counts
+        rounding = max(0.1, float(counts.max()) * torch.finfo(torch.float32).eps)  # beyond 0.5, a count is not known
+        return whole if (counts - whole).abs().max() < min(rounding, 0.5) else counts
 
     @property
     def fingerprint(self) -> str:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fasa_flex.layers import attention_shape, check_supported, layer_of, maximum_positions
+from fasa_flex.layers import attention_shape, check_supported, evaluating, layer_of, maximum_positions
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
 
-_TOLERANCE = 1e-5
+_TOLERANCE = 1e-6
 _RESIDUAL = 1e-3
 _TWIN_LAYERS = 8
 
@@ -111,8 +113,13 @@ class RotaryLayout:
 
     @classmethod
     def _with_rest(cls, planes: Tensor, head_dim: int) -> RotaryLayout:
-        rest = torch.tensor(sorted(set(range(head_dim)) - set(planes.flatten().tolist())), dtype=torch.long)
-        return cls(torch.cat([planes, rest.view(-1, 2)]), len(planes))
+        """``planes``, and the other dimensions in pairs: those too slow to be seen to turn by the planes' distance."""
+        rest = set(range(head_dim)) - set(planes.flatten().tolist())
+        low, distance = int(planes.min()), int(planes[0, 1] - planes[0, 0])
+        slow = [[dim, dim + distance] for dim in range(low, low + distance) if {dim, dim + distance} <= rest]
+        still = sorted(rest - {dim for pair in slow for dim in pair})
+        others = torch.tensor([*slow, *zip(still[::2], still[1::2], strict=True)], dtype=torch.long).view(-1, 2)
+        return cls(torch.cat([planes, others]), len(planes))
 
     @property
     def head_dim(self) -> int:
@@ -184,18 +191,27 @@ def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, Tensor]]:
         batch, heads, q_len = query.shape[:3]
         return value.new_zeros(batch, q_len, heads, value.shape[-1]), None
 
-    training = model.training
-    model.eval()
-    try:
-        with AttentionSeam(model, capture):
-            model(
-                inputs_embeds=hidden.to(model.device, model.dtype).expand(-1, len(steps), -1).contiguous(),
-                position_ids=positions.expand(samples, -1),
-                use_cache=False,
-            )
-    finally:
-        model.train(training)
+    with evaluating(model), _unstretched(model), AttentionSeam(model, capture):
+        model(
+            inputs_embeds=hidden.to(model.device, model.dtype).expand(-1, len(steps), -1).contiguous(),
+            position_ids=positions.expand(samples, -1),
+            use_cache=False,
+        )
     return positions.double().cpu(), dict(sorted(queries.items()))
+
+
+@contextmanager
+def _unstretched(model: nn.Module) -> Iterator[None]:
+    """Give rotary modules their frequencies back: dynamic RoPE stretches them to the longest sequence it has met."""
+    rotary = [module for module in model.modules() if any("inv_freq" in name for name in module._buffers)]
+    states = [(dict(module._buffers), {k: v for k, v in vars(module).items() if k != "_buffers"}) for module in rotary]
+    try:
+        yield
+    finally:
+        for module, (buffers, others) in zip(rotary, states, strict=True):
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module.__dict__.update(others)
 
 
 def _float32_twin(model: PreTrainedModel) -> PreTrainedModel:

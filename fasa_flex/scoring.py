@@ -40,6 +40,22 @@ class Scorer(Protocol):
         ...
 
 
+def check_scores(scores: object, query: Tensor, key: Tensor) -> None:
+    """Refuse what a scorer made if it is not what `Scorer` says.
+
+    Raises:
+        ValueError: no tensor of numbers [B, Hkv, G or 1, Q, T].
+    """
+    (batch, query_heads, q_len, _), (kv_heads, kv_len) = query.shape, key.shape[1:3]
+    group = query_heads // kv_heads
+    got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    if got not in [(batch, kv_heads, shared, q_len, kv_len) for shared in (group, 1)]:
+        raise ValueError(
+            f"a scorer must return scores {(batch, kv_heads, group, q_len, kv_len)}, or 1 in the third place, "
+            f"got {got}; expand what query heads, queries or keys share."
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Forward:
     """One forward of one layer, of one token or many, as a `SequenceScorer` is shown it.

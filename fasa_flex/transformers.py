@@ -78,5 +78,7 @@ def _dominant_chunks(profile: FasaProfile, config: FasaConfig) -> ScorerFactory:
 def _placed(scorer: Scorer | SequenceScorer, model: PreTrainedModel, layer: int) -> Scorer | SequenceScorer:
     """A scorer whose dimensions are on the device that holds the layer, where its packed keys will be."""
     if not isinstance(scorer, DominantChunks):
+        if not callable(scorer) and not isinstance(scorer, SequenceScorer):
+            raise ValueError(f"the scorer of layer {layer} is {scorer!r}, no Scorer or SequenceScorer; return one.")
         return scorer
     return DominantChunks(scorer.dims.to(next(attention_modules(model)[layer].parameters()).device))

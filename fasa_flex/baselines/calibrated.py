@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fasa_flex.calibration import encode_samples
-from fasa_flex.layers import check_supported, layer_of
+from fasa_flex.layers import check_supported, evaluating, layer_of
 from fasa_flex.rotary import RotaryLayout
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
 
@@ -61,14 +61,9 @@ def channel_weights(
         totals[layer_of(module)] = totals.get(layer_of(module), 0.0) + added
         return dense(module, query, key, value, attention_mask, **kwargs)
 
-    was_training = model.training
-    model.eval()
-    try:
-        with AttentionSeam(model, measure):
-            for ids in encoded:
-                model.base_model(input_ids=ids[None].to(model.device), use_cache=False)
-    finally:
-        model.train(was_training)
+    with evaluating(model), AttentionSeam(model, measure):
+        for ids in encoded:
+            model.base_model(input_ids=ids[None].to(model.device), use_cache=False)
     tokens = sum(len(ids) for ids in encoded)
     return torch.stack([totals[layer] for layer in sorted(totals)]).div(tokens).float()
 

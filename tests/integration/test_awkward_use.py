@@ -7,6 +7,7 @@ import io
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from generation import Ids, profile_of
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
-from fasa_flex import FasaCache, FasaConfig, enable
+from fasa_flex import FasaCache, FasaConfig, FasaProfile, RotaryLayout, calibrate, enable
+from fasa_flex.baselines import channel_weights
 from fasa_flex.masking import DecodeStep, count_valid
 from fasa_flex.packing import PackedKeys
 from fasa_flex.rows import whole_buffer
@@ -391,3 +393,112 @@ def test_a_vision_towers_attention_stays_its_own() -> None:
     with enable(model, None, FasaConfig(n_fac=12, n_tip=2)) as fasa:
         model.generate(prompt, **options)
         assert fasa.stats.sparse_queries > 0
+
+
+# What probing, calibrating and a scorer of one's own leave behind.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dynamic_rope_is_as_before_a_probe(ids: Ids, dtype: torch.dtype) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 128}
+    model = tiny("Llama", max_position_embeddings=128, rope_parameters=rope).to(dtype)
+    with torch.no_grad():
+        before = model(ids(200, rows=1)).logits
+        enable(model).disable()
+        assert torch.equal(model(ids(200, rows=1)).logits, before)
+
+
+@pytest.mark.parametrize("theta", [1e4, 1e8, 1e9, 1e11])
+def test_planes_that_hardly_turn_are_found(theta: float) -> None:
+    model = tiny("Llama", head_dim=128, rope_parameters={"rope_type": "default", "rope_theta": theta})
+    assert torch.equal(RotaryLayout.detect(model).chunks, RotaryLayout.half_split(128).chunks)
+
+
+def test_calibration_decodes_greedily_whatever_the_model_would_do(llama: PreTrainedModel, ids: Ids) -> None:
+    samples = [ids(40, rows=1)[0]]
+
+    def measure() -> Tensor:
+        return calibrate(llama, samples, top_k=8, max_new_tokens=6, progress=False).agreement
+
+    expected = measure()
+    llama.generation_config.update(
+        do_sample=True,
+        return_dict_in_generate=True,
+        num_return_sequences=2,
+        repetition_penalty=1.5,
+        max_time=1e-4,
+        forced_eos_token_id=5,
+        no_repeat_ngram_size=2,
+    )
+    state = llama.generation_config.to_dict()
+    assert torch.equal(measure(), expected)
+    assert llama.generation_config.to_dict() == state
+
+
+def test_modules_keep_their_mode(llama: PreTrainedModel, ids: Ids) -> None:
+    llama.train()
+    llama.model.layers[1].eval()
+    modes = [module.training for module in llama.modules()]
+    calibrate(llama, [ids(40, rows=1)[0]], top_k=8, max_new_tokens=2, progress=False)
+    enable(llama).disable()
+    channel_weights(llama, [ids(40, rows=1)[0]])
+    assert [module.training for module in llama.modules()] == modes
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda scores: scores[..., :1],
+        lambda scores: scores[..., :-1],
+        lambda scores: scores[:, :1],
+        lambda scores: scores[:, :, 0],
+        lambda scores: scores.expand(-1, -1, 3, -1, -1),
+        lambda scores: scores.numpy(),
+        lambda scores: None,
+    ],
+    ids=["one key", "a key too few", "one head", "no group", "another group", "NumPy's", "nothing"],
+)
+def test_scores_of_another_shape_are_refused(llama: PreTrainedModel, ids: Ids, change: Callable[[Tensor], Any]) -> None:
+    def scorer(query: Tensor, key: Tensor, packed_keys: Any = None) -> Any:
+        return change(key.float().norm(dim=-1)[:, :, None, None].expand(-1, -1, 1, query.shape[2], -1))
+
+    with enable(llama, None, CONFIG, scorer=lambda layer: scorer), torch.no_grad():
+        cache = DynamicCache(config=llama.config)
+        llama(ids(40, rows=2), past_key_values=cache)
+        with pytest.raises(ValueError, match=r"a scorer must return scores \(2, 2, 2, 1, 41\)") as error:
+            step(llama, 5, cache, rows=2)
+    assert "\n" not in str(error.value)
+
+
+def test_a_factory_without_a_scorer_is_refused(llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="the scorer of layer 1 is None"):
+        enable(llama, None, CONFIG, scorer=lambda layer: None)  # type: ignore[arg-type, return-value]
+
+
+def test_a_broken_off_prefill_leaves_nothing_sparse(llama: PreTrainedModel, ids: Ids) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with enable(llama, None, CONFIG) as fasa, torch.no_grad():
+        hook = llama.model.layers[2].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llama(ids(200, rows=1))
+        hook.remove()
+        cache = DynamicCache(config=llama.config)
+        llama(ids(60, rows=1), past_key_values=cache)
+        step(llama, 5, cache)
+        assert fasa.stats.sparse_queries == 0
+        llama(ids(200, rows=1))
+        step(llama, 6, cache)
+        assert fasa.stats.sparse_queries > 0
+
+
+def test_equal_counts_tie_in_large_calibrations(llama: PreTrainedModel) -> None:
+    """Of two query heads whose counts add up to the same in every chunk, float32 makes different means."""
+    made = profile_of(llama)
+    layers, heads, chunks = made.agreement.shape
+    provenance = replace(made.provenance, queries=30_000, top_k=256)
+    counts = torch.randint(0, 30_000 * 256, (layers, heads, chunks), generator=torch.Generator().manual_seed(0))
+    counts[:, 1::2] = 30_000 * 256 - counts[:, ::2]
+    profile = FasaProfile((counts.double() / (30_000 * 256)).float(), made.layout, provenance)
+    assert torch.equal(profile.dominant(3), torch.arange(3).expand(layers, made.provenance.kv_heads, -1))
