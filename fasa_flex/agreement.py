@@ -59,7 +59,7 @@ def check_heads(query: Tensor, key: Tensor) -> None:
     fits = (
         query.dim() == 4
         and key.dim() == 4
-        and query.shape[0] == key.shape[0]
+        and query.shape[0] == key.shape[0] > 0
         and query.shape[3] == key.shape[3]
         and key.shape[1] > 0
         and query.shape[1] % key.shape[1] == 0
@@ -68,7 +68,7 @@ def check_heads(query: Tensor, key: Tensor) -> None:
     if not fits:
         raise ValueError(
             f"query {tuple(query.shape)} and key {tuple(key.shape)} do not fit; "
-            "expected [B, Hq, Q, D] and [B, Hkv, T, D] with Hq a multiple of Hkv and 1 <= Q <= T."
+            "expected [B, Hq, Q, D] and [B, Hkv, T, D] with at least one row, Hq a multiple of Hkv and 1 <= Q <= T."
         )
 
 

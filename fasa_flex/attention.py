@@ -47,7 +47,8 @@ def fasa_attention(
     """Frequency-aware sparse attention: score all keys with the dominant chunks, attend to the best (TIP, then FAC).
 
     Runs eagerly, where the flex backend compiles itself, and under ``torch.compile(fullgraph=True)``; a growing cache
-    is compiled twice in all, once for its first length and once for any length.
+    is compiled twice in all, once for its first length and once for any length. With `PackedKeys` a multiple of 16 keys
+    and a buffer that is full to its last tile are compiled anew, too, each once.
 
     Args:
         q: float [B, Hq, Q, D], post-RoPE; query i sits at slot T - Q + i.
@@ -79,6 +80,10 @@ def fasa_attention(
     check_heads(q, k)
     _check_call(q, k, v, chunks, key_mask, packed_keys)
     budget = Budget(n_fac, n_sink, n_recent)
+    if budget.heads not in (1, k.shape[1]):
+        raise ValueError(f"n_fac counts for {budget.heads} key/value heads, k has {k.shape[1]}; give one for each.")
+    if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
+        raise ValueError(f"sinks must be one number for each of {q.shape[1]} query heads, got {tuple(sinks.shape)}.")
     check_choice("group_reduce", group_reduce, GroupReduce)
     check_choice("backend", backend, Backend)
     if not torch.compiler.is_compiling():
@@ -231,7 +236,9 @@ def gather_focused(query: Tensor, key: Tensor, value: Tensor, selection: Selecti
     rows = take_rows(key, slots)
     grouped = query.view(batch, kv_heads, shared, members, q_len, head_dim).transpose(3, 4)
     grouped = grouped.reshape(batch, -1, members, head_dim)
-    taken = selection.taken.reshape(batch, -1, 1, width)
+    some = selection.taken.any(-1, keepdim=True)
+    # a query without a key attends to anything, and is set to zero below: a softmax over nothing has NaN gradients
+    taken = (selection.taken | ~some).reshape(batch, -1, 1, width)
     if softmax.plain and query.device.type != "cpu":
         values = take_rows(value, slots)
         out = F.scaled_dot_product_attention(grouped, rows, values, attn_mask=taken, scale=softmax.scaling)
@@ -244,14 +251,13 @@ def gather_focused(query: Tensor, key: Tensor, value: Tensor, selection: Selecti
         weights = logits.softmax(-1)[..., :width].to(value.dtype)
         out = weigh_rows(weights, value, slots)
     out = out.view(batch, kv_heads, shared, q_len, members, -1).transpose(3, 4)
-    some = selection.taken.any(-1)[:, :, :, None, :, None]
-    return torch.where(some, out, 0.0).reshape(batch, query_heads, q_len, -1)
+    return torch.where(some[:, :, :, None], out, 0.0).reshape(batch, query_heads, q_len, -1)
 
 
 def _check_call(
     q: Tensor, k: Tensor, v: Tensor, chunks: Tensor, key_mask: Tensor | None, packed_keys: PackedKeys | Tensor | None
 ) -> None:
-    if v.shape[:3] != k.shape[:3]:
+    if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v {tuple(v.shape)} does not fit k {tuple(k.shape)}; expected [B, Hkv, T, D].")
     if q.dtype != k.dtype or q.dtype != v.dtype or not q.is_floating_point():
         raise ValueError(f"q, k and v must share one float dtype, got {q.dtype}, {k.dtype} and {v.dtype}.")

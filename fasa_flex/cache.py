@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
-from fasa_flex.budget import Budget
+from fasa_flex.budget import Budget, check_count
 from fasa_flex.config import FasaConfig, check_choice
 from fasa_flex.host_layers import HostLayer, OnHost, StaticHostLayer
 from fasa_flex.layers import attention_shape, dense_layers
@@ -43,7 +43,8 @@ class CacheSize:
         host: in host memory.
         dense: what keys and values alone would be, without room.
         formula: what the method needs on the device: of a sparse layer packed keys, and keys and values (FASA-C) or
-            the ``n_fac`` rows selected of them (FASA-M); of a dense one keys and values.
+            the ``n_fac`` rows held of them (FASA-M: none where the budget is a share or differs between heads); of a
+            dense one keys and values.
         device_type: the model's, such as "cuda".
     """
 
@@ -107,6 +108,8 @@ class FasaCache(Cache):
         config = FasaConfig() if config is None else config
         profile.check_fits(model)
         check_choice("placement", placement, Placement)
+        if max_cache_len is not None:
+            check_count("max_cache_len", max_cache_len, 1)
         if config.per != "kv_head":
             raise ValueError(
                 f"packed keys need one chunk set per key/value head, got per={config.per!r}; use 'kv_head'."
@@ -126,7 +129,7 @@ class FasaCache(Cache):
         sparse = [layer for layer in range(len(tables)) if layer not in dense and packs(model)]
         budgets = spread_budget(config.budget, config.layer_budgets, sparse, kv_heads=attention_shape(model)[2])
         scorers = {layer: DominantChunks.from_chunks(tables[layer].to(model.device)) for layer in sparse}
-        hold = {layer: _to_hold(budgets[layer]) for layer in sparse if placement == "host"}
+        hold = {layer: _to_hold(budgets[layer], max_cache_len) for layer in sparse if placement == "host"}
         self._new_layers = partial(_new_layers, model.config, max_cache_len, scorers, config.packed_dtype, hold)
         super().__init__(layers=self._new_layers())
 
@@ -219,6 +222,8 @@ def _storage_bytes(*tensors: Tensor) -> int:
     return sum(storages.values())
 
 
-def _to_hold(budget: Budget) -> int:
+def _to_hold(budget: Budget, slots: int | None) -> int:
     """Rows a head that the device holds between steps: what the kernels select, which is a count."""
-    return budget.n_fac if isinstance(budget.n_fac, int) else 0
+    if not isinstance(budget.n_fac, int):
+        return 0
+    return budget.n_fac if slots is None else min(budget.n_fac, slots)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -62,6 +63,9 @@ class FasaConfig:
     def __post_init__(self) -> None:
         if self.n_tip is not None:
             check_count("n_tip", self.n_tip, 1)
+        given: Any = self.n_fac
+        if not isinstance(given, bool) and isinstance(given, numbers.Real):  # NumPy's, too
+            object.__setattr__(self, "n_fac", int(given) if isinstance(given, numbers.Integral) else float(given))
         if not isinstance(self.n_fac, int | float):
             raise ValueError(
                 f"n_fac must be one number, got {self.n_fac!r}; weigh layers and heads with layer_budgets."

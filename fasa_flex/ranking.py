@@ -62,7 +62,10 @@ def _largest_on_cpu(order: Tensor, count: int) -> Tensor:
     if min(torch.get_num_threads(), rows, order.numel() // _GRAIN) > _WORTH:
         return order.topk(count, dim=-1, sorted=False).values
     first, found = kv_len - count, order.new_empty(*order.shape[:-1], count)
-    from_rows, to_rows = order.numpy().reshape(rows, kv_len), found.numpy().reshape(rows, count)
+    try:
+        from_rows, to_rows = order.numpy().reshape(rows, kv_len), found.numpy().reshape(rows, count)
+    except RuntimeError:  # inside a transform of torch.func, whose tensors have no memory
+        return order.topk(count, dim=-1, sorted=False).values
     step = max(1, _GRAIN // max(1, kv_len))
     for at in range(0, rows, step):  # a piece and its copy stay in the cache
         piece = from_rows[at : at + step].copy()

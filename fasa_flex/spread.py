@@ -8,12 +8,17 @@ from itertools import accumulate, pairwise
 from math import floor, inf
 from typing import Any, Literal
 
+import numpy as np
+
 from fasa_flex.budget import Budget
 
 Weight = float | tuple[float, ...]
 """Of a layer, or of each of its key/value heads."""
 
 LayerBudgets = Literal["uniform", "pyramid"] | tuple[Weight, ...]
+
+_MOST_UNEVEN = 1e12
+"""One weight against another, at most."""
 
 _PYRAMID = 20
 """The mean budget over that of the last layer: beta of PyramidKV."""
@@ -25,15 +30,18 @@ def check_layer_budgets(given: object) -> LayerBudgets:
     Raises:
         ValueError: anything else.
     """
-    if given in ("uniform", "pyramid"):
-        return given
+    if isinstance(given, str) and given in ("uniform", "pyramid"):
+        return given  # type: ignore[return-value]
+    if isinstance(given, np.ndarray):
+        given = given.tolist()
     if isinstance(given, list | tuple) and given:
         weights = tuple(tuple(weight) if isinstance(weight, list | tuple) else weight for weight in given)
         flat = [w for weight in weights for w in (weight if isinstance(weight, tuple) else (weight,))]
-        if all(isinstance(w, int | float) and not isinstance(w, bool) and 0 < w < inf for w in flat):
+        numbers = all(isinstance(w, int | float) and not isinstance(w, bool) and 0 < w < inf for w in flat)
+        if numbers and max(flat) <= _MOST_UNEVEN * min(flat) and sum(flat) < inf:
             return weights
     raise ValueError(
-        f"layer_budgets must be 'uniform', 'pyramid' or positive weights, got {given!r}; "
+        f"layer_budgets must be 'uniform', 'pyramid' or positive weights (no {_MOST_UNEVEN:g} to 1), got {given!r}; "
         "give one for every layer, or a sequence of one for each of its key/value heads."
     )
 

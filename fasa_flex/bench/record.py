@@ -96,20 +96,31 @@ class Ledger:
         fresh: begin anew.
 
     Raises:
-        ValueError: the file's rows have other settings, hardware or versions and cannot stand beside new ones.
+        ValueError: the file's rows have other settings, hardware or versions and cannot stand beside new ones; or it is
+            no such file, or cannot be written.
     """
 
     def __init__(self, path: Path, head: Mapping[str, Any], fresh: bool = False) -> None:
         self.path = path
         self.data: dict[str, Any] = {**head, "rows": [], "left_out": []}
         if path.exists() and not fresh:
-            former = json.loads(path.read_text())
+            former = self._read()
             for field in ("settings", "hardware", "versions", "revision"):
                 if former.get(field) != json.loads(json.dumps(head.get(field))):
                     raise ValueError(f"{path} holds rows of other {field}; pass --fresh, or another folder as --out.")
             self.data["rows"] = former["rows"]
             self.data["earlier_commands"] = [*former.get("earlier_commands", []), former["command"]]
         self.write()
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            former = json.loads(self.path.read_text())
+            if isinstance(former, dict) and {"rows", "command"} <= set(former):
+                return former
+            reason = "it has no rows and command"
+        except (OSError, ValueError) as error:
+            reason = reason_of(error)
+        raise ValueError(f"{self.path} holds no results ({reason}); pass --fresh, or another folder as --out.")
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -133,7 +144,12 @@ class Ledger:
 
     def write(self) -> None:
         """Replace the file in one move."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.data, indent=1) + "\n")
-        partial.replace(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(self.data, indent=1) + "\n")
+            partial.replace(self.path)
+        except OSError as error:
+            raise ValueError(
+                f"{self.path} cannot be written ({reason_of(error)}); pass another folder as --out."
+            ) from error

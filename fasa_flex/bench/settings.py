@@ -91,7 +91,7 @@ class Settings:
                     f"dense_layers of {depth} layers of shape {shape.name!r} must be below {depth}, got "
                     f"{max(self.dense_layers or ())}; count from 0."
                 )
-        if self.seconds < 0:
+        if not self.seconds >= 0:
             raise ValueError(f"seconds for a row must not be negative, got {self.seconds}.")
         if self.device.type not in ("cpu", "cuda"):
             raise ValueError(f"device must be cpu or cuda, got {self.device.type!r}.")

@@ -168,3 +168,20 @@ def test_a_row_says_where_the_time_of_a_call_goes(smallest: Path) -> None:
 )
 def test_a_reason_is_the_first_line_of_an_error_that_may_say_nothing(error: Exception, reason: str) -> None:
     assert reason_of(error) == reason
+
+
+@pytest.mark.parametrize("content", ["[]", "{\n", '{"rows": []}'])
+def test_a_file_that_holds_no_results_is_named(
+    tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bench_op_cpu.json").write_text(content)
+    assert main(["--quick", "--device", "cpu", "--part", "op", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "bench_op_cpu.json holds no results" in said
+    assert said.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["--quick", "--device", "cpu", "--part", "op", "--out", str(tmp_path / "file")]) == 2
+    assert "cannot be written" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -18,7 +19,7 @@ from generation import Ids, profile_of
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
-from fasa_flex import FasaCache, FasaConfig, FasaProfile, RotaryLayout, calibrate, enable
+from fasa_flex import FasaCache, FasaConfig, FasaProfile, RotaryLayout, calibrate, enable, fasa_attention
 from fasa_flex.baselines import channel_weights
 from fasa_flex.masking import DecodeStep, count_valid
 from fasa_flex.packing import PackedKeys
@@ -502,3 +503,86 @@ def test_equal_counts_tie_in_large_calibrations(llama: PreTrainedModel) -> None:
     counts[:, 1::2] = 30_000 * 256 - counts[:, ::2]
     profile = FasaProfile((counts.double() / (30_000 * 256)).float(), made.layout, provenance)
     assert torch.equal(profile.dominant(3), torch.arange(3).expand(layers, made.provenance.kv_heads, -1))
+
+
+# One call of the function.
+
+
+@pytest.mark.parametrize("group_reduce", ["max", "softmax", "none"])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_a_row_without_a_key_has_no_gradient(group_reduce: Any, sinks: bool) -> None:
+    q, k, v = (tensor.requires_grad_() for tensor in states())
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[0] = False
+    learned = torch.randn(4) if sinks else None
+    gradients = {}
+    for backend in ("gather", "reference"):
+        options: dict[str, Any] = {"n_fac": 6, "group_reduce": group_reduce, "sinks": learned, "backend": backend}
+        out = fasa_attention(q, k, v, CHUNKS, key_mask=mask, **options)
+        assert not out[0].any()
+        gradients[backend] = torch.autograd.grad(out.square().sum(), (q, k, v))
+        assert not any(gradient[0].any() for gradient in gradients[backend])
+    torch.testing.assert_close(gradients["gather"], gradients["reference"], atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_by_torch_func() -> None:
+    q, k, v = states()
+
+    def loss(value: Tensor, backend: Any) -> Tensor:
+        return fasa_attention(q, k, value, CHUNKS, n_fac=6, backend=backend).square().sum()
+
+    found, expected = (torch.func.grad(loss)(v, backend) for backend in ("gather", "reference"))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_calls_that_do_not_fit_are_refused() -> None:
+    q, k, v = states()
+    for call, reason in (
+        (lambda: fasa_attention(q[:0], k[:0], v[:0], CHUNKS), "at least one row"),
+        (lambda: fasa_attention(q, k, v[..., 0], CHUNKS), "does not fit k"),
+        (lambda: fasa_attention(q, k, v, CHUNKS, n_fac=(3, 3, 3)), "n_fac counts for 3 key/value heads, k has 2"),  # type: ignore[arg-type]
+        (lambda: fasa_attention(q, k, v, CHUNKS, sinks=torch.zeros(3)), "one number for each of 4 query heads"),
+    ):
+        with pytest.raises(ValueError, match=reason) as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+def states() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(2, heads, length, 16, generator=generator) for heads, length in ((4, 1), (2, 20), (2, 20)))  # type: ignore[return-value]
+
+
+CHUNKS = RotaryLayout.half_split(16).chunks[:3].expand(2, -1, -1)
+
+
+# Numbers of other libraries, and sizes.
+
+
+def test_numbers_of_numpy_are_numbers(llama: PreTrainedModel, ids: Ids) -> None:
+    assert FasaConfig(n_fac=np.int64(8)) == FasaConfig(n_fac=8)
+    shares = FasaConfig(n_fac=np.float64(0.5), layer_budgets=np.ones(3), n_tip=3, backend="reference")
+    assert shares == FasaConfig(n_fac=0.5, layer_budgets=(1.0, 1.0, 1.0), n_tip=3, backend="reference")
+    with enable(llama, profile_of(llama), shares), torch.no_grad():
+        cache = DynamicCache(config=llama.config)
+        llama(ids(40, rows=1), past_key_values=cache)
+        step(llama, 5, cache)
+
+
+@pytest.mark.parametrize("weights", [(1e308,) * 3, (1.0, 5e-324, 5e-324)])
+def test_weights_beyond_all_proportion_are_refused(weights: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="layer_budgets must be"):
+        FasaConfig(layer_budgets=weights)
+
+
+@pytest.mark.parametrize("length", [0, -1, 1.5, True, "64"])
+def test_lengths_that_are_none_are_refused(llama: PreTrainedModel, length: Any) -> None:
+    with pytest.raises(ValueError, match="max_cache_len must be an integer of at least 1"):
+        FasaCache(llama, profile_of(llama), CONFIG, max_cache_len=length)
+
+
+def test_no_more_rows_are_held_than_there_are_slots(llama: PreTrainedModel, ids: Ids) -> None:
+    cache = FasaCache(llama, profile_of(llama), FasaConfig(n_fac=256, n_tip=3), placement="host", max_cache_len=64)
+    with torch.no_grad():
+        llama(ids(40, rows=1), past_key_values=cache)
+    assert [layer.held.count for layer in cache.layers[1:]] == [64, 64]
