@@ -238,7 +238,7 @@ class Fasa:
             self._scorers.clear()  # of a prefill that was broken off
         boundary, device, q_len = self._boundary, n_valid.device, n_valid.shape[1]
         if boundary is not None and first_slot + q_len + 1 < boundary.lowest:
-            return  # a prompt in parts, of which this is not the last: decoding goes on with what it ends on
+            return  # a part of a prompt, and not the last (but for a token that may come with its continuation)
         sparse = None if boundary is None else boundary.behind(first_slot, q_len, device)
         scorer = self._source.measure(layer, query, key, mask, n_valid, sparse)
         if scorer is not None and layer in self._budgets:

@@ -250,7 +250,9 @@ def _serves(states: Tensor, buffer: Tensor, end: int) -> bool:
 
 
 def _wider(states: Tensor, held: Tensor) -> Tensor:
-    """``states`` in the dtype that both they and what is held have room in, as `torch.cat` has it: after autocast."""
+    """``states`` in the dtype that both they and what is held have room in, as `torch.cat` has it."""
+    if states.dtype == held.dtype:  # as ever but after autocast, and asked for every token
+        return states
     return states.to(torch.promote_types(states.dtype, held.dtype))
 
 

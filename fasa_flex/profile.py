@@ -184,9 +184,11 @@ class FasaProfile(
         try:
             profile: FasaProfile = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except (OSError, HFValidationError) as error:
+            there = Path(pretrained_model_name_or_path).is_dir()
+            reason = "cannot be read" if there else "is no folder, and the Hub gives no such profile"
             raise ValueError(
-                f"{pretrained_model_name_or_path} is no folder, and the Hub gives no such profile "
-                f"({type(error).__name__}); pass a folder that save_pretrained wrote."
+                f"{pretrained_model_name_or_path} {reason} ({type(error).__name__}); "
+                "pass a folder that save_pretrained wrote."
             ) from error
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, AttributeError) as error:
             raise _damaged(pretrained_model_name_or_path, error) from error
@@ -236,22 +238,24 @@ class FasaProfile(
         data = (folder / _TENSORS).read_bytes()
         try:
             fields = json.loads((folder / _JSON).read_text())["fasa_profile"]
-            if isinstance(fields["format"], int) and fields["format"] > FORMAT:
-                raise _NewerFormatError(
-                    f"the profile in {folder} has format {fields['format']}; upgrade fasa_flex to read it."
-                )
-            if fields["format"] != FORMAT:
-                raise ValueError(f"format {fields['format']!r} is not {FORMAT}")
-            if hashlib.sha256(data).hexdigest() != fields["tensors_sha256"]:
-                raise ValueError(f"{_TENSORS} is not the file that {_JSON} describes")
-            provenance = fields["provenance"]
-            provenance["sample_hashes"] = tuple(provenance["sample_hashes"])
-            provenance["versions"] = {str(name): str(version) for name, version in provenance["versions"].items()}
-            return cls(load(data)["agreement"], RotaryLayout.from_dict(fields["layout"]), Provenance(**provenance))
-        except _NewerFormatError:
-            raise
+            later = isinstance(fields["format"], int) and fields["format"] > FORMAT
+            profile = None if later else cls._of(fields, data)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise _damaged(folder, error) from error
+        if profile is None:
+            raise ValueError(f"the profile in {folder} has format {fields['format']}; upgrade fasa_flex to read it.")
+        return profile
+
+    @classmethod
+    def _of(cls, fields: dict[str, Any], data: bytes) -> FasaProfile:
+        if fields["format"] != FORMAT:
+            raise ValueError(f"format {fields['format']!r} is not {FORMAT}")
+        if hashlib.sha256(data).hexdigest() != fields["tensors_sha256"]:
+            raise ValueError(f"{_TENSORS} is not the file that {_JSON} describes")
+        provenance = fields["provenance"]
+        provenance["sample_hashes"] = tuple(provenance["sample_hashes"])
+        provenance["versions"] = {str(name): str(version) for name, version in provenance["versions"].items()}
+        return cls(load(data)["agreement"], RotaryLayout.from_dict(fields["layout"]), Provenance(**provenance))
 
     def _tensors(self) -> bytes:
         data: bytes = save({"agreement": self.agreement})
@@ -269,10 +273,6 @@ class FasaProfile(
     def __repr__(self) -> str:
         layers, heads, chunks = self.agreement.shape
         return f"FasaProfile({self.provenance.model_id}: {layers} layers, {heads} query heads, {chunks} chunks)"
-
-
-class _NewerFormatError(ValueError):
-    """A profile of a later format, which is not damaged."""
 
 
 def _check_size(folder: Path) -> None:

@@ -16,6 +16,8 @@ from fasa_flex.layers import attention_shape, check_supported, evaluating, layer
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
 
 _TOLERANCE = 1e-6
+"""Of a turn at the last position probed: with a rope_theta of 1e9 the slowest of 64 planes turns 1.4e-6 by 1024."""
+
 _RESIDUAL = 1e-3
 _TWIN_LAYERS = 8
 

@@ -30,10 +30,10 @@ def check_layer_budgets(given: object) -> LayerBudgets:
     Raises:
         ValueError: anything else.
     """
-    if isinstance(given, str) and given in ("uniform", "pyramid"):
-        return given  # type: ignore[return-value]
     if isinstance(given, np.ndarray):
         given = given.tolist()
+    if given in ("uniform", "pyramid"):
+        return given
     if isinstance(given, list | tuple) and given:
         weights = tuple(tuple(weight) if isinstance(weight, list | tuple) else weight for weight in given)
         flat = [w for weight in weights for w in (weight if isinstance(weight, tuple) else (weight,))]

@@ -473,7 +473,7 @@ def test_scores_of_another_shape_are_refused(llama: PreTrainedModel, ids: Ids, c
 
 def test_a_factory_without_a_scorer_is_refused(llama: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="the scorer of layer 1 is None"):
-        enable(llama, None, CONFIG, scorer=lambda layer: None)  # type: ignore[arg-type, return-value]
+        enable(llama, None, CONFIG, scorer=lambda layer: None)  # type: ignore[arg-type, return-value]  # the mistake
 
 
 def test_a_broken_off_prefill_leaves_nothing_sparse(llama: PreTrainedModel, ids: Ids) -> None:
@@ -537,10 +537,11 @@ def test_gradients_by_torch_func() -> None:
 
 def test_calls_that_do_not_fit_are_refused() -> None:
     q, k, v = states()
+    by_head: Any = (3, 3, 3)
     for call, reason in (
         (lambda: fasa_attention(q[:0], k[:0], v[:0], CHUNKS), "at least one row"),
         (lambda: fasa_attention(q, k, v[..., 0], CHUNKS), "does not fit k"),
-        (lambda: fasa_attention(q, k, v, CHUNKS, n_fac=(3, 3, 3)), "n_fac counts for 3 key/value heads, k has 2"),  # type: ignore[arg-type]
+        (lambda: fasa_attention(q, k, v, CHUNKS, n_fac=by_head), "n_fac counts for 3 key/value heads, k has 2"),
         (lambda: fasa_attention(q, k, v, CHUNKS, sinks=torch.zeros(3)), "one number for each of 4 query heads"),
     ):
         with pytest.raises(ValueError, match=reason) as error:
@@ -550,7 +551,8 @@ def test_calls_that_do_not_fit_are_refused() -> None:
 
 def states() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(2, heads, length, 16, generator=generator) for heads, length in ((4, 1), (2, 20), (2, 20)))  # type: ignore[return-value]
+    q, k, v = (torch.randn(2, heads, length, 16, generator=generator) for heads, length in ((4, 1), (2, 20), (2, 20)))
+    return q, k, v
 
 
 CHUNKS = RotaryLayout.half_split(16).chunks[:3].expand(2, -1, -1)

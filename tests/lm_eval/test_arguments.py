@@ -90,4 +90,4 @@ def test_what_would_be_dense_unnoticed_is_refused() -> None:
     with pytest.raises(ValueError, match="backend='fastest' is dense where that is faster"):
         config_of("fasa", 64, None, "uniform", 0, backend="fastest")
     with pytest.raises(ValueError, match=r"dense_layers=0\.1 is not a set of layers"):
-        layer_set(0.1)  # type: ignore[arg-type]
+        layer_set(0.1)  # type: ignore[arg-type]  # the mistake
