@@ -15,6 +15,7 @@ from fasa_flex.attention import sparse_attention
 from fasa_flex.boundary import Boundary
 from fasa_flex.config import FasaConfig, GroupReduce
 from fasa_flex.crossover import packs_late, sparse_layer_is_faster
+from fasa_flex.expectations import cache_among
 from fasa_flex.grouped import decodes_grouped, grouped_attention
 from fasa_flex.handed import check_forward, check_keys, softmax_of
 from fasa_flex.held_rows import HeldRows
@@ -147,7 +148,7 @@ class Fasa:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Hand on to the attention function what transformers keeps from it: the cache, and where the queries begin."""
-        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # GPT-NeoX has a name of its own for it
+        cache = cache_among(kwargs)
         layer = layer_of(module)
         states: Tensor = args[0] if args else kwargs["hidden_states"]
         if layer == self._first:  # before any layer of the cache is written to
