@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fasa_flex.agreement import contextual_agreement
 from fasa_flex.layers import attention_shape, check_supported, evaluating, layer_of, maximum_positions
-from fasa_flex.profile import FasaProfile, Provenance, config_hash
+from fasa_flex.profile import FasaProfile
+from fasa_flex.provenance import Provenance, config_hash
 from fasa_flex.rotary import RotaryLayout
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
 

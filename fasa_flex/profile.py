@@ -1,132 +1,51 @@
-"""The agreement table with its provenance: what calibration finds once per model, and where it came from."""
+"""What calibration finds once per model: tables of its chunks, and which are dominant by each criterion."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import ModelHubMixin, constants, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from fasa_flex.budget import check_count
-from fasa_flex.config import Sharing, check_choice
 from fasa_flex.layers import attention_shape
+from fasa_flex.provenance import Provenance, config_hash
 from fasa_flex.rotary import RotaryLayout
+from fasa_flex.tables import ChunkTables
 
-FORMAT = 1
+FORMAT = 2
+"""1 where there is agreement alone, as before there were other tables."""
+
 _JSON = constants.CONFIG_NAME
 _TENSORS = "agreement.safetensors"
-_MOST_BYTES = 1 << 26
-_ROPE_FIELDS = ("rope_parameters", "partial_rotary_factor", "qk_norm", "use_qk_norm", "sliding_window", "layer_types")
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a profile came from.
-
-    Attributes:
-        model_id: name or folder the model was loaded from.
-        model_type: transformers' ``model_type``.
-        config_hash: SHA-256 of the config fields that decide queries and keys (`config_hash`).
-        kv_heads: key/value heads of the model.
-        top_k: K of contextual agreement.
-        max_new_tokens: decode steps a sample contributed at most.
-        queries: decode queries averaged, over all samples.
-        sample_hashes: SHA-256 of each sample's token ids.
-        versions: of fasa_flex, torch and transformers.
-    """
-
-    model_id: str
-    model_type: str
-    config_hash: str
-    kv_heads: int
-    top_k: int
-    max_new_tokens: int
-    queries: int
-    sample_hashes: tuple[str, ...]
-    versions: dict[str, str]
+_MOST_BYTES = {_JSON: 1 << 26, _TENSORS: 1 << 30}
 
 
 class FasaProfile(
+    ChunkTables,
     ModelHubMixin,
     library_name="fasa_flex",
     tags=["fasa", "sparse-attention"],
     paper_url="https://arxiv.org/abs/2602.03152",
 ):
-    """Agreement of every chunk with its head, for one model; saved as safetensors and JSON, no code.
+    """What calibration finds of one model; saved as safetensors and JSON, no code.
 
-    Attributes:
-        agreement: float32 [layers, query heads, chunks], mean contextual agreement in [0, 1].
-        layout: the chunks the last dimension counts.
-        provenance: model, samples and settings of the calibration.
+    It is made of `ChunkTables`, which says what they hold and how dominant chunks are chosen from them.
     """
-
-    def __init__(self, agreement: Tensor, layout: RotaryLayout, provenance: Provenance) -> None:
-        agreement = agreement.detach().float().cpu().contiguous()
-        if agreement.dim() != 3 or agreement.shape[2] != len(layout.chunks):
-            raise ValueError(
-                f"agreement must be [layers, query heads, {len(layout.chunks)} chunks], got {tuple(agreement.shape)}."
-            )
-        if not ((agreement >= 0) & (agreement <= 1)).all():
-            raise ValueError("agreement must lie in [0, 1]; calibrate again.")
-        for name in ("kv_heads", "top_k", "queries"):
-            check_count(f"{name} of a profile", getattr(provenance, name), least=1)
-        if agreement.shape[1] % provenance.kv_heads:
-            raise ValueError(
-                f"{agreement.shape[1]} query heads do not divide into {provenance.kv_heads} key/value heads; "
-                "calibrate again."
-            )
-        self.agreement = agreement
-        self.layout = layout
-        self.provenance = provenance
 
     def __new__(cls, *args: Any, **kwargs: Any) -> FasaProfile:
         """Past the mixin's own, which would write the arguments out as a second config.json."""
         return object.__new__(cls)
 
-    def dominant(self, n_tip: int, per: Sharing = "kv_head") -> Tensor:
-        """The ``n_tip`` chunks of highest mean agreement (the paper's I_dom; ties to the lower chunk).
-
-        Args:
-            n_tip: chunks a head keeps.
-            per: ``"kv_head"`` averages agreement over the query heads of each GQA group; ``"query_head"`` does not.
-
-        Returns:
-            int64 [layers, Hkv or Hq, n_tip], chunk numbers, ascending.
-        """
-        check_choice("per", per, Sharing)
-        layers, _, chunks = self.agreement.shape
-        if not 1 <= n_tip <= chunks:
-            raise ValueError(f"n_tip must lie in 1..{chunks}, the chunks of a head, got {n_tip}.")
-        table = self._counts()
-        if per == "kv_head":
-            table = table.view(layers, self.provenance.kv_heads, -1, chunks).mean(2)
-        best = torch.argsort(table, dim=-1, descending=True, stable=True)[..., :n_tip]
-        return best.sort(dim=-1).values
-
-    def dominant_dims(self, n_tip: int, per: Sharing = "kv_head") -> Tensor:
-        """`dominant` as dimension pairs: int64 [layers, Hkv or Hq, n_tip, 2]."""
-        return self.layout.chunks[self.dominant(n_tip, per)]
-
-    def _counts(self) -> Tensor:
-        """Agreement as the counts it was made from, where it was, so that equal ones tie exactly: float64."""
-        counts = self.agreement.double() * self.provenance.queries * self.provenance.top_k
-        whole = counts.round()
-        rounding = max(0.1, float(counts.max()) * torch.finfo(torch.float32).eps)  # beyond 0.5, a count is not known
-        return whole if (counts - whole).abs().max() < min(rounding, 0.5) else counts
-
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over table, layout and provenance: names this profile in results."""
+        """SHA-256 over tables, layout and provenance: names this profile in results."""
         return hashlib.sha256(self._json().encode()).hexdigest()
 
     def check_fits(self, model: PreTrainedModel) -> None:
@@ -248,22 +167,23 @@ class FasaProfile(
 
     @classmethod
     def _of(cls, fields: dict[str, Any], data: bytes) -> FasaProfile:
-        if fields["format"] != FORMAT:
-            raise ValueError(f"format {fields['format']!r} is not {FORMAT}")
+        if fields["format"] not in range(1, FORMAT + 1):
+            raise ValueError(f"format {fields['format']!r} is none of 1 to {FORMAT}")
         if hashlib.sha256(data).hexdigest() != fields["tensors_sha256"]:
             raise ValueError(f"{_TENSORS} is not the file that {_JSON} describes")
         provenance = fields["provenance"]
         provenance["sample_hashes"] = tuple(provenance["sample_hashes"])
         provenance["versions"] = {str(name): str(version) for name, version in provenance["versions"].items()}
-        return cls(load(data)["agreement"], RotaryLayout.from_dict(fields["layout"]), Provenance(**provenance))
+        layout = RotaryLayout.from_dict(fields["layout"])
+        return cls(layout=layout, provenance=Provenance(**provenance), **load(data))
 
     def _tensors(self) -> bytes:
-        data: bytes = save({"agreement": self.agreement})
+        data: bytes = save(self.tables())
         return data
 
     def _json(self) -> str:
         fields = {
-            "format": FORMAT,
+            "format": FORMAT if len(self.tables()) > 1 else 1,
             "tensors_sha256": hashlib.sha256(self._tensors()).hexdigest(),
             "layout": self.layout.to_dict(),
             "provenance": dataclasses.asdict(self.provenance),
@@ -277,27 +197,14 @@ class FasaProfile(
 
 def _check_size(folder: Path) -> None:
     """Refuse files that no profile is as large as, before they are read."""
-    for name in (_JSON, _TENSORS):
+    for name, most in _MOST_BYTES.items():
         file = folder / name
-        if file.is_file() and file.stat().st_size > _MOST_BYTES:
+        if file.is_file() and file.stat().st_size > most:
             raise ValueError(
-                f"{file} has {file.stat().st_size} bytes, a profile's files at most {_MOST_BYTES}; "
+                f"{file} has {file.stat().st_size} bytes, a profile's at most {most}; "
                 "pass a folder that save_pretrained wrote."
             )
 
 
 def _damaged(folder: str | Path, error: Exception) -> ValueError:
     return ValueError(f"the profile in {folder} is damaged or altered ({error}); save it again.")
-
-
-def config_hash(model: PreTrainedModel) -> str:
-    """SHA-256 of the config fields that decide what queries and keys look like, stable over transformers versions."""
-    config = model.config.get_text_config()
-    fields = {name: getattr(config, name, None) for name in _ROPE_FIELDS}
-    described = {
-        "model_type": config.model_type,
-        "shape": attention_shape(model),
-        "hidden_size": config.hidden_size,
-        **fields,
-    }
-    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()

@@ -17,7 +17,8 @@ from fasa_flex.config import FasaConfig
 from fasa_flex.layers import attention_shape, dense_layers
 from fasa_flex.masking import valid_from_mask
 from fasa_flex.packing import dot_products
-from fasa_flex.profile import FasaProfile, Provenance, config_hash
+from fasa_flex.profile import FasaProfile
+from fasa_flex.provenance import Provenance, config_hash
 from fasa_flex.rotary import RotaryLayout
 from fasa_flex.scoring import DominantChunks
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fasa_flex import FasaProfile, RotaryLayout, inspection
-from fasa_flex.profile import Provenance
+from fasa_flex.provenance import Provenance
 
 FREQUENCIES = torch.tensor([1.0, 2 * math.pi / 1234, 2 * math.pi / 56_789], dtype=torch.float64)
 

@@ -22,7 +22,7 @@ from fasa_flex.baselines import AllDimensions, Recency
 from fasa_flex.budget import Budget
 from fasa_flex.config import Sharing
 from fasa_flex.layers import layer_of
-from fasa_flex.profile import Provenance, config_hash
+from fasa_flex.provenance import Provenance, config_hash
 from fasa_flex.ranking import INVALID, rank_keys, slot_of
 from fasa_flex.scoring import DominantChunks, Scorer
 from fasa_flex.seam import AttentionSeam

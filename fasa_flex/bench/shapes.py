@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from fasa_flex.profile import FasaProfile, Provenance, config_hash
+from fasa_flex.profile import FasaProfile
+from fasa_flex.provenance import Provenance, config_hash
 from fasa_flex.rotary import RotaryLayout
 
 

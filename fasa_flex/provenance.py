@@ -1,0 +1,53 @@
+"""Where a profile came from, and which models have the queries and keys that it describes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from fasa_flex.layers import attention_shape
+
+_ROPE_FIELDS = ("rope_parameters", "partial_rotary_factor", "qk_norm", "use_qk_norm", "sliding_window", "layer_types")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a profile came from.
+
+    Attributes:
+        model_id: name or folder the model was loaded from.
+        model_type: transformers' ``model_type``.
+        config_hash: SHA-256 of the config fields that decide queries and keys (`config_hash`).
+        kv_heads: key/value heads of the model.
+        top_k: K of contextual agreement.
+        max_new_tokens: decode steps a sample contributed at most.
+        queries: decode queries averaged, over all samples.
+        sample_hashes: SHA-256 of each sample's token ids.
+        versions: of fasa_flex, torch and transformers.
+    """
+
+    model_id: str
+    model_type: str
+    config_hash: str
+    kv_heads: int
+    top_k: int
+    max_new_tokens: int
+    queries: int
+    sample_hashes: tuple[str, ...]
+    versions: dict[str, str]
+
+
+def config_hash(model: PreTrainedModel) -> str:
+    """SHA-256 of the config fields that decide what queries and keys look like, stable over transformers versions."""
+    config = model.config.get_text_config()
+    fields = {name: getattr(config, name, None) for name in _ROPE_FIELDS}
+    described = {
+        "model_type": config.model_type,
+        "shape": attention_shape(model),
+        "hidden_size": config.hidden_size,
+        **fields,
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
