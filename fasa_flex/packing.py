@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +13,13 @@ from torch.nn import functional as F
 
 from fasa_flex.realize import compute_once
 
-PackedDtype = Literal["bfloat16", "float16", "int8"]
+PackedDtype = Literal["bfloat16", "float16", "int8", "int4"]
+
+_LEVELS = {"int8": 127, "int4": 7}
+"""The largest code of an integer format; codes are symmetric about 0."""
+
+INT4_ZERO = 8
+"""What is stored for the code 0 of a four-bit key."""
 
 _MANY = 512
 """Tiles of a head from which on, uncompiled, heads are scored one by one: all at once copies the query for each."""
@@ -31,8 +38,10 @@ class PackedKeys:
     the packed keys may be held in a lower precision than the cache.
 
     Attributes:
-        tiles: [B, Hkv, N, 2 * n_tip, L], keys n * L ... n * L + L - 1 in tile n; a float dtype or int8.
-        scales: float16 [B, Hkv, N, L], what an int8 key is multiplied by; None for float tiles.
+        tiles: [B, Hkv, N, P, L], keys n * L ... n * L + L - 1 in tile n. P is 2 * n_tip for a float dtype and int8,
+            and n_tip for int4: byte p of a key holds the codes of dimensions p (its low four bits) and n_tip + p, each
+            with 8 added.
+        scales: float16 [B, Hkv, N, L], the factor of an integer key's codes; None for float tiles.
     """
 
     tiles: Tensor
@@ -47,17 +56,29 @@ class PackedKeys:
             dtype: what to hold them in; None is the dtype of ``rows``.
             capacity: keys to make room for, at least T; the room holds zeros.
         """
-        batch, heads, kv_len, width = rows.shape
+        batch, heads, kv_len, _ = rows.shape
         tile = tile_of(rows.device)
         count = -(-max(kv_len, capacity) // tile)
         rows, scales = _convert(F.pad(rows, (0, 0, 0, count * tile - kv_len)), dtype)
-        tiles = rows.view(batch, heads, count, tile, width).transpose(3, 4).contiguous()
+        tiles = rows.view(batch, heads, count, tile, -1).transpose(3, 4).contiguous()
         return cls(tiles, None if scales is None else scales.view(batch, heads, count, tile))
 
     @property
     def capacity(self) -> int:
         """Keys there is room for."""
         return self.tiles.shape[2] * self.tiles.shape[4]
+
+    @property
+    def width(self) -> int:
+        """Dimensions of a key, 2 * n_tip."""
+        return self.tiles.shape[3] * (2 if self._dtype == "int4" else 1)
+
+    @property
+    def _dtype(self) -> PackedDtype | None:
+        """The integer format that keys are converted to; None: the tiles' own dtype."""
+        if self.scales is None:
+            return None
+        return "int4" if self.tiles.dtype == torch.uint8 else "int8"
 
     @property
     def n_bytes(self) -> int:
@@ -73,7 +94,7 @@ class PackedKeys:
             slots: int64 [t], where to; or the slot of the first of them, the others behind it.
         """
         lanes, length = self.tiles.shape[4], rows.shape[2]
-        rows, scales = _convert(rows, None if self.scales is None else "int8")
+        rows, scales = _convert(rows, self._dtype)
         if isinstance(slots, int):
             if (lanes == 1 or length == 1) and not torch.compiler.is_compiling():  # plain copies, the cheapest
                 first, place = divmod(slots, lanes)
@@ -95,8 +116,8 @@ class PackedKeys:
 
     def rows(self, kv_len: int) -> Tensor:
         """The first ``kv_len`` keys as they are held, float [B, Hkv, T, 2 * n_tip]."""
-        tiles = self.tiles if self.scales is None else self.tiles * self.scales[:, :, :, None].float()
-        return tiles.transpose(3, 4).flatten(2, 3)[:, :, :kv_len]
+        rows = self.tiles.transpose(3, 4).flatten(2, 3)[:, :, :kv_len]
+        return _restore(rows, None if self.scales is None else self.scales.flatten(2)[:, :, :kv_len])
 
     def scores(self, query: Tensor, kv_len: int) -> Tensor:
         """Dot products with one query a head.
@@ -109,15 +130,13 @@ class PackedKeys:
             float32 [B, Hkv, G, T].
         """
         count = -(-kv_len // self.tiles.shape[4])
-        tiles = self.tiles[:, :, :count]
         if self.tiles.shape[4] == 1:
-            scores = dot_products(query, tiles.squeeze(4))[:, :, None].transpose(2, 4)
-        elif torch.compiler.is_compiling():
-            scores = _scores_of_tiles(compute_once(query.detach().float()), tiles.float())
-        elif count < _MANY:
-            scores = dot_products(query[:, :, None], tiles.mT)
-        else:
-            scores = _scores_by_head(query, tiles)
+            return dot_products(query, self.rows(kv_len))
+        tiles, compiled = self.tiles[:, :, :count], torch.compiler.is_compiling()
+        if compiled:
+            query = compute_once(query.detach().float())
+        by_tiles = _scores_of_tiles if compiled else _scores_all_at_once if count < _MANY else _scores_by_head
+        scores = by_tiles(query, tiles)
         if self.scales is not None:
             scores = scores * self.scales[:, :, :count, None].float()
         return scores.transpose(2, 3).flatten(3)[..., :kv_len]
@@ -133,11 +152,16 @@ class PackedKeys:
         return PackedKeys(tiles, None if self.scales is None else F.pad(self.scales, (0, 0, 0, more)))
 
 
-def packed_bytes(width: int, dtype: PackedDtype | None, cache_dtype: torch.dtype) -> int:
+def packed_bytes(width: int, dtype: PackedDtype | None, cache_dtype: torch.dtype) -> float:
     """Bytes of one packed key of ``width`` dimensions in one head, its scale included."""
-    if dtype == "int8":
-        return width + 2
+    if dtype in _LEVELS:
+        return width * (0.5 if dtype == "int4" else 1) + 2
     return width * (cache_dtype.itemsize if dtype is None else 2)
+
+
+def as_packed(rows: Tensor, dtype: PackedDtype | None) -> Tensor:
+    """Keys [.., 2 * n_tip] as `PackedKeys` would hold them in ``dtype``, restored to floats."""
+    return _restore(*_convert(rows, dtype))
 
 
 def dot_products(query: Tensor, key: Tensor) -> Tensor:
@@ -152,11 +176,25 @@ def dot_products(query: Tensor, key: Tensor) -> Tensor:
 def _scores_of_tiles(query: Tensor, tiles: Tensor) -> Tensor:
     """Dot products as one kernel, which loads what it multiplies once for all members of the group, front to back.
 
-    Args and result as in `PackedKeys.scores`: [B, Hkv, G, 2 * n_tip] and [B, Hkv, N, 2 * n_tip, L] ->
-    [B, Hkv, N, G, L].
+    Args and result as in `PackedKeys.scores`: [B, Hkv, G, 2 * n_tip] and [B, Hkv, N, P, L] -> [B, Hkv, N, G, L].
     """
-    members = [(member[:, :, None, :, None] * tiles).sum(3) for member in query.unbind(2)]
+    if tiles.dtype == torch.uint8:  # Inductor's vector code has these operators for 32-bit integers only (torch 2.13)
+        wide = tiles.to(torch.int32)
+        parts, zero = ((wide & 15).float(), (wide >> 4).float()), INT4_ZERO
+    else:
+        parts, zero = (tiles.float(),), 0
+    members = []
+    for member in query.unbind(2):
+        asked = member[:, :, None, :, None].chunk(len(parts), dim=3)
+        products = [half * part for half, part in zip(asked, parts, strict=True)]
+        score = functools.reduce(torch.add, products).sum(3)
+        members.append(score - zero * member.sum(-1)[:, :, None, None] if zero else score)
     return torch.stack(members, dim=2).transpose(2, 3)
+
+
+def _scores_all_at_once(query: Tensor, tiles: Tensor) -> Tensor:
+    """The same uncompiled: a matrix product a tile."""
+    return dot_products(query[:, :, None], _unpack(tiles, 3).mT)
 
 
 def _scores_by_head(query: Tensor, tiles: Tensor) -> Tensor:
@@ -167,16 +205,32 @@ def _scores_by_head(query: Tensor, tiles: Tensor) -> Tensor:
     # not `dot_products`, which would enter autocast for every head, in 50 microseconds each
     with torch.no_grad(), torch.autocast(tiles.device.type, enabled=False):  # no gradient, they only rank
         for head, held, found in zip(*heads_of, strict=True):
-            found.copy_((head.expand(count, -1, -1) @ held.float()).transpose(0, 1))
+            found.copy_((head.expand(count, -1, -1) @ _unpack(held, 1).float()).transpose(0, 1))
     return scores.transpose(2, 3)
 
 
 def _convert(rows: Tensor, dtype: PackedDtype | None) -> tuple[Tensor, Tensor | None]:
-    """Keys [.., 2 * n_tip] in ``dtype``, and for int8 their scales float16 [..]."""
+    """Keys [.., 2 * n_tip] in ``dtype``, and for an integer one their scales float16 [..]."""
     if dtype is None:
         return rows, None
-    if dtype != "int8":
+    if dtype not in _LEVELS:
         return rows.to(getattr(torch, dtype)), None
-    rows = rows.float()
-    scales = (rows.abs().amax(-1) / 127).clamp(min=torch.finfo(torch.float16).tiny).to(torch.float16)
-    return (rows / scales.float()[..., None]).round().clamp(-127, 127).to(torch.int8), scales
+    rows, most = rows.float(), _LEVELS[dtype]
+    scales = (rows.abs().amax(-1) / most).clamp(min=torch.finfo(torch.float16).tiny).to(torch.float16)
+    codes = (rows / scales.float()[..., None]).round().clamp(-most, most).to(torch.int8)
+    if dtype == "int8":
+        return codes, scales
+    low, high = (codes + INT4_ZERO).to(torch.uint8).chunk(2, dim=-1)
+    return low | (high << 4), scales
+
+
+def _unpack(packed: Tensor, dim: int) -> Tensor:
+    """The codes of packed keys along ``dim``: int8 [.., 2 * n_tip, ..]; keys in a float dtype as they are."""
+    if packed.dtype != torch.uint8:
+        return packed
+    return torch.cat([packed & 15, packed >> 4], dim=dim).view(torch.int8) - INT4_ZERO
+
+
+def _restore(rows: Tensor, scales: Tensor | None) -> Tensor:
+    """The inverse of `_convert`, up to rounding: keys [.., P] as floats [.., 2 * n_tip]."""
+    return rows if scales is None else _unpack(rows, -1) * scales[..., None].float()
