@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from fasa_flex.budget import Budget, check_count
+from fasa_flex.criteria import Criterion
 from fasa_flex.packing import PackedDtype
 from fasa_flex.spread import LayerBudgets, check_layer_budgets
 
 Sharing = Literal["kv_head", "query_head"]
-GroupReduce = Literal["max", "mean", "softmax", "none"]
+GroupReduce = Literal["softmax", "softmax_exact", "max", "mean", "none"]
+Completion = Literal["first_order", "mean", "none"]
 Backend = Literal["auto", "fastest", "flex", "gather", "triton", "reference"]
 Prefill = Literal["dense", "sparse"]
 
@@ -21,51 +24,72 @@ Prefill = Literal["dense", "sparse"]
 class FasaConfig:
     """How a model attends under FASA (Wang et al., 2026: TIP and FAC).
 
+    The defaults give dense attention's results at 128 to 256 of 8192 tokens on real models (evals/README.md);
+    `FasaConfig.paper` is the paper's method.
+
     Args:
-        n_tip: dominant frequency chunks a head scores with; ``None`` is ``head_dim // 8`` (16 of 64 chunks at 128).
+        n_tip: dominant frequency chunks a head scores with: an int counts chunks, a float in (0, 1] is a share of the
+            head's, rounded (0.5: 32 of 64 chunks at 128 dimensions).
         n_fac: the budget, tokens a query attends to: an int counts tokens, a float in (0, 1] is a share of the query's
             valid keys, rounded up.
-        n_sink: first valid tokens that are always selected, inside the budget.
-        n_recent: last valid tokens that are always selected, inside the budget.
+        n_sink: first valid tokens that are always selected, inside the budget; None: 4, or an eighth of a budget below
+            32.
+        n_recent: last valid tokens that are always selected, inside the budget; None: 32, or half of a budget below 64.
         layer_budgets: how ``n_fac``, the mean over sparse layers, is spread over them: ``"uniform"``, ``"pyramid"``
             (falling with depth, as PyramidKV's), or a weight for each layer of the model, or for each of a layer's
             key/value heads (`fasa_flex.spread`).
         dense_layers: layers that keep dense attention.
         per: ``"kv_head"``: one chunk set per key/value head; ``"query_head"``: one per query head, as in the paper.
-        group_reduce: how the scores of a GQA group become one ranking: ``"softmax"`` (mean attention weight; measured
-            best, evals/results/choices.json), ``"max"``, ``"mean"``, or ``"none"`` for a selection per query head
-            (always so with ``per="query_head"``).
+        criterion: how the profile chooses the chunks (`fasa_flex.criteria`): ``"variance"``, ``"agreement"`` (the
+            paper's), ``"explained_variance"`` or ``"weighted_variance"``; None: variance, or agreement where an older
+            profile knows nothing else.
+        group_reduce: how the scores of a GQA group become one ranking: ``"softmax"`` (the sum of the heads' attention
+            weights, normalised over a fixed sample of keys), ``"softmax_exact"`` (normalised over all keys),
+            ``"max"``, ``"mean"``, or ``"none"`` for a selection per query head (always so with ``per="query_head"``).
         backend: ``"flex"`` (compiled `flex_attention`), ``"gather"`` (selected rows, then SDPA), ``"triton"`` (our
             kernels for decoding on CUDA), ``"reference"`` (plain loops), or ``"auto"``: triton where it can, flex on
             CUDA elsewhere, gather without CUDA. ``"fastest"``: triton where it can, gather
             compiled elsewhere (tens of seconds at first), and dense where that was measured to be faster
             (`fasa_flex.crossover`): for speed, not for evaluation.
         prefill: what a forward of several tokens does: ``"dense"``, or ``"sparse"``: every query selects for itself.
-        packed_dtype: precision of packed keys: ``"bfloat16"``, ``"float16"`` or ``"int8"`` (with a scale for each key);
-            None: the cache's. They only rank: a lower one changes a few selected keys, never their attention.
+        packed_dtype: precision of packed keys: ``"bfloat16"``, ``"float16"``, ``"int8"`` or ``"int4"`` (with a scale
+            for each key); None: the cache's. They only rank: a lower one changes a few selected keys, never their
+            attention. Chunk sets per query head are not packed and read the cache's keys.
+        completion: what stands for the unselected keys (`fasa_flex.completion`): ``"first_order"``, ``"mean"`` (their
+            mean value, as SparQ) or ``"none"`` (weight 0, as the paper); None: first_order where the method's scores
+            estimate logits, none elsewhere.
+        completion_strength: lambda, the factor of the first-order term.
 
     Raises:
         ValueError: a value out of its range.
     """
 
-    n_tip: int | None = None
+    n_tip: int | float = 0.5
     n_fac: int | float = 256
-    n_sink: int = 0
-    n_recent: int = 0
+    n_sink: int | None = None
+    n_recent: int | None = None
     layer_budgets: LayerBudgets = "uniform"
     dense_layers: tuple[int, ...] = (0,)
     per: Sharing = "kv_head"
+    criterion: Criterion | None = None
     group_reduce: GroupReduce = "softmax"
     backend: Backend = "auto"
     prefill: Prefill = "dense"
-    packed_dtype: PackedDtype | None = None
+    packed_dtype: PackedDtype | None = "int4"
+    completion: Completion | None = None
+    completion_strength: float = 0.75
 
     def __post_init__(self) -> None:
-        if self.n_tip is not None:
+        for name in ("n_tip", "n_fac", "n_sink", "n_recent", "completion_strength"):
+            object.__setattr__(self, name, _plain_number(getattr(self, name)))
+        if self.n_tip is None:
+            object.__setattr__(self, "n_tip", type(self).n_tip)
+        if not isinstance(self.n_tip, float):
             check_count("n_tip", self.n_tip, 1)
-        given: Any = self.n_fac
-        if not isinstance(given, bool) and isinstance(given, numbers.Real):  # NumPy's, too
-            object.__setattr__(self, "n_fac", int(given) if isinstance(given, numbers.Integral) else float(given))
+        elif not 0.0 < self.n_tip <= 1.0:
+            raise ValueError(f"n_tip as a share of a head's chunks must lie in (0, 1], got {self.n_tip}.")
+        if not isinstance(self.completion_strength, int | float) or not math.isfinite(self.completion_strength):
+            raise ValueError(f"completion_strength must be a finite number, got {self.completion_strength!r}.")
         if not isinstance(self.n_fac, int | float):
             raise ValueError(
                 f"n_fac must be one number, got {self.n_fac!r}; weigh layers and heads with layer_budgets."
@@ -87,8 +111,29 @@ class FasaConfig:
             ("prefill", Prefill),
         ):
             check_choice(name, getattr(self, name), choices)
-        if self.packed_dtype is not None:
-            check_choice("packed_dtype", self.packed_dtype, PackedDtype)
+        for name, choices in (("packed_dtype", PackedDtype), ("completion", Completion), ("criterion", Criterion)):
+            if getattr(self, name) is not None:
+                check_choice(name, getattr(self, name), choices)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> FasaConfig:
+        """The paper's method to the letter, with ``changes`` (Wang et al., 2026).
+
+        A quarter of the chunks by agreement in the cache's precision, a set and a selection for each query head, no
+        forced tokens, no completion, no dense layers.
+        """
+        fields: dict[str, Any] = {
+            "n_tip": 0.25,
+            "n_sink": 0,
+            "n_recent": 0,
+            "dense_layers": (),
+            "per": "query_head",
+            "criterion": "agreement",
+            "group_reduce": "softmax_exact",
+            "packed_dtype": None,
+            "completion": "none",
+        }
+        return cls(**{**fields, **changes})
 
     @property
     def budget(self) -> Budget:
@@ -96,12 +141,19 @@ class FasaConfig:
         return Budget(self.n_fac, self.n_sink, self.n_recent)
 
     def chunks_of(self, head_dim: int) -> int:
-        """``n_tip`` for heads of ``head_dim`` dimensions: as given, or an eighth of them."""
-        return max(1, head_dim // 8) if self.n_tip is None else self.n_tip
+        """``n_tip`` of the ``head_dim // 2`` chunks of a head, as a count."""
+        return max(1, round(self.n_tip * (head_dim // 2))) if isinstance(self.n_tip, float) else self.n_tip
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""
         return {**dataclasses.asdict(self), "dense_layers": list(self.dense_layers)}
+
+
+def _plain_number(value: Any) -> Any:
+    """NumPy's numbers as Python's; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def check_choice(name: str, value: object, choices: object) -> None:

@@ -8,7 +8,7 @@ and the keys.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -17,13 +17,18 @@ from torch import Tensor
 from fasa_flex.budget import Budget
 from fasa_flex.config import GroupReduce
 from fasa_flex.operators import operator
-from fasa_flex.packing import PackedKeys, dot_products
+from fasa_flex.packing import PackedDtype, PackedKeys, as_packed, dot_products
 from fasa_flex.reads import ReadShare
 from fasa_flex.realize import read_as_floats
+from fasa_flex.softmax import Softmax
 
 
 class Scorer(Protocol):
-    """Importance of keys to queries; it only ranks and is never an attention weight."""
+    """Importance of keys to queries; it ranks them and is no attention weight.
+
+    One whose scores estimate the dot products ``q . k`` says so by an attribute ``estimates_logits = True``: then what
+    they say of the unselected keys' mass completes attention (`fasa_flex.completion`).
+    """
 
     def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
         """Score every key, valid or not.
@@ -116,27 +121,62 @@ class Given:
 
 @dataclass(frozen=True, eq=False)
 class DominantChunks:
-    """TIP: the dot product over the dominant chunks alone, ``S[j] = sum_i q[i] . k[j, i]`` for i in I_dom.
+    """TIP: the dot product over the dominant chunks, the other chunks' keys at their mean (Wang et al., 2026).
+
+    ``S[j] = q . m + sum_i w[i] (q[i] . (k[j, i] - m[i]))`` for i in I_dom, with the mean key m. The paper has m = 0 and
+    w = 1; an m shifts all scores of a query head alike, and lets keys be held in few bits.
 
     Attributes:
         dims: int64 [Hkv or Hq, 2 * n_tip], the dimensions of each head's chunks.
+        mean_key: float32 [Hkv, D], m; None: 0. Sets per query head have none.
+        weights: float32 [Hkv, 2 * n_tip], w of each of ``dims``; None: 1.
+        dtype: the precision that keys are rounded to before they are compared; None: their own.
     """
 
     dims: Tensor
+    mean_key: Tensor | None = None
+    weights: Tensor | None = None
+    dtype: PackedDtype | None = None
+
+    estimates_logits = True
 
     @classmethod
     def from_chunks(cls, chunks: Tensor) -> DominantChunks:
         """From dimension pairs [Hkv or Hq, n_tip, 2]."""
         return cls(chunks.flatten(1))
 
+    def to(self, device: torch.device) -> DominantChunks:
+        """The same scorer with its tensors on ``device``."""
+        mean_key, weights = (None if held is None else held.to(device) for held in (self.mean_key, self.weights))
+        return replace(self, dims=self.dims.to(device), mean_key=mean_key, weights=weights)
+
+    def ranks_as(self, other: DominantChunks) -> bool:
+        """Whether both make the same packed keys."""
+        mine, theirs = (self.dims, self.mean_key), (other.dims, other.mean_key)
+        return self.dtype == other.dtype and all(
+            (a is None) == (b is None) and (a is None or b is None or torch.equal(a.cpu(), b.cpu()))
+            for a, b in zip(mine, theirs, strict=True)
+        )
+
     def pack(self, key: Tensor) -> Tensor:
-        """The scored dimensions of ``key`` [B, Hkv, T, D], contiguous [B, Hkv, T, 2 * n_tip]; one set per KV head."""
-        return _take_dims(key, self.dims)
+        """``key`` [B, Hkv, T, D] at the scored dimensions, less the mean key: [B, Hkv, T, 2 * n_tip], contiguous."""
+        rows = _take_dims(key, self.dims)
+        if self.mean_key is None:
+            return rows
+        return rows - self.mean_key.gather(-1, self.dims).to(rows)[:, None]
 
     def of_query(self, query: Tensor) -> Tensor:
-        """The scored dimensions of ``query`` [B, Hq, Q, D]: [B, Hkv, G * Q, 2 * n_tip]; one set per KV head."""
+        """``query`` [B, Hq, Q, D] at the scored dimensions, weighted: [B, Hkv, G * Q, 2 * n_tip]; one set per KV head."""
         batch, _, _, head_dim = query.shape
-        return _take_dims(query.reshape(batch, len(self.dims), -1, head_dim), self.dims)
+        asked = _take_dims(query.reshape(batch, len(self.dims), -1, head_dim), self.dims)
+        return asked if self.weights is None else asked * self.weights.to(asked)[:, None]
+
+    def shift(self, query: Tensor) -> Tensor | None:
+        """``q . m``, float32 [B, Hkv, G * Q, 1] of ``query`` [B, Hq, Q, D]; None: there is no mean key."""
+        if self.mean_key is None:
+            return None
+        grouped = query.reshape(query.shape[0], len(self.mean_key), -1, query.shape[3])
+        return dot_products(grouped, self.mean_key.to(grouped)[None, :, None].expand(len(query), -1, -1, -1))
 
     def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
         """As `Scorer`."""
@@ -148,7 +188,11 @@ class DominantChunks:
             if isinstance(packed_keys, PackedKeys):
                 scores = packed_keys.scores(query_dims, kv_len)
             else:
-                scores = dot_products(query_dims, self.pack(key) if packed_keys is None else packed_keys)
+                rows = as_packed(self.pack(key), self.dtype) if packed_keys is None else packed_keys
+                scores = dot_products(query_dims, rows)
+            shift = self.shift(query)
+            if shift is not None:
+                scores = scores + shift
         else:
             query_dims = _take_dims(query, self.dims)
             scores = dot_products(query_dims, _take_dims(key.repeat_interleave(group, dim=1), self.dims))
@@ -160,22 +204,32 @@ class DominantChunks:
         return ReadShare(ranking=min(0.5, heads // kv_heads * width / (2 * head_dim)))
 
 
+def estimates_logits(scorer: object) -> bool:
+    """Whether a scorer's scores estimate ``q . k``, as completion needs: it says so by ``estimates_logits = True``."""
+    return getattr(scorer, "estimates_logits", False) is True
+
+
 def _take_dims(states: Tensor, dims: Tensor) -> Tensor:
     batch, _, length, _ = states.shape
     return states.gather(-1, dims.to(states.device)[None, :, None].expand(batch, -1, length, -1))
 
 
-def reduce_group(scores: Tensor, valid: Tensor, how: GroupReduce, scaling: float) -> Tensor:
+def reduce_group(
+    scores: Tensor, valid: Tensor, how: GroupReduce, softmax: Softmax, sampled: Tensor | None = None
+) -> Tensor:
     """One ranking per key/value head from those of its query heads.
 
     Args:
         scores: float32 [B, Hkv, G, Q, T].
-        valid: bool [B or 1, 1, 1, Q, T], used by ``"softmax"``, which weighs each head's scores against its own keys.
-        how: ``"max"``, ``"mean"``, ``"softmax"`` (the sum of the heads' attention weights) or ``"none"``.
-        scaling: the softmax scale, as in attention.
+        valid: bool [B or 1, 1, 1, Q, T].
+        how: ``"softmax"``: the log of the sum of the heads' attention weights, each head normalised over the sampled
+            keys alone, so that one pass over the keys ranks them; ``"softmax_exact"``: the sum of the weights,
+            normalised over all valid keys; ``"max"``; ``"mean"``; or ``"none"``.
+        softmax: the model's, whose scaling and cap make logits of scores.
+        sampled: `Marks.sampled`, for ``"softmax"``.
 
     Returns:
-        float32 [B, Hkv, 1, Q, T], or the scores as they are for ``"none"``.
+        float32 [B, Hkv, 1, Q, T], or the scores as they are for ``"none"``; what it says of invalid keys is not read.
     """
     if how == "none" or scores.shape[2] == 1:
         return scores
@@ -183,12 +237,21 @@ def reduce_group(scores: Tensor, valid: Tensor, how: GroupReduce, scaling: float
         return scores.amax(2, keepdim=True)
     if how == "mean":
         return scores.mean(2, keepdim=True)
+    logits = softmax.logits(scores)
+    if how == "softmax":
+        assert sampled is not None
+        return _log_weights(logits, sampled).logsumexp(2, keepdim=True)
     valid = read_as_floats(valid)
     if torch.compiler.is_compiling() and scores.device.type == "cpu":  # head by head, so that a row stays in the cache
-        softmaxes = (torch.where(valid, member * scaling, -torch.inf).softmax(-1) for member in scores.split(1, dim=2))
+        softmaxes = (torch.where(valid, member, -torch.inf).softmax(-1) for member in logits.split(1, dim=2))
         return functools.reduce(torch.add, softmaxes)
-    logits = torch.where(valid, scores * scaling, -torch.inf)
-    return attention_weights(logits).sum(2, keepdim=True)
+    return attention_weights(torch.where(valid, logits, -torch.inf)).sum(2, keepdim=True)
+
+
+def _log_weights(logits: Tensor, sampled: Tensor) -> Tensor:
+    """Logits less the log of the sampled keys' mass, each of which a query with a valid key has at least one."""
+    mass = torch.where(read_as_floats(sampled), logits, -torch.inf).logsumexp(-1, keepdim=True)
+    return logits - torch.where(mass == -torch.inf, 0.0, mass)
 
 
 @operator("attention_weights", torch.empty_like)

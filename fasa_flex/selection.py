@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fasa_flex.budget import Budget
+from fasa_flex.config import GroupReduce
 from fasa_flex.ranking import INVALID, largest, rank_keys, slot_of
 from fasa_flex.realize import read_as_floats
 
@@ -52,15 +54,46 @@ def valid_keys(q_len: int, kv_len: int, key_mask: Tensor | None, device: torch.d
     return causal if key_mask is None else causal & key_mask[:, None, None, None]
 
 
+SAMPLE_FIRST, SAMPLE_LAST, SAMPLE_STRIDE = 4, 64, 32
+"""The valid keys of a query whose mass normalises its ranking: the first ones, the last ones, and every 32nd."""
+
+
+class Marks(NamedTuple):
+    """Keys that every layer of one forward treats alike; each bool, shaped as the valid keys, or None for no key.
+
+    Attributes:
+        forced: always selected: the ``n_sink`` first and ``n_recent`` last valid keys of the query; [B, Hkv, 1, Q, T]
+            where heads have budgets of their own.
+        sampled: the fixed sample of valid keys whose mass normalises the group's ranking (``group_reduce="softmax"``).
+    """
+
+    forced: Tensor | None
+    sampled: Tensor | None
+
+    @classmethod
+    def of(cls, valid: Tensor, budget: Budget, group_reduce: GroupReduce) -> Marks:
+        """For valid keys bool [B or 1, 1, 1, Q, T]; keys count by their number among the valid ones, not by slot."""
+        forces, samples = budget.n_sink != 0 or budget.n_recent != 0, group_reduce == "softmax"
+        if not forces and not samples:
+            return cls(None, None)
+        number = valid.cumsum(-1)
+        left = number[..., -1:] - number  # valid keys behind
+        forced = sampled = None
+        if forces:
+            first, last = budget.forced(budget.n_fac if budget.is_count else budget.of(number[..., -1])[..., None])
+            forced = valid & ((number <= first) | (left < last))
+        if samples:
+            strided = (number - 1) % SAMPLE_STRIDE == 0
+            sampled = valid & ((number <= SAMPLE_FIRST) | strided | (left < SAMPLE_LAST))
+        return cls(forced, sampled)
+
+
 def forced_keys(valid: Tensor, budget: Budget) -> Tensor | None:
-    """The first and last valid keys that are always selected: bool, as ``valid`` [.., T]; None: no key is forced."""
-    if not budget.n_sink and not budget.n_recent:
-        return None
-    nth = valid.cumsum(-1)
-    return valid & ((nth <= budget.n_sink) | (nth > nth[..., -1:] - budget.n_recent))
+    """`Marks.forced`."""
+    return Marks.of(valid, budget, "none").forced
 
 
-def select(scores: Tensor, valid: Tensor, budget: Budget) -> Selection:
+def select(scores: Tensor, valid: Tensor, budget: Budget, forced: Tensor | None = None) -> Selection:
     """The budget's worth of best valid keys for every query, ties to the lower slot.
 
     Forced tokens come first: the ``n_sink`` first and ``n_recent`` last valid keys of the query, inside the budget.
@@ -70,8 +103,11 @@ def select(scores: Tensor, valid: Tensor, budget: Budget) -> Selection:
         scores: float [B, H, G, Q, T], ranked as float32.
         valid: bool [B or 1, 1, 1, Q, T].
         budget: of every query.
+        forced: `Marks.forced`, where it is known.
     """
-    order = torch.where(read_as_floats(valid), rank_keys(scores, first=forced_keys(valid, budget)), INVALID)
+    if forced is None:
+        forced = forced_keys(valid, budget)
+    order = torch.where(read_as_floats(valid), rank_keys(scores, first=forced), INVALID)
     varies = not budget.is_count  # rows or heads take different numbers of keys, the best of those found
     best = largest(order, budget.widest(scores.shape[-1]))
     taken = best > INVALID

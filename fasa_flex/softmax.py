@@ -27,6 +27,10 @@ class Softmax:
         """Whether it is a scaled softmax and nothing else."""
         return self.softcap is None and self.sinks is None
 
+    def logits(self, scores: Tensor) -> Tensor:
+        """Dot products, scaled and under the cap."""
+        return self.cap(scores * self.scaling)
+
     def cap(self, logits: Tensor) -> Tensor:
         """Scaled logits under the cap."""
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

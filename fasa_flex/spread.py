@@ -81,7 +81,7 @@ def spread_budget(budget: Budget, how: LayerBudgets, layers: Sequence[int], kv_h
     assert isinstance(budget.n_fac, int)
     heads = kv_heads if by_head else 1
     flat = [w for weight in weights for w in (weight if isinstance(weight, tuple) else (weight,) * heads)]
-    forced = budget.n_sink + budget.n_recent
+    forced = (budget.n_sink or 0) + (budget.n_recent or 0)
     amounts = _in_proportion((budget.n_fac - forced) * len(flat), flat, least=0 if forced else 1)
     ends = [floor(amount + 0.5) for amount in accumulate(amounts, initial=0)]
     counts = [forced + end - start for start, end in pairwise(ends)]

@@ -116,7 +116,8 @@ class Evicting(ABC):
         present = self.kept != ABSENT
         column = torch.arange(width, device=room.device)
         nth = column - (~present).sum(-1, keepdim=True)
-        forced = (nth < budget.n_sink) | (column >= width - max(0, budget.n_recent - 1))
+        sinks, recent_ones = budget.forced(int(room.min()) + 1)
+        forced = (nth < sinks) | (column >= width - max(0, recent_ones - 1))
         recent = self.recent(allowed)
         latest = torch.finfo(torch.float32).max * ((column + 1) / width)  # the later, the higher
         scores = self.rank(key, recent, forward.scaling)
@@ -209,8 +210,9 @@ def _blocks(stepped: list[bool]) -> Iterator[tuple[int, int, bool]]:
 
 
 def _check_forced(budget: Budget, allowed: int) -> None:
-    if budget.n_sink + max(1, budget.n_recent) > allowed:
+    sinks, recent = budget.forced(allowed)
+    if sinks + max(1, recent) > allowed:
         raise ValueError(
-            f"n_sink = {budget.n_sink} and n_recent = {budget.n_recent} leave no room in a budget of {allowed} for the "
+            f"n_sink = {sinks} and n_recent = {recent} leave no room in a budget of {allowed} for the "
             "query's own key, which a method that evicts always keeps; force fewer or raise n_fac."
         )
