@@ -15,7 +15,8 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from fasa_flex.agreement import check_heads
 from fasa_flex.budget import Budget
-from fasa_flex.config import Backend, GroupReduce, check_choice
+from fasa_flex.completion import Completion, CompletionState, complete, kept_share, with_sinks
+from fasa_flex.config import Backend, FasaConfig, GroupReduce, check_choice
 from fasa_flex.fused import decode_by_kernels, why_no_kernels
 from fasa_flex.held_rows import HeldRows
 from fasa_flex.masks import kv_block_size, to_block_mask
@@ -24,7 +25,7 @@ from fasa_flex.realize import realize
 from fasa_flex.reference import reference_attention
 from fasa_flex.rows import dot_rows, take_rows, weigh_rows, whole_buffer
 from fasa_flex.scoring import DominantChunks, Scorer, check_scores, reduce_group
-from fasa_flex.selection import Selection, select, valid_keys
+from fasa_flex.selection import Marks, Selection, select, valid_keys
 from fasa_flex.softmax import Softmax
 
 
@@ -35,14 +36,17 @@ def fasa_attention(
     chunks: Tensor,
     n_fac: int | float = 256,
     scaling: float | None = None,
-    n_sink: int = 0,
-    n_recent: int = 0,
-    group_reduce: GroupReduce = "max",
+    n_sink: int | None = None,
+    n_recent: int | None = None,
+    group_reduce: GroupReduce = "softmax",
     key_mask: Tensor | None = None,
     packed_keys: PackedKeys | Tensor | None = None,
     backend: Backend = "flex",
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    mean_key: Tensor | None = None,
+    state: CompletionState | None = None,
+    completion_strength: float = FasaConfig.completion_strength,
 ) -> Tensor:
     """Frequency-aware sparse attention: score all keys with the dominant chunks, attend to the best (TIP, then FAC).
 
@@ -57,10 +61,9 @@ def fasa_attention(
         chunks: int64 [Hkv or Hq, n_tip, 2], the dimension pairs of each head's dominant chunks.
         n_fac: the budget: tokens (int), or a share of the query's valid keys (float in (0, 1], rounded up).
         scaling: softmax scale; None is D ** -0.5.
-        n_sink: first valid tokens that are always selected, inside the budget.
-        n_recent: last valid tokens that are always selected, inside the budget.
-        group_reduce: how a GQA group ranks as one: "max" (the cheapest), "mean", "softmax" (measured best, the default
-            of `FasaConfig`); "none" selects per query head (always so where ``chunks`` has Hq rows and Hq > Hkv).
+        n_sink: first valid tokens that are always selected, inside the budget; None: as in `FasaConfig`.
+        n_recent: last valid tokens that are always selected, inside the budget; None: as in `FasaConfig`.
+        group_reduce: as in `FasaConfig`; always "none" where ``chunks`` has Hq rows and Hq > Hkv.
         key_mask: bool [B, T], True = real token; None: all real.
         packed_keys: ``k`` at the dominant dimensions, read for the scores instead of ``k``: float
             [B, Hkv, T, 2 * n_tip], or `PackedKeys` for one query a row, the faster form.
@@ -68,6 +71,10 @@ def fasa_attention(
             no ``sinks`` on CPU.
         softcap: cap of the model's logits, None: none.
         sinks: float [Hq], the model's learned sinks, None: none.
+        mean_key: float [Hkv, D], `FasaProfile.mean_key` of the layer, which ``packed_keys`` are less of; None: 0.
+        state: of the keys and values, for one query a row: then the result is completed (`fasa_flex.completion`);
+            None: it is not.
+        completion_strength: as in `FasaConfig`.
 
     Returns:
         [B, Hq, Q, D] in the dtype of ``q``; zeros for a query with no valid key. With a budget of at least the valid
@@ -79,6 +86,7 @@ def fasa_attention(
     """
     check_heads(q, k)
     _check_call(q, k, v, chunks, key_mask, packed_keys)
+    _check_completion(q, k, v, chunks, mean_key, state)
     budget = Budget(n_fac, n_sink, n_recent)
     if budget.heads not in (1, k.shape[1]):
         raise ValueError(f"n_fac counts for {budget.heads} key/value heads, k has {k.shape[1]}; give one for each.")
@@ -91,9 +99,12 @@ def fasa_attention(
     if chunks.shape[0] != k.shape[1]:
         group_reduce = "none"
     valid = valid_keys(q.shape[2], k.shape[2], key_mask, q.device)
-    scorer = DominantChunks.from_chunks(chunks)
+    scorer = DominantChunks(chunks.flatten(1), mean_key)
     softmax = Softmax(q.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sinks)
-    return sparse_attention(q, k, v, scorer, valid, budget, group_reduce, softmax, backend, packed_keys)
+    completion = None if state is None else Completion(completion_strength, state)
+    return sparse_attention(
+        q, k, v, scorer, valid, budget, group_reduce, softmax, backend, packed_keys, completion=completion
+    )
 
 
 def sparse_attention(
@@ -108,17 +119,24 @@ def sparse_attention(
     backend: Backend,
     packed_keys: PackedKeys | Tensor | None = None,
     held: HeldRows | None = None,
+    marks: Marks | None = None,
+    completion: Completion | None = None,
 ) -> Tensor:
     """`fasa_attention` for any scorer and any validity [B or 1, 1, 1, Q, T], without the checks.
 
-    ``held`` are the rows that the device holds of keys and values in host memory (FASA-M).
+    ``held`` are the rows that the device holds of keys and values in host memory (FASA-M), ``marks`` those of the valid
+    keys, where they are known.
     """
+    if marks is None:
+        marks = Marks.of(valid, budget, group_reduce)
     if backend in ("auto", "fastest", "triton"):
         obstacle = why_no_kernels(query, key, value, scorer, budget, group_reduce, packed_keys)
         if obstacle is None:
             assert isinstance(scorer, DominantChunks)
             assert isinstance(packed_keys, PackedKeys)
-            return decode_by_kernels(query, key, value, scorer, valid, budget, group_reduce, softmax, packed_keys, held)
+            return decode_by_kernels(
+                query, key, value, scorer, valid, budget, group_reduce, softmax, packed_keys, held, marks, completion
+            )
         if backend == "triton":
             raise ValueError(f"backend 'triton' cannot serve this call: {obstacle}; use backend='auto'.")
         compiles = backend == "fastest" and key.device == query.device
@@ -135,19 +153,24 @@ def sparse_attention(
     step = _score_select_attend
     if compiles and not torch.compiler.is_compiling():
         if isinstance(packed_keys, PackedKeys):
-            key, value, valid = _with_room(key, value, valid, packed_keys)
+            key, value, valid, marks = _with_room(key, value, valid, marks, packed_keys)
         batch, query_heads, q_len, head_dim = query.shape
         shape = (batch, query_heads, key.shape[1], head_dim, q_len == 1, query.dtype, query.device.type)
         step = _compiled(*shape, budget, group_reduce, softmax.scaling, softmax.softcap, backend)
-    return step(query, key, value, scorer, valid, budget, group_reduce, softmax, backend, packed_keys)
+    return step(
+        query, key, value, scorer, valid, budget, group_reduce, softmax, backend, packed_keys, marks, completion
+    )
 
 
-def _with_room(key: Tensor, value: Tensor, valid: Tensor, packed: PackedKeys) -> tuple[Tensor, Tensor, Tensor]:
+def _with_room(
+    key: Tensor, value: Tensor, valid: Tensor, marks: Marks, packed: PackedKeys
+) -> tuple[Tensor, Tensor, Tensor, Marks]:
     """A growing cache's whole buffers, whose free slots are not valid: of one length until they are full."""
     keys, values = whole_buffer(key), whole_buffer(value)
     if not keys.shape[2] == values.shape[2] <= packed.capacity:
-        return key, value, valid
-    return keys, values, F.pad(valid, (0, keys.shape[2] - key.shape[2]))
+        return key, value, valid, marks
+    valid, *marked = (None if m is None else F.pad(m, (0, keys.shape[2] - key.shape[2])) for m in (valid, *marks))
+    return keys, values, valid, Marks(*marked)
 
 
 def _check_flex(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> None:
@@ -170,15 +193,28 @@ def _score_select_attend(
     softmax: Softmax,
     backend: Backend,
     packed_keys: PackedKeys | Tensor | None,
+    marks: Marks,
+    completion: Completion | None,
 ) -> Tensor:
     scores = scorer(query, key, packed_keys)
     if not isinstance(scorer, DominantChunks):
         check_scores(scores, query, key)
-    scores = reduce_group(scores, valid, group_reduce, softmax.scaling)
+    ranking = reduce_group(scores, valid, group_reduce, softmax, marks.sampled)
     if backend == "reference":
-        return reference_attention(query, key, value, scores, valid, budget, softmax)
+        return reference_attention(query, key, value, ranking, valid, budget, softmax, scores, completion)
+    selection = select(ranking, valid, budget, marks.forced)
     attend = flex_focused if backend == "flex" else gather_focused
-    return attend(query, key, value, select(scores, valid, budget), softmax)
+    out, lse = attend(query, key, value, selection, softmax)
+    share = None
+    if completion is not None:
+        share = kept_share(softmax.logits(scores), valid, selection)
+        remainder, known = completion.remainder(query, key, value, valid, softmax.scaling)
+        share = torch.where(known, share, 1.0)
+        out = complete(out, share, remainder)
+    if softmax.sinks is None:
+        return out
+    assert lse is not None
+    return with_sinks(out, lse, share, softmax.sinks)
 
 
 @functools.cache
@@ -196,10 +232,16 @@ def _compiled(*signature: object) -> Callable[..., Tensor]:
     return compiled
 
 
-def flex_focused(query: Tensor, key: Tensor, value: Tensor, selection: Selection, softmax: Softmax) -> Tensor:
+def flex_focused(
+    query: Tensor, key: Tensor, value: Tensor, selection: Selection, softmax: Softmax
+) -> tuple[Tensor, Tensor | None]:
     """`flex_attention` over the selection's block mask; the group's query heads are folded into its rows.
 
     To be compiled: eager `flex_attention` ignores the block list and computes every score.
+
+    Returns:
+        [B, Hq, Q, Dv], without learned sinks, and for a model that has them the log-sum-exp of the logits, float32
+        [B, Hq, Q].
     """
     batch, query_heads, q_len, head_dim = query.shape
     kv_heads = key.shape[1]
@@ -219,15 +261,21 @@ def flex_focused(query: Tensor, key: Tensor, value: Tensor, selection: Selection
         kernel_options=options,
         return_aux=None if softmax.sinks is None else AuxRequest(lse=True),
     )
-    if softmax.sinks is not None:
-        sinks = softmax.sinks.view(kv_heads, 1, group).expand(-1, q_len, -1).reshape(kv_heads, -1)
-        out = (out[0] * torch.sigmoid(out[1].lse - sinks)[..., None]).to(query.dtype)
+    out, lse = out if isinstance(out, tuple) else (out, None)
     by_head: Tensor = out.view(batch, kv_heads, q_len, group, -1).transpose(2, 3)
-    return by_head.reshape(batch, query_heads, q_len, -1)
+    if lse is not None:
+        lse = lse.lse.view(batch, kv_heads, q_len, group).transpose(2, 3).reshape(batch, query_heads, q_len)
+    return by_head.reshape(batch, query_heads, q_len, -1), lse
 
 
-def gather_focused(query: Tensor, key: Tensor, value: Tensor, selection: Selection, softmax: Softmax) -> Tensor:
-    """Attention over the selected rows of K and V, fetched into a dense buffer [.., K, D]; on CPU those of K alone."""
+def gather_focused(
+    query: Tensor, key: Tensor, value: Tensor, selection: Selection, softmax: Softmax
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over the selected rows of K and V, fetched into a dense buffer [.., K, D]; on CPU those of K alone.
+
+    Returns:
+        as `flex_focused`.
+    """
     batch, query_heads, q_len, head_dim = query.shape
     kv_heads = key.shape[1]
     slots = selection.slots
@@ -239,19 +287,18 @@ def gather_focused(query: Tensor, key: Tensor, value: Tensor, selection: Selecti
     some = selection.taken.any(-1, keepdim=True)
     # a query without a key attends to anything, and is set to zero below: a softmax over nothing has NaN gradients
     taken = (selection.taken | ~some).reshape(batch, -1, 1, width)
+    lse = None
     if softmax.plain and query.device.type != "cpu":
         values = take_rows(value, slots)
         out = F.scaled_dot_product_attention(grouped, rows, values, attn_mask=taken, scale=softmax.scaling)
     else:
         logits = softmax.cap(dot_rows(grouped, rows) * softmax.scaling).masked_fill(~taken, -torch.inf)
+        out = weigh_rows(logits.softmax(-1).to(value.dtype), value, slots)
         if softmax.sinks is not None:
-            sinks = softmax.sinks.float().view(kv_heads, shared, 1, members).expand(-1, -1, q_len, -1)
-            sinks = sinks.reshape(1, -1, members, 1).expand(batch, -1, -1, -1)
-            logits = torch.cat([logits, sinks], dim=-1)
-        weights = logits.softmax(-1)[..., :width].to(value.dtype)
-        out = weigh_rows(weights, value, slots)
+            by_member = logits.logsumexp(-1).view(batch, kv_heads, shared, q_len, members).transpose(3, 4)
+            lse = by_member.reshape(batch, query_heads, q_len)
     out = out.view(batch, kv_heads, shared, q_len, members, -1).transpose(3, 4)
-    return torch.where(some[:, :, :, None], out, 0.0).reshape(batch, query_heads, q_len, -1)
+    return torch.where(some[:, :, :, None], out, 0.0).reshape(batch, query_heads, q_len, -1), lse
 
 
 def _check_call(
@@ -281,8 +328,8 @@ def _check_call(
     if packed_keys is not None:
         expected = (*k.shape[:3], 2 * chunks.shape[1])
         if isinstance(packed_keys, PackedKeys):
-            batch, kv_heads, _, width, _ = packed_keys.tiles.shape
-            got: tuple[int, ...] = (batch, kv_heads, min(packed_keys.capacity, k.shape[2]), width)
+            batch, kv_heads = packed_keys.tiles.shape[:2]
+            got: tuple[int, ...] = (batch, kv_heads, min(packed_keys.capacity, k.shape[2]), packed_keys.width)
             if q.shape[2] != 1:
                 raise ValueError(
                     f"PackedKeys score one query a row, got {q.shape[2]}; pass DominantChunks.pack(k), or nothing."
@@ -294,6 +341,27 @@ def _check_call(
                 f"packed_keys must be {expected} with one chunk set per key/value head, got {got} "
                 f"and {chunks.shape[0]} sets; pack with DominantChunks.pack."
             )
+
+
+def _check_completion(
+    q: Tensor, k: Tensor, v: Tensor, chunks: Tensor, mean_key: Tensor | None, state: CompletionState | None
+) -> None:
+    batch, kv_heads, _, head_dim = k.shape
+    if mean_key is not None and (tuple(mean_key.shape) != (kv_heads, head_dim) or chunks.shape[0] != kv_heads):
+        raise ValueError(
+            f"mean_key must be {(kv_heads, head_dim)} with one chunk set per key/value head, got "
+            f"{tuple(mean_key.shape)} and {chunks.shape[0]} sets; pass FasaProfile.mean_key of the layer, or None."
+        )
+    if state is None:
+        return
+    if q.shape[2] != 1:
+        raise ValueError(f"state completes one query a row, got {q.shape[2]}; pass one query, or state=None.")
+    got, expected = tuple(state.mean_value.shape), (batch, kv_heads, v.shape[3])
+    if got != expected or state.key_sum.shape[2] not in (0, head_dim):
+        raise ValueError(
+            f"state is of values {got} and keys of {state.key_sum.shape[2]} dimensions, expected {expected} and "
+            f"{head_dim}; make it with CompletionState.empty(k, v, first_order=True) and advance it."
+        )
 
 
 def _check_values(q: Tensor, k: Tensor, chunks: Tensor) -> None:

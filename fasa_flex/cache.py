@@ -21,11 +21,12 @@ from fasa_flex.config import FasaConfig, check_choice
 from fasa_flex.host_layers import HostLayer, OnHost, StaticHostLayer
 from fasa_flex.layers import attention_shape, dense_layers
 from fasa_flex.packed_layers import KeepsPackedKeys, PackedLayer, StaticPackedLayer, packs
-from fasa_flex.packing import PackedDtype, packed_bytes
+from fasa_flex.packing import packed_bytes
 from fasa_flex.profile import FasaProfile
 from fasa_flex.room import counted, make_room
 from fasa_flex.scoring import DominantChunks
 from fasa_flex.spread import spread_budget
+from fasa_flex.tip import dominant_chunks
 
 Placement = Literal["device", "host"]
 
@@ -125,12 +126,12 @@ class FasaCache(Cache):
                 stacklevel=2,
             )
         dense = dense_layers(model, config.dense_layers, profile.layout.unrotated_layers)
-        tables = profile.dominant_dims(config.chunks_of(profile.layout.head_dim))
-        sparse = [layer for layer in range(len(tables)) if layer not in dense and packs(model)]
+        make = dominant_chunks(profile, config)
+        sparse = [layer for layer in range(len(profile.agreement)) if layer not in dense and packs(model)]
         budgets = spread_budget(config.budget, config.layer_budgets, sparse, kv_heads=attention_shape(model)[2])
-        scorers = {layer: DominantChunks.from_chunks(tables[layer].to(model.device)) for layer in sparse}
+        scorers = {layer: make(layer).to(model.device) for layer in sparse}
         hold = {layer: _to_hold(budgets[layer], max_cache_len) for layer in sparse if placement == "host"}
-        self._new_layers = partial(_new_layers, model.config, max_cache_len, scorers, config.packed_dtype, hold)
+        self._new_layers = partial(_new_layers, model.config, max_cache_len, scorers, hold)
         super().__init__(layers=self._new_layers())
 
     def update(
@@ -183,7 +184,7 @@ class FasaCache(Cache):
             if isinstance(layer, KeepsPackedKeys) and layer.packed is not None:
                 device += layer.packed.n_bytes / tokens
                 width = layer.scorer.dims.shape[1]
-                formula += layer.keys.shape[1] * packed_bytes(width, layer.dtype_packed, layer.keys.dtype)
+                formula += layer.keys.shape[1] * packed_bytes(width, layer.scorer.dtype, layer.keys.dtype)
             if isinstance(layer, OnHost):
                 device += layer.held.n_bytes / tokens if layer.held is not None else 0
                 formula += layer.hold * plain * layer.keys.shape[0] / tokens
@@ -197,7 +198,6 @@ def _new_layers(
     config: PreTrainedConfig,
     max_cache_len: int | None,
     scorers: Mapping[int, DominantChunks],
-    dtype: PackedDtype | None,
     hold: Mapping[int, int],
 ) -> list[Any]:
     """Empty layers; those with rows to ``hold`` are in host memory, those with scorers pack."""
@@ -208,11 +208,11 @@ def _new_layers(
         layers = [counted(layer) if type(layer) is StaticLayer else layer for layer in plain]
     for layer, scorer in scorers.items():
         if max_cache_len is None:
-            layers[layer] = HostLayer(scorer, dtype, hold[layer]) if layer in hold else PackedLayer(scorer, dtype)
+            layers[layer] = HostLayer(scorer, hold[layer]) if layer in hold else PackedLayer(scorer)
         elif layer in hold:
-            layers[layer] = StaticHostLayer(scorer, max_cache_len, dtype, hold[layer])
+            layers[layer] = StaticHostLayer(scorer, max_cache_len, hold[layer])
         else:
-            layers[layer] = StaticPackedLayer(scorer, max_cache_len, dtype)
+            layers[layer] = StaticPackedLayer(scorer, max_cache_len)
     return layers
 
 

@@ -13,6 +13,8 @@ from transformers import Cache, PreTrainedModel
 
 from fasa_flex.attention import sparse_attention
 from fasa_flex.boundary import Boundary
+from fasa_flex.completion import Completion
+from fasa_flex.config import Completion as CompletionKind
 from fasa_flex.config import FasaConfig, GroupReduce
 from fasa_flex.crossover import packs_late, sparse_layer_is_faster
 from fasa_flex.expectations import cache_among
@@ -21,14 +23,15 @@ from fasa_flex.handed import check_forward, check_keys, softmax_of
 from fasa_flex.held_rows import HeldRows
 from fasa_flex.host_layers import held_rows
 from fasa_flex.layers import attention_modules, attention_shape, layer_of, maximum_positions
-from fasa_flex.masking import DecodeStep, Once, count_valid, valid_from_mask
-from fasa_flex.packed_layers import pack_layer, packed_keys, packs
+from fasa_flex.masking import DecodeStep, Once, count_valid, last_valid, valid_from_mask, valid_numbers
+from fasa_flex.packed_layers import advance_state, pack_layer, packed_keys, packs
 from fasa_flex.packing import PackedKeys
 from fasa_flex.profile import FasaProfile
 from fasa_flex.prompt_calibration import PromptCalibration
 from fasa_flex.room import make_room
-from fasa_flex.scoring import Forward, Given, Scorer, SequenceScorer
+from fasa_flex.scoring import Forward, Given, Scorer, SequenceScorer, estimates_logits
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
+from fasa_flex.selection import Marks
 from fasa_flex.softmax import Softmax
 from fasa_flex.spread import spread_budget
 from fasa_flex.stats import FasaStats, read_share, tally
@@ -42,6 +45,7 @@ class Fasa:
     Attributes:
         config: the settings.
         dense_layers: the layers that stay dense, each with its reason.
+        completion: what stands for the unselected keys: ``config.completion``, or what None comes to here.
         stats: what the model did since `enable` or ``stats.reset()``.
     """
 
@@ -64,6 +68,7 @@ class Fasa:
         self._budgets = spread_budget(
             self._budget, config.layer_budgets, sorted(scorers), kv_heads=attention_shape(model)[2]
         )
+        self.completion = _completion_of(config, self._scorers or scorers)
         self._packs = packs(model) and config.per == "kv_head"
         self._limit = maximum_positions(model)
         self._boundary: Boundary | None = None
@@ -167,7 +172,7 @@ class Fasa:
     def _pack(self, cache: Cache, layer: int, device: torch.device) -> None:
         """Pack a layer's keys, those of a growing one at its first sparse step where "fastest" is better off so."""
         late = self.config.backend == "fastest" and packs_late(device)
-        pack_layer(cache, layer, self._scorers.get(layer), self.config.packed_dtype, growing=not late)
+        pack_layer(cache, layer, self._scorers.get(layer), growing=not late)
 
     def _attend(
         self,
@@ -193,6 +198,7 @@ class Fasa:
         check_keys(layer, key, q_len)
         self._calibrate(layer, query, key, attention_mask, n_valid, first_slot, cache)
         first, chosen = self._sparse_queries(layer, once, n_valid, kv_len, first_slot)
+        completion = self._completed(layer, cache, query, key, value, once)
         groups = self._groups(layer, kv_len, kwargs) and decodes_grouped(query, key, value, attention_mask, softmax)
         if self.config.backend == "fastest" and chosen is not None:
             states = (query, key, value)
@@ -220,9 +226,15 @@ class Fasa:
         if cache is not None and q_len == 1:
             packed, held = packed_keys(cache, layer, scorer), held_rows(cache, layer)
             if packed is None and self._packs:  # its first sparse step
-                pack_layer(cache, layer, scorer, self.config.packed_dtype)
+                pack_layer(cache, layer, scorer)
                 packed = packed_keys(cache, layer, scorer)
-        focused = self._focused(layer, query[:, :, first:], key, value, scorer, valid, softmax, packed, held)
+        marks = None
+        if q_len == 1:
+            budget = self._budgets[layer]
+            marks = once(("marks", budget), lambda *_: Marks.of(valid, budget, self._reduce))
+        focused = self._focused(
+            layer, query[:, :, first:], key, value, scorer, valid, softmax, packed, held, marks, completion
+        )
         if self._boundary is None or q_len == 1:
             return focused, None
         out, weights = dense(module, query, key, value, attention_mask, **kwargs)
@@ -246,6 +258,17 @@ class Fasa:
             self._scorers[layer] = scorer
             if cache is not None:
                 self._pack(cache, layer, device)
+
+    def _completed(
+        self, layer: int, cache: Cache | None, query: Tensor, key: Tensor, value: Tensor, once: Once
+    ) -> Completion | None:
+        """How a layer's sparse queries are completed, after its state is brought up to date; None: they are not."""
+        if self.completion == "none" or layer not in self._scorers:
+            return None
+        strength = self.config.completion_strength if self.completion == "first_order" else 0.0
+        counted = (once("last_valid", last_valid), once("number", valid_numbers), query.shape[2])
+        state = advance_state(cache, layer, self._scorers[layer], key, value, strength != 0.0, *counted)
+        return Completion(strength, state if query.shape[2] == 1 else None)
 
     def _sparse_queries(
         self, layer: int, once: Once, n_valid: Tensor, kv_len: int, first_slot: int
@@ -279,6 +302,8 @@ class Fasa:
         softmax: Softmax,
         packed: PackedKeys | None,
         held: HeldRows | None,
+        marks: Marks | None,
+        completion: Completion | None,
     ) -> Tensor:
         """Sparse attention of every query, [B, Q, Hq, D], as many queries at a time as their scores fit in memory."""
         step = max(1, _SCORE_BYTES // (8 * query.shape[0] * query.shape[1] * key.shape[2]))
@@ -295,6 +320,8 @@ class Fasa:
                 self.config.backend,
                 packed,
                 held,
+                marks,
+                completion,
             )
             for at in range(0, query.shape[2], step)
         ]
@@ -310,3 +337,19 @@ class Fasa:
             self.stats.add(layer, tally(n_valid * counted, chosen, budget))
         else:
             self.stats.add(layer, once((chosen is None, budget), lambda *_: tally(n_valid, chosen, budget)))
+
+
+def _completion_of(config: FasaConfig, scorers: dict[int, Scorer | SequenceScorer]) -> CompletionKind:
+    """``config.completion``, by what the scorers of the sparse layers say.
+
+    Raises:
+        ValueError: it is asked for and their scores are no logits.
+    """
+    able = all(map(estimates_logits, scorers.values()))
+    if config.completion in ("first_order", "mean") and not able:
+        other = next(type(scorer).__name__ for scorer in scorers.values() if not estimates_logits(scorer))
+        raise ValueError(
+            f"completion={config.completion!r} needs scores that estimate logits, which {other} does not give; "
+            "use completion=None or 'none'."
+        )
+    return config.completion or ("first_order" if able else "none")

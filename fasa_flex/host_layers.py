@@ -13,7 +13,6 @@ from transformers.cache_utils import StaticLayer
 from fasa_flex.held_rows import HeldRows
 from fasa_flex.host_memory import host_rows, mapped_rows, split_rows
 from fasa_flex.packed_layers import KeepsPackedKeys, PackedLayer, StaticPackedLayer, writable
-from fasa_flex.packing import PackedDtype
 from fasa_flex.scoring import DominantChunks
 
 
@@ -69,8 +68,8 @@ class HostLayer(OnHost, PackedLayer):
     A forward of several tokens gets all of them, on the device, while it runs.
     """
 
-    def __init__(self, scorer: DominantChunks, dtype: PackedDtype | None = None, hold: int = 0) -> None:
-        super().__init__(scorer, dtype)
+    def __init__(self, scorer: DominantChunks, hold: int = 0) -> None:
+        super().__init__(scorer)
         self.hold, self.held = hold, None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -121,10 +120,8 @@ class StaticHostLayer(OnHost, StaticPackedLayer):
     max_cache_len: int
     rows: Tensor
 
-    def __init__(
-        self, scorer: DominantChunks, max_cache_len: int, dtype: PackedDtype | None = None, hold: int = 0
-    ) -> None:
-        super().__init__(scorer, max_cache_len, dtype)
+    def __init__(self, scorer: DominantChunks, max_cache_len: int, hold: int = 0) -> None:
+        super().__init__(scorer, max_cache_len)
         self.hold, self.held = hold, None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -145,7 +142,7 @@ class StaticHostLayer(OnHost, StaticPackedLayer):
         self.rows, (self.keys, self.values) = rows, split_rows(rows, key_states.shape[3])
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(rows)
-        self.repack(self.scorer, self.dtype_packed)
+        self.repack(self.scorer)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write keys and values [B, Hkv, t, D] behind those held; returns the whole buffers, for t > 1 on the device.

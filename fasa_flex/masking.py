@@ -14,8 +14,8 @@ Shape = tuple[int, int, int]
 MASKED = -1e3
 """What an additive mask adds to the logit of a key that is not to be attended to, or less: no weight is left of it."""
 
-Make = Callable[["Tensor | None", Shape, torch.device], Tensor]
-Once = Callable[[Hashable, Make], Tensor]
+Make = Callable[["Tensor | None", Shape, torch.device], Any]
+Once = Callable[[Hashable, Make], Any]
 
 
 def valid_from_mask(attention_mask: Tensor | None, shape: Shape, device: torch.device) -> Tensor:
@@ -43,6 +43,19 @@ def valid_from_mask(attention_mask: Tensor | None, shape: Shape, device: torch.d
     if mask.dtype is not torch.bool:
         mask = mask > MASKED
     return mask[:, :, None]
+
+
+def last_valid(attention_mask: Tensor | None, shape: Shape, device: torch.device) -> Tensor:
+    """The keys that a forward's last query may attend to: bool [B or 1, T]."""
+    batch, q_len, kv_len = shape
+    if attention_mask is None:
+        return (torch.arange(kv_len, device=device) < (q_len if q_len > 1 else kv_len))[None]
+    return valid_from_mask(attention_mask[:, :, -1:], (batch, 1, kv_len), device)[:, 0, 0, 0]
+
+
+def valid_numbers(attention_mask: Tensor | None, shape: Shape, device: torch.device) -> Tensor:
+    """How many of `last_valid` there are up to each slot: int64 [B or 1, T]."""
+    return last_valid(attention_mask, shape, device).cumsum(-1)
 
 
 def check_mask(attention_mask: Tensor | None) -> None:
@@ -85,7 +98,7 @@ class DecodeStep:
     """
 
     def __init__(self) -> None:
-        self._last: tuple[Tensor | None, tuple[Any, ...], dict[Hashable, Tensor]] = (None, (), {})
+        self._last: tuple[Tensor | None, tuple[Any, ...], dict[Hashable, Any]] = (None, (), {})
 
     def of(self, mask: Tensor | None, shape: Shape, device: torch.device, begins: bool) -> Once:
         """For a forward with this mask: ``once(name, make)`` is ``make(mask, shape, device)``, of the layer before.
@@ -104,7 +117,7 @@ class DecodeStep:
             known = {}
             self._last = (mask, key, known)
 
-        def once(name: Hashable, make: Make) -> Tensor:
+        def once(name: Hashable, make: Make) -> Any:
             if name not in known:
                 known[name] = make(mask, shape, device)
             return known[name]

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
+from fasa_flex.completion import CompletionState
 from fasa_flex.fused import writes_at_once
 from fasa_flex.host_memory import settle
-from fasa_flex.packing import PackedDtype, PackedKeys
+from fasa_flex.packing import PackedKeys
 from fasa_flex.room import CountedStaticLayer
 from fasa_flex.scoring import DominantChunks
 
@@ -21,23 +22,24 @@ class KeepsPackedKeys(CacheLayerMixin):
     """The packed half of a layer: what follows every change of keys and values.
 
     Attributes:
-        scorer: whose dimensions are packed; one set per key/value head.
+        scorer: whose dimensions are packed, in its precision; one set per key/value head.
         packed: the keys at these dimensions; None while the layer is empty.
+        state: what completes attention; None until an attention call asks for it.
     """
 
     keys: Tensor
     values: Tensor
     scorer: DominantChunks
-    dtype_packed: PackedDtype | None
     packed: PackedKeys | None
+    state: CompletionState | None
 
-    def repack(self, scorer: DominantChunks, dtype: PackedDtype | None) -> None:
-        """Pack the keys anew, for other dimensions."""
-        self.scorer, self.dtype_packed, self.packed = scorer, dtype, None
+    def repack(self, scorer: DominantChunks) -> None:
+        """Pack the keys anew, for other dimensions or in another precision."""
+        self.scorer, self.packed, self.state = scorer, None, None
         if self.is_initialized and self.keys.numel():
             self._settle()
             rows = scorer.pack(self.keys).to(scorer.dims.device)  # where the keys may not be: FASA-M, offloading
-            self.packed = PackedKeys.of(rows, dtype)
+            self.packed = PackedKeys.of(rows, scorer.dtype)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search."""
@@ -63,6 +65,19 @@ class KeepsPackedKeys(CacheLayerMixin):
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.packed is not None:
             self.packed = self.packed.change(change)
+        if self.state is not None:
+            self.state = self.state.change(change)
+
+    def advance(self, key: Tensor, value: Tensor, first_order: bool, *counted: Any) -> CompletionState:
+        """The state after a forward, whose ``counted`` tokens are as for `CompletionState.advance`."""
+        state = self.state
+        if state is None or state.key_sum.shape[2] != (key.shape[3] if first_order else 0):
+            state = CompletionState.empty(key, value, first_order, self.scorer.dims.device)
+        elif not torch.compiler.is_compiling() and not writable(state.covered):
+            state = state.change(Tensor.clone)
+        state.advance(key, value, *counted)
+        self.state = state
+        return state
 
 
 class PackedLayer(KeepsPackedKeys, DynamicLayer):
@@ -71,10 +86,10 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
     It grows in place, in buffers with an eighth to spare, where `DynamicLayer` copies all keys and values every time.
     """
 
-    def __init__(self, scorer: DominantChunks, dtype: PackedDtype | None = None) -> None:
+    def __init__(self, scorer: DominantChunks) -> None:
         super().__init__()
         self._buffers: tuple[Tensor, Tensor] | None = None
-        self.repack(scorer, dtype)
+        self.repack(scorer)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values [B, Hkv, t, D]; returns all of them. Where memory runs out, nothing is lost."""
@@ -89,14 +104,14 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
             assert self._buffers is not None
             packed = self.packed
             keys, values = (buffer[:, :, :end] for buffer in self._buffers)
-            if start and packed is not None and _write_token(*new, *self._buffers, packed, self.scorer.dims, start):
+            if start and packed is not None and _write_token(*new, *self._buffers, packed, self.scorer, start):
                 self.keys, self.values = keys, values
                 return keys, values
             for buffer, states in zip(self._buffers, new, strict=True):
                 buffer[:, :, start:end].copy_(states, non_blocking=True)
         rows = self.scorer.pack(key_states.detach())
         if packed is None:
-            packed = PackedKeys.of(rows, self.dtype_packed, self._room_packed(end))
+            packed = PackedKeys.of(rows, self.scorer.dtype, self._room_packed(end))
         else:
             packed.write(rows, start)
         if not self.is_initialized:
@@ -108,7 +123,7 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
         """Make room for ``end`` tokens such as these, of all that is held or, where memory runs out, of nothing."""
         held, buffers = (self.keys, self.values), self._buffers
         if start and buffers and not all(map(_begins, held, buffers)):
-            self.repack(self.scorer, self.dtype_packed)  # other keys were put in the place of those that are packed
+            self.repack(self.scorer)  # other keys were put in the place of those that are packed
             buffers = None
         if start:
             key, value = _wider(key, self.keys), _wider(value, self.values)
@@ -162,24 +177,24 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
         """Empty the layer; transformers 5.17 fills a growing one with zeros instead."""
         super().reset()
         self._buffers = None
-        self.repack(self.scorer, self.dtype_packed)
+        self.repack(self.scorer)
 
 
 class StaticPackedLayer(KeepsPackedKeys, CountedStaticLayer):
     """A layer of a fixed length with packed keys, allocated at its first update; made for compiled decoding."""
 
-    def __init__(self, scorer: DominantChunks, max_cache_len: int, dtype: PackedDtype | None = None) -> None:
+    def __init__(self, scorer: DominantChunks, max_cache_len: int) -> None:
         super().__init__(max_cache_len)
-        self.repack(scorer, dtype)
+        self.repack(scorer)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the buffers."""
         super().lazy_initialization(key_states, value_states)
-        self.repack(self.scorer, self.dtype_packed)
+        self.repack(self.scorer)
 
-    def repack(self, scorer: DominantChunks, dtype: PackedDtype | None) -> None:
-        """Pack the keys anew, for other dimensions."""
-        super().repack(scorer, dtype)
+    def repack(self, scorer: DominantChunks) -> None:
+        """Pack the keys anew, for other dimensions or in another precision."""
+        super().repack(scorer)
         if self.packed is not None and not torch.compiler.is_compiling():
             for held in (self.packed.tiles, self.packed.scales):
                 if held is not None:
@@ -190,14 +205,16 @@ class StaticPackedLayer(KeepsPackedKeys, CountedStaticLayer):
         super().reset()
         if self.packed is not None:
             self.packed.change(Tensor.zero_)
+        if self.state is not None:
+            self.state.covered.zero_()
 
     def _write(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.packed is not None
-        packed, dims, held = self.packed, self.scorer.dims, self.cumulative_length
+        packed, held = self.packed, self.cumulative_length
         states = (key_states, value_states, self.keys, self.values)
-        if _write_token(*states, packed, dims, held):
+        if _write_token(*states, packed, self.scorer, held):
             held.add_(1)
             return self.keys, self.values
         slots, length = held.view(1), key_states.shape[2]
@@ -217,11 +234,12 @@ def _write_token(
     keys: Tensor,
     values: Tensor,
     packed: PackedKeys,
-    dims: Tensor,
+    scorer: DominantChunks,
     length: Tensor | int,
 ) -> bool:
     """Write a decoded token behind ``length`` others by one kernel; False where it cannot, and nothing is written."""
-    if not writes_at_once(key, value, keys, values, packed, dims):
+    dims = scorer.dims
+    if scorer.mean_key is not None or not writes_at_once(key, value, keys, values, packed, dims):
         return False
     from fasa_flex.writing import write_token  # Triton is there with CUDA only
 
@@ -261,7 +279,7 @@ def writable(buffer: Tensor) -> bool:
     return torch.is_inference_mode_enabled() or not buffer.is_inference()
 
 
-def pack_layer(cache: Cache, layer: int, scorer: object, dtype: PackedDtype | None, growing: bool = True) -> None:
+def pack_layer(cache: Cache, layer: int, scorer: object, growing: bool = True) -> None:
     """Let a layer of any cache keep packed keys, if it is of a kind that can and ``scorer`` scores dimensions of keys.
 
     A plain growing layer, unless ``growing`` is False, or static one is replaced by one that packs, with the keys and
@@ -272,18 +290,17 @@ def pack_layer(cache: Cache, layer: int, scorer: object, dtype: PackedDtype | No
         return
     held = cache.layers[layer]
     if type(held) is DynamicLayer and growing:
-        held = _adopt(held, PackedLayer(scorer, dtype))
+        held = _adopt(held, PackedLayer(scorer))
     elif type(held) in (StaticLayer, CountedStaticLayer):
-        held = _adopt(held, StaticPackedLayer(scorer, held.max_cache_len, dtype))
+        held = _adopt(held, StaticPackedLayer(scorer, held.max_cache_len))
     elif not isinstance(held, KeepsPackedKeys):
         return
     cache.layers[layer] = held
     if held.scorer is not scorer:
-        same = held.dtype_packed == dtype and torch.equal(held.scorer.dims.cpu(), scorer.dims.cpu())
-        if same:
-            held.scorer = scorer
+        if held.scorer.ranks_as(scorer):
+            held.scorer, held.state = scorer, None  # the cache may have changed since, unseen by attention
         else:
-            held.repack(scorer, dtype)
+            held.repack(scorer)
 
 
 def packed_keys(cache: Cache, layer: int, scorer: object) -> PackedKeys | None:
@@ -292,11 +309,26 @@ def packed_keys(cache: Cache, layer: int, scorer: object) -> PackedKeys | None:
     return held.packed if isinstance(held, KeepsPackedKeys) and held.scorer is scorer else None
 
 
+def advance_state(
+    cache: Cache | None, layer: int, scorer: object, key: Tensor, value: Tensor, first_order: bool, *counted: Any
+) -> CompletionState | None:
+    """The completion's state of a layer after a forward; None where the layer keeps none for ``scorer``.
+
+    Args:
+        first_order: whether it holds the covariance, and not the mean value alone.
+        counted: the forward's tokens, as for `CompletionState.advance`.
+    """
+    held = None if cache is None or layer >= len(cache.layers) else cache.layers[layer]
+    if not isinstance(held, KeepsPackedKeys) or held.scorer is not scorer:
+        return None
+    return held.advance(key, value, first_order, *counted)
+
+
 def _adopt(plain: CacheLayerMixin, layer: Any) -> Any:
     """``layer`` with all that ``plain`` holds."""
-    scorer, dtype = layer.scorer, layer.dtype_packed
+    scorer = layer.scorer
     vars(layer).update(vars(plain))
-    layer.repack(scorer, dtype)
+    layer.repack(scorer)
     return layer
 
 

@@ -21,6 +21,7 @@ from fasa_flex.profile import FasaProfile
 from fasa_flex.provenance import Provenance, config_hash
 from fasa_flex.rotary import RotaryLayout
 from fasa_flex.scoring import DominantChunks
+from fasa_flex.tip import dominant_chunks
 
 LEAST_KEYS = 128
 """Real keys that a row must have for its prompt to say something."""
@@ -219,9 +220,8 @@ class PromptCalibration:
         profile = self._profile(self._table, source, sample.queries.numel(), sample.top_k)
         if layer == self._layers[-1]:
             self.profile, self._sample = profile, None
-        dims = profile.dominant_dims(self._n_tip, self._config.per)[layer]
         with torch.inference_mode(False):  # a forward with gradients may follow
-            return DominantChunks.from_chunks(dims.to(query.device).clone())
+            return dominant_chunks(profile, self._config)(layer).to(query.device)
 
     def forget(self) -> None:
         """Measure the next long prompt anew."""

@@ -11,7 +11,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from fasa_flex.budget import Budget
+from fasa_flex.budget import SINKS, Budget
+from fasa_flex.completion import BLOCK, Completion
 from fasa_flex.softmax import Softmax
 
 
@@ -19,19 +20,22 @@ def reference_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scores: Tensor,
+    ranking: Tensor,
     valid: Tensor,
     budget: Budget,
     softmax: Softmax,
+    scores: Tensor | None = None,
+    completion: Completion | None = None,
 ) -> Tensor:
-    """Exact attention over the best-scored keys (the paper's TIP and FAC).
+    """Exact attention over the best-ranked keys (the paper's TIP and FAC), completed.
 
     Args:
-        query: float [B, Hq, Q, D]; key and value: float [B, Hkv, T, D].
-        scores: float32 [B, Hkv, G or 1, Q, T]; valid: bool [B or 1, 1, 1, Q, T].
+        query: float [B, Hq, Q, D]; key: float [B, Hkv, T, D]; value: float [B, Hkv, T, Dv].
+        ranking: float32 [B, Hkv, G or 1, Q, T]; valid: bool [B or 1, 1, 1, Q, T].
+        scores: float32 [B, Hkv, G, Q, T], estimates of q . k, for a ``completion``; None: no completion.
 
     Returns:
-        [B, Hq, Q, D]; zeros for a query without valid keys.
+        [B, Hq, Q, Dv]; zeros for a query without valid keys.
     """
     batch, query_heads, q_len, _ = query.shape
     group = query_heads // key.shape[1]
@@ -40,22 +44,51 @@ def reference_attention(
     for b in range(batch):
         for head in range(query_heads):
             kv_head, member = divmod(head, group)
+            keys, values = key[b, kv_head], value[b, kv_head]
             for q in range(q_len):
-                ranking = scores[b, kv_head, min(member, scores.shape[2] - 1), q]
-                slots = reference_selection(ranking, valid[b, 0, 0, q], budget.of_head(kv_head))
-                logits = softmax.cap(key[b, kv_head, slots] @ query[b, head, q] * softmax.scaling)
+                candidates, asked = valid[b, 0, 0, q], query[b, head, q].float()
+                of_query = ranking[b, kv_head, min(member, ranking.shape[2] - 1), q]
+                slots = reference_selection(of_query, candidates, budget.of_head(kv_head))
+                logits = softmax.cap(keys[slots].float() @ (asked * softmax.scaling))
+                out, mass = logits.softmax(0) @ values[slots].float(), logits.logsumexp(0)
+                if completion is not None and scores is not None:
+                    estimates = softmax.logits(scores[b, kv_head, member, q])
+                    share = (estimates[slots].logsumexp(0) - estimates[candidates].logsumexp(0)).exp()
+                    left = reference_remainder(asked, keys, values, candidates, softmax.scaling * completion.strength)
+                    if left is not None:
+                        out, mass = share * out + (1 - share) * left, mass - share.log()
                 if softmax.sinks is not None:
-                    logits = torch.cat([logits, softmax.sinks[head, None].to(logits.dtype)])
-                rows.append(logits.softmax(0)[: len(slots)] @ value[b, kv_head, slots])
+                    out = out * torch.sigmoid(mass - softmax.sinks[head].float())
+                rows.append(out.to(value.dtype))
     return torch.stack(rows).view(batch, query_heads, q_len, value.shape[-1])
+
+
+def reference_remainder(query: Tensor, key: Tensor, value: Tensor, valid: Tensor, factor: float) -> Tensor | None:
+    """The value of one query's unselected keys to first order (`fasa_flex.completion`): float32 [Dv], or None.
+
+    Args:
+        query: float32 [D].
+        key: [T, D].
+        value: [T, Dv].
+        valid: bool [T].
+        factor: lambda * scaling.
+    """
+    candidates = valid.nonzero().flatten()
+    covered = candidates[SINKS : len(candidates) // BLOCK * BLOCK]
+    if not len(covered):
+        return None
+    keys, values = key[covered].float(), value[covered].float()
+    covariance = (keys - keys.mean(0)).T @ (values - values.mean(0)) / len(covered)
+    return values.mean(0) + factor * query @ covariance
 
 
 def reference_selection(scores: Tensor, valid: Tensor, budget: Budget) -> Tensor:
     """The slots one query attends to, from its scores [T] and valid keys bool [T]; int64 [min(budget, valid)]."""
-    n_fac, n_sink, n_recent = budget.n_fac, budget.n_sink, budget.n_recent
+    n_fac = budget.n_fac
     assert not isinstance(n_fac, tuple)  # of one head
     candidates = valid.nonzero().flatten().tolist()
     allowed = math.ceil(len(candidates) * Fraction(repr(n_fac))) if isinstance(n_fac, float) else n_fac
+    n_sink, n_recent = budget.forced(allowed)
     forced = candidates[:n_sink] + candidates[max(n_sink, len(candidates) - n_recent) :] if n_sink + n_recent else []
     by_score = [candidates[i] for i in scores[valid].sort(descending=True, stable=True).indices.tolist()]
     chosen = list(dict.fromkeys(forced + by_score))[:allowed]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
@@ -14,6 +15,7 @@ from fasa_flex.layers import attention_modules, check_supported, dense_layers
 from fasa_flex.profile import FasaProfile
 from fasa_flex.prompt_calibration import PromptCalibration
 from fasa_flex.scoring import DominantChunks, Scorer, SequenceScorer
+from fasa_flex.tip import dominant_chunks
 
 ScorerFactory = Callable[[int], Scorer | SequenceScorer]
 """Makes the scorer of one layer."""
@@ -58,27 +60,25 @@ def enable(
     if known is not None:
         known.check_fits(model)
         unrotated = known.layout.unrotated_layers
-        scorer = scorer or _dominant_chunks(known, config)
+        scorer = scorer or dominant_chunks(known, config)
     assert scorer is not None
     dense = dense_layers(model, config.dense_layers, unrotated)
     layers = sorted(attention_modules(model))
     if not set(layers) - set(dense):
         warnings.warn(f"every layer of {type(model).__name__} stays dense ({dense}): nothing is sparse.", stacklevel=2)
     with torch.inference_mode(False):  # what is made here serves inside and outside of it
-        scorers = {layer: _placed(scorer(layer), model, layer) for layer in layers if layer not in dense}
+        scorers = {layer: _placed(scorer(layer), model, layer, config) for layer in layers if layer not in dense}
     return Fasa(model, config, scorers, dense, profile if prompt is None else prompt)
 
 
-def _dominant_chunks(profile: FasaProfile, config: FasaConfig) -> ScorerFactory:
-    """TIP for every layer."""
-    tables = profile.dominant_dims(config.chunks_of(profile.layout.head_dim), config.per)
-    return lambda layer: DominantChunks.from_chunks(tables[layer].clone())
-
-
-def _placed(scorer: Scorer | SequenceScorer, model: PreTrainedModel, layer: int) -> Scorer | SequenceScorer:
-    """A scorer whose dimensions are on the device that holds the layer, where its packed keys will be."""
+def _placed(
+    scorer: Scorer | SequenceScorer, model: PreTrainedModel, layer: int, config: FasaConfig
+) -> Scorer | SequenceScorer:
+    """A scorer of chunks on the device that holds the layer, where its packed keys will be, in ``packed_dtype``."""
     if not isinstance(scorer, DominantChunks):
         if not callable(scorer) and not isinstance(scorer, SequenceScorer):
             raise ValueError(f"the scorer of layer {layer} is {scorer!r}, no Scorer or SequenceScorer; return one.")
         return scorer
-    return DominantChunks(scorer.dims.to(next(attention_modules(model)[layer].parameters()).device))
+    if scorer.dtype is None and config.per == "kv_head":
+        scorer = replace(scorer, dtype=config.packed_dtype)
+    return scorer.to(next(attention_modules(model)[layer].parameters()).device)
