@@ -14,7 +14,7 @@ from fasa_flex.completion import CompletionState
 from fasa_flex.fused import writes_at_once
 from fasa_flex.host_memory import settle
 from fasa_flex.packing import PackedKeys
-from fasa_flex.room import CountedStaticLayer
+from fasa_flex.room import CountedStaticLayer, check_crop
 from fasa_flex.scoring import DominantChunks
 
 
@@ -151,6 +151,15 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._change(change)
         self._buffers = None  # keys and values are others now, which do not lie in them
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop tokens from the end, a negative number of them.
+
+        Raises:
+            ValueError: the number is positive.
+        """
+        check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     def _allocate(self, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Buffers for ``length`` keys and values such as these."""
