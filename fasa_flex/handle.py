@@ -28,7 +28,7 @@ from fasa_flex.profile import FasaProfile
 from fasa_flex.prompt_calibration import PromptCalibration
 from fasa_flex.room import make_room
 from fasa_flex.scoring import Forward, Given, Scorer, SequenceScorer
-from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
+from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention, implementation_of
 from fasa_flex.softmax import Softmax
 from fasa_flex.spread import spread_budget
 from fasa_flex.stats import FasaStats, read_share, tally
@@ -75,10 +75,13 @@ class Fasa:
             {layer: read_share(scorer, model, config, self._packs) for layer, scorer in scorers.items()},
             {layer: budget.heads for layer, budget in self._budgets.items()},
         )
-        self._seam = AttentionSeam(model, self._attend)
+        self._model_name = type(model).__name__
+        self._seam = AttentionSeam(model, self._attend, owner=f"the open handle {self!r}")
+        self._former = {layer: implementation_of(model, module) for layer, module in modules.items()}
         self._hooks = [
             module.register_forward_pre_hook(self._before_attention, with_kwargs=True) for module in modules.values()
         ]
+        self._seam.open()  # last: another thread may be in a forward, and comes here from now on
 
     @property
     def remembers(self) -> bool:
@@ -107,6 +110,9 @@ class Fasa:
         for hook in self._hooks:
             hook.remove()
 
+    def __repr__(self) -> str:
+        return f"Fasa({self._model_name}, n_fac={self.config.n_fac})"
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Fasa:
         """A copied model would go on counting and attending through this handle.
 
@@ -115,7 +121,16 @@ class Fasa:
         """
         raise ValueError("a model under FASA cannot be copied; disable() first, and enable the copy by itself.")
 
+    def __reduce__(self) -> str:
+        """A pickled model would be one without its handle.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a model under FASA cannot be pickled; disable() first, or use its save_pretrained.")
+
     def __enter__(self) -> Fasa:
+        self._check_open()
         return self
 
     def __exit__(
@@ -138,11 +153,16 @@ class Fasa:
         Raises:
             ValueError: boundaries of another shape, type or batch, or negative ones.
         """
+        self._check_open()
         former, self._boundary = self._boundary, Boundary.of(start, stop)
         try:
             yield
         finally:
             self._boundary = former
+
+    def _check_open(self) -> None:
+        if not self._seam.is_open:
+            raise ValueError(f"{self!r} was disabled, so the model is dense; call enable(...) again for a new handle.")
 
     def _before_attention(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -153,6 +173,7 @@ class Fasa:
         states: Tensor = args[0] if args else kwargs["hidden_states"]
         if layer == self._first:  # before any layer of the cache is written to
             held = 0 if cache is None else cache.get_seq_length(layer)
+            self._seam.check()
             check_forward(states.shape[0], states.shape[1], held, kwargs, self._boundary, self._limit)
             if cache is not None:
                 make_room(cache, states.shape[1])
@@ -180,14 +201,12 @@ class Fasa:
         **kwargs: Any,
     ) -> AttentionResult:
         """The attention function: [B, Q, Hq, D] from query [B, Hq, Q, D] and the whole cache's key and value."""
-        if getattr(module, "layer_idx", None) is None:  # no layer of the decoder: a vision tower's attention
-            return dense(module, query, key, value, attention_mask, **kwargs)
         cache: Cache | None = kwargs.pop("fasa_cache", None)
         layer = layer_of(module)
         batch, _, q_len, _ = query.shape
         kv_len = key.shape[2]
         first_slot: int = kwargs.pop("fasa_first_slot", kv_len - q_len)
-        softmax = softmax_of(module, query, kwargs, self._seam.former)
+        softmax = softmax_of(module, query, kwargs, self._former[layer])
         once = self._step.of(attention_mask, (batch, q_len, kv_len), query.device, begins=layer == self._first)
         n_valid = once("n_valid", count_valid)
         check_keys(layer, key, q_len)
