@@ -17,7 +17,7 @@ from fasa_flex.config import FasaConfig, GroupReduce
 from fasa_flex.crossover import packs_late, sparse_layer_is_faster
 from fasa_flex.expectations import cache_among
 from fasa_flex.grouped import decodes_grouped, grouped_attention
-from fasa_flex.handed import check_forward, check_keys, softmax_of
+from fasa_flex.handed import check_forward, check_keys, mask_of, softmax_of
 from fasa_flex.held_rows import HeldRows
 from fasa_flex.host_layers import held_rows
 from fasa_flex.layers import attention_modules, attention_shape, layer_of, maximum_positions
@@ -207,10 +207,11 @@ class Fasa:
         kv_len = key.shape[2]
         first_slot: int = kwargs.pop("fasa_first_slot", kv_len - q_len)
         softmax = softmax_of(module, query, kwargs, self._former[layer])
-        once = self._step.of(attention_mask, (batch, q_len, kv_len), query.device, begins=layer == self._first)
+        seen = mask_of(module, attention_mask, kwargs, self._former[layer], (q_len, kv_len), query.device)
+        once = self._step.of(seen, (batch, q_len, kv_len), query.device, begins=layer == self._first)
         n_valid = once("n_valid", count_valid)
         check_keys(layer, key, q_len)
-        self._calibrate(layer, query, key, attention_mask, n_valid, first_slot, cache)
+        self._calibrate(layer, query, key, seen, n_valid, first_slot, cache)
         first, chosen = self._sparse_queries(layer, once, n_valid, kv_len, first_slot)
         groups = self._groups(layer, kv_len, kwargs) and decodes_grouped(query, key, value, attention_mask, softmax)
         if self.config.backend == "fastest" and chosen is not None:
@@ -241,12 +242,20 @@ class Fasa:
             if packed is None and self._packs:  # its first sparse step
                 pack_layer(cache, layer, scorer, self.config.packed_dtype)
                 packed = packed_keys(cache, layer, scorer)
-        focused = self._focused(layer, query[:, :, first:], key, value, scorer, valid, softmax, packed, held)
+        states = (query[:, :, first:], key, value)
+        focused = self._focused(layer, *states, scorer, valid, softmax, packed, held)
+        weights = None
+        if kwargs.get("output_attentions") and self._former[layer] == "eager":
+            weights = self._weights(layer, *states, scorer, valid, softmax)
         if self._boundary is None or q_len == 1:
-            return focused, None
-        out, weights = dense(module, query, key, value, attention_mask, **kwargs)
+            return focused, weights
+        out, dense_weights = dense(module, query, key, value, attention_mask, **kwargs)
         merged = torch.where(chosen[:, first:, None, None], focused, out[:, first:])
-        return torch.cat([out[:, :first], merged], dim=1), weights
+        out = torch.cat([out[:, :first], merged], dim=1)
+        if weights is None or dense_weights is None:
+            return out, dense_weights
+        merged = torch.where(chosen[:, None, first:, None], weights, dense_weights[:, :, first:])
+        return out, torch.cat([dense_weights[:, :, :first], merged], dim=2)
 
     def _calibrate(
         self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, n_valid: Tensor, first_slot: int, cache: Any
@@ -319,6 +328,16 @@ class Fasa:
         ]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         return whole.transpose(1, 2).contiguous()
+
+    def _weights(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scorer: Scorer, valid: Tensor, softmax: Softmax
+    ) -> Tensor:
+        """Attention weights [B, Hq, Q, T] of sparse queries, for ``output_attentions``: values of 1 at one key each."""
+        kv_len = key.shape[2]
+        ones = torch.eye(kv_len, dtype=value.dtype, device=query.device).expand(*key.shape[:2], -1, -1)
+        budget = self._budgets[layer]
+        key = key.to(query.device)
+        return sparse_attention(query, key, ones, scorer, valid, budget, self._reduce, softmax, "gather")
 
     def _count(self, layer: int, once: Once, n_valid: Tensor, chosen: Tensor | None, first_slot: int) -> None:
         budget = self._budgets.get(layer, self._budget)
