@@ -16,19 +16,53 @@ def softmax_of(module: nn.Module, query: Tensor, options: dict[str, Any], implem
     """The model's own softmax, from the keyword arguments of its attention function.
 
     Raises:
-        ValueError: the model's ``implementation`` leaves a part of it out.
+        ValueError: the model's ``implementation`` leaves a part of it out, or it has a part that FASA leaves out.
     """
     softmax = Softmax(
         scaling=options.get("scaling") or query.shape[-1] ** -0.5,
         softcap=options.get("softcap"),
         sinks=options.get("s_aux"),
     )
+    if options.get("position_bias") is not None:
+        raise ValueError(
+            f"{type(module).__name__} adds a bias of positions to its logits, which FASA's selection cannot follow; "
+            "disable FASA."
+        )
     if not softmax.plain and implementation == "sdpa":
         raise ValueError(
             f"{type(module).__name__} caps its logits or has learned sinks, which its implementation 'sdpa' leaves "
             "out; call model.set_attn_implementation('eager') before enable."
         )
     return softmax
+
+
+def mask_of(
+    module: nn.Module,
+    attention_mask: Tensor | None,
+    options: dict[str, Any],
+    implementation: str,
+    shape: tuple[int, int],
+    device: torch.device,
+) -> Tensor | None:
+    """The mask of a forward, where None is causal: of a decoder that is used bidirectionally, one of all keys.
+
+    sdpa makes no mask causal unless it is told otherwise, eager attention adds none and so sees every key.
+
+    Args:
+        module: the attention module.
+        attention_mask: as it is handed one.
+        options: keyword arguments of the attention function.
+        implementation: the model's.
+        shape: queries and keys, Q and T.
+        device: of the mask.
+    """
+    if attention_mask is not None or shape[0] == 1:
+        return attention_mask
+    stated = options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if stated is None else stated
+    if causal and implementation == "sdpa":
+        return None
+    return torch.ones(1, 1, *shape, dtype=torch.bool, device=device)
 
 
 def check_forward(

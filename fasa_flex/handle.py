@@ -19,7 +19,7 @@ from fasa_flex.config import FasaConfig, GroupReduce
 from fasa_flex.crossover import packs_late, sparse_layer_is_faster
 from fasa_flex.expectations import cache_among
 from fasa_flex.grouped import decodes_grouped, grouped_attention
-from fasa_flex.handed import check_forward, check_keys, softmax_of
+from fasa_flex.handed import check_forward, check_keys, mask_of, softmax_of
 from fasa_flex.held_rows import HeldRows
 from fasa_flex.host_layers import held_rows
 from fasa_flex.layers import attention_modules, attention_shape, layer_of, maximum_positions
@@ -30,7 +30,7 @@ from fasa_flex.profile import FasaProfile
 from fasa_flex.prompt_calibration import PromptCalibration
 from fasa_flex.room import make_room
 from fasa_flex.scoring import Forward, Given, Scorer, SequenceScorer, estimates_logits
-from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
+from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention, implementation_of
 from fasa_flex.selection import Marks
 from fasa_flex.softmax import Softmax
 from fasa_flex.spread import spread_budget
@@ -80,10 +80,13 @@ class Fasa:
             {layer: read_share(scorer, model, config, self._packs) for layer, scorer in scorers.items()},
             {layer: budget.heads for layer, budget in self._budgets.items()},
         )
-        self._seam = AttentionSeam(model, self._attend)
+        self._model_name = type(model).__name__
+        self._seam = AttentionSeam(model, self._attend, owner=f"the open handle {self!r}")
+        self._former = {layer: implementation_of(model, module) for layer, module in modules.items()}
         self._hooks = [
             module.register_forward_pre_hook(self._before_attention, with_kwargs=True) for module in modules.values()
         ]
+        self._seam.open()  # last: another thread may be in a forward, and comes here from now on
 
     @property
     def remembers(self) -> bool:
@@ -112,6 +115,9 @@ class Fasa:
         for hook in self._hooks:
             hook.remove()
 
+    def __repr__(self) -> str:
+        return f"Fasa({self._model_name}, n_fac={self.config.n_fac})"
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Fasa:
         """A copied model would go on counting and attending through this handle.
 
@@ -120,7 +126,16 @@ class Fasa:
         """
         raise ValueError("a model under FASA cannot be copied; disable() first, and enable the copy by itself.")
 
+    def __reduce__(self) -> str:
+        """A pickled model would be one without its handle.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a model under FASA cannot be pickled; disable() first, or use its save_pretrained.")
+
     def __enter__(self) -> Fasa:
+        self._check_open()
         return self
 
     def __exit__(
@@ -143,11 +158,16 @@ class Fasa:
         Raises:
             ValueError: boundaries of another shape, type or batch, or negative ones.
         """
+        self._check_open()
         former, self._boundary = self._boundary, Boundary.of(start, stop)
         try:
             yield
         finally:
             self._boundary = former
+
+    def _check_open(self) -> None:
+        if not self._seam.is_open:
+            raise ValueError(f"{self!r} was disabled, so the model is dense; call enable(...) again for a new handle.")
 
     def _before_attention(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -158,6 +178,7 @@ class Fasa:
         states: Tensor = args[0] if args else kwargs["hidden_states"]
         if layer == self._first:  # before any layer of the cache is written to
             held = 0 if cache is None else cache.get_seq_length(layer)
+            self._seam.check()
             check_forward(states.shape[0], states.shape[1], held, kwargs, self._boundary, self._limit)
             if cache is not None:
                 make_room(cache, states.shape[1])
@@ -185,18 +206,17 @@ class Fasa:
         **kwargs: Any,
     ) -> AttentionResult:
         """The attention function: [B, Q, Hq, D] from query [B, Hq, Q, D] and the whole cache's key and value."""
-        if getattr(module, "layer_idx", None) is None:  # no layer of the decoder: a vision tower's attention
-            return dense(module, query, key, value, attention_mask, **kwargs)
         cache: Cache | None = kwargs.pop("fasa_cache", None)
         layer = layer_of(module)
         batch, _, q_len, _ = query.shape
         kv_len = key.shape[2]
         first_slot: int = kwargs.pop("fasa_first_slot", kv_len - q_len)
-        softmax = softmax_of(module, query, kwargs, self._seam.former)
-        once = self._step.of(attention_mask, (batch, q_len, kv_len), query.device, begins=layer == self._first)
+        softmax = softmax_of(module, query, kwargs, self._former[layer])
+        seen = mask_of(module, attention_mask, kwargs, self._former[layer], (q_len, kv_len), query.device)
+        once = self._step.of(seen, (batch, q_len, kv_len), query.device, begins=layer == self._first)
         n_valid = once("n_valid", count_valid)
         check_keys(layer, key, q_len)
-        self._calibrate(layer, query, key, attention_mask, n_valid, first_slot, cache)
+        self._calibrate(layer, query, key, seen, n_valid, first_slot, cache)
         first, chosen = self._sparse_queries(layer, once, n_valid, kv_len, first_slot)
         completion = self._completed(layer, cache, query, key, value, once)
         groups = self._groups(layer, kv_len, kwargs) and decodes_grouped(query, key, value, attention_mask, softmax)
@@ -232,14 +252,20 @@ class Fasa:
         if q_len == 1:
             budget = self._budgets[layer]
             marks = once(("marks", budget), lambda *_: Marks.of(valid, budget, self._reduce))
-        focused = self._focused(
-            layer, query[:, :, first:], key, value, scorer, valid, softmax, packed, held, marks, completion
-        )
+        states = (query[:, :, first:], key, value)
+        focused = self._focused(layer, *states, scorer, valid, softmax, packed, held, marks, completion)
+        weights = None
+        if kwargs.get("output_attentions") and self._former[layer] == "eager":
+            weights = self._weights(layer, *states, scorer, valid, softmax)
         if self._boundary is None or q_len == 1:
-            return focused, None
-        out, weights = dense(module, query, key, value, attention_mask, **kwargs)
+            return focused, weights
+        out, dense_weights = dense(module, query, key, value, attention_mask, **kwargs)
         merged = torch.where(chosen[:, first:, None, None], focused, out[:, first:])
-        return torch.cat([out[:, :first], merged], dim=1), weights
+        out = torch.cat([out[:, :first], merged], dim=1)
+        if weights is None or dense_weights is None:
+            return out, dense_weights
+        merged = torch.where(chosen[:, None, first:, None], weights, dense_weights[:, :, first:])
+        return out, torch.cat([dense_weights[:, :, :first], merged], dim=2)
 
     def _calibrate(
         self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, n_valid: Tensor, first_slot: int, cache: Any
@@ -327,6 +353,16 @@ class Fasa:
         ]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         return whole.transpose(1, 2).contiguous()
+
+    def _weights(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scorer: Scorer, valid: Tensor, softmax: Softmax
+    ) -> Tensor:
+        """Attention weights [B, Hq, Q, T] of sparse queries, for ``output_attentions``: values of 1 at one key each."""
+        kv_len = key.shape[2]
+        ones = torch.eye(kv_len, dtype=value.dtype, device=query.device).expand(*key.shape[:2], -1, -1)
+        budget = self._budgets[layer]
+        key = key.to(query.device)
+        return sparse_attention(query, key, ones, scorer, valid, budget, self._reduce, softmax, "gather")
 
     def _count(self, layer: int, once: Once, n_valid: Tensor, chosen: Tensor | None, first_slot: int) -> None:
         budget = self._budgets.get(layer, self._budget)

@@ -34,11 +34,7 @@ def valid_from_mask(attention_mask: Tensor | None, shape: Shape, device: torch.d
         slots = torch.arange(kv_len, device=device)
         last = slots[:q_len, None] if q_len > 1 else slots[-1:, None]
         return (slots <= last)[None, None, None]
-    if attention_mask.dim() != 4 or attention_mask.shape[1] != 1:
-        raise ValueError(
-            f"FASA selects one set of valid keys for all heads, got an attention mask of shape "
-            f"{tuple(attention_mask.shape)}; pass [batch, length], or [batch, 1, queries, keys]."
-        )
+    _check_shape(attention_mask)
     mask = attention_mask[..., :kv_len]
     if mask.dtype is not torch.bool:
         mask = mask > MASKED
@@ -58,15 +54,27 @@ def valid_numbers(attention_mask: Tensor | None, shape: Shape, device: torch.dev
     return last_valid(attention_mask, shape, device).cumsum(-1)
 
 
-def check_mask(attention_mask: Tensor | None) -> None:
-    """Refuse an additive mask that is more than a mask: a bias has no place in a selection of keys.
+def _check_shape(attention_mask: Tensor) -> None:
+    if attention_mask.dim() != 4 or attention_mask.shape[1] != 1:
+        raise ValueError(
+            f"FASA selects one set of valid keys for all heads, got an attention mask of shape "
+            f"{tuple(attention_mask.shape)}; pass [batch, length], or [batch, 1, queries, keys]."
+        )
 
-    A forward of one token is not checked on a GPU, where asking would stall it.
+
+def check_mask(attention_mask: Tensor | None) -> None:
+    """Refuse a mask that differs between heads, or an additive one that is more than a mask.
+
+    A bias has no place in a selection of keys. For it a forward of one token is not checked on a GPU, where asking
+    would stall it.
 
     Raises:
-        ValueError: the mask adds something else to logits than 0 and what masks.
+        ValueError: the mask is not [B, 1, Q, T], or adds something else to logits than 0 and what masks.
     """
-    if attention_mask is None or not attention_mask.is_floating_point() or torch.compiler.is_compiling():
+    if attention_mask is None:
+        return
+    _check_shape(attention_mask)
+    if not attention_mask.is_floating_point() or torch.compiler.is_compiling():
         return
     if attention_mask.is_cuda and attention_mask.shape[-2] == 1:
         return

@@ -1,23 +1,33 @@
 """The seam: route a model's attention calls through a function of ours, and back.
 
-transformers looks the attention function up by the name in the model's config. A seam registers one name of its own for
-one model, sets it, and puts the former name back: no class and no module is patched, and two models never meet.
+transformers looks the attention function up by the name in a config. A seam sets a name of ours in the configs that the
+model's attention modules read, and a route on each of these modules: no class and no method is patched. A module
+without a route, of another model that shares the config or was built from a copy of it, attends as it would have. A
+config in which a submodel (a vision tower) has another implementation stays as it is.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
-import sys
+import threading
 import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
-_names = (f"fasa_{number}" for number in itertools.count())
+from fasa_flex.layers import attention_modules
+
 _SUPPORTED = ("sdpa", "eager")
+_OURS = "fasa_"
+_ROUTE = "_fasa_route"
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_EAGER = "eager_attention_forward"
 
 AttentionResult = tuple[Tensor, Tensor | None]
 
@@ -33,53 +43,99 @@ class DenseAttention(Protocol):
 SeamFunction = Callable[..., AttentionResult]
 """What is routed through a seam: called as `DenseAttention` is, with the model's own attention as first argument."""
 
+_tokens = itertools.count()
+_lock = threading.RLock()
+_open: dict[int, tuple[str, frozenset[int], list[PreTrainedConfig]]] = {}
+"""Of every open seam: who opened it, the ids of its modules, and its configs."""
+
 
 class AttentionSeam:
-    """Route every attention call of ``model`` through ``function`` until `close`.
+    """Route every attention call of a model's layers through a function, from `open` until `close`.
 
-    Attributes:
-        former: the attention implementation that the model had, and gets back.
+    Args:
+        model: whose layers (`attention_modules`) are routed.
+        function: what they are routed through.
+        owner: who opens it and how it is closed, for the error of whoever comes next.
 
     Raises:
         ValueError: the model's attention cannot be replaced by name, or is routed already.
     """
 
-    def __init__(self, model: PreTrainedModel, function: SeamFunction) -> None:
-        former = model.config._attn_implementation
-        if former not in _SUPPORTED:
+    def __init__(self, model: PreTrainedModel, function: SeamFunction, owner: str = "a calibration") -> None:
+        modules = list(attention_modules(model).values())
+        self._kind, self._owner, self._token = type(model).__name__, owner, next(_tokens)
+        self._check_free(modules)
+        self._configs: list[PreTrainedConfig] = []
+        self._routes: list[tuple[weakref.ref[nn.Module], Callable[..., AttentionResult]]] = []
+        for module in modules:
+            config = _config_of(model, module)
+            former = _former(config)
+            if former not in _SUPPORTED:
+                raise ValueError(
+                    f"the model's attention implementation is {former!r}; "
+                    "undo what set it, or call model.set_attn_implementation('sdpa'), then try again."
+                )
+            dense = _own_attention(module, former)
+            if dense is None:
+                continue
+            self._routes.append((weakref.ref(module), functools.partial(function, dense)))
+            if not any(config is known for known in self._configs):
+                self._configs.append(config)
+        if not self._routes:
             raise ValueError(
-                f"the model's attention implementation is {former!r}; "
-                "undo what set it, or call model.set_attn_implementation('sdpa'), then try again."
-            )
-        name = next(_names)
-        dense = _eager_attention if former == "eager" else AttentionInterface._global_mapping[former]
-
-        def routed(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-        ) -> AttentionResult:
-            return function(dense, module, query, key, value, attention_mask, **kwargs)
-
-        AttentionInterface.register(name, routed)
-        AttentionMaskInterface.register(name, AttentionMaskInterface._global_mapping[former])
-        self.former: str = former
-        self._model = weakref.ref(model)
-        self._unregister = weakref.finalize(model, _unregister, name)
-        model.set_attn_implementation(name)
-        if model.config._attn_implementation != name:
-            self._unregister()
-            raise ValueError(
-                f"{type(model).__name__} does not take its attention function by name (AttentionInterface), so FASA "
+                f"{self._kind} does not take its attention function by name (AttentionInterface), so FASA "
                 "cannot reach its queries and keys; use a family that does, such as Llama or Qwen."
             )
+        self._close: weakref.finalize[Any, nn.Module] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether calls are routed."""
+        return self._close is not None and self._close.alive
+
+    def open(self) -> None:
+        """Route the calls from now on.
+
+        Raises:
+            ValueError: the model is routed already.
+        """
+        modules = [module for module in (ref() for ref, _ in self._routes) if module is not None]
+        with _lock:
+            self._check_free(modules)
+            for module, (_, route) in zip(modules, self._routes, strict=True):
+                setattr(module, _ROUTE, route)  # before any name leads here: another thread may be in a forward
+            _open[self._token] = (self._owner, frozenset(map(id, modules)), self._configs)
+            for config in self._configs:
+                _set_implementation(config, _name_over(_former(config)))
+        # a model that is dropped without being closed leaves a config behind, which others may share
+        self._close = weakref.finalize(modules[0], _leave, self._token)
+
+    def check(self) -> None:
+        """Refuse to go on where somebody has set another implementation since, so that calls are not routed.
+
+        Raises:
+            ValueError: with what was set.
+        """
+        if torch.compiler.is_compiling():
+            return
+        for config in self._configs:
+            now = config._attn_implementation
+            if not (now or "").startswith(_OURS):
+                raise ValueError(
+                    f"the attention implementation of {self._kind} was set to {now!r} past {self._owner}, so FASA is "
+                    "asked no longer; call disable() first, set it then, and enable again."
+                )
 
     def close(self) -> None:
-        """Give the model its former attention back; closing twice does nothing."""
-        model = self._model()
-        if self._unregister.alive and model is not None:
-            model.set_attn_implementation(self.former)
-            self._unregister()
+        """Let the model attend as before; what somebody has set since stays set, and closing twice does nothing."""
+        if self._close is not None and self._close.alive:
+            self._close()
+            for module in (ref() for ref, _ in self._routes):
+                if module is not None:
+                    delattr(module, _ROUTE)
 
     def __enter__(self) -> AttentionSeam:
+        self.open()
         return self
 
     def __exit__(
@@ -87,14 +143,79 @@ class AttentionSeam:
     ) -> None:
         self.close()
 
+    def _check_free(self, modules: list[nn.Module]) -> None:
+        ids = set(map(id, modules))
+        owner = next((owner for owner, routed, _ in _open.values() if ids & routed), None)
+        if owner is not None:
+            raise ValueError(f"{self._kind} is under FASA already, by {owner}; disable() it first.")
 
-def _unregister(name: str) -> None:
-    AttentionInterface._global_mapping.pop(name, None)
-    AttentionMaskInterface._global_mapping.pop(name, None)
+
+def implementation_of(model: PreTrainedModel, module: nn.Module) -> str:
+    """The attention implementation that one of a model's layers has, or would have without FASA."""
+    return _former(_config_of(model, module))
 
 
-def _eager_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+def _config_of(model: PreTrainedModel, module: nn.Module) -> PreTrainedConfig:
+    config: PreTrainedConfig = getattr(module, "config", model.config)
+    return config
+
+
+def _former(config: PreTrainedConfig) -> str:
+    return str(config._attn_implementation).removeprefix(_OURS)
+
+
+def _leave(token: int) -> None:
+    """Give the configs of a seam their former name back, but those that another open seam routes too."""
+    with _lock:
+        _, _, configs = _open.pop(token)
+        shared = {id(config) for _, _, others in _open.values() for config in others}
+        for config in configs:
+            if id(config) not in shared:
+                _set_implementation(config, _former(config))
+
+
+def _set_implementation(config: PreTrainedConfig, name: str) -> None:
+    """Set the name in this config alone; the public setters reach into all of its subconfigs."""
+    config._attn_implementation_internal = name
+
+
+def _name_over(former: str) -> str:
+    """Our name for a model whose implementation is ``former``; once registered it stays, as configs are copied."""
+    name = _OURS + former
+    if name not in AttentionInterface._global_mapping:
+        AttentionInterface.register(name, functools.partial(_routed, former))
+        AttentionMaskInterface.register(name, AttentionMaskInterface._global_mapping[former])
+    return name
+
+
+def _routed(
+    former: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
 ) -> AttentionResult:
-    eager: Callable[..., AttentionResult] = sys.modules[type(module).__module__].eager_attention_forward
-    return eager(module, query, key, value, attention_mask, **kwargs)
+    """What our name stands for: a module's route, or its own attention."""
+    attend: DenseAttention | None = getattr(module, _ROUTE, None) or _own_attention(module, former)
+    assert attend is not None  # it has just looked our name up
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def _own_attention(module: nn.Module, former: str) -> DenseAttention | None:
+    """The function that ``former`` names where a module's forward looks it up; None where it looks nothing up."""
+    for kind in type(module).__mro__:
+        forward = inspect.unwrap(vars(kind).get("forward", _nothing))
+        if not inspect.isfunction(forward):
+            continue
+        names = forward.__globals__
+        eager = next((name for name in forward.__code__.co_names if name.endswith(_EAGER)), _EAGER)
+        if _INTERFACE in names and eager in names:
+            own: DenseAttention = names[_INTERFACE].get_interface(former, names[eager])
+            return own
+    return None
+
+
+def _nothing() -> None:
+    """The forward of a class that has none of its own."""
