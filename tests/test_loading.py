@@ -1,0 +1,31 @@
+"""Loading a model and its tokenizer by a name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from fasa_flex.loading import load_model
+
+
+def test_a_folder_gives_the_model_and_its_tokenizer(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    llama.bfloat16().train().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, words = load_model(str(tmp_path), device="cpu")
+    assert loaded.dtype == torch.bfloat16
+    assert not loaded.training
+    assert all(torch.equal(loaded.state_dict()[name], weights) for name, weights in llama.state_dict().items())
+    assert words("w3 w9").input_ids == tokenizer("w3 w9").input_ids
+    assert load_model(str(tmp_path), dtype="float32", device="cpu")[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("gguf_file", [None, "model.gguf"])
+def test_what_is_no_model_is_refused_in_one_sentence(gguf_file: str | None, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^no model can be loaded from .*; pass the folder .*\.$") as refused:
+        load_model(str(tmp_path), gguf_file=gguf_file)
+    assert "\n" not in str(refused.value)
