@@ -190,7 +190,7 @@ class Fasa:
         once = self._step.of(attention_mask, (batch, q_len, kv_len), query.device, begins=layer == self._first)
         n_valid = once("n_valid", count_valid)
         check_keys(layer, key, q_len)
-        self._calibrate(layer, query, key, attention_mask, n_valid, first_slot, cache)
+        self._calibrate(layer, query, key, attention_mask, n_valid, first_slot, cache, softmax.scaling)
         first, chosen = self._sparse_queries(layer, once, n_valid, kv_len, first_slot)
         groups = self._groups(layer, kv_len, kwargs) and decodes_grouped(query, key, value, attention_mask, softmax)
         if self.config.backend == "fastest" and chosen is not None:
@@ -229,7 +229,15 @@ class Fasa:
         return torch.cat([out[:, :first], merged], dim=1), weights
 
     def _calibrate(
-        self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, n_valid: Tensor, first_slot: int, cache: Any
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        n_valid: Tensor,
+        first_slot: int,
+        cache: Any,
+        scaling: float,
     ) -> None:
         """Take a layer's scorer from the dense queries of a long prompt, and pack the keys that the layer holds."""
         if not isinstance(self._source, PromptCalibration) or self._source.profile is not None:
@@ -240,7 +248,7 @@ class Fasa:
         if boundary is not None and first_slot + q_len + 1 < boundary.lowest:
             return  # a part of a prompt, and not the last (but for a token that may come with its continuation)
         sparse = None if boundary is None else boundary.behind(first_slot, q_len, device)
-        scorer = self._source.measure(layer, query, key, mask, n_valid, sparse)
+        scorer = self._source.measure(layer, query, key, mask, n_valid, sparse, scaling)
         if scorer is not None and layer in self._budgets:
             self._scorers[layer] = scorer
             if cache is not None:
