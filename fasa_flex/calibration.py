@@ -1,4 +1,4 @@
-"""Find the dominant chunks of a model, once: dense generation, agreement of every decode query (Wang et al., 2026)."""
+"""Measure the chunks of a model, once: dense generation, then every decode query against its keys."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fasa_flex.agreement import contextual_agreement
+from fasa_flex.criteria import causal, logit_statistics
+from fasa_flex.handed import scaling_of
 from fasa_flex.layers import attention_shape, check_supported, evaluating, layer_of, maximum_positions
 from fasa_flex.profile import FasaProfile
 from fasa_flex.provenance import Provenance, config_hash
@@ -30,11 +32,13 @@ def calibrate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     layout: RotaryLayout | None = None,
 ) -> FasaProfile:
-    """Measure contextual agreement on a few samples; one long document is enough (the paper uses one).
+    """Measure what every criterion needs, on a few samples such as the model will read: texts, prompts with questions.
 
     Each sample is continued greedily with dense attention for up to ``max_new_tokens`` tokens; the queries of the
-    decoded tokens are then compared with all their keys in one more dense forward, which gives them the same values.
-    Every query weighs the same. No global random state is read or changed.
+    decoded tokens are then compared with all their keys in one more dense forward, which gives them the same values:
+    contextual agreement (the paper's criterion; it uses one document), the variance over keys of each chunk's part of
+    the logits, the covariance of these parts, and the mean key (`fasa_flex.criteria`). Every query weighs the same. No
+    global random state is read or changed.
 
     Args:
         model: a transformers causal language model with RoPE.
@@ -46,7 +50,7 @@ def calibrate(
         layout: the chunks that are compared; None is the model's own planes, which is what FASA needs.
 
     Returns:
-        the profile, with float32 agreement [layers, query heads, chunks].
+        the profile, which serves every criterion.
 
     Raises:
         ValueError: samples that are empty, too short or too long for the model, or a model without RoPE.
@@ -56,27 +60,28 @@ def calibrate(
         raise ValueError(f"top_k and max_new_tokens must be at least 1, got {top_k} and {max_new_tokens}.")
     encoded = encode_samples(model, samples, tokenizer, least=top_k, room=max_new_tokens)
     layout = RotaryLayout.detect(model) if layout is None else layout
-    layers, query_heads, kv_heads, _ = attention_shape(model)
-    total = torch.zeros(layers, query_heads, len(layout.chunks), dtype=torch.float64)
+    total: dict[str, Tensor | float] = dict.fromkeys(("agreement", "variance", "covariance", "mean_key"), 0.0)
     queries = 0
     with evaluating(model):
         for ids in tqdm(encoded, desc="calibrating", unit="sample", disable=not progress):
             full = _continue(model, ids, max_new_tokens)
             decoded = len(full) - len(ids)
-            total += _sample_agreement(model, full, decoded, layout, top_k) * decoded
+            for name, table in _sample_tables(model, full, decoded, layout, top_k).items():
+                total[name] += table * decoded
             queries += decoded
     provenance = Provenance(
         model_id=model.config.name_or_path or type(model).__name__,
         model_type=model.config.get_text_config().model_type,
         config_hash=config_hash(model),
-        kv_heads=kv_heads,
+        kv_heads=attention_shape(model)[2],
         top_k=top_k,
         max_new_tokens=max_new_tokens,
         queries=queries,
         sample_hashes=tuple(hashlib.sha256(str(ids.tolist()).encode()).hexdigest() for ids in encoded),
         versions={name: version_of(name) for name in ("fasa_flex", "torch", "transformers")},
     )
-    return FasaProfile((total / queries).float().clamp(0, 1), layout, provenance)
+    tables = {name: torch.as_tensor(table) / queries for name, table in total.items()}
+    return FasaProfile(tables.pop("agreement").clamp(0, 1), layout, provenance, **tables)
 
 
 def encode_samples(
@@ -161,9 +166,11 @@ def _continue(model: PreTrainedModel, ids: Tensor, max_new_tokens: int) -> Tenso
     return result
 
 
-def _sample_agreement(model: PreTrainedModel, ids: Tensor, decoded: int, layout: RotaryLayout, top_k: int) -> Tensor:
-    """Agreement of the last ``decoded`` queries in one dense forward; float64 [layers, Hq, chunks]."""
-    tables: dict[int, Tensor] = {}
+def _sample_tables(
+    model: PreTrainedModel, ids: Tensor, decoded: int, layout: RotaryLayout, top_k: int
+) -> dict[str, Tensor]:
+    """The tables of a profile from the last ``decoded`` queries of one dense forward; float64, on CPU."""
+    found: dict[int, tuple[Tensor, ...]] = {}
 
     def measure(
         dense: DenseAttention,
@@ -174,12 +181,17 @@ def _sample_agreement(model: PreTrainedModel, ids: Tensor, decoded: int, layout:
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> AttentionResult:
-        tables[layer_of(module)] = contextual_agreement(query[:, :, -decoded:], key, layout, top_k).double().cpu()
+        last, visible = query[:, :, -decoded:], causal(decoded, key.shape[2], key.device)
+        agreement = contextual_agreement(last, key, layout, top_k).double()  # which refuses NaN
+        parts = logit_statistics(last, key, visible, layout.chunks, scaling_of(query, kwargs))
+        tables = (agreement, parts.variance, parts.covariance, parts.mean_key)
+        found[layer_of(module)] = tuple(table.cpu() for table in tables)
         return dense(module, query, key, value, attention_mask, **kwargs)
 
     with AttentionSeam(model, measure):
         model.base_model(input_ids=ids[None].to(model.device), use_cache=False)
-    return torch.stack([tables[layer] for layer in sorted(tables)])
+    tables = (torch.stack(layers) for layers in zip(*(found[layer] for layer in sorted(found)), strict=True))
+    return dict(zip(("agreement", "variance", "covariance", "mean_key"), tables, strict=True))
 
 
 def version_of(name: str) -> str:

@@ -26,7 +26,6 @@ from torch import Tensor
 from fasa_flex.budget import SINKS
 from fasa_flex.operators import operator
 from fasa_flex.selection import Selection
-from fasa_flex.softmax import Softmax
 
 BLOCK = 64
 """Valid tokens that a state is brought up to date by."""

@@ -12,6 +12,11 @@ from fasa_flex.masking import check_mask
 from fasa_flex.softmax import Softmax
 
 
+def scaling_of(query: Tensor, options: dict[str, Any]) -> float:
+    """The factor of a model's dot products, from the keyword arguments of its attention function."""
+    return options.get("scaling") or float(query.shape[-1] ** -0.5)
+
+
 def softmax_of(module: nn.Module, query: Tensor, options: dict[str, Any], implementation: str) -> Softmax:
     """The model's own softmax, from the keyword arguments of its attention function.
 
@@ -19,7 +24,7 @@ def softmax_of(module: nn.Module, query: Tensor, options: dict[str, Any], implem
         ValueError: the model's ``implementation`` leaves a part of it out, or it has a part that FASA leaves out.
     """
     softmax = Softmax(
-        scaling=options.get("scaling") or query.shape[-1] ** -0.5,
+        scaling=scaling_of(query, options),
         softcap=options.get("softcap"),
         sinks=options.get("s_aux"),
     )

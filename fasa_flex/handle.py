@@ -216,7 +216,7 @@ class Fasa:
         once = self._step.of(seen, (batch, q_len, kv_len), query.device, begins=layer == self._first)
         n_valid = once("n_valid", count_valid)
         check_keys(layer, key, q_len)
-        self._calibrate(layer, query, key, seen, n_valid, first_slot, cache)
+        self._calibrate(layer, query, key, seen, n_valid, first_slot, cache, softmax.scaling)
         first, chosen = self._sparse_queries(layer, once, n_valid, kv_len, first_slot)
         completion = self._completed(layer, cache, query, key, value, once)
         groups = self._groups(layer, kv_len, kwargs) and decodes_grouped(query, key, value, attention_mask, softmax)
@@ -268,7 +268,15 @@ class Fasa:
         return out, torch.cat([dense_weights[:, :, :first], merged], dim=2)
 
     def _calibrate(
-        self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, n_valid: Tensor, first_slot: int, cache: Any
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        n_valid: Tensor,
+        first_slot: int,
+        cache: Any,
+        scaling: float,
     ) -> None:
         """Take a layer's scorer from the dense queries of a long prompt, and pack the keys that the layer holds."""
         if not isinstance(self._source, PromptCalibration) or self._source.profile is not None:
@@ -279,7 +287,7 @@ class Fasa:
         if boundary is not None and first_slot + q_len + 1 < boundary.lowest:
             return  # a part of a prompt, and not the last (but for a token that may come with its continuation)
         sparse = None if boundary is None else boundary.behind(first_slot, q_len, device)
-        scorer = self._source.measure(layer, query, key, mask, n_valid, sparse)
+        scorer = self._source.measure(layer, query, key, mask, n_valid, sparse, scaling)
         if scorer is not None and layer in self._budgets:
             self._scorers[layer] = scorer
             if cache is not None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from fasa_flex.calibration import version_of
 from fasa_flex.config import FasaConfig
+from fasa_flex.criteria import LogitStatistics, logit_statistics
 from fasa_flex.layers import attention_shape, dense_layers
 from fasa_flex.masking import valid_from_mask
 from fasa_flex.packing import dot_products
@@ -110,13 +111,9 @@ class Sample:
         Returns:
             float64 [Hq, D // 2].
         """
-        rows, queries, slots, unseen = (  # layers may be on several devices
-            chosen.to(query.device) for chosen in (self.rows[:, None], self.queries, self.slots, ~self.visible)
-        )
-        query = query[rows, :, queries].transpose(1, 2)
-        key = key[rows, :, slots].transpose(1, 2)
+        query, key, visible = self._of(query, key)
         (n_rows, heads, n_queries, _), (kv_heads, n_keys) = query.shape, key.shape[1:3]
-        unseen = unseen[:, None, None, None]
+        unseen = ~visible[:, None, None, None]
 
         def top(dims: Tensor) -> Tensor:  # [R, Hkv, C, G, N, K] for the dimensions [C, P] of C scores
             queries = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)[..., dims].transpose(2, 3)
@@ -134,6 +131,24 @@ class Sample:
         ]
         counts = torch.cat(hits, dim=2).reshape(heads, -1).double()
         return counts / (n_rows * n_queries * self.top_k)
+
+    def statistics(self, query: Tensor, key: Tensor, layout: RotaryLayout, scaling: float) -> LogitStatistics:
+        """`logit_statistics` of the sample.
+
+        Args:
+            query: float [B, Hq, Q, D], post-RoPE.
+            key: float [B, Hkv, T, D], post-RoPE.
+            layout: the chunks.
+            scaling: of the softmax.
+        """
+        return logit_statistics(*self._of(query, key), layout.chunks, scaling)
+
+    def _of(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The sample of a layer's states: query [R, Hq, N, D], key [R, Hkv, S, D] and bool [R, N, S], what is seen."""
+        rows, queries, slots, visible = (  # layers may be on several devices
+            chosen.to(query.device) for chosen in (self.rows[:, None], self.queries, self.slots, self.visible)
+        )
+        return query[rows, :, queries].transpose(1, 2), key[rows, :, slots].transpose(1, 2), visible
 
 
 class PromptCalibration:
@@ -153,24 +168,30 @@ class PromptCalibration:
     def __init__(self, model: PreTrainedModel, config: FasaConfig) -> None:
         self.layout = RotaryLayout.detect(model)
         self._config = config
-        self._n_tip = config.chunks_of(self.layout.head_dim)
         layers, query_heads, self._kv_heads, _ = attention_shape(model)
         bounded = dense_layers(model, (), self.layout.unrotated_layers)  # never sparse, so nothing is asked of them
         self._layers = [layer for layer in range(layers) if layer not in bounded]
-        self._table = torch.zeros(layers, query_heads, len(self.layout.chunks), dtype=torch.float64)
+        chunks, kv_heads = len(self.layout.chunks), self._kv_heads
+        shapes = {
+            "agreement": (query_heads, chunks),
+            "variance": (query_heads, chunks),
+            "covariance": (kv_heads, chunks, chunks),
+            "mean_key": (kv_heads, self.layout.head_dim),
+        }
+        self._tables = {name: torch.zeros(layers, *shape) for name, shape in shapes.items()}
         self._model = (model.config.name_or_path or type(model).__name__, model.config.get_text_config().model_type)
         self._hash = config_hash(model)
         self._versions = {name: version_of(name) for name in ("fasa_flex", "torch", "transformers")}
         self._sample: Sample | None = None
         self.profile: FasaProfile | None = None
-        self.blank.dominant(self._n_tip, config.per)
+        dominant_chunks(self.blank, config)  # refuses settings that do not fit
 
     @property
     def blank(self) -> FasaProfile:
         """A profile of the right shape that says nothing."""
-        return self._profile(torch.zeros_like(self._table), "nothing", 1, 1)
+        return self._profile({name: torch.zeros_like(table) for name, table in self._tables.items()}, "nothing", 1, 1)
 
-    def _profile(self, table: Tensor, source: str, queries: int, top_k: int) -> FasaProfile:
+    def _profile(self, tables: dict[str, Tensor], source: str, queries: int, top_k: int) -> FasaProfile:
         provenance = Provenance(
             model_id=self._model[0],
             model_type=self._model[1],
@@ -182,7 +203,7 @@ class PromptCalibration:
             sample_hashes=(source,),
             versions=self._versions,
         )
-        return FasaProfile(table, self.layout, provenance)
+        return FasaProfile(layout=self.layout, provenance=provenance, **tables)
 
     def measure(
         self,
@@ -192,6 +213,7 @@ class PromptCalibration:
         attention_mask: Tensor | None,
         n_valid: Tensor,
         sparse: Tensor | None,
+        scaling: float,
     ) -> DominantChunks | None:
         """The chunks of a layer, from a forward of several tokens; None where the prompt is too short to tell.
 
@@ -202,6 +224,7 @@ class PromptCalibration:
             attention_mask: as for `Sample.of`.
             n_valid: as for `Sample.of`.
             sparse: as for `Sample.of`.
+            scaling: of the softmax.
 
         Raises:
             ValueError: it is asked for in a compiled graph, which cannot keep what it finds.
@@ -215,13 +238,16 @@ class PromptCalibration:
         sample = self._sample
         if sample is None:
             return None
-        self._table[layer] = sample.agreement(query, key, self.layout).cpu()
-        source = f"the last queries of a prompt of {sample.length} tokens"
-        profile = self._profile(self._table, source, sample.queries.numel(), sample.top_k)
+        parts = sample.statistics(query, key, self.layout, scaling)
+        found = {"agreement": sample.agreement(query, key, self.layout), **vars(parts)}
+        for name, table in self._tables.items():
+            table[layer] = found[name].cpu()
+        source = (f"the last queries of a prompt of {sample.length} tokens", sample.queries.numel(), sample.top_k)
         if layer == self._layers[-1]:
-            self.profile, self._sample = profile, None
+            self.profile, self._sample = self._profile(self._tables, *source), None
+        own = self._profile({name: table[layer, None] for name, table in self._tables.items()}, *source)
         with torch.inference_mode(False):  # a forward with gradients may follow
-            return dominant_chunks(profile, self._config)(layer).to(query.device)
+            return dominant_chunks(own, self._config)(0).to(query.device)
 
     def forget(self) -> None:
         """Measure the next long prompt anew."""

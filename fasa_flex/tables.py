@@ -169,8 +169,8 @@ class ChunkTables:
 
 
 def _table(name: str, table: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A table as a profile keeps it: float32, on CPU, checked."""
-    table = table.detach().float().cpu().contiguous()
+    """A table as a profile keeps it: float32, on CPU, its own, checked."""
+    table = table.detach().to("cpu", torch.float32, copy=True).contiguous()
     if table.shape != shape:
         raise ValueError(f"{name} must be {list(shape)} in this profile, got {list(table.shape)}; calibrate again.")
     if not table.isfinite().all():

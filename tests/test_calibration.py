@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import oracle
@@ -51,6 +52,50 @@ def test_equals_the_oracle_on_captured_queries_and_keys(
     one_key = 1 / (TOP_K * 2 * NEW)  # float32 rounding may swap two nearly equal keys once; not more
     assert difference.max() <= 1.01 * one_key
     assert difference.mean() < 0.01 * one_key
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("Llama", {}), ("Gemma 3", {"query_pre_attn_scalar": 100, "layer_types": ["full_attention"] * 3}), ("Cohere", {})],
+)
+def test_variance_covariance_and_mean_key_are_those_of_the_models_own_logits(
+    name: str,
+    changes: dict[str, Any],
+    make_model: Callable[..., PreTrainedModel],
+    ids: Callable[..., Tensor],
+    capture: Callable[..., list[tuple[Tensor, Tensor]]],
+) -> None:
+    """The mean over all decoded queries of two samples of different lengths, chunk by chunk, in float64."""
+    model = make_model(name, **changes)
+    samples = [ids(30, seed=1), ids(41, seed=2)]
+    profile = calibrate(model, samples, top_k=TOP_K, max_new_tokens=NEW, progress=False)
+    assert profile.variance is not None
+    assert profile.covariance is not None
+    head_dim = profile.layout.head_dim
+    scaling = 0.1 if changes else head_dim**-0.5
+    covariance, mean_key = (
+        torch.zeros(3, 4, *profile.covariance.shape[2:]).double(),
+        torch.zeros(3, 4, head_dim).double(),
+    )
+    for sample in samples:
+        with torch.no_grad():
+            whole = model.generate(
+                sample[None], max_new_tokens=NEW, do_sample=False, attention_mask=torch.ones(1, len(sample))
+            )
+        for layer, (q, k) in enumerate(capture(model, whole)):
+            for head in range(4):
+                for number in range(1, NEW + 1):
+                    query, keys = q[0, head, -number].double(), k[0, head // 2, : k.shape[2] - number + 1].double()
+                    parts = [scaling * keys[:, chunk] @ query[chunk] for chunk in profile.layout.chunks]
+                    covariance[layer, head] += torch.cov(torch.stack(parts), correction=0) / (2 * NEW)
+                    mean_key[layer, head] += keys.mean(0) / (2 * NEW)
+    variance, groups = covariance.diagonal(dim1=2, dim2=3), (3, 2, 2)
+    torch.testing.assert_close(profile.variance.double(), variance, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        profile.covariance.double(), covariance.unflatten(1, groups[1:]).mean(2), rtol=1e-3, atol=1e-5
+    )
+    torch.testing.assert_close(profile.mean_key.double(), mean_key[:, ::2], rtol=1e-4, atol=1e-5)
+    assert profile.variance.amax() > 2 * profile.variance.mean(), "the chunks hardly differ: the example is weak"
 
 
 def test_chunks_of_another_layout_are_compared(

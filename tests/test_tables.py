@@ -156,3 +156,13 @@ def test_tables_that_mean_nothing_are_refused(profile: FasaProfile, tables: dict
     with pytest.raises(ValueError, match=reason) as error:
         FasaProfile(profile.agreement, profile.layout, profile.provenance, **tables)
     assert "\n" not in str(error.value)
+
+
+def test_a_profile_owns_its_tables(profile: FasaProfile) -> None:
+    """What is measured next into the same tensor is not this profile's."""
+    table = torch.zeros(LAYERS, HEADS, CHUNKS)
+    made = FasaProfile(table, profile.layout, profile.provenance, variance=table)
+    table += 1
+    assert not made.agreement.any()
+    assert made.variance is not None
+    assert not made.variance.any()

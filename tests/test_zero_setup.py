@@ -14,7 +14,7 @@ from generation import Ids, generate, left_padded, profile_of
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from fasa_flex import FasaConfig, FasaProfile, RotaryLayout, contextual_agreement, enable
+from fasa_flex import FasaConfig, FasaProfile, RotaryLayout, contextual_agreement, criteria, enable
 from fasa_flex.packed_layers import PackedLayer, StaticPackedLayer
 from fasa_flex.prompt_calibration import LEAST_KEYS, Sample
 
@@ -57,6 +57,22 @@ def test_with_sampled_keys_it_is_near_contextual_agreement() -> None:
     assert (got - exact).abs().mean() < 0.04
     assert (got - exact).abs().max() < 0.12
     assert exact.max() - exact.min() > 0.3  # so the bound tells chunks apart
+
+
+def test_the_statistics_of_the_logits_are_estimated_from_the_same_sample() -> None:
+    """Exact where nothing is left out, near where every eighth key is looked at."""
+    layout = RotaryLayout.half_split(16)
+    generator = torch.Generator().manual_seed(4)
+    scale = torch.linspace(0.3, 2, 8).repeat(2)
+    for length, error in ((128, 1e-6), (2048, 0.4)):
+        q, k = (torch.randn(1, n, length, 16, generator=generator) * scale + 1 for n in (4, 2))
+        sample = Sample.of(None, causal(length), None, length)
+        assert sample is not None
+        got = sample.statistics(q, k, layout, 0.25)
+        exact = criteria.logit_statistics(q[:, :, -4:], k, criteria.causal(4, length, q.device), layout.chunks, 0.25)
+        torch.testing.assert_close(got.variance, exact.variance, rtol=error, atol=0)
+        torch.testing.assert_close(got.mean_key, exact.mean_key, rtol=error, atol=0.2 if error > 0.1 else 1e-6)
+        assert exact.variance.amax() > 20 * exact.variance.amin()
 
 
 def test_equal_scores_agree_with_nothing_in_particular() -> None:
@@ -113,7 +129,12 @@ def test_a_prompt_calibrates_and_decoding_is_that_of_the_profile_it_made(
     profile = FasaProfile.from_pretrained(tmp_path)
     assert profile.provenance.sample_hashes == ("the last queries of a prompt of 160 tokens",)
     assert profile.provenance.max_new_tokens == 0
+    assert profile.variance is not None
+    assert profile.covariance is not None
     assert (profile.agreement > 0).all()  # the dense layer 0 too
+    assert (profile.variance > 0).all()
+    diagonal = profile.covariance.diagonal(dim1=2, dim2=3)
+    torch.testing.assert_close(diagonal, profile.variance.unflatten(1, (diagonal.shape[1], -1)).mean(2))
     with enable(model, profile, CONFIG) as fasa:
         expected = generate(model, prompt, max_new_tokens=NEW)
         assert fasa.stats.as_dict() == counts
@@ -209,7 +230,8 @@ def test_families_measure_the_layers_that_may_be_sparse(name: str, ids: Ids) -> 
         profile, dense = fasa.profile, fasa.dense_layers
         assert profile is not None
         assert profile.layout.chunks.tolist() == FAMILIES[name].pairs
-        assert [bool(table.any()) for table in profile.agreement] == [layer not in dense for layer in range(3)]
+        for tables in (profile.agreement, profile.variance, profile.covariance, profile.mean_key):
+            assert [bool(table.any()) for table in tables] == [layer not in dense for layer in range(3)]
         assert fasa.stats.sparse_queries == (3 - len(dense)) * (NEW - 1)
     with enable(model, profile, config) as fasa:
         assert fasa.dense_layers == dense
@@ -276,7 +298,8 @@ def test_sets_are_those_of_the_profile(llama: PreTrainedModel, ids: Ids, config:
         n_tip = config.n_tip or 2
         assert fasa.profile is not None
         for layer in (1, 2):
-            table = fasa.profile.agreement[layer].double().numpy()
+            assert fasa.profile.variance is not None
+            table = fasa.profile.variance[layer].double().numpy()
             chosen = oracle.dominant(table, n_tip, 2 if config.per == "kv_head" else None)
             dims = RotaryLayout.half_split(16).chunks[torch.from_numpy(chosen)]
             assert fasa._scorers[layer].dims.tolist() == dims.flatten(1).tolist()

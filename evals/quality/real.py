@@ -30,7 +30,9 @@ from fasa_flex.baselines import scorer_factory
 from fasa_flex.expectations import cache_argument
 from fasa_flex.loading import load_model
 
-CITIES = "Bremen Turin Lagos Perth Izmir Osaka Tampa Minsk Quebec Malaga Lisbon Tokyo Nairobi Oslo Cairo Lima Quito".split()
+CITIES = (
+    "Bremen Turin Lagos Perth Izmir Osaka Tampa Minsk Quebec Malaga Lisbon Tokyo Nairobi Oslo Cairo Lima Quito".split()
+)
 FIRST_TOKEN, STRIDE = 12_000, 9_000
 """Where the first window of a text begins, and how far the next one is."""
 
@@ -105,7 +107,9 @@ def read_tokens(tokenizer: PreTrainedTokenizerBase, path: Path) -> Tensor:
     return ids
 
 
-def calibration_samples(tokenizer: PreTrainedTokenizerBase, books: list[Tensor], length: int, start: Tensor) -> list[Tensor]:
+def calibration_samples(
+    tokenizer: PreTrainedTokenizerBase, books: list[Tensor], length: int, start: Tensor
+) -> list[Tensor]:
     """Three stretches of text and three needle prompts up to where the answer begins."""
     rng = random.Random(1)
     texts = [torch.cat([start, rng.choice(books)[1_000 * i :][: length - len(start)]]) for i in (3, 4, 5)]
@@ -116,7 +120,9 @@ def calibration_samples(tokenizer: PreTrainedTokenizerBase, books: list[Tensor],
 class Evaluation:
     """A model, its profile and arms, and what they scored."""
 
-    def __init__(self, model: PreTrainedModel, profile: FasaProfile, arms: dict[str, Arm], results: dict[str, Any]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, profile: FasaProfile, arms: dict[str, Arm], results: dict[str, Any]
+    ) -> None:
         self.model, self.profile, self.arms, self.results = model, profile, arms, results
         self.share: dict[str, float] = results.setdefault("bytes_read_share", {})
 
@@ -144,7 +150,9 @@ class Evaluation:
     def window(self, ids: Tensor, tail: int) -> dict[str, float]:
         """Each arm's mean negative log-likelihood of a window's tail, in nats a token."""
         targets = ids[-tail + 1 :].to(self.model.device)
-        return {arm: cross_entropy(logits[:-1].float(), targets).item() for arm, logits in self.tails(ids, len(ids) - tail)}
+        return {
+            arm: cross_entropy(logits[:-1].float(), targets).item() for arm, logits in self.tails(ids, len(ids) - tail)
+        }
 
     def needle(self, prompt: Needle) -> dict[str, bool]:
         """Whether each arm writes the answer."""
@@ -178,7 +186,9 @@ def main() -> None:
     parser.add_argument("--pretrained", required=True, help="folder of the model")
     parser.add_argument("--gguf-file", help="file in the folder")
     parser.add_argument("--text", action="append", type=Path, required=True, help="a text to report on; repeatable")
-    parser.add_argument("--calibrate", action="append", type=Path, required=True, help="a text to calibrate on; repeatable")
+    parser.add_argument(
+        "--calibrate", action="append", type=Path, required=True, help="a text to calibrate on; repeatable"
+    )
     parser.add_argument("--arm", action="append", default=[], help="such as 'fasa 128 completion=none'; repeatable")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of results")
     parser.add_argument("--windows", type=int, default=24)
@@ -226,7 +236,9 @@ def main() -> None:
     lengths = [int(length) for length in options.lengths.split(",")]
     for number in range(max(options.windows, options.prompts)):
         if number < options.windows:
-            jobs.append((number * max(1, options.prompts // max(1, options.windows)), "windows", number, options.length))
+            jobs.append(
+                (number * max(1, options.prompts // max(1, options.windows)), "windows", number, options.length)
+            )
         if number < options.prompts:
             jobs += [(number, "needles", number, length) for length in lengths]
     for done, (_, kind, number, length) in enumerate(sorted(jobs, key=lambda job: job[0])):

@@ -1,8 +1,9 @@
 """What methods are calibrated to before the tasks: ``profile=auto`` once, to find its profile again the next time.
 
-The profile is kept by what decides it: a hash of the model's weights, and the source that was calibrated on. Global
-random state is the same before and after, since a task that draws from it (RULER's do) would otherwise ask other
-questions than it asks a model without calibration.
+The profile is kept by what decides it: a hash of the model's weights, the source that was calibrated on, and the format
+of profiles, so that one of an older version is not found, which holds less. Global random state is the same before and
+after, since a task that draws from it (RULER's do) would otherwise ask other questions than it asks a model without
+calibration.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fasa_flex import FasaProfile, RotaryLayout, calibrate
 from fasa_flex.baselines import adjacent_pairs, channel_weights
 from fasa_flex.lm_eval.haystack import document
+from fasa_flex.profile import FORMAT
 from fasa_flex.provenance import config_hash
 
 AUTO = "auto"
@@ -152,7 +154,7 @@ def auto_profile(
     """
     with preserved_rng():
         texts, described = samples_of(source, lambda text: len(tokenizer(text).input_ids), max_length)
-        decides = (model_hash(model), described, "adjacent pairs") if adjacent else (model_hash(model), described)
+        decides = (model_hash(model), described, FORMAT, *(("adjacent pairs",) if adjacent else ()))
         folder = cache / hashlib.sha256(repr(decides).encode()).hexdigest()[:32]
         if folder.is_dir():
             profile = FasaProfile.from_pretrained(folder)
