@@ -166,7 +166,7 @@ class DominantChunks:
         return rows - self.mean_key.gather(-1, self.dims).to(rows)[:, None]
 
     def of_query(self, query: Tensor) -> Tensor:
-        """``query`` [B, Hq, Q, D] at the scored dimensions, weighted: [B, Hkv, G * Q, 2 * n_tip]; one set per KV head."""
+        """``query`` [B, Hq, Q, D] at the scored dimensions, weighted: [B, Hkv, G * Q, 2 * n_tip]."""
         batch, _, _, head_dim = query.shape
         asked = _take_dims(query.reshape(batch, len(self.dims), -1, head_dim), self.dims)
         return asked if self.weights is None else asked * self.weights.to(asked)[:, None]

@@ -45,12 +45,12 @@ class Arm(NamedTuple):
     paper: bool = False
 
 
-def arms_of(names: list[str]) -> dict[str, Arm]:
+def arms_of(names: list[str], backend: str = "auto") -> dict[str, Arm]:
     """Arms by name: ``dense``; ``METHOD BUDGET key=value ...``, such as ``fasa 128 completion=none``, ``oracle 256``."""
     arms: dict[str, Arm] = {"dense": Arm(None)}
     for name in names:
         method, budget, *options = name.split()
-        fields: dict[str, Any] = {"n_fac": json.loads(budget)}
+        fields: dict[str, Any] = {"n_fac": json.loads(budget), "backend": backend}
         for option in options:
             key, _, value = option.partition("=")
             try:
@@ -141,7 +141,7 @@ class Evaluation:
             config = FasaConfig.paper(**fields) if paper else FasaConfig(**fields)
             scorer = None
             if method != "fasa":
-                scorer = scorer_factory(method, self.profile, per=config.per)  # type: ignore[arg-type]
+                scorer = scorer_factory(method, self.profile, per=config.per)  # type: ignore[arg-type]  # a name from the command line, checked there
             with enable(self.model, self.profile, config, scorer=scorer) as fasa, fasa.sparse_from(start):
                 logits = self.model(ids[:, prefix:], **copied).logits[0]
                 self.share[f"{arm} @ {ids.shape[1]}"] = fasa.stats.kv_bytes_share
@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="1024,2048,4096,7680", help="tokens of a needle prompt")
     parser.add_argument("--calibration-length", type=int, default=4096)
     parser.add_argument("--profile", type=Path, help="folder where the profile is kept")
+    parser.add_argument("--backend", default="auto", help="of the sparse arms")
     parser.add_argument("--bos", action="store_true", help="windows begin with the model's first token")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after so many")
     options = parser.parse_args()
@@ -215,7 +216,7 @@ def main() -> None:
         if options.profile:
             profile.save_pretrained(options.profile)
     print(f"calibrated after {time.monotonic() - began:.0f} s", flush=True)
-    arms = arms_of(options.arm)
+    arms = arms_of(options.arm, options.backend)
     results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     for key in ("windows", "needles"):
         results.setdefault(key, {})

@@ -15,6 +15,8 @@ from fasa_flex.reads import ReadShare
 class AllDimensions:
     """The oracle: the full dot product, so the selection is the true top of the attention weights."""
 
+    estimates_logits = True
+
     def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
         """As `Scorer`."""
         batch, query_heads, q_len, head_dim = query.shape

@@ -28,6 +28,8 @@ class SparQ:
 
     r: int | None = None
 
+    estimates_logits = True
+
     def __post_init__(self) -> None:
         if self.r is not None:
             check_count("r", self.r, 1)
