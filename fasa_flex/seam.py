@@ -16,8 +16,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from fasa_flex.expectations import IMPLEMENTATIONS
+
 _names = (f"fasa_{number}" for number in itertools.count())
-_SUPPORTED = ("sdpa", "eager")
 
 AttentionResult = tuple[Tensor, Tensor | None]
 
@@ -46,7 +47,7 @@ class AttentionSeam:
 
     def __init__(self, model: PreTrainedModel, function: SeamFunction) -> None:
         former = model.config._attn_implementation
-        if former not in _SUPPORTED:
+        if former not in IMPLEMENTATIONS:
             raise ValueError(
                 f"the model's attention implementation is {former!r}; "
                 "undo what set it, or call model.set_attn_implementation('sdpa'), then try again."
