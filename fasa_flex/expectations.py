@@ -14,11 +14,9 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, StaticLayer
-
-from fasa_flex.layers import attention_modules
 
 if TYPE_CHECKING:
     from fasa_flex.probe import Arrival
@@ -96,8 +94,12 @@ def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
     return {"cache" if "cache" in names else "past_key_values": cache}
 
 
-def check_transformers(model: PreTrainedModel) -> None:
+def check_transformers(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> None:
     """Check what transformers registers by name, the methods of its caches, and that attention modules are numbered.
+
+    Args:
+        model: the model.
+        modules: what `attention_modules` found in it.
 
     Raises:
         ValueError: a name is gone.
@@ -111,7 +113,7 @@ def check_transformers(model: PreTrainedModel) -> None:
         for method in methods:
             if not callable(getattr(kind, method, None)):
                 raise unmet("transformers", f"has no method {method} in {kind.__name__}")
-    if not attention_modules(model):
+    if not modules:
         raise unmet("transformers", f"gives the attention modules of {type(model).__name__} no layer_idx")
 
 

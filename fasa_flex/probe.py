@@ -112,7 +112,8 @@ def probe(
         ValueError: the model's attention cannot be reached, or something arrives that is not as expected.
         ProbeError: the model cannot run.
     """
-    check_transformers(model)
+    modules = attention_modules(model)
+    check_transformers(model, modules)
     handed: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     arrivals: dict[int, Arrival] = {}
 
@@ -149,7 +150,7 @@ def probe(
     with ExitStack() as stack:
         for restored in (evaluating(model), _unstretched(model), AttentionSeam(model, capture), _uncompiled()):
             stack.enter_context(restored)
-        for module in attention_modules(model).values():
+        for module in modules.values():
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         embeddings = hidden[:, None].to(device, model.dtype).expand(-1, length, -1).contiguous()
         mask = torch.ones(rows, length, dtype=torch.long, device=device)
@@ -196,9 +197,12 @@ class _WithoutWeights(TorchFunctionMode):
 
 def _device_of(model: PreTrainedModel) -> torch.device:
     """Where the model takes its input: of one whose weights accelerate brings when they are needed, where it runs."""
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules() if model.device.type == "meta")
+    own: torch.device = model.device
+    if own.type != "meta":
+        return own
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
-    return next((torch.device(device) for device in devices if device is not None), model.device)
+    return next((torch.device(device) for device in devices if device is not None), own)
 
 
 def _pattern(width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
