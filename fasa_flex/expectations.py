@@ -2,8 +2,8 @@
 
 Of transformers, `check_transformers` looks at what is registered and at the methods of caches, and `check_arrivals` at
 what really arrives in a probing forward (`fasa_flex.probe`); both are asked by `enable` and `RotaryLayout.detect`. Of
-lm-eval, `check_lm_eval` looks at the methods that ``fasa_hf`` overrides, when one is made. What is imported by name, and
-torch's own names, fail by themselves where they go.
+lm-eval, `check_lm_eval` looks at the methods that ``fasa_hf`` overrides, when one is made. What is imported by name,
+torch's own names included, fails by itself where it goes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 if TYPE_CHECKING:
@@ -94,8 +94,12 @@ def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
     return {"cache" if "cache" in names else "past_key_values": cache}
 
 
-def check_transformers() -> None:
-    """Check what transformers registers by name, and the methods of its caches.
+def check_transformers(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> None:
+    """Check what transformers registers by name, the methods of its caches, and that attention modules are numbered.
+
+    Args:
+        model: the model.
+        modules: what `attention_modules` found in it.
 
     Raises:
         ValueError: a name is gone.
@@ -109,9 +113,11 @@ def check_transformers() -> None:
         for method in methods:
             if not callable(getattr(kind, method, None)):
                 raise unmet("transformers", f"has no method {method} in {kind.__name__}")
+    if not modules:
+        raise unmet("transformers", f"gives the attention modules of {type(model).__name__} no layer_idx")
 
 
-def check_arrivals(model: PreTrainedModel, cache: Cache, arrivals: Mapping[int, Arrival]) -> None:
+def check_arrivals(model: PreTrainedModel, cache: DynamicCache, arrivals: Mapping[int, Arrival]) -> None:
     """Check what arrived at a model's attention in a probing forward of a row with padding.
 
     Args:
@@ -124,7 +130,7 @@ def check_arrivals(model: PreTrainedModel, cache: Cache, arrivals: Mapping[int, 
     """
     of = f"the attention modules of {type(model).__name__}"
     if not arrivals:
-        raise unmet("transformers", f"calls no attention function for {of}, which are to have a layer_idx")
+        raise unmet("transformers", f"calls the attention function of its registry for none of {of}")
     for layer, arrived in arrivals.items():
         what = _amiss(arrived)
         if what is not None:
@@ -134,9 +140,10 @@ def check_arrivals(model: PreTrainedModel, cache: Cache, arrivals: Mapping[int, 
         raise unmet("transformers", f"hands {of} no cache under a known name ({names})")
     if not any(arrived.mask is not None for arrived in arrivals.values()):
         raise unmet("transformers", f"hands {of} no attention mask for a row with padding")
+    layers: list[Any] = cache.layers
     for layer, arrived in arrivals.items():
-        if arrived.cache is cache and type(cache.layers[layer]) is DynamicLayer:
-            _check_length(cache, layer, arrived)
+        if arrived.cache is cache and type(layers[layer]) is DynamicLayer:
+            _check_length(layers[layer], arrived.query.shape[2])
 
 
 def _amiss(arrived: Arrival) -> str | None:
@@ -153,9 +160,8 @@ def _amiss(arrived: Arrival) -> str | None:
         return "its mask under another name than attention_mask="
     if options.get("position_bias") is not None:
         return "a position_bias, which FASA does not add to its logits"
-    config = getattr(module, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if getattr(text, "attn_logit_softcapping", None) is not None and options.get("softcap") is None:
+    config: Any = getattr(module, "config", None)
+    if getattr(config, "attn_logit_softcapping", None) is not None and options.get("softcap") is None:
         return "no softcap=, which the model's config states"
     if getattr(module, "sinks", None) is not None and options.get("s_aux") is None:
         return "no s_aux=, the learned sinks that it has"
@@ -171,14 +177,13 @@ def _is_mask(mask: Tensor, arrived: Arrival) -> bool:
     return kinds and mask.dim() == 4 and mask.shape[0] in (1, rows) and mask.shape[1:3] == (1, queries)
 
 
-def _check_length(cache: Cache, layer: int, arrived: Arrival) -> None:
-    """Check that a layer holds the tokens of the forward, and that ``crop(-1)`` drops the last."""
-    tokens = arrived.query.shape[2]
-    held = int(cache.get_seq_length(layer))
+def _check_length(layer: DynamicLayer, tokens: int) -> None:
+    """Check that a cache layer holds the ``tokens`` of the forward, and that ``crop(-1)`` drops the last."""
+    held = int(layer.get_seq_length())
     if held != tokens:
         raise unmet("transformers", f"counts {held} tokens in a cache layer that was given {tokens}")
-    cache.layers[layer].crop(-1)
-    left = int(cache.get_seq_length(layer))
+    layer.crop(-1)
+    left = int(layer.get_seq_length())
     if left != tokens - 1:
         raise unmet("transformers", f"leaves {left} of {tokens} tokens in a cache layer after crop(-1)")
 

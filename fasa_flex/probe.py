@@ -112,7 +112,8 @@ def probe(
         ValueError: the model's attention cannot be reached, or something arrives that is not as expected.
         ProbeError: the model cannot run.
     """
-    check_transformers()
+    modules = attention_modules(model)
+    check_transformers(model, modules)
     handed: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     arrivals: dict[int, Arrival] = {}
 
@@ -145,21 +146,21 @@ def probe(
         batch, heads, q_len = query.shape[:3]
         return value.new_zeros(batch, q_len, heads, value.shape[-1]), None
 
-    cache, rows, length = DynamicCache(config=model.config), len(hidden), len(positions)
+    cache, rows, length, device = DynamicCache(config=model.config), len(hidden), len(positions), _device_of(model)
     with ExitStack() as stack:
         for restored in (evaluating(model), _unstretched(model), AttentionSeam(model, capture), _uncompiled()):
             stack.enter_context(restored)
-        for module in attention_modules(model).values():
+        for module in modules.values():
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        embeddings = hidden[:, None].to(model.device, model.dtype).expand(-1, length, -1).contiguous()
-        mask = torch.ones(rows, length, dtype=torch.long, device=model.device)
+        embeddings = hidden[:, None].to(device, model.dtype).expand(-1, length, -1).contiguous()
+        mask = torch.ones(rows, length, dtype=torch.long, device=device)
         mask[:, 0] = 0
         stack.enter_context(nullcontext() if weights else _WithoutWeights())
         try:
             model(
                 inputs_embeds=embeddings,
                 attention_mask=mask,
-                position_ids=torch.tensor([positions], device=model.device).expand(rows, -1),
+                position_ids=torch.tensor([positions], device=device).expand(rows, -1),
                 use_cache=True,
                 **cache_argument(model, cache),
             )
@@ -192,6 +193,16 @@ class _WithoutWeights(TorchFunctionMode):
         if key not in self._patterns:
             self._patterns[key] = _pattern(*key)
         return self._patterns[key].repeat(*states.shape[:-1], 1)
+
+
+def _device_of(model: PreTrainedModel) -> torch.device:
+    """Where the model takes its input: of one whose weights accelerate brings when they are needed, where it runs."""
+    own: torch.device = model.device
+    if own.type != "meta":
+        return own
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((torch.device(device) for device in devices if device is not None), own)
 
 
 def _pattern(width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
