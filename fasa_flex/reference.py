@@ -36,6 +36,7 @@ def reference_attention(
     batch, query_heads, q_len, _ = query.shape
     group = query_heads // key.shape[1]
     valid = valid.expand(batch, 1, 1, q_len, -1)
+    wide = torch.promote_types(query.dtype, torch.float32)  # a dot product may be too large for half precision
     rows = []
     for b in range(batch):
         for head in range(query_heads):
@@ -43,11 +44,11 @@ def reference_attention(
             for q in range(q_len):
                 ranking = scores[b, kv_head, min(member, scores.shape[2] - 1), q]
                 slots = reference_selection(ranking, valid[b, 0, 0, q], budget.of_head(kv_head))
-                logits = softmax.cap(key[b, kv_head, slots] @ query[b, head, q] * softmax.scaling)
+                logits = softmax.cap(key[b, kv_head, slots].to(wide) @ query[b, head, q].to(wide) * softmax.scaling)
                 if softmax.sinks is not None:
-                    logits = torch.cat([logits, softmax.sinks[head, None].to(logits.dtype)])
-                rows.append(logits.softmax(0)[: len(slots)] @ value[b, kv_head, slots])
-    return torch.stack(rows).view(batch, query_heads, q_len, value.shape[-1])
+                    logits = torch.cat([logits, softmax.sinks[head, None].to(wide)])
+                rows.append(logits.softmax(0)[: len(slots)] @ value[b, kv_head, slots].to(wide))
+    return torch.stack(rows).view(batch, query_heads, q_len, value.shape[-1]).to(value.dtype)
 
 
 def reference_selection(scores: Tensor, valid: Tensor, budget: Budget) -> Tensor:
