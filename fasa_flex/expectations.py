@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
+from types import CodeType, FrameType
 from typing import Any
 
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 """How an attention module is handed its cache: since transformers 5.24, before it, and in GPT-NeoX."""
@@ -37,3 +39,30 @@ def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
     """
     names = inspect.signature(model.forward).parameters
     return {"cache" if "cache" in names else "past_key_values": cache}
+
+
+_PREFILL: CodeType | None = getattr(getattr(GenerationMixin, "_prefill", None), "__code__", None)
+_GENERATE: CodeType = inspect.unwrap(GenerationMixin.generate).__code__
+
+
+def reads_prompt() -> bool:
+    """Whether `generate` reads its prompt, or a part of it, in the forward that this is called from.
+
+    Nothing that it hands to a model says so, and a prompt may end on a chunk of one token. An assistant that goes on
+    with its own candidates reads no prompt.
+    """
+    frame = _find(sys._getframe(1), _PREFILL)
+    return frame is not None and bool(frame.f_locals.get("is_first_iteration", True))
+
+
+def generating(threads: Iterable[int]) -> int:
+    """How many of these threads are in `generate` now."""
+    frames = sys._current_frames()
+    return sum(_find(frames.get(thread), _GENERATE) is not None for thread in threads)
+
+
+def _find(frame: FrameType | None, code: CodeType | None) -> FrameType | None:
+    """The innermost call of ``code`` that ``frame`` is in."""
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame

@@ -6,6 +6,7 @@ own, among a sample of its keys, while the prefill runs.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -134,8 +135,19 @@ class Sample:
         return counts / (n_rows * n_queries * self.top_k)
 
 
+class _Reading(threading.local):
+    """What a thread has measured of the prompt that it reads."""
+
+    def __init__(self) -> None:
+        self.sample: Sample | None = None
+        self.table: Tensor | None = None
+        self.scorers: dict[int, DominantChunks] = {}
+
+
 class PromptCalibration:
     """A `FasaProfile` in the making, layer by layer, while the model reads a prompt.
+
+    Every thread measures its own prompt; the first that has measured every layer decides for all.
 
     Args:
         model: whose queries and keys will be measured.
@@ -143,6 +155,7 @@ class PromptCalibration:
 
     Attributes:
         profile: what was found, once every layer has been measured; None before.
+        scorers: by layer, likewise; empty before.
 
     Raises:
         ValueError: a model without RoPE, or a config that does not fit it.
@@ -155,18 +168,19 @@ class PromptCalibration:
         layers, query_heads, self._kv_heads, _ = attention_shape(model)
         bounded = dense_layers(model, (), self.layout.unrotated_layers)  # never sparse, so nothing is asked of them
         self._layers = [layer for layer in range(layers) if layer not in bounded]
-        self._table = torch.zeros(layers, query_heads, len(self.layout.chunks), dtype=torch.float64)
+        self._shape = (layers, query_heads, len(self.layout.chunks))
         self._model = (model.config.name_or_path or type(model).__name__, model.config.get_text_config().model_type)
         self._hash = config_hash(model)
         self._versions = {name: version_of(name) for name in ("fasa_flex", "torch", "transformers")}
-        self._sample: Sample | None = None
+        self._reading, self._lock = _Reading(), threading.Lock()
         self.profile: FasaProfile | None = None
+        self.scorers: dict[int, DominantChunks] = {}
         self.blank.dominant(self._n_tip, config.per)
 
     @property
     def blank(self) -> FasaProfile:
         """A profile of the right shape that says nothing."""
-        return self._profile(torch.zeros_like(self._table), "nothing", 1, 1)
+        return self._profile(torch.zeros(self._shape, dtype=torch.float64), "nothing", 1, 1)
 
     def _profile(self, table: Tensor, source: str, queries: int, top_k: int) -> FasaProfile:
         provenance = Provenance(
@@ -182,6 +196,15 @@ class PromptCalibration:
         )
         return FasaProfile(table, self.layout, provenance)
 
+    def scorer(self, layer: int) -> DominantChunks | None:
+        """The scorer of a layer: what was found, or what this thread has measured so far."""
+        found = self.scorers  # read once: another thread may forget it
+        return (found if self.profile is not None else self._reading.scorers).get(layer)
+
+    def begin(self) -> None:
+        """Forget what this thread has of a prompt that was broken off."""
+        self._reading.sample, self._reading.scorers = None, {}
+
     def measure(
         self,
         layer: int,
@@ -190,8 +213,8 @@ class PromptCalibration:
         attention_mask: Tensor | None,
         n_valid: Tensor,
         sparse: Tensor | None,
-    ) -> DominantChunks | None:
-        """The chunks of a layer, from a forward of several tokens; None where the prompt is too short to tell.
+    ) -> bool:
+        """Find the chunks of a layer, from a forward of several tokens; False where the prompt is too short to tell.
 
         Args:
             layer: layers come in their order; the first of a forward decides what is sampled in all of them.
@@ -205,23 +228,30 @@ class PromptCalibration:
             ValueError: it is asked for in a compiled graph, which cannot keep what it finds.
         """
         if layer not in self._layers or n_valid.shape[1] == 1 or key.shape[2] < LEAST_KEYS:
-            return None
+            return False
         if torch.compiler.is_compiling():
             raise ValueError("a compiled model cannot calibrate itself on its prompt; run the prefill uncompiled once.")
+        reading = self._reading
         if layer == self._layers[0]:
-            self._sample = Sample.of(attention_mask, n_valid, sparse, key.shape[2])
-        sample = self._sample
-        if sample is None:
-            return None
-        self._table[layer] = sample.agreement(query, key, self.layout).cpu()
+            reading.sample = Sample.of(attention_mask, n_valid, sparse, key.shape[2])
+            reading.table = torch.zeros(self._shape, dtype=torch.float64)
+        sample, table = reading.sample, reading.table
+        if sample is None or table is None:
+            return False
+        table[layer] = sample.agreement(query, key, self.layout).cpu()
         source = f"the last queries of a prompt of {sample.length} tokens"
-        profile = self._profile(self._table, source, sample.queries.numel(), sample.top_k)
-        if layer == self._layers[-1]:
-            self.profile, self._sample = profile, None
+        profile = self._profile(table, source, sample.queries.numel(), sample.top_k)
         dims = profile.dominant_dims(self._n_tip, self._config.per)[layer]
         with torch.inference_mode(False):  # a forward with gradients may follow
-            return DominantChunks.from_chunks(dims.to(query.device).clone())
+            reading.scorers[layer] = DominantChunks.from_chunks(dims.to(query.device).clone())
+        if layer == self._layers[-1]:
+            with self._lock:
+                if self.profile is None:
+                    self.scorers, self.profile = reading.scorers, profile
+            self.begin()
+        return True
 
     def forget(self) -> None:
         """Measure the next long prompt anew."""
-        self.profile = None
+        with self._lock:
+            self.profile, self.scorers = None, {}

@@ -119,7 +119,7 @@ class AttentionSeam:
         if torch.compiler.is_compiling():
             return
         for config in self._configs:
-            now = config._attn_implementation
+            now = _implementation(config)
             if not (now or "").startswith(_OURS):
                 raise ValueError(
                     f"the attention implementation of {self._kind} was set to {now!r} past {self._owner}, so FASA is "
@@ -161,7 +161,7 @@ def _config_of(model: PreTrainedModel, module: nn.Module) -> PreTrainedConfig:
 
 
 def _former(config: PreTrainedConfig) -> str:
-    return str(config._attn_implementation).removeprefix(_OURS)
+    return str(_implementation(config)).removeprefix(_OURS)
 
 
 def _leave(token: int) -> None:
@@ -172,6 +172,12 @@ def _leave(token: int) -> None:
         for config in configs:
             if id(config) not in shared:
                 _set_implementation(config, _former(config))
+
+
+def _implementation(config: PreTrainedConfig) -> str | None:
+    """The name in this config; past its own getter, which takes microseconds."""
+    name: str | None = object.__getattribute__(config, "_attn_implementation_internal")
+    return name
 
 
 def _set_implementation(config: PreTrainedConfig, name: str) -> None:

@@ -40,7 +40,9 @@ def test_a_decoder_used_bidirectionally_selects_among_all_keys(ids: Ids, impleme
         with enable(model, profile, config) as fasa:
             sparse = model(prompt).logits
             assert fasa.stats.sparse_queries == (3 * 40 if n_fac == 12 else 0)
-            every = torch.ones(1, 1, 40, 40, dtype=torch.bool) if implementation == "sdpa" else torch.zeros(1, 1, 40, 40)
+            every = (
+                torch.ones(1, 1, 40, 40, dtype=torch.bool) if implementation == "sdpa" else torch.zeros(1, 1, 40, 40)
+            )
             torch.testing.assert_close(sparse, model(prompt, attention_mask=every).logits, atol=1e-4, rtol=1e-4)
             behind = model(padded, attention_mask=mask, position_ids=positions).logits[:, 5:]
             torch.testing.assert_close(sparse, behind, atol=1e-4, rtol=1e-4)
