@@ -37,13 +37,36 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def oldest(session: nox.Session) -> None:
-    """Run the tests of models and caches with the oldest transformers that is supported."""
-    install(session, "dev", "kernels")
-    session.install("transformers==5.17.0")
+    """Run the tests of models, caches and lm-eval with the oldest transformers and lm-eval that are supported."""
+    install(session, "dev", "kernels", "lm-eval")
+    session.install("transformers==5.17.0", "lm_eval==0.4.10")
     caches = ("test_cache.py", "test_room.py", "test_host_layers.py")
-    paths = (*caches, "test_transformers.py", "test_enable.py", "test_rotary.py", "test_grouped.py")
-    folders = ("integration/test_families.py", "integration/test_oracle_decode.py", "properties/test_cache_machine.py")
-    run_tests(session, *(f"tests/{path}" for path in (*paths, *folders)))
+    models = ("test_transformers.py", "test_enable.py", "test_rotary.py", "test_grouped.py", "test_mixed_pass.py")
+    probed = ("test_expectations.py", "test_probe.py", "test_zero_setup.py")
+    whole = ("families", "oracle_decode", "awkward_use")
+    harness = ("passes", "model", "tasks")
+    folders = (
+        "properties/test_cache_machine.py",
+        *(f"integration/test_{name}.py" for name in whole),
+        *(f"lm_eval/test_{name}.py" for name in harness),
+    )
+    run_tests(session, *(f"tests/{path}" for path in (*caches, *models, *probed, *folders)))
+
+
+@nox.session
+def oldest_torch(session: nox.Session) -> None:
+    """Run the tests with the oldest torch that is supported; not in CI, for the size of the download."""
+    install(session, "dev", "kernels", "lm-eval", "plots")
+    session.install("torch==2.11.*")
+    run_tests(session)
+
+
+@nox.session
+def newest_torch(session: nox.Session) -> None:
+    """Run the tests with the newest torch, beyond what pyproject.toml allows; not in CI, as `oldest_torch`."""
+    install(session, "dev", "kernels", "lm-eval", "plots")
+    session.install("--upgrade", "torch")
+    run_tests(session)
 
 
 @nox.session

@@ -70,7 +70,9 @@ class CacheSize:
 
 
 class FasaCache(Cache):
-    """Keys, values and packed dominant keys, made ahead for ``past_key_values=``: FASA-C or FASA-M in the paper.
+    """Keys, values and packed dominant keys, made ahead of the first forward: FASA-C or FASA-M in the paper.
+
+    A model's forward and `generate` take it as ``cache=``, before transformers 5.24 as ``past_key_values=``.
 
     `enable` packs the layers of any growing or static cache by itself, so this one is for those who allocate theirs, or
     who want FASA-M: ``placement="host"`` keeps the keys and values of the sparse layers in host memory, and only the

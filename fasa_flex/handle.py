@@ -18,7 +18,8 @@ from fasa_flex.attention import sparse_attention
 from fasa_flex.boundary import Boundary
 from fasa_flex.config import FasaConfig, GroupReduce
 from fasa_flex.crossover import packs_late, sparse_layer_is_faster
-from fasa_flex.expectations import cache_among, generating, reads_prompt
+from fasa_flex.expectations import cache_among
+from fasa_flex.generating import generating, reads_prompt
 from fasa_flex.grouped import decodes_grouped, grouped_attention
 from fasa_flex.handed import check_forward, check_keys, mask_of, softmax_of
 from fasa_flex.held_rows import HeldRows

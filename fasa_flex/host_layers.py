@@ -46,6 +46,11 @@ class OnHost(KeepsPackedKeys):
         super().reset()
         self._forget()
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop tokens from the end, a negative number of them."""
+        super().crop(tokens_to_remove)
+        self._forget()
+
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._change(change)
         if self.held is not None:
@@ -83,11 +88,6 @@ class HostLayer(OnHost, PackedLayer):
         if key_states.shape[2] > 1:
             return keys.to(key_states.device), values.to(value_states.device)
         return keys, values
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop so many tokens from the end; a negative number, as in transformers."""
-        super().crop(tokens_to_remove)
-        self._forget()
 
     def reserve(self, length: int) -> None:
         """Make room for ``length`` more tokens.

@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 from fasa_flex.fused import writes_at_once
 from fasa_flex.host_memory import settle
 from fasa_flex.packing import PackedDtype, PackedKeys
-from fasa_flex.room import CountedStaticLayer
+from fasa_flex.room import CountedStaticLayer, check_crop
 from fasa_flex.scoring import DominantChunks
 from fasa_flex.written import Written, counting, held_by
 
@@ -174,6 +174,15 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._change(change)
         self._buffers = None  # keys and values are others now, which do not lie in them
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop tokens from the end, a negative number of them.
+
+        Raises:
+            ValueError: the number is positive.
+        """
+        check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     def _allocate(self, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Buffers for ``length`` keys and values such as these."""

@@ -21,6 +21,7 @@ class CountedStaticLayer(StaticLayer):
     max_cache_len: int
     written: int | None
     captured: bool
+    is_croppable = True  # before transformers 5.24, too
 
     def __init__(self, max_cache_len: int) -> None:
         super().__init__(max_cache_len)
@@ -63,6 +64,17 @@ class CountedStaticLayer(StaticLayer):
         states: tuple[Tensor, Tensor] = super().update(key_states, value_states)
         return states
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop tokens from the end, a negative number of them; transformers' own layer can since 5.24.
+
+        Raises:
+            ValueError: the number is positive.
+        """
+        check_crop(tokens_to_remove)
+        self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
+        if self.written is not None:
+            self.written = max(0, self.written + tokens_to_remove)
+
     def reset(self) -> None:
         """Empty the layer; its buffers stay."""
         super().reset()
@@ -75,6 +87,19 @@ class CountedStaticLayer(StaticLayer):
         capturing = self.cumulative_length.is_cuda and torch.cuda.is_current_stream_capturing()
         self.captured |= capturing
         return capturing
+
+
+def check_crop(tokens_to_remove: int) -> None:
+    """Refuse a length where a number of tokens to remove is meant; transformers 5.17 took one, with a warning.
+
+    Raises:
+        ValueError: the number is positive.
+    """
+    if tokens_to_remove > 0:
+        raise ValueError(
+            f"crop drops a negative number of tokens from the end of a cache, got {tokens_to_remove}; "
+            "to keep n tokens, pass n - cache.get_seq_length()."
+        )
 
 
 def counted(plain: StaticLayer) -> CountedStaticLayer:

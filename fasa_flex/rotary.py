@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from fasa_flex.layers import attention_shape, check_supported, evaluating, layer_of, maximum_positions
-from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
+from fasa_flex.layers import attention_shape, check_supported
+from fasa_flex.probe import farthest_position, glance, probe
 
 _TOLERANCE = 1e-6
 """Of a turn at the last position probed: with a rope_theta of 1e9 the slowest of 64 planes turns 1.4e-6 by 1024."""
@@ -109,7 +107,7 @@ class RotaryLayout:
         if exact:
             still = (layer for layer, (pairing, _) in fits.items() if not pairing)
         else:
-            still = (layer for layer, query in _probe(model.base_model)[1].items() if _is_still(query))
+            still = (layer for layer, arrived in glance(model).items() if arrived.rotates is False)
         layout.unrotated_layers = tuple(still)
         return layout
 
@@ -168,52 +166,17 @@ def _check_dims(head_dim: int, rotary_dim: int | None) -> int:
     return rotary_dim
 
 
-@torch.no_grad()
 def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, Tensor]]:
     """Queries of every layer for identical inputs: positions [P] from 0 up, doubling, and {layer: [rows, P, D]}."""
     _, query_heads, _, head_dim = attention_shape(model)
-    last = min(1024, (maximum_positions(model) or 1025) - 1)
-    steps = [0, *(2**power for power in range(last.bit_length()) if 2**power <= last)]
-    positions = torch.tensor(steps, device=model.device)
+    last = farthest_position(model)
+    positions = [0, *(2**power for power in range(last.bit_length()) if 2**power <= last)]
     samples = math.ceil(4 * head_dim / query_heads) + 4
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(samples, 1, model.config.get_text_config().hidden_size, generator=generator)
-    queries: dict[int, Tensor] = {}
-
-    def capture(
-        dense: DenseAttention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **_: Any,
-    ) -> AttentionResult:
-        queries[layer_of(module)] = query.flatten(0, 1).double().cpu()
-        batch, heads, q_len = query.shape[:3]
-        return value.new_zeros(batch, q_len, heads, value.shape[-1]), None
-
-    with evaluating(model), _unstretched(model), AttentionSeam(model, capture):
-        model(
-            inputs_embeds=hidden.to(model.device, model.dtype).expand(-1, len(steps), -1).contiguous(),
-            position_ids=positions.expand(samples, -1),
-            use_cache=False,
-        )
-    return positions.double().cpu(), dict(sorted(queries.items()))
-
-
-@contextmanager
-def _unstretched(model: nn.Module) -> Iterator[None]:
-    """Give rotary modules their frequencies back: dynamic RoPE stretches them to the longest sequence it has met."""
-    rotary = [module for module in model.modules() if any("inv_freq" in name for name in module._buffers)]
-    states = [(dict(module._buffers), {k: v for k, v in vars(module).items() if k != "_buffers"}) for module in rotary]
-    try:
-        yield
-    finally:
-        for module, (buffers, others) in zip(rotary, states, strict=True):
-            module._buffers.clear()
-            module._buffers.update(buffers)
-            module.__dict__.update(others)
+    hidden = torch.randn(samples, model.config.get_text_config().hidden_size, generator=generator)
+    arrivals = probe(model, hidden, positions, weights=True)
+    queries = {layer: arrived.query.flatten(0, 1).double() for layer, arrived in arrivals.items()}
+    return torch.tensor(positions, dtype=torch.float64), queries
 
 
 def _float32_twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -232,11 +195,6 @@ def _float32_twin(model: PreTrainedModel) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):  # its weights are random, the caller's random state is not touched
         twin: PreTrainedModel = type(base)._from_config(config, attn_implementation=implementation, dtype=torch.float32)
     return twin.to(model.device)
-
-
-def _is_still(query: Tensor) -> bool:
-    """Whether queries [rows, P, D] are the same at every position, as far as half precision tells."""
-    return bool((query - query[:, :1]).abs().max() < query.abs().mean() / 8)
 
 
 def _fit_rotation(query: Tensor, positions: Tensor) -> tuple[list[list[int]], Tensor]:

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
+from fasa_flex.expectations import IMPLEMENTATIONS
 from fasa_flex.layers import attention_modules
 
-_SUPPORTED = ("sdpa", "eager")
 _OURS = "fasa_"
 _ROUTE = "_fasa_route"
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
@@ -70,7 +70,7 @@ class AttentionSeam:
         for module in modules:
             config = _config_of(model, module)
             former = _former(config)
-            if former not in _SUPPORTED:
+            if former not in IMPLEMENTATIONS:
                 raise ValueError(
                     f"the model's attention implementation is {former!r}; "
                     "undo what set it, or call model.set_attn_implementation('sdpa'), then try again."
@@ -186,12 +186,17 @@ def _set_implementation(config: PreTrainedConfig, name: str) -> None:
 
 
 def _name_over(former: str) -> str:
-    """Our name for a model whose implementation is ``former``; once registered it stays, as configs are copied."""
+    """Our name for a model whose implementation is ``former``; it stays registered, as configs are copied."""
     name = _OURS + former
-    if name not in AttentionInterface._global_mapping:
-        AttentionInterface.register(name, functools.partial(_routed, former))
-        AttentionMaskInterface.register(name, AttentionMaskInterface._global_mapping[former])
+    AttentionInterface.register(name, _router(former))
+    AttentionMaskInterface.register(name, AttentionMaskInterface._global_mapping[former])
     return name
+
+
+@functools.cache
+def _router(former: str) -> Callable[..., AttentionResult]:
+    """What our name stands for: one function, on whose identity compiled graphs are guarded."""
+    return functools.partial(_routed, former)
 
 
 def _routed(
@@ -203,7 +208,7 @@ def _routed(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> AttentionResult:
-    """What our name stands for: a module's route, or its own attention."""
+    """Attend by a module's route, or by its own attention."""
     attend: DenseAttention | None = getattr(module, _ROUTE, None) or _own_attention(module, former)
     assert attend is not None  # it has just looked our name up
     return attend(module, query, key, value, attention_mask, **kwargs)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from fasa_flex.config import FasaConfig
 from fasa_flex.handle import Fasa
 from fasa_flex.layers import attention_modules, check_supported, dense_layers
+from fasa_flex.probe import check_attention
 from fasa_flex.profile import FasaProfile
 from fasa_flex.prompt_calibration import PromptCalibration
 from fasa_flex.scoring import DominantChunks, Scorer, SequenceScorer
@@ -63,6 +64,8 @@ def enable(
         known.check_fits(model)
         unrotated = known.layout.unrotated_layers
         scorer = scorer or _dominant_chunks(known, config)
+    if prompt is None:  # otherwise its layout comes of a probe
+        check_attention(model)
     assert scorer is not None
     dense = dense_layers(model, config.dense_layers, unrotated)
     layers = sorted(attention_modules(model))

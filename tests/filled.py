@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from fasa_flex import FasaCache, FasaConfig
+from fasa_flex.expectations import cache_argument
 from fasa_flex.packed_layers import PackedLayer, StaticPackedLayer
 
 CONFIG = FasaConfig(n_fac=6, n_tip=3)
@@ -22,7 +23,7 @@ def packed_layers(cache: Cache) -> list[PackedLayer | StaticPackedLayer]:
 def filled(model: PreTrainedModel, rows: int = 2, length: int = 20, **options: Any) -> FasaCache:
     cache = FasaCache(model, profile_of(model), CONFIG, **options)
     with torch.no_grad():
-        model(torch.arange(rows * length).view(rows, length) % 60 + 1, past_key_values=cache)
+        model(torch.arange(rows * length).view(rows, length) % 60 + 1, **cache_argument(model, cache))
     return cache
 
 

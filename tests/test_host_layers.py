@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fasa_flex import FasaCache, FasaConfig, enable
+from fasa_flex.expectations import cache_argument
 from fasa_flex.host_layers import HostLayer, StaticHostLayer
 from fasa_flex.host_memory import host_memory, settle
 
@@ -27,6 +28,7 @@ from fasa_flex.host_memory import host_memory, settle
         (HostLayer, {"prompt_lookup_num_tokens": 3}),
         (StaticHostLayer, {}),
         (StaticHostLayer, {"num_beams": 3}),
+        (StaticHostLayer, {"prompt_lookup_num_tokens": 3}),
     ],
     ids=str,
 )
@@ -43,8 +45,10 @@ def test_keys_in_host_memory_change_no_result(
     assert_packed(cache)
 
 
-@pytest.mark.parametrize("length", [None, 64])
-def test_rows_held_of_the_host_follow_what_happens_to_the_cache(llama: PreTrainedModel, length: int | None) -> None:
+@pytest.mark.parametrize(("length", "crops"), [(None, True), (64, True), (64, False)])
+def test_rows_held_of_the_host_follow_what_happens_to_the_cache(
+    llama: PreTrainedModel, length: int | None, crops: bool
+) -> None:
     """What the device holds must never be a row of another token, or of another row of the batch."""
     cache = filled(llama, placement="host", max_cache_len=length)
     for layer in packed_layers(cache):
@@ -55,7 +59,7 @@ def test_rows_held_of_the_host_follow_what_happens_to_the_cache(llama: PreTraine
     for layer in packed_layers(cache):
         assert layer.held.slots[0].equal(layer.held.slots[1])
         assert layer.held.slots[0, 0, 0] == 12
-    if length is None:
+    if crops:
         cache.crop(-4)
     else:
         cache.reset()
@@ -251,4 +255,4 @@ def test_a_host_cache_of_a_model_on_the_cpu_is_a_warning(llama: PreTrainedModel)
         warnings.simplefilter("error")
         FasaCache(llama, profile, CONFIG)
         with torch.no_grad():
-            llama(torch.arange(20)[None], past_key_values=cache)
+            llama(torch.arange(20)[None], **cache_argument(llama, cache))

@@ -11,9 +11,10 @@ import pytest
 import torch
 from filled import CONFIG, assert_holds, assert_packed, filled, held
 from generation import Ids, profile_of
-from transformers import Cache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from fasa_flex import FasaCache, FasaConfig, enable
+from fasa_flex.expectations import cache_argument
 from fasa_flex.packed_layers import StaticPackedLayer
 from fasa_flex.room import CountedStaticLayer
 
@@ -51,6 +52,37 @@ def test_a_full_static_cache_is_a_sentence_and_as_before(
         with pytest.raises(ValueError, match=rf"holds {SLOTS} of at most {SLOTS} tokens and 1 more"):
             llama(ids(1, rows=2), past_key_values=cache)
         assert_holds(cache, before)
+
+
+@pytest.mark.parametrize("kind", [*MAKE, "growing", "growing, packed", "growing, host"])
+def test_every_cache_crops_a_negative_number_of_tokens(llama: PreTrainedModel, ids: Ids, kind: str) -> None:
+    """As transformers' own do; its static ones cannot before 5.24."""
+    profile, (first, wrong, right) = profile_of(llama), (ids(n, seed=n, rows=2) for n in (20, 5, 3))
+    growing = {
+        "growing": lambda: DynamicCache(config=llama.config),
+        "growing, packed": lambda: FasaCache(llama, profile, CONFIG),
+        "growing, host": lambda: FasaCache(llama, profile, CONFIG, placement="host"),
+    }
+    cache = growing[kind]() if kind in growing else MAKE[kind](llama, CONFIG)
+    expected = DynamicCache(config=llama.config)
+    with torch.no_grad(), enable(llama, profile, CONFIG):
+        llama(first, **cache_argument(llama, expected))
+        llama(first, **cache_argument(llama, cache))
+        for token in wrong[:, :4].split(1, dim=1):
+            llama(token, **cache_argument(llama, cache))
+        for refused in (1, 20):
+            with pytest.raises(ValueError, match=rf"negative|Please use a negative.*{refused}"):
+                cache.layers[1].crop(refused)
+        cache.crop(-4)
+        cache.crop(0)
+        assert [int(layer.get_seq_length()) for layer in cache.layers] == [20] * 3
+        assert_packed(cache)
+        for token in right.split(1, dim=1):
+            got, wanted = (llama(token, **cache_argument(llama, held)).logits for held in (cache, expected))
+            torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+        assert_packed(cache)
+        cache.crop(-60)
+        assert int(cache.get_seq_length()) == 0
 
 
 @pytest.mark.parametrize("kind", MAKE)

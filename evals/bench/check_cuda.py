@@ -28,6 +28,7 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, Pre
 from evals.bench.calls import Case, cases, check, check_decode_kernel
 from fasa_flex import FasaCache, FasaConfig, FasaProfile, calibrate, enable
 from fasa_flex.bench.record import Ledger, command_line, provenance, reason_of
+from fasa_flex.expectations import cache_argument
 
 NEAR_TIE = 1e-3
 """Logits nearer than this may choose another token where operations are reordered."""
@@ -56,10 +57,11 @@ def decoding_model(device: torch.device) -> tuple[PreTrainedModel, FasaProfile]:
 @torch.no_grad()
 def decode(model: PreTrainedModel, run: Any, prompt: Tensor, steps: int, cache: Cache) -> tuple[Tensor, Tensor]:
     """Greedy tokens [steps] and their logits [steps, V]; ``run`` does the steps."""
-    row = model(prompt, past_key_values=cache).logits[:, -1]
+    held = cache_argument(model, cache)
+    row = model(prompt, **held).logits[:, -1]
     tokens, logits = [row.argmax(-1)], [row.float().clone()]
     for _ in range(steps - 1):
-        row = run(tokens[-1][:, None], past_key_values=cache).logits[:, -1]
+        row = run(tokens[-1][:, None], **held).logits[:, -1]
         tokens.append(row.argmax(-1))
         logits.append(row.float().clone())
     return torch.cat(tokens), torch.cat(logits)

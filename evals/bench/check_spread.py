@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from evals.bench.check_cuda import decoding_model
 from fasa_flex import FasaCache, FasaConfig, FasaProfile, enable
 from fasa_flex.bench.record import Ledger, command_line, provenance, reason_of
+from fasa_flex.expectations import cache_argument
 
 SETTINGS: tuple[dict[str, Any], ...] = ({}, {"packed_dtype": "int8"}, {"backend": "gather"}, {"backend": "fastest"})
 CACHES = ("growing", "static", "own, static", "host, growing", "host, static")
@@ -53,7 +54,8 @@ def decode(
         options["cache_implementation"] = "static"
     elif cache != "growing":
         placement: Any = "host" if "host" in cache else "device"
-        options["past_key_values"] = FasaCache(model, profile, config, placement=placement, max_cache_len=length)
+        made = FasaCache(model, profile, config, placement=placement, max_cache_len=length)
+        options.update(cache_argument(model, made))
     with enable(model, profile, config) as fasa:
         out = model.generate(
             prompt, max_new_tokens=steps, do_sample=False, output_scores=True, return_dict_in_generate=True, **options

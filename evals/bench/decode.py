@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, StaticCache
 
 from fasa_flex import FasaConfig, calibrate, enable
+from fasa_flex.expectations import cache_argument
 
 NEW_TOKENS = 64
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,10 +25,11 @@ profile = calibrate(model, [ids[0]], top_k=min(256, ids.shape[1] // 2), max_new_
 
 with enable(model, profile, FasaConfig(n_fac=256)) as fasa, torch.no_grad():
     cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + NEW_TOKENS)
-    token = model(ids.to(device), past_key_values=cache).logits[:, -1:].argmax(-1)  # the prefill, dense
+    held = cache_argument(model, cache)  # cache=, or past_key_values= before transformers 5.24
+    token = model(ids.to(device), **held).logits[:, -1:].argmax(-1)  # the prefill, dense
     tokens, step = [token], torch.compile(model, mode="reduce-overhead" if device == "cuda" else None, fullgraph=True)
     for number in range(NEW_TOKENS - 1):
-        token = step(token, past_key_values=cache).logits[:, -1:].argmax(-1)  # sparse; one graph for all steps
+        token = step(token, **held).logits[:, -1:].argmax(-1)  # sparse; one graph for all steps
         tokens.append(token)
         if number == 1:  # two steps to compile
             begun = (token.item(), time.perf_counter())[1]

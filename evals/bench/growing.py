@@ -26,6 +26,7 @@ from fasa_flex.bench.shapes import SHAPES, Shape, random_profile
 from fasa_flex.bench.step import twin
 from fasa_flex.bench.timing import Timing, synchronize
 from fasa_flex.config import Backend, FasaConfig
+from fasa_flex.expectations import cache_argument
 from fasa_flex.transformers import enable
 
 WARM, STEPS = 5, 25
@@ -57,7 +58,7 @@ def measure(model: PreTrainedModel, shape: Shape, context: int) -> dict[str, Any
             way: stack.enter_context(enable(models[way], profile, FasaConfig(n_fac=256, backend=backend)))
             for way, backend in FASA.items()
         }
-        caches = {way: filled(model, shape, context) for way in ways}
+        held = {way: cache_argument(model, filled(model, shape, context)) for way in ways}
         for step in range(WARM + STEPS):
             for way, runs in models.items():
                 with ExitStack() as kernels:
@@ -66,7 +67,7 @@ def measure(model: PreTrainedModel, shape: Shape, context: int) -> dict[str, Any
                     position = torch.full_like(ids, context + step)
                     synchronize(model.device)
                     begun = time.perf_counter()
-                    runs(ids, past_key_values=caches[way], position_ids=position).logits.argmax(-1)
+                    runs(ids, position_ids=position, **held[way]).logits.argmax(-1)
                     synchronize(model.device)
                     times[way].append(time.perf_counter() - begun)
         sparse = {way: handle.stats.sparse_queries > 0 for way, handle in handles.items()}

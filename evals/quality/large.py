@@ -35,6 +35,7 @@ from evals.quality.steps import SINKS, TOP_K, with_interval
 from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
 from fasa_flex.baselines import scorer_factory
 from fasa_flex.bench.record import command_line, provenance
+from fasa_flex.expectations import cache_argument
 from fasa_flex.handle import Fasa
 from fasa_flex.lm_eval.haystack import heldout_text
 
@@ -127,7 +128,8 @@ class Trial:
     def logits(self, tail: Tail) -> Tensor:
         """Logits of what is expected, float32 [m, vocabulary], by the model as it is now."""
         model = self.study.model
-        found = model(tail.ids[None], past_key_values=copy.deepcopy(tail.cache), logits_to_keep=len(tail.expected))
+        held = cache_argument(model, copy.deepcopy(tail.cache))
+        found = model(tail.ids[None], logits_to_keep=len(tail.expected), **held)
         logits: Tensor = found.logits[0].float()
         return logits
 
@@ -169,7 +171,7 @@ class Trial:
 
     def _tail(self, ids: Tensor, start: int, expected: int) -> Tail:
         cache = DynamicCache(config=self.study.model.config)
-        self.study.model(ids[None, :start], past_key_values=cache, logits_to_keep=1)
+        self.study.model(ids[None, :start], logits_to_keep=1, **cache_argument(self.study.model, cache))
         return Tail(cache, ids[start:-1], ids[-expected:])
 
     def _ids(self, text: str) -> Tensor:

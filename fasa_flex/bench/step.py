@@ -29,6 +29,7 @@ from fasa_flex.bench.timing import free_memory, graphed, interleave, peak_of
 from fasa_flex.bench.variants import Variant, config_of, variants
 from fasa_flex.cache import FasaCache
 from fasa_flex.config import FasaConfig
+from fasa_flex.expectations import cache_argument
 from fasa_flex.handle import Fasa
 from fasa_flex.profile import FasaProfile
 from fasa_flex.transformers import enable
@@ -91,7 +92,7 @@ class Stage:
         def decode(run: Callable[..., Any]) -> Tensor:
             caches.rewind(cache, self.context - 1)
             caches.forget(cache, variant.new_rows)
-            logits: Tensor = run(ids, past_key_values=cache, position_ids=positions).logits
+            logits: Tensor = run(ids, position_ids=positions, **cache_argument(model, cache)).logits
             return logits
 
         if not variant.compiled:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from fasa_flex import FasaProfile, enable
 from fasa_flex.baselines import Method
 from fasa_flex.config import Backend, GroupReduce, Sharing
+from fasa_flex.expectations import check_lm_eval
 from fasa_flex.lm_eval.account import Account
 from fasa_flex.lm_eval.answers import claim
 from fasa_flex.lm_eval.arguments import (
@@ -107,6 +108,7 @@ class FasaHFLM(HFLM):
         tp_plan: str | dict[str, str] | None = None,
         **hf_args: Any,
     ) -> None:
+        check_lm_eval(HFLM)
         check_batch_size(batch_size)
         check_method(method)
         check_parallel(tp_plan)
@@ -146,9 +148,8 @@ class FasaHFLM(HFLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
         """Score continuations: the context's queries dense, the continuation's sparse."""
-        return self._by_task(
-            "loglikelihood", requests, lambda own: super(FasaHFLM, self).loglikelihood(own, disable_tqdm)
-        )
+        score = super().loglikelihood
+        return self._by_task("loglikelihood", requests, lambda own: score(own, disable_tqdm))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate with dense prefill and sparse decoding."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from fasa_flex.expectations import cache_argument
 from fasa_flex.handle import Fasa
 from fasa_flex.lm_eval.windows import Batch, Window, score
 
@@ -180,7 +181,7 @@ class Passes:
         ids = torch.tensor([window.ids[start:stop]], device=self.model.device)
         with self.fasa.sparse_from(boundary), _grouped_heads(ids.device):
             logits: Tensor = self.model(
-                input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep
+                input_ids=ids, use_cache=True, logits_to_keep=keep, **cache_argument(self.model, cache)
             ).logits
         return logits
 

@@ -14,6 +14,8 @@ from fasa_flex.bench.command import main
 from fasa_flex.bench.record import Ledger, command_line, hardware, provenance, reason_of
 from fasa_flex.bench.settings import Settings, quick
 
+pytestmark = pytest.mark.filterwarnings("error:.past_key_values.*is deprecated:FutureWarning")
+
 CPU = torch.device("cpu")
 
 

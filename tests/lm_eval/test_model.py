@@ -13,10 +13,14 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
+from transformers import DynamicCache
 
 from fasa_flex.baselines import Method
+from fasa_flex.expectations import cache_argument
 from fasa_flex.lm_eval.haystack import heldout_text
 from fasa_flex.lm_eval.model import FasaHFLM
+
+pytestmark = pytest.mark.filterwarnings("error:.past_key_values.*is deprecated:FutureWarning")
 
 LAYERS, SPARSE_LAYERS, POSITIONS = 3, 2, 768
 METHODS = ("fasa", *get_args(Method))
@@ -37,13 +41,14 @@ def pairs(count: int = 6) -> list[tuple[list[int], list[int]]]:
 def decode(lm: HFLM, context: list[int], continuation: list[int], prompt: int) -> float:
     """Log-likelihood by prefilling `prompt` tokens and feeding the rest one by one through the cache."""
     tokens, start = context + continuation, len(context)
-    out = lm.model(torch.tensor([tokens[:prompt]]), use_cache=True)
+    held = cache_argument(lm.model, DynamicCache(config=lm.model.config))
+    out = lm.model(torch.tensor([tokens[:prompt]]), **held)
     total = 0.0
     for slot in range(prompt, len(tokens)):
         if slot >= start:
             total += out.logits[0, -1].log_softmax(-1)[tokens[slot]].item()
         if slot < len(tokens) - 1:
-            out = lm.model(torch.tensor([[tokens[slot]]]), past_key_values=out.past_key_values, use_cache=True)
+            out = lm.model(torch.tensor([[tokens[slot]]]), **held)
     return total
 
 

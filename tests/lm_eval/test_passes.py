@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
 from fasa_flex.baselines import scorer_factory
+from fasa_flex.expectations import cache_argument
 from fasa_flex.lm_eval.passes import Limits, Passes, parts
 from fasa_flex.lm_eval.windows import Window
+
+pytestmark = pytest.mark.filterwarnings("error:.past_key_values.*is deprecated:FutureWarning")
 
 SMALL = Limits(whole=16, part=32, rows=4)  # everything longer than 16 tokens runs in parts
 Pair = tuple[list[int], list[int]]
@@ -61,13 +64,14 @@ def pairs(count: int, seed: int = 7) -> list[Pair]:
 def decoded(model: PreTrainedModel, context: list[int], continuation: list[int], prompt: int) -> float:
     """Log-likelihood by prefilling ``prompt`` tokens and feeding the rest one by one through the cache."""
     tokens = context + continuation
-    out = model(torch.tensor([tokens[:prompt]]), use_cache=True)
+    held = cache_argument(model, DynamicCache(config=model.config))
+    out = model(torch.tensor([tokens[:prompt]]), **held)
     total = 0.0
     for slot in range(prompt, len(tokens)):
         if slot >= len(context):
             total += out.logits[0, -1].double().log_softmax(-1)[tokens[slot]].item()
         if slot < len(tokens) - 1:
-            out = model(torch.tensor([[tokens[slot]]]), past_key_values=out.past_key_values, use_cache=True)
+            out = model(torch.tensor([[tokens[slot]]]), **held)
     return total
 
 

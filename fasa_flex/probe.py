@@ -1,0 +1,232 @@
+"""A probing forward: what a model hands to its attention, layer by layer, and what it does to its queries.
+
+`RotaryLayout.detect` probes with all weights. `enable` with a profile takes a `glance`, which reads no weights of
+linear layers and so costs the calls alone, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from fasa_flex.expectations import CACHE_NAMES, cache_argument, check_arrivals, check_transformers
+from fasa_flex.layers import attention_modules, evaluating, layer_of, maximum_positions
+from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
+
+_FARTHEST = 1024
+"""The last position that is probed, where the model takes as many."""
+
+
+@dataclass(frozen=True, eq=False)
+class Arrival:
+    """What arrived at the attention of one layer.
+
+    Attributes:
+        module: the attention module.
+        arguments: its keyword arguments that are not None, by name.
+        has_states: whether it was handed hidden states, as `Fasa` reads them.
+        cache: the cache among its arguments; None: none that is known by name.
+        query: float [rows, Hq, P, D], post-RoPE, on the CPU (or without data, of a model on the meta device).
+        key_shape: [rows, Hkv, T, D].
+        value_shape: [rows, Hkv, T, Dv].
+        mask: what the attention function was handed as such.
+        options: its other keyword arguments.
+    """
+
+    module: nn.Module
+    arguments: frozenset[str]
+    has_states: bool
+    cache: Cache | None
+    query: Tensor
+    key_shape: torch.Size
+    value_shape: torch.Size
+    mask: Tensor | None
+    options: Mapping[str, Any]
+
+    @property
+    def rotates(self) -> bool | None:
+        """Whether queries differ from position to position, as far as half precision tells; None without data."""
+        return None if self.query.is_meta else not is_still(self.query.flatten(0, 1).double())
+
+
+class ProbeError(ValueError):
+    """The model could not run the probing forward; its own error is the cause."""
+
+
+def farthest_position(model: PreTrainedModel) -> int:
+    """The last position to probe a model at."""
+    return min(_FARTHEST, (maximum_positions(model) or _FARTHEST + 1) - 1)
+
+
+def check_attention(model: PreTrainedModel) -> None:
+    """Check, at the price of a `glance`, that what arrives at the model's attention is as expected.
+
+    A model that cannot run, such as one without data, goes unchecked, which is a warning with the reason.
+
+    Raises:
+        ValueError: the model's attention cannot be reached, or something arrives that is not as expected.
+    """
+    try:
+        glance(model)
+    except ProbeError as error:
+        warnings.warn(f"{error}, so what arrives at its attention is not checked.", stacklevel=3)
+
+
+def glance(model: PreTrainedModel) -> dict[int, Arrival]:
+    """A `probe` with few tokens that reads no weights of linear layers; errors are those of `probe`."""
+    hidden = _pattern(model.config.get_text_config().hidden_size, torch.device("cpu"), torch.float32)
+    last = farthest_position(model)
+    return probe(model.base_model, hidden[None], sorted({0, 1, last // 16, last}))
+
+
+@torch.no_grad()
+def probe(
+    model: PreTrainedModel, hidden: Tensor, positions: Sequence[int], *, weights: bool = False
+) -> dict[int, Arrival]:
+    """Run a forward with the same hidden states at every position, attention giving zeros, and a cache that grows.
+
+    The hidden states of every layer stay independent of position, so that its queries differ by RoPE alone. The first
+    position is masked, as padding is. The model is left as it was: its implementation, its training mode, dynamic RoPE,
+    and the random state.
+
+    Args:
+        model: a base model, without its head.
+        hidden: float [rows, hidden_size].
+        positions: P numbers.
+        weights: whether linear layers compute; otherwise each gives the same made-up states for every token.
+
+    Returns:
+        what arrived, by layer.
+
+    Raises:
+        ValueError: the model's attention cannot be reached, or something arrives that is not as expected.
+        ProbeError: the model cannot run.
+    """
+    modules = attention_modules(model)
+    check_transformers(model, modules)
+    handed: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    arrivals: dict[int, Arrival] = {}
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        handed[module] = args, kwargs
+
+    def capture(
+        dense: DenseAttention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
+    ) -> AttentionResult:
+        if getattr(module, "layer_idx", None) is None:  # no layer of the decoder
+            return dense(module, query, key, value, attention_mask, **options)
+        args, kwargs = handed.get(module, ((), {}))
+        arrivals[layer_of(module)] = Arrival(
+            module,
+            frozenset(name for name, argument in kwargs.items() if argument is not None),
+            bool(args) or "hidden_states" in kwargs,
+            next((kwargs[name] for name in CACHE_NAMES if isinstance(kwargs.get(name), Cache)), None),
+            query if query.is_meta else query.cpu(),
+            key.shape,
+            value.shape,
+            attention_mask,
+            options,
+        )
+        batch, heads, q_len = query.shape[:3]
+        return value.new_zeros(batch, q_len, heads, value.shape[-1]), None
+
+    cache, rows, length, device = DynamicCache(config=model.config), len(hidden), len(positions), _device_of(model)
+    with ExitStack() as stack:
+        for restored in (evaluating(model), _unstretched(model), AttentionSeam(model, capture), _uncompiled()):
+            stack.enter_context(restored)
+        for module in modules.values():
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        embeddings = hidden[:, None].to(device, model.dtype).expand(-1, length, -1).contiguous()
+        mask = torch.ones(rows, length, dtype=torch.long, device=device)
+        mask[:, 0] = 0
+        stack.enter_context(nullcontext() if weights else _WithoutWeights())
+        try:
+            model(
+                inputs_embeds=embeddings,
+                attention_mask=mask,
+                position_ids=torch.tensor([positions], device=device).expand(rows, -1),
+                use_cache=True,
+                **cache_argument(model, cache),
+            )
+        except Exception as error:  # whatever the model raises: its own code, or weights that are not there
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ProbeError(f"{type(model).__name__} cannot run a probing forward ({reason})") from error
+    check_arrivals(model, cache, arrivals)
+    return dict(sorted(arrivals.items()))
+
+
+def is_still(query: Tensor) -> bool:
+    """Whether queries [rows, P, D] are the same at every position, as far as half precision tells."""
+    return bool((query - query[:, :1]).abs().max() < query.abs().mean() / 8)
+
+
+class _WithoutWeights(TorchFunctionMode):
+    """Linear layers give made-up states of the right shape, the same for every token, and read no weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._patterns: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not F.linear or len(args) < 2:
+            return func(*args, **(kwargs or {}))
+        states, weight = args[:2]
+        key = (weight.shape[0], states.device, states.dtype)
+        if key not in self._patterns:
+            self._patterns[key] = _pattern(*key)
+        return self._patterns[key].repeat(*states.shape[:-1], 1)
+
+
+def _device_of(model: PreTrainedModel) -> torch.device:
+    """Where the model takes its input: of one whose weights accelerate brings when they are needed, where it runs."""
+    own: torch.device = model.device
+    if own.type != "meta":
+        return own
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((torch.device(device) for device in devices if device is not None), own)
+
+
+def _pattern(width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Numbers [width] between -1 and 1 that no norm makes zero."""
+    return torch.arange(width, device=device, dtype=torch.float32).cos().to(dtype)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Run what the user had compiled without compiling it for a probe; nothing is where Dynamo was never loaded."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+@contextmanager
+def _unstretched(model: nn.Module) -> Iterator[None]:
+    """Give rotary modules their frequencies back: dynamic RoPE stretches them to the longest sequence it has met."""
+    rotary = [module for module in model.modules() if any("inv_freq" in name for name in module._buffers)]
+    states = [(dict(module._buffers), {k: v for k, v in vars(module).items() if k != "_buffers"}) for module in rotary]
+    try:
+        yield
+    finally:
+        for module, (buffers, others) in zip(rotary, states, strict=True):
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            module.__dict__.update(others)
