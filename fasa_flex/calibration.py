@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fasa_flex.agreement import contextual_agreement
-from fasa_flex.layers import attention_shape, check_supported, evaluating, layer_of, maximum_positions
+from fasa_flex.layers import attention_shape, check_supported, device_of, evaluating, layer_of, maximum_positions
 from fasa_flex.profile import FasaProfile, Provenance, config_hash
 from fasa_flex.rotary import RotaryLayout
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
@@ -149,7 +149,7 @@ _GREEDY: dict[str, Any] = {
 
 def _continue(model: PreTrainedModel, ids: Tensor, max_new_tokens: int) -> Tensor:
     """The sample and its dense greedy continuation, token ids [n]; at least one token longer."""
-    prompt = ids[None].to(model.device)
+    prompt = ids[None].to(device_of(model))
     full = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -177,7 +177,7 @@ def _sample_agreement(model: PreTrainedModel, ids: Tensor, decoded: int, layout:
         return dense(module, query, key, value, attention_mask, **kwargs)
 
     with AttentionSeam(model, measure):
-        model.base_model(input_ids=ids[None].to(model.device), use_cache=False)
+        model.base_model(input_ids=ids[None].to(device_of(model)), use_cache=False)
     return torch.stack([tables[layer] for layer in sorted(tables)])
 
 

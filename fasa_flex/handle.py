@@ -24,7 +24,7 @@ from fasa_flex.grouped import decodes_grouped, grouped_attention
 from fasa_flex.handed import check_forward, check_keys, mask_of, softmax_of
 from fasa_flex.held_rows import HeldRows
 from fasa_flex.host_layers import held_rows
-from fasa_flex.layers import attention_modules, attention_shape, layer_of, maximum_positions
+from fasa_flex.layers import attention_modules, attention_shape, device_of, layer_of, maximum_positions
 from fasa_flex.masking import DecodeStep, Once, count_valid, valid_from_mask
 from fasa_flex.packed_layers import pack_layer, packed_keys, packs
 from fasa_flex.packing import PackedKeys
@@ -92,7 +92,7 @@ class Fasa:
         modules = attention_modules(model)
         self._first = min(modules)
         self.stats = FasaStats(
-            [next(modules[layer].parameters()).device for layer in sorted(modules)],
+            [device_of(modules[layer], model) for layer in sorted(modules)],
             {layer: read_share(scorer, model, config, self._packs) for layer, scorer in scorers.items()},
             {layer: budget.heads for layer, budget in self._budgets.items()},
         )

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from fasa_flex.config import FasaConfig
 from fasa_flex.handle import Fasa
-from fasa_flex.layers import attention_modules, check_supported, dense_layers
+from fasa_flex.layers import attention_modules, check_supported, dense_layers, device_of
 from fasa_flex.probe import check_attention
 from fasa_flex.profile import FasaProfile
 from fasa_flex.prompt_calibration import PromptCalibration
@@ -88,4 +88,4 @@ def _placed(scorer: Scorer | SequenceScorer, model: PreTrainedModel, layer: int)
         if not callable(scorer) and not isinstance(scorer, SequenceScorer):
             raise ValueError(f"the scorer of layer {layer} is {scorer!r}, no Scorer or SequenceScorer; return one.")
         return scorer
-    return DominantChunks(scorer.dims.to(next(attention_modules(model)[layer].parameters()).device))
+    return DominantChunks(scorer.dims.to(device_of(attention_modules(model)[layer], model)))
