@@ -16,11 +16,13 @@ class Boundary:
         start: the first sparse slot of each row.
         stop: the first slot of padding behind, of which nothing is counted; None: there is none.
         lowest: of all starts.
+        highest: likewise.
     """
 
     start: Tensor
     stop: Tensor | None
     lowest: int
+    highest: int
 
     @classmethod
     def of(cls, start: Tensor, stop: Tensor | None) -> Boundary:
@@ -35,7 +37,7 @@ class Boundary:
                     f"{name} must be non-negative int64 slots, one for each row, got {slots.dtype} {slots.tolist()}; "
                     "pass torch.tensor([...]) with as many entries as start and the batch have."
                 )
-        return cls(start, stop, int(start.min()))
+        return cls(start, stop, int(start.min()), int(start.max()))
 
     def check_rows(self, batch: int) -> None:
         """Refuse a batch of another size.

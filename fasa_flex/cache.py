@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, St
 from fasa_flex.budget import Budget, check_count
 from fasa_flex.config import FasaConfig, check_choice
 from fasa_flex.host_layers import HostLayer, OnHost, StaticHostLayer
-from fasa_flex.layers import attention_shape, dense_layers
+from fasa_flex.layers import attention_modules, attention_shape, dense_layers, device_of
 from fasa_flex.packed_layers import KeepsPackedKeys, PackedLayer, StaticPackedLayer, packs
 from fasa_flex.packing import packed_bytes
 from fasa_flex.profile import FasaProfile
@@ -122,7 +122,7 @@ class FasaCache(Cache):
                 f"placement='host' needs a cache of whole keys, which {type(model).__name__} (MLA) has not; "
                 "use placement='device'."
             )
-        if placement == "host" and model.device.type == "cpu":
+        if placement == "host" and device_of(model).type == "cpu":
             warnings.warn(
                 f"placement='host' {_NOTHING_SAVED}; move the model to its accelerator first, or use 'device'.",
                 stacklevel=2,
@@ -131,7 +131,8 @@ class FasaCache(Cache):
         make = dominant_chunks(profile, config)
         sparse = [layer for layer in range(len(profile.agreement)) if layer not in dense and packs(model)]
         budgets = spread_budget(config.budget, config.layer_budgets, sparse, kv_heads=attention_shape(model)[2])
-        scorers = {layer: make(layer).to(model.device) for layer in sparse}
+        devices = {layer: device_of(module, model) for layer, module in attention_modules(model).items()}
+        scorers = {layer: make(layer).to(devices[layer]) for layer in sparse}
         hold = {layer: _to_hold(budgets[layer], max_cache_len) for layer in sparse if placement == "host"}
         self._new_layers = partial(_new_layers, model.config, max_cache_len, scorers, hold)
         super().__init__(layers=self._new_layers())

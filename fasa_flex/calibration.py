@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fasa_flex.agreement import contextual_agreement
 from fasa_flex.criteria import causal, logit_statistics
 from fasa_flex.handed import scaling_of
-from fasa_flex.layers import attention_shape, check_supported, evaluating, layer_of, maximum_positions
+from fasa_flex.layers import attention_shape, check_supported, device_of, evaluating, layer_of, maximum_positions
 from fasa_flex.profile import FasaProfile
 from fasa_flex.provenance import Provenance, config_hash
 from fasa_flex.rotary import RotaryLayout
@@ -155,7 +155,7 @@ _GREEDY: dict[str, Any] = {
 
 def _continue(model: PreTrainedModel, ids: Tensor, max_new_tokens: int) -> Tensor:
     """The sample and its dense greedy continuation, token ids [n]; at least one token longer."""
-    prompt = ids[None].to(model.device)
+    prompt = ids[None].to(device_of(model))
     full = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -189,7 +189,7 @@ def _sample_tables(
         return dense(module, query, key, value, attention_mask, **kwargs)
 
     with AttentionSeam(model, measure):
-        model.base_model(input_ids=ids[None].to(model.device), use_cache=False)
+        model.base_model(input_ids=ids[None].to(device_of(model)), use_cache=False)
     tables = (torch.stack(layers) for layers in zip(*(found[layer] for layer in sorted(found)), strict=True))
     return dict(zip(("agreement", "variance", "covariance", "mean_key"), tables, strict=True))
 

@@ -21,18 +21,13 @@ def softmax_of(module: nn.Module, query: Tensor, options: dict[str, Any], implem
     """The model's own softmax, from the keyword arguments of its attention function.
 
     Raises:
-        ValueError: the model's ``implementation`` leaves a part of it out, or it has a part that FASA leaves out.
+        ValueError: the model's ``implementation`` leaves a part of it out.
     """
     softmax = Softmax(
         scaling=scaling_of(query, options),
         softcap=options.get("softcap"),
         sinks=options.get("s_aux"),
     )
-    if options.get("position_bias") is not None:
-        raise ValueError(
-            f"{type(module).__name__} adds a bias of positions to its logits, which FASA's selection cannot follow; "
-            "disable FASA."
-        )
     if not softmax.plain and implementation == "sdpa":
         raise ValueError(
             f"{type(module).__name__} caps its logits or has learned sinks, which its implementation 'sdpa' leaves "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
@@ -18,11 +21,12 @@ from fasa_flex.config import Completion as CompletionKind
 from fasa_flex.config import FasaConfig, GroupReduce
 from fasa_flex.crossover import packs_late, sparse_layer_is_faster
 from fasa_flex.expectations import cache_among
+from fasa_flex.generating import generating, reads_prompt
 from fasa_flex.grouped import decodes_grouped, grouped_attention
 from fasa_flex.handed import check_forward, check_keys, mask_of, softmax_of
 from fasa_flex.held_rows import HeldRows
 from fasa_flex.host_layers import held_rows
-from fasa_flex.layers import attention_modules, attention_shape, layer_of, maximum_positions
+from fasa_flex.layers import attention_modules, attention_shape, device_of, layer_of, maximum_positions
 from fasa_flex.masking import DecodeStep, Once, count_valid, last_valid, valid_from_mask, valid_numbers
 from fasa_flex.packed_layers import advance_state, pack_layer, packed_keys, packs
 from fasa_flex.packing import PackedKeys
@@ -37,6 +41,23 @@ from fasa_flex.spread import spread_budget
 from fasa_flex.stats import FasaStats, read_share, tally
 
 _SCORE_BYTES = 1 << 27
+
+_boundaries: ContextVar[Mapping[int, Boundary]] = ContextVar("fasa_boundaries")
+"""Of `Fasa.sparse_from`, by the id of its handle: of this thread or task alone."""
+
+_NONE: Mapping[int, Boundary] = {}
+
+
+class _Forward(threading.local):
+    """What a thread's forward has in common.
+
+    Attributes:
+        reads_prompt: whether a forward of one token reads the last of a prompt, and decodes nothing.
+        boundary: as in `_boundaries`, for Dynamo, which traces no `ContextVar`.
+    """
+
+    reads_prompt: bool = False
+    boundary: Boundary | None = None
 
 
 class Fasa:
@@ -71,12 +92,12 @@ class Fasa:
         self.completion = _completion_of(config, self._scorers or scorers)
         self._packs = packs(model) and config.per == "kv_head"
         self._limit = maximum_positions(model)
-        self._boundary: Boundary | None = None
+        self._forward, self._threads = _Forward(), set[int]()
         self._step = DecodeStep()
         modules = attention_modules(model)
         self._first = min(modules)
         self.stats = FasaStats(
-            [next(modules[layer].parameters()).device for layer in sorted(modules)],
+            [device_of(modules[layer], model) for layer in sorted(modules)],
             {layer: read_share(scorer, model, config, self._packs) for layer, scorer in scorers.items()},
             {layer: budget.heads for layer, budget in self._budgets.items()},
         )
@@ -107,10 +128,22 @@ class Fasa:
         if not isinstance(self._source, PromptCalibration):
             raise ValueError("enable was given a profile or a scorer; only enable(model) calibrates on prompts.")
         self._source.forget()
-        self._scorers.clear()
 
     def disable(self) -> None:
-        """Give the model its former attention back; its outputs are then bit-identical to those before `enable`."""
+        """Give the model its former attention back; its outputs are then bit-identical to those before `enable`.
+
+        An answer that another thread generates meanwhile is dense from here on: a warning says so, and
+        ``stats.interrupted`` counts it.
+        """
+        if self._seam.is_open:
+            interrupted = generating(self._threads - {threading.get_ident()})
+            if interrupted:
+                self.stats.interrupted += interrupted
+                warnings.warn(
+                    f"{self!r} is disabled while {interrupted} other threads generate, whose answers are dense from "
+                    "here on; wait for them first.",
+                    stacklevel=2,
+                )
         self._seam.close()
         for hook in self._hooks:
             hook.remove()
@@ -147,8 +180,8 @@ class Fasa:
     def sparse_from(self, start: Tensor, stop: Tensor | None = None) -> Iterator[None]:
         """Evaluate with an explicit boundary: one forward equal to token-by-token sparse decode.
 
-        It concerns forwards of several tokens; a single token is decoded sparsely as ever. Slots count from the first
-        key of the cache, padding included.
+        It concerns forwards of one token and of several, in this thread alone. Slots count from the first key of the
+        cache, padding included.
 
         Args:
             start: int64 [B] or [1]: queries of row b at slots >= start[b] select for themselves, earlier ones are
@@ -159,11 +192,28 @@ class Fasa:
             ValueError: boundaries of another shape, type or batch, or negative ones.
         """
         self._check_open()
-        former, self._boundary = self._boundary, Boundary.of(start, stop)
+        boundary, former = Boundary.of(start, stop), self._forward.boundary
+        token = _boundaries.set({**_boundaries.get(_NONE), id(self): boundary})
+        self._forward.boundary = boundary
         try:
             yield
         finally:
-            self._boundary = former
+            self._forward.boundary = former
+            _boundaries.reset(token)
+
+    @property
+    def _boundary(self) -> Boundary | None:
+        return self._forward.boundary if torch.compiler.is_compiling() else _boundaries.get(_NONE).get(id(self))
+
+    @property
+    def _reads_prompt(self) -> bool:
+        return not torch.compiler.is_compiling() and self._forward.reads_prompt
+
+    def _scorer(self, layer: int) -> Scorer | SequenceScorer | None:
+        """The scorer of a layer; None where it is dense, or not calibrated yet."""
+        if not isinstance(self._source, PromptCalibration):
+            return self._scorers.get(layer)
+        return self._source.scorer(layer) if layer in self._budgets else None
 
     def _check_open(self) -> None:
         if not self._seam.is_open:
@@ -179,6 +229,9 @@ class Fasa:
         if layer == self._first:  # before any layer of the cache is written to
             held = 0 if cache is None else cache.get_seq_length(layer)
             self._seam.check()
+            if not torch.compiler.is_compiling():
+                self._threads.add(threading.get_ident())
+                self._forward.reads_prompt = states.shape[1] == 1 and reads_prompt()
             check_forward(states.shape[0], states.shape[1], held, kwargs, self._boundary, self._limit)
             if cache is not None:
                 make_room(cache, states.shape[1])
@@ -193,7 +246,7 @@ class Fasa:
     def _pack(self, cache: Cache, layer: int, device: torch.device) -> None:
         """Pack a layer's keys, those of a growing one at its first sparse step where "fastest" is better off so."""
         late = self.config.backend == "fastest" and packs_late(device)
-        pack_layer(cache, layer, self._scorers.get(layer), growing=not late)
+        pack_layer(cache, layer, self._scorer(layer), growing=not late)
 
     def _attend(
         self,
@@ -217,15 +270,18 @@ class Fasa:
         n_valid = once("n_valid", count_valid)
         check_keys(layer, key, q_len)
         self._calibrate(layer, query, key, seen, n_valid, first_slot, cache, softmax.scaling)
-        first, chosen = self._sparse_queries(layer, once, n_valid, kv_len, first_slot)
-        completion = self._completed(layer, cache, query, key, value, once)
+        scorer: Any = self._scorer(layer)
+        boundary = self._boundary
+        first, chosen = (q_len, None)
+        if scorer is not None:
+            first, chosen = self._sparse_queries(layer, once, n_valid, kv_len, first_slot, boundary)
+        completion = self._completed(layer, cache, query, key, value, once, scorer)
         groups = self._groups(layer, kv_len, kwargs) and decodes_grouped(query, key, value, attention_mask, softmax)
         if self.config.backend == "fastest" and chosen is not None:
             states = (query, key, value)
             if not sparse_layer_is_faster(cache, layer, *states, self._budgets[layer].widest(kv_len), groups):
                 first, chosen = q_len, None
         self._count(layer, once, n_valid, chosen, first_slot)
-        scorer: Any = self._scorers.get(layer)
         if layer in self._followers:
             valid = once("valid", valid_from_mask)
             sparse = torch.zeros_like(n_valid, dtype=torch.bool) if chosen is None else chosen
@@ -257,7 +313,7 @@ class Fasa:
         weights = None
         if kwargs.get("output_attentions") and self._former[layer] == "eager":
             weights = self._weights(layer, *states, scorer, valid, softmax)
-        if self._boundary is None or q_len == 1:
+        if boundary is None or boundary.highest <= first_slot:  # every query is sparse
             return focused, weights
         out, dense_weights = dense(module, query, key, value, attention_mask, **kwargs)
         merged = torch.where(chosen[:, first:, None, None], focused, out[:, first:])
@@ -282,39 +338,37 @@ class Fasa:
         if not isinstance(self._source, PromptCalibration) or self._source.profile is not None:
             return
         if layer == self._first:
-            self._scorers.clear()  # of a prefill that was broken off
+            self._source.begin()
         boundary, device, q_len = self._boundary, n_valid.device, n_valid.shape[1]
         if boundary is not None and first_slot + q_len + 1 < boundary.lowest:
             return  # a part of a prompt, and not the last (but for a token that may come with its continuation)
         sparse = None if boundary is None else boundary.behind(first_slot, q_len, device)
-        scorer = self._source.measure(layer, query, key, mask, n_valid, sparse, scaling)
-        if scorer is not None and layer in self._budgets:
-            self._scorers[layer] = scorer
-            if cache is not None:
-                self._pack(cache, layer, device)
+        measured = self._source.measure(layer, query, key, mask, n_valid, sparse, scaling)
+        if measured and layer in self._budgets and cache is not None:
+            self._pack(cache, layer, device)
 
     def _completed(
-        self, layer: int, cache: Cache | None, query: Tensor, key: Tensor, value: Tensor, once: Once
+        self, layer: int, cache: Cache | None, query: Tensor, key: Tensor, value: Tensor, once: Once, scorer: object
     ) -> Completion | None:
         """How a layer's sparse queries are completed, after its state is brought up to date; None: they are not."""
-        if self.completion == "none" or layer not in self._scorers:
+        if self.completion == "none" or scorer is None:
             return None
         strength = self.config.completion_strength if self.completion == "first_order" else 0.0
         counted = (once("last_valid", last_valid), once("number", valid_numbers), query.shape[2])
-        state = advance_state(cache, layer, self._scorers[layer], key, value, strength != 0.0, *counted)
+        state = advance_state(cache, layer, scorer, key, value, strength != 0.0, *counted)
         return Completion(strength, state if query.shape[2] == 1 else None)
 
     def _sparse_queries(
-        self, layer: int, once: Once, n_valid: Tensor, kv_len: int, first_slot: int
+        self, layer: int, once: Once, n_valid: Tensor, kv_len: int, first_slot: int, boundary: Boundary | None
     ) -> tuple[int, Tensor | None]:
         """Which queries of a forward are sparse: the first row that may be (Q for none), and bool [B, Q] for all."""
-        q_len, boundary = n_valid.shape[1], self._boundary
-        if layer not in self._scorers or self._budgets[layer].covers(kv_len):
+        q_len, budget = n_valid.shape[1], self._budgets[layer]
+        if budget.covers(kv_len):
             return q_len, None
-        budget = self._budgets[layer]
         over_budget = once(("over", budget), lambda *_: budget.exceeded(n_valid))
-        if boundary is None or q_len == 1:
-            return (0, over_budget) if q_len == 1 or self.config.prefill == "sparse" else (q_len, None)
+        if boundary is None:
+            decodes = q_len == 1 and not self._reads_prompt
+            return (0, over_budget) if decodes or self.config.prefill == "sparse" else (q_len, None)
         behind = boundary.behind(first_slot, q_len, n_valid.device)
         first = max(0, boundary.lowest - first_slot)
         return (first, over_budget & behind) if first < q_len else (q_len, None)
@@ -375,8 +429,8 @@ class Fasa:
     def _count(self, layer: int, once: Once, n_valid: Tensor, chosen: Tensor | None, first_slot: int) -> None:
         budget = self._budgets.get(layer, self._budget)
         counted = None
-        if self._boundary is not None:
-            counted = self._boundary.counted(first_slot, n_valid.shape[1], n_valid.device)
+        if (boundary := self._boundary) is not None:
+            counted = boundary.counted(first_slot, n_valid.shape[1], n_valid.device)
         if counted is not None:
             self.stats.add(layer, tally(n_valid * counted, chosen, budget))
         else:

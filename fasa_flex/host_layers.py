@@ -14,6 +14,7 @@ from fasa_flex.held_rows import HeldRows
 from fasa_flex.host_memory import host_rows, mapped_rows, split_rows
 from fasa_flex.packed_layers import KeepsPackedKeys, PackedLayer, StaticPackedLayer, writable
 from fasa_flex.scoring import DominantChunks
+from fasa_flex.written import counting
 
 
 class OnHost(KeepsPackedKeys):
@@ -133,7 +134,8 @@ class StaticHostLayer(OnHost, StaticPackedLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the buffers."""
         length = self.max_cache_len
-        rows = mapped_rows(key_states, value_states, length)
+        with counting():
+            rows = mapped_rows(key_states, value_states, length)
         self.max_cache_len = 0  # or buffers of the device would be allocated
         try:
             super().lazy_initialization(key_states, value_states)

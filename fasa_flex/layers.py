@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -35,6 +37,28 @@ def attention_shape(model: PreTrainedModel) -> tuple[int, int, int, int]:
     if getattr(config, "kv_lora_rank", None):  # MLA: queries and keys as attention sees them, expanded and whole
         kv_heads, head_dim = query_heads, config.qk_nope_head_dim + config.qk_rope_head_dim
     return config.num_hidden_layers, query_heads, kv_heads, head_dim
+
+
+def device_of(module: nn.Module, model: nn.Module | None = None) -> torch.device:
+    """Where a module computes: where accelerate brings its weights for that, or where they are, parameters or buffers.
+
+    Args:
+        module: a model or a part of one.
+        model: of which it is a part, and whose device it has if it holds nothing itself.
+    """
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for single in getattr(hook, "hooks", (hook,)):
+            device = getattr(single, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    devices = [tensor.device for tensor in itertools.chain(module.parameters(), module.buffers())]
+    there = next((device for device in devices if device.type != "meta"), None)
+    if there is not None:
+        return there
+    if model is not None:
+        return device_of(model)
+    return next(iter(devices), torch.device("cpu"))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from fasa_flex.host_memory import settle
 from fasa_flex.packing import PackedKeys
 from fasa_flex.room import CountedStaticLayer, check_crop
 from fasa_flex.scoring import DominantChunks
+from fasa_flex.written import Written, counting, held_by
 
 
 class KeepsPackedKeys(CacheLayerMixin):
@@ -32,6 +33,7 @@ class KeepsPackedKeys(CacheLayerMixin):
     scorer: DominantChunks
     packed: PackedKeys | None
     state: CompletionState | None
+    _written: Written
 
     def repack(self, scorer: DominantChunks) -> None:
         """Pack the keys anew, for other dimensions or in another precision."""
@@ -40,6 +42,13 @@ class KeepsPackedKeys(CacheLayerMixin):
             self._settle()
             rows = scorer.pack(self.keys).to(scorer.dims.device)  # where the keys may not be: FASA-M, offloading
             self.packed = PackedKeys.of(rows, scorer.dtype)
+        self._mark_anew()
+
+    def _mark_anew(self) -> None:
+        """Remember the keys as this layer's own."""
+        self._written = Written()
+        if self.is_initialized and self.keys.numel() and not torch.compiler.is_compiling():
+            self._written.mark(self.keys, self.keys.shape[2])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the rows for beam search."""
@@ -67,6 +76,7 @@ class KeepsPackedKeys(CacheLayerMixin):
             self.packed = self.packed.change(change)
         if self.state is not None:
             self.state = self.state.change(change)
+        self._mark_anew()
 
     def advance(self, key: Tensor, value: Tensor, first_order: bool, *counted: Any) -> CompletionState:
         """The state after a forward, whose ``counted`` tokens are as for `CompletionState.advance`."""
@@ -98,6 +108,7 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
         if torch.compiler.is_compiling() or torch.is_grad_enabled():  # by copies, which a compiler and autograd know
             held = (self.keys, self.values)
             keys, values = map(_behind, held, new) if start else new
+            self._check_written(start)
             packed, self._buffers = self._packed_for(end), None
         else:
             self._grow(*new, start, end)
@@ -106,6 +117,7 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
             keys, values = (buffer[:, :, :end] for buffer in self._buffers)
             if start and packed is not None and _write_token(*new, *self._buffers, packed, self.scorer, start):
                 self.keys, self.values = keys, values
+                self._written.mark(keys, end)
                 return keys, values
             for buffer, states in zip(self._buffers, new, strict=True):
                 buffer[:, :, start:end].copy_(states, non_blocking=True)
@@ -117,19 +129,44 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys, self.values, self.packed = keys, values, packed
+        if not torch.compiler.is_compiling():
+            self._written.mark(keys, end)
         return keys, values
+
+    def _check_written(self, start: int) -> None:
+        """Pack keys anew that somebody has changed, and leave memory that somebody else has a use for.
+
+        A shallow copy of this layer, which has gone on, or tensors that were handed out before it was cropped.
+        """
+        if torch.compiler.is_compiling() or not start:
+            return
+        written = self._written
+        if not written.knows(self.keys):
+            self.repack(self.scorer)
+        elif start != written.end and not self._holds_alone():
+            self._change(Tensor.clone)
+        self._written.end = start
+
+    def _holds_alone(self) -> bool:
+        """Whether nothing but this layer has the memory of its buffers."""
+        if self._buffers is None:
+            return False
+        views = 2 if self.keys.untyped_storage().data_ptr() == self.values.untyped_storage().data_ptr() else 1
+        return all(held_by(buffer) == self._written.alone + views for buffer in self._buffers)
 
     def _grow(self, key: Tensor, value: Tensor, start: int, end: int) -> None:
         """Make room for ``end`` tokens such as these, of all that is held or, where memory runs out, of nothing."""
+        self._check_written(start)
         held, buffers = (self.keys, self.values), self._buffers
         if start and buffers and not all(map(_begins, held, buffers)):
-            self.repack(self.scorer)  # other keys were put in the place of those that are packed
-            buffers = None
+            buffers = None  # others were put in their place
         if start:
             key, value = _wider(key, self.keys), _wider(value, self.values)
         grows = not start or not buffers or not all(map(_serves, (key, value), buffers, (end, end)))
         if grows:
-            buffers = self._allocate(key, value, _room_for(end))
+            with counting():
+                buffers = self._allocate(key, value, _room_for(end))
+            self._written = Written(alone=held_by(buffers[0]))
             buffers[1][:, :, end:] = 0  # flex multiplies free slots of a block by weights of 0
             if start:
                 self._settle()
@@ -139,6 +176,7 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
         self._buffers = buffers
         if grows and start and buffers:
             self.keys, self.values = (buffer[:, :, :start] for buffer in buffers)
+            self._written.mark(self.keys, start)
 
     def _packed_for(self, end: int) -> PackedKeys | None:
         """The packed keys with room for ``end`` tokens, to write into; None while there are none."""
@@ -198,7 +236,8 @@ class StaticPackedLayer(KeepsPackedKeys, CountedStaticLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the buffers."""
-        super().lazy_initialization(key_states, value_states)
+        with counting():
+            super().lazy_initialization(key_states, value_states)
         self.repack(self.scorer)
 
     def repack(self, scorer: DominantChunks) -> None:
@@ -216,10 +255,21 @@ class StaticPackedLayer(KeepsPackedKeys, CountedStaticLayer):
             self.packed.change(Tensor.zero_)
         if self.state is not None:
             self.state.covered.zero_()
+            self._mark_anew()
 
     def _write(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if torch.compiler.is_compiling():
+            return self._write_all(key_states, value_states)
+        if not self._written.knows(self.keys):  # edited, or written by compiled steps
+            self.repack(self.scorer)
+        states = self._write_all(key_states, value_states)
+        self._written.mark(self.keys, 0)
+        return states
+
+    def _write_all(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys, values and packed keys."""
         assert self.packed is not None
         packed, held = self.packed, self.cumulative_length
         states = (key_states, value_states, self.keys, self.values)

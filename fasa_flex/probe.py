@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from fasa_flex.expectations import CACHE_NAMES, cache_argument, check_arrivals, check_transformers
-from fasa_flex.layers import attention_modules, evaluating, layer_of, maximum_positions
+from fasa_flex.layers import attention_modules, device_of, evaluating, layer_of, maximum_positions
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
 
 _FARTHEST = 1024
@@ -146,7 +146,7 @@ def probe(
         batch, heads, q_len = query.shape[:3]
         return value.new_zeros(batch, q_len, heads, value.shape[-1]), None
 
-    cache, rows, length, device = DynamicCache(config=model.config), len(hidden), len(positions), _device_of(model)
+    cache, rows, length, device = DynamicCache(config=model.config), len(hidden), len(positions), device_of(model)
     with ExitStack() as stack:
         for restored in (evaluating(model), _unstretched(model), AttentionSeam(model, capture), _uncompiled()):
             stack.enter_context(restored)
@@ -193,16 +193,6 @@ class _WithoutWeights(TorchFunctionMode):
         if key not in self._patterns:
             self._patterns[key] = _pattern(*key)
         return self._patterns[key].repeat(*states.shape[:-1], 1)
-
-
-def _device_of(model: PreTrainedModel) -> torch.device:
-    """Where the model takes its input: of one whose weights accelerate brings when they are needed, where it runs."""
-    own: torch.device = model.device
-    if own.type != "meta":
-        return own
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    devices = (getattr(hook, "execution_device", None) for hook in hooks)
-    return next((torch.device(device) for device in devices if device is not None), own)
 
 
 def _pattern(width: int, device: torch.device, dtype: torch.dtype) -> Tensor:

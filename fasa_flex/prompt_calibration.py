@@ -6,6 +6,7 @@ own, among a sample of its keys, while the prefill runs.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -151,8 +152,19 @@ class Sample:
         return query[rows, :, queries].transpose(1, 2), key[rows, :, slots].transpose(1, 2), visible
 
 
+class _Reading(threading.local):
+    """What a thread has measured of the prompt that it reads."""
+
+    def __init__(self) -> None:
+        self.sample: Sample | None = None
+        self.tables: dict[str, Tensor] = {}
+        self.scorers: dict[int, DominantChunks] = {}
+
+
 class PromptCalibration:
     """A `FasaProfile` in the making, layer by layer, while the model reads a prompt.
+
+    Every thread measures its own prompt; the first that has measured every layer decides for all.
 
     Args:
         model: whose queries and keys will be measured.
@@ -160,6 +172,7 @@ class PromptCalibration:
 
     Attributes:
         profile: what was found, once every layer has been measured; None before.
+        scorers: by layer, likewise; empty before.
 
     Raises:
         ValueError: a model without RoPE, or a config that does not fit it.
@@ -178,18 +191,23 @@ class PromptCalibration:
             "covariance": (kv_heads, chunks, chunks),
             "mean_key": (kv_heads, self.layout.head_dim),
         }
-        self._tables = {name: torch.zeros(layers, *shape) for name, shape in shapes.items()}
+        self._shapes = {name: (layers, *shape) for name, shape in shapes.items()}
         self._model = (model.config.name_or_path or type(model).__name__, model.config.get_text_config().model_type)
         self._hash = config_hash(model)
         self._versions = {name: version_of(name) for name in ("fasa_flex", "torch", "transformers")}
-        self._sample: Sample | None = None
+        self._reading, self._lock = _Reading(), threading.Lock()
         self.profile: FasaProfile | None = None
+        self.scorers: dict[int, DominantChunks] = {}
         dominant_chunks(self.blank, config)  # refuses settings that do not fit
 
     @property
     def blank(self) -> FasaProfile:
         """A profile of the right shape that says nothing."""
-        return self._profile({name: torch.zeros_like(table) for name, table in self._tables.items()}, "nothing", 1, 1)
+        return self._profile(self._empty(), "nothing", 1, 1)
+
+    def _empty(self) -> dict[str, Tensor]:
+        """Tables of every layer, before anything is measured."""
+        return {name: torch.zeros(shape) for name, shape in self._shapes.items()}
 
     def _profile(self, tables: dict[str, Tensor], source: str, queries: int, top_k: int) -> FasaProfile:
         provenance = Provenance(
@@ -205,6 +223,15 @@ class PromptCalibration:
         )
         return FasaProfile(layout=self.layout, provenance=provenance, **tables)
 
+    def scorer(self, layer: int) -> DominantChunks | None:
+        """The scorer of a layer: what was found, or what this thread has measured so far."""
+        found = self.scorers  # read once: another thread may forget it
+        return (found if self.profile is not None else self._reading.scorers).get(layer)
+
+    def begin(self) -> None:
+        """Forget what this thread has of a prompt that was broken off."""
+        self._reading.sample, self._reading.tables, self._reading.scorers = None, {}, {}
+
     def measure(
         self,
         layer: int,
@@ -214,8 +241,8 @@ class PromptCalibration:
         n_valid: Tensor,
         sparse: Tensor | None,
         scaling: float,
-    ) -> DominantChunks | None:
-        """The chunks of a layer, from a forward of several tokens; None where the prompt is too short to tell.
+    ) -> bool:
+        """Find the chunks of a layer, from a forward of several tokens; False where the prompt is too short to tell.
 
         Args:
             layer: layers come in their order; the first of a forward decides what is sampled in all of them.
@@ -230,25 +257,31 @@ class PromptCalibration:
             ValueError: it is asked for in a compiled graph, which cannot keep what it finds.
         """
         if layer not in self._layers or n_valid.shape[1] == 1 or key.shape[2] < LEAST_KEYS:
-            return None
+            return False
         if torch.compiler.is_compiling():
             raise ValueError("a compiled model cannot calibrate itself on its prompt; run the prefill uncompiled once.")
+        reading = self._reading
         if layer == self._layers[0]:
-            self._sample = Sample.of(attention_mask, n_valid, sparse, key.shape[2])
-        sample = self._sample
+            reading.sample, reading.tables = Sample.of(attention_mask, n_valid, sparse, key.shape[2]), self._empty()
+        sample, tables = reading.sample, reading.tables
         if sample is None:
-            return None
+            return False
         parts = sample.statistics(query, key, self.layout, scaling)
         found = {"agreement": sample.agreement(query, key, self.layout), **vars(parts)}
-        for name, table in self._tables.items():
+        for name, table in tables.items():
             table[layer] = found[name].cpu()
         source = (f"the last queries of a prompt of {sample.length} tokens", sample.queries.numel(), sample.top_k)
-        if layer == self._layers[-1]:
-            self.profile, self._sample = self._profile(self._tables, *source), None
-        own = self._profile({name: table[layer, None] for name, table in self._tables.items()}, *source)
+        own = self._profile({name: table[layer, None] for name, table in tables.items()}, *source)
         with torch.inference_mode(False):  # a forward with gradients may follow
-            return dominant_chunks(own, self._config)(0).to(query.device)
+            reading.scorers[layer] = dominant_chunks(own, self._config)(0).to(query.device)
+        if layer == self._layers[-1]:
+            with self._lock:
+                if self.profile is None:
+                    self.scorers, self.profile = reading.scorers, self._profile(tables, *source)
+            self.begin()
+        return True
 
     def forget(self) -> None:
         """Measure the next long prompt anew."""
-        self.profile = None
+        with self._lock:
+            self.profile, self.scorers = None, {}

@@ -40,34 +40,35 @@ def reference_attention(
     batch, query_heads, q_len, _ = query.shape
     group = query_heads // key.shape[1]
     valid = valid.expand(batch, 1, 1, q_len, -1)
+    wide = torch.promote_types(query.dtype, torch.float32)  # a dot product may be too large for half precision
     rows = []
     for b in range(batch):
         for head in range(query_heads):
             kv_head, member = divmod(head, group)
             keys, values = key[b, kv_head], value[b, kv_head]
             for q in range(q_len):
-                candidates, asked = valid[b, 0, 0, q], query[b, head, q].float()
+                candidates, asked = valid[b, 0, 0, q], query[b, head, q].to(wide)
                 of_query = ranking[b, kv_head, min(member, ranking.shape[2] - 1), q]
                 slots = reference_selection(of_query, candidates, budget.of_head(kv_head))
-                logits = softmax.cap(keys[slots].float() @ (asked * softmax.scaling))
-                out, mass = logits.softmax(0) @ values[slots].float(), logits.logsumexp(0)
+                logits = softmax.cap(keys[slots].to(wide) @ (asked * softmax.scaling))
+                out, mass = logits.softmax(0) @ values[slots].to(wide), logits.logsumexp(0)
                 if completion is not None and scores is not None:
-                    estimates = softmax.logits(scores[b, kv_head, member, q])
+                    estimates = softmax.logits(scores[b, kv_head, member, q]).to(wide)
                     share = (estimates[slots].logsumexp(0) - estimates[candidates].logsumexp(0)).exp()
                     left = reference_remainder(asked, keys, values, candidates, softmax.scaling * completion.strength)
                     if left is not None:
                         out, mass = share * out + (1 - share) * left, mass - share.log()
                 if softmax.sinks is not None:
-                    out = out * torch.sigmoid(mass - softmax.sinks[head].float())
+                    out = out * torch.sigmoid(mass - softmax.sinks[head].to(wide))
                 rows.append(out.to(value.dtype))
     return torch.stack(rows).view(batch, query_heads, q_len, value.shape[-1])
 
 
 def reference_remainder(query: Tensor, key: Tensor, value: Tensor, valid: Tensor, factor: float) -> Tensor | None:
-    """The value of one query's unselected keys to first order (`fasa_flex.completion`): float32 [Dv], or None.
+    """The value of one query's unselected keys to first order (`fasa_flex.completion`): [Dv]; None: none is covered.
 
     Args:
-        query: float32 [D].
+        query: float32 or float64 [D].
         key: [T, D].
         value: [T, Dv].
         valid: bool [T].
@@ -77,7 +78,7 @@ def reference_remainder(query: Tensor, key: Tensor, value: Tensor, valid: Tensor
     covered = candidates[SINKS : len(candidates) // BLOCK * BLOCK]
     if not len(covered):
         return None
-    keys, values = key[covered].float(), value[covered].float()
+    keys, values = key[covered].to(query.dtype), value[covered].to(query.dtype)
     covariance = (keys - keys.mean(0)).T @ (values - values.mean(0)) / len(covered)
     return values.mean(0) + factor * query @ covariance
 

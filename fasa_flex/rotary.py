@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fasa_flex.layers import attention_shape, check_supported
+from fasa_flex.layers import attention_shape, check_supported, device_of
 from fasa_flex.probe import farthest_position, glance, probe
 
 _TOLERANCE = 1e-6
@@ -194,7 +194,7 @@ def _float32_twin(model: PreTrainedModel) -> PreTrainedModel:
     implementation = base.config._attn_implementation
     with torch.random.fork_rng(devices=[]):  # its weights are random, the caller's random state is not touched
         twin: PreTrainedModel = type(base)._from_config(config, attn_implementation=implementation, dtype=torch.float32)
-    return twin.to(model.device)
+    return twin.to(device_of(model))
 
 
 def _fit_rotation(query: Tensor, positions: Tensor) -> tuple[list[list[int]], Tensor]:

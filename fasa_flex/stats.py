@@ -82,6 +82,9 @@ class FasaStats:
 
     Queries without a valid key (padding) are not counted.
 
+    Attributes:
+        interrupted: answers that other threads were generating when the handle was disabled, dense from there on.
+
     Args:
         devices: of the layers.
         reads: what a sparse query of a layer reads; layers without an entry do not say.
@@ -92,6 +95,7 @@ class FasaStats:
         self, devices: Sequence[torch.device], reads: Mapping[int, ReadShare | None], heads: Mapping[int, int]
     ) -> None:
         self._reads, self._heads = dict(reads), dict(heads)
+        self.interrupted = 0
         with torch.inference_mode(False):  # they are written to inside and outside of it
             self._counts = [torch.zeros(4, dtype=torch.long, device=device) for device in devices]
 
@@ -104,6 +108,7 @@ class FasaStats:
 
     def reset(self) -> None:
         """Start counting anew."""
+        self.interrupted = 0
         for counts in self._counts:
             counts.zero_()
 

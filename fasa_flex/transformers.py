@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fasa_flex.config import FasaConfig
 from fasa_flex.handle import Fasa
-from fasa_flex.layers import attention_modules, check_supported, dense_layers
+from fasa_flex.layers import attention_modules, check_supported, dense_layers, device_of
 from fasa_flex.probe import check_attention
 from fasa_flex.profile import FasaProfile
 from fasa_flex.prompt_calibration import PromptCalibration
@@ -33,9 +33,13 @@ def enable(
 
     The model attends densely in the prefill, in ``config.dense_layers``, and in layers without RoPE or with a sliding
     window (`Fasa.dense_layers` tells which and why); every query decoded after the prefill selects its own ``n_fac``
-    keys elsewhere. Nothing is evicted from the cache. Nothing is patched: the attention function is registered under a
-    name of its own and set in this model's config, so that models with different profiles and budgets live side by
-    side.
+    keys elsewhere. Nothing is evicted from the cache. Nothing is patched: the attention function has a name of its own,
+    which the configs of this model's layers carry, and serves these layers alone, so that models with different
+    profiles and budgets live side by side.
+
+    Where the prompt ends, `generate` knows: its last chunk (``prefill_chunk_size``) or a suffix of one token on an
+    earlier cache is still prefill. In a loop of one's own a forward of one token is a decoded one; there
+    `Fasa.sparse_from` says where the prompt ends.
 
     Without a profile the model calibrates itself: everything is dense until a forward of several tokens reads a prompt
     of at least 128 tokens, whose last queries then choose the chunks of each layer (`fasa_flex.prompt_calibration`).
@@ -84,4 +88,4 @@ def _placed(
         return scorer
     if scorer.dtype is None and config.per == "kv_head":
         scorer = replace(scorer, dtype=config.packed_dtype)
-    return scorer.to(next(attention_modules(model)[layer].parameters()).device)
+    return scorer.to(device_of(attention_modules(model)[layer], model))

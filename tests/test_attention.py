@@ -170,3 +170,16 @@ def test_what_compiles_is_a_growing_caches_whole_buffer(
     out = attention.sparse_attention(*call, backend, held)
     assert torch.equal(out, attention.sparse_attention(*call, "gather"))
     assert seen == ([[compiled] * 3] if backend == "fastest" else [])
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 100.0, 400.0])
+def test_the_reference_takes_half_precision_as_far_as_the_fast_paths(magnitude: float) -> None:
+    """A dot product of float16 numbers may exceed 65504 where its product with the scale does not."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, n, 64, generator=generator) for heads, n in ((4, 1), (2, 40), (2, 40)))
+    q, k, v = (q * magnitude).half(), (k * magnitude).half(), v.half()
+    chunks = torch.arange(64).view(1, 32, 2).expand(2, -1, -1)
+    outs = [fasa_attention(q, k, v, chunks, n_fac=8, backend=backend) for backend in ("reference", "gather")]
+    assert outs[0].dtype == torch.float16
+    assert outs[0].isfinite().all()
+    torch.testing.assert_close(*outs, atol=2e-3, rtol=2e-3)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 from families import tiny
 from generation import Ids, profile_of
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from fasa_flex import FasaConfig, enable
@@ -40,7 +38,9 @@ def test_a_decoder_used_bidirectionally_selects_among_all_keys(ids: Ids, impleme
         with enable(model, profile, config) as fasa:
             sparse = model(prompt).logits
             assert fasa.stats.sparse_queries == (3 * 40 if n_fac == 12 else 0)
-            every = torch.ones(1, 1, 40, 40, dtype=torch.bool) if implementation == "sdpa" else torch.zeros(1, 1, 40, 40)
+            every = (
+                torch.ones(1, 1, 40, 40, dtype=torch.bool) if implementation == "sdpa" else torch.zeros(1, 1, 40, 40)
+            )
             torch.testing.assert_close(sparse, model(prompt, attention_mask=every).logits, atol=1e-4, rtol=1e-4)
             behind = model(padded, attention_mask=mask, position_ids=positions).logits[:, 5:]
             torch.testing.assert_close(sparse, behind, atol=1e-4, rtol=1e-4)
@@ -58,24 +58,6 @@ def test_a_mask_by_head_is_refused_before_the_cache_is_written(llama: PreTrained
         assert lengths(cache) == [40, 40, 40]
         llama(ids(1, rows=1), **cache_argument(llama, cache))
         assert lengths(cache) == [41, 41, 41]
-
-
-class Biased(transformers.models.llama.modeling_llama.LlamaAttention):
-    """It hands on a bias of positions, as transformers' attention functions take one since 5.24."""
-
-    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> object:
-        length = hidden_states.shape[1]
-        return super().forward(hidden_states, *args, position_bias=torch.zeros(1, 4, length, length), **kwargs)
-
-
-@torch.no_grad()
-def test_a_bias_of_positions_is_refused(ids: Ids) -> None:
-    model = tiny("Llama")
-    profile = profile_of(model)
-    for layer in model.model.layers:
-        layer.self_attn.__class__ = Biased
-    with enable(model, profile, CONFIG), pytest.raises(ValueError, match="bias of positions"):
-        model(ids(40, rows=1))
 
 
 @torch.no_grad()

@@ -181,7 +181,7 @@ def test_a_cache_is_packed_from_the_first_step_and_anew_after_recalibration(llam
             for seed in (1, 2):
                 llama(token, past_key_values=cache)
                 held, length = cache.layers[1], int(cache.get_seq_length())
-                assert held.scorer is fasa._scorers[1]
+                assert held.scorer is fasa._scorer(1)
                 assert held.packed.rows(length).equal(held.scorer.pack(held.keys)[:, :, :length])
                 fasa.recalibrate()
                 llama(ids(PROMPT, seed=seed, rows=1))  # another sequence, without a cache
@@ -302,7 +302,7 @@ def test_sets_are_those_of_the_profile(llama: PreTrainedModel, ids: Ids, config:
             table = fasa.profile.variance[layer].double().numpy()
             chosen = oracle.dominant(table, n_tip, 2 if config.per == "kv_head" else None)
             dims = RotaryLayout.half_split(16).chunks[torch.from_numpy(chosen)]
-            assert fasa._scorers[layer].dims.tolist() == dims.flatten(1).tolist()
+            assert fasa._scorer(layer).dims.tolist() == dims.flatten(1).tolist()
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fasa_flex.calibration import encode_samples
-from fasa_flex.layers import check_supported, evaluating, layer_of
+from fasa_flex.layers import check_supported, device_of, evaluating, layer_of
 from fasa_flex.rotary import RotaryLayout
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
 
@@ -63,7 +63,7 @@ def channel_weights(
 
     with evaluating(model), AttentionSeam(model, measure):
         for ids in encoded:
-            model.base_model(input_ids=ids[None].to(model.device), use_cache=False)
+            model.base_model(input_ids=ids[None].to(device_of(model)), use_cache=False)
     tokens = sum(len(ids) for ids in encoded)
     return torch.stack([totals[layer] for layer in sorted(totals)]).div(tokens).float()
 

@@ -27,6 +27,7 @@ from transformers.cache_utils import DynamicLayer
 
 from fasa_flex.expectations import cache_argument
 from fasa_flex.handle import Fasa
+from fasa_flex.layers import device_of
 from fasa_flex.lm_eval.windows import Batch, Window, score
 
 Answer = tuple[float, bool]
@@ -144,7 +145,7 @@ class Passes:
             at += rows
 
     def _side_by_side(self, windows: Sequence[Window]) -> list[Answer]:
-        batch = Batch.of(windows, pad=self.pad, device=self.model.device)
+        batch = Batch.of(windows, pad=self.pad, device=device_of(self.model))
         with self.fasa.sparse_from(batch.start, batch.stop):
             logits: Tensor = self.model(
                 input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, logits_to_keep=batch.keep
@@ -177,8 +178,8 @@ class Passes:
         return total, greedy
 
     def _forward(self, window: Window, start: int, stop: int, cache: DynamicCache, keep: int) -> Tensor:
-        boundary = torch.tensor([window.sparse_from], device=self.model.device)
-        ids = torch.tensor([window.ids[start:stop]], device=self.model.device)
+        boundary = torch.tensor([window.sparse_from], device=device_of(self.model))
+        ids = torch.tensor([window.ids[start:stop]], device=device_of(self.model))
         with self.fasa.sparse_from(boundary), _grouped_heads(ids.device):
             logits: Tensor = self.model(
                 input_ids=ids, use_cache=True, logits_to_keep=keep, **cache_argument(self.model, cache)
