@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from transformers import PreTrainedModel
 
 from fasa_flex.layers import attention_shape
-from fasa_flex.provenance import Provenance, config_hash
+from fasa_flex.provenance import Provenance, known_hashes
 from fasa_flex.rotary import RotaryLayout
 from fasa_flex.saving import replacing, settled
 from fasa_flex.tables import ChunkTables
@@ -57,13 +57,15 @@ class FasaProfile(
             ValueError: another shape, model type or rotary configuration; the sentence names the first difference.
         """
         layers, query_heads, kv_heads, head_dim = attention_shape(model)
+        hashes = known_hashes(model)
+        rotary = self.provenance.config_hash if self.provenance.config_hash in hashes else hashes[0]
         theirs = {
             "model type": model.config.get_text_config().model_type,
             "layers": layers,
             "query heads": query_heads,
             "key/value heads": kv_heads,
             "head dimensions": head_dim,
-            "rotary configuration": config_hash(model)[:12],
+            "rotary configuration": rotary[:12],
         }
         ours = {
             "model type": self.provenance.model_type,
