@@ -32,6 +32,6 @@ def test_what_is_no_model_is_refused_in_one_sentence(tmp_path: Path) -> None:
 
 def test_a_gguf_file_that_is_not_there_is_refused_in_one_sentence(tmp_path: Path) -> None:
     """The package is asked for first, where it is missing."""
-    with pytest.raises(ValueError, match=r"holds no file model\.gguf .*; pass gguf_file=|pip install .*gguf") as refused:
+    with pytest.raises(ValueError, match=r"holds no file model.gguf .*; pass gguf_file|pip install .*gguf") as refused:
         load_model(str(tmp_path), gguf_file="model.gguf")
     assert "\n" not in str(refused.value)
