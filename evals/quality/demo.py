@@ -31,7 +31,7 @@ from evals.quality.arms import (
     rows_of,
     table,
 )
-from fasa_flex.plots import agreement_heatmap, score_curves
+from fasa_flex.plots import chunk_heatmap, score_curves
 from fasa_flex.saving import replacing
 
 BUDGETS = (32, 64, 128, 256)
@@ -77,7 +77,7 @@ def main() -> None:
     with replacing(options.out) as beside:
         (beside / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
         score_curves(rows).savefig(beside / "demo.png", dpi=150)
-        agreement_heatmap(profile, N_TIP).savefig(beside / "agreement.png", dpi=150)
+        chunk_heatmap(profile, N_TIP, criterion="agreement").savefig(beside / "agreement.png", dpi=150)
     print(f"\n{record['table']}\n\nwritten to {options.out} after {record['seconds']} s; all arms saw the same prompts")
 
 
