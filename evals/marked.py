@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from fasa_flex.saving import replace_text
+
 
 def block(text: str, name: str) -> str | None:
     """What stands between the markers of a table; None without these."""
@@ -26,4 +28,4 @@ def fill(readme: Path, tables: Mapping[str, Callable[[], str]]) -> None:
         before, _, rest = text.partition(f"<!-- {name} -->\n")
         behind = rest[rest.index(f"<!-- /{name} -->") :]
         text = f"{before}<!-- {name} -->\n{made()}\n{behind}"
-    readme.write_text(text, encoding="utf-8")
+    replace_text(readme, text)

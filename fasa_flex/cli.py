@@ -57,6 +57,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _inspect_options(parser: argparse.ArgumentParser) -> None:
     from fasa_flex.config import Sharing
+    from fasa_flex.criteria import CRITERIA
 
     parser.add_argument(
         "profiles", nargs="+", metavar="PROFILE", help="a folder of save_pretrained, or a Hub repository"
@@ -66,6 +67,7 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--per", choices=get_args(Sharing), default="kv_head", help="whose chunks (default: %(default)s)"
     )
+    parser.add_argument("--criterion", choices=CRITERIA, help="how they are chosen (default: the best of a profile)")
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -75,11 +77,11 @@ def _inspect(options: argparse.Namespace) -> None:
     profiles = [FasaProfile.from_pretrained(name) for name in options.profiles]
     _check_folder(options.plot)
     n_tip = inspection.default_n_tip(profiles[0]) if options.n_tip is None else options.n_tip
-    print(inspection.report(options.profiles, profiles, n_tip, options.per))
+    print(inspection.report(options.profiles, profiles, n_tip, options.per, options.criterion))
     if options.plot is not None:
         from fasa_flex.plots import inspection as drawn
 
-        drawn(options.profiles, profiles, n_tip, options.per).savefig(options.plot, dpi=150)
+        drawn(options.profiles, profiles, n_tip, options.per, options.criterion).savefig(options.plot, dpi=150)
         print(f"drawn to {options.plot}", file=sys.stderr)
 
 

@@ -2,10 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file, is_gguf_available
+
+_MAGIC = b"GGUF"
+
+
+class GGUFError(ValueError):
+    """What is wrong with a GGUF file, or with what reads it."""
+
+
+@contextmanager
+def explained_gguf(pretrained: str, gguf_file: str | None, revision: str | None = None) -> Iterator[None]:
+    """Load from a GGUF file inside: what is wrong with the file is said in one sentence, other errors go on.
+
+    Args:
+        pretrained: a folder or a Hub repository.
+        gguf_file: the file of it; None: nothing is asked.
+        revision: of the repository.
+
+    Raises:
+        GGUFError: no package `gguf`, no such file, or one that is no GGUF or is damaged.
+    """
+    if gguf_file is None:
+        yield
+        return
+    if not is_gguf_available():
+        raise GGUFError(
+            f"{gguf_file} is read by the package gguf, which is missing or too old; pip install 'fasa-flex[gguf]'."
+        )
+    try:
+        path = Path(str(cached_file(pretrained, gguf_file, revision=revision)))
+    except OSError as error:
+        raise GGUFError(
+            f"{pretrained} holds no file {gguf_file} ({' '.join(str(error).split()).rstrip('.')}); "
+            "pass gguf_file=, the name of a file in that folder or repository."
+        ) from error
+    with path.open("rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise GGUFError(f"{path} is no GGUF file; pass one that was exported for llama.cpp.")
+    try:
+        yield
+    except Exception as error:  # a damaged file fails anywhere in transformers, with any error
+        reason = _damage(path)
+        if reason is None:
+            raise
+        raise GGUFError(f"{path} is damaged or incomplete ({reason}); fetch it again.") from error
+
+
+def _damage(path: Path) -> str | None:
+    """Why the package `gguf` cannot read the file; None if it can. It takes seconds."""
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(path)
+    except Exception as error:  # numpy's, of whatever kind
+        return " ".join(str(error).split()).rstrip(".")
+    return None
 
 
 def load_model(
@@ -24,12 +83,16 @@ def load_model(
         device: where the model goes; None: the GPU if there is one.
 
     Raises:
-        ValueError: there is no such model, with the library's reason.
+        ValueError: there is no such model, with the library's reason, or GGUF that cannot be read.
     """
     source: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    kept = "auto" if dtype is None else dtype
     try:
-        tokenizer = AutoTokenizer.from_pretrained(pretrained, **source)
-        model = AutoModelForCausalLM.from_pretrained(pretrained, dtype="auto" if dtype is None else dtype, **source)
+        with explained_gguf(pretrained, gguf_file):
+            tokenizer = AutoTokenizer.from_pretrained(pretrained, **source)
+            model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=kept, **source)
+    except GGUFError:
+        raise
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fasa_flex.config import Sharing
-from fasa_flex.inspection import dominance, is_dominant, overlap, period
+from fasa_flex.criteria import Criterion
+from fasa_flex.inspection import dominance, is_dominant, measured, overlap, period
 from fasa_flex.profile import FasaProfile
 
 _DENSE = "0.35"
@@ -22,8 +23,12 @@ COLOURS = ("#1f6fb4", "#d1603d", "#4a8f53", "#8a5ca8", "#b8860b", "#5f6b7a")
 _MARKERS = ("o", "s", "^", "D")  # where there are more methods than colours
 
 
-def agreement_heatmap(profile: FasaProfile, n_tip: int | None = None, per: Sharing = "kv_head") -> Figure:
-    """Contextual agreement of every chunk with its head: a row for each query head, a column for each chunk.
+def chunk_heatmap(
+    profile: FasaProfile, n_tip: int | None = None, per: Sharing = "kv_head", criterion: Criterion | None = None
+) -> Figure:
+    """What a criterion goes by, chunk by chunk: a row for each query head, a column for each chunk.
+
+    It is agreement of the chunk with its head, or its share of the variances of the head's chunks.
 
     The columns are labelled with the chunk's period, the distance in tokens over which it turns once. Where there are
     too many heads for a readable picture, a row is a layer, averaged over its heads.
@@ -32,16 +37,23 @@ def agreement_heatmap(profile: FasaProfile, n_tip: int | None = None, per: Shari
         profile: The table.
         n_tip: Mark the dominant chunks of each head with dots; of a layer, those of at least half of its heads.
         per: Whose dominant chunks, as in `FasaProfile.dominant`.
+        criterion: As in `FasaProfile.dominant`.
     """
     figure = Figure(figsize=(_width(profile), 1.6 + _height(profile)), layout="constrained")
     axes = figure.add_subplot()
-    _draw_agreement(axes, profile, n_tip, per)
+    _draw_chunks(axes, profile, n_tip, per, criterion)
     if n_tip is not None:
         figure.legend(loc="outside lower center", frameon=False)
     return figure
 
 
-def inspection(names: Sequence[str], profiles: Sequence[FasaProfile], n_tip: int, per: Sharing = "kv_head") -> Figure:
+def inspection(
+    names: Sequence[str],
+    profiles: Sequence[FasaProfile],
+    n_tip: int,
+    per: Sharing = "kv_head",
+    criterion: Criterion | None = None,
+) -> Figure:
     """Heat maps of profiles, the share of heads in which each chunk is dominant, and what profiles have in common.
 
     Args:
@@ -49,6 +61,7 @@ def inspection(names: Sequence[str], profiles: Sequence[FasaProfile], n_tip: int
         profiles: One or more; of one shape.
         n_tip: Chunks a head keeps.
         per: As in `FasaProfile.dominant`.
+        criterion: As in `FasaProfile.dominant`; None: the best of each profile.
     """
     height = 1.3 + _height(profiles[0])
     several = len(profiles) > 1
@@ -58,20 +71,25 @@ def inspection(names: Sequence[str], profiles: Sequence[FasaProfile], n_tip: int
     panels = [cell[0] for cell in figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)]
     maps, bars = panels[: len(profiles)], panels[len(profiles)]
     for axes, name, profile in zip(maps, names, profiles, strict=True):
-        _draw_agreement(axes, profile, n_tip, per)
+        _draw_chunks(axes, profile, n_tip, per, criterion)
         axes.set_title(name, fontsize=10)
     figure.legend(*maps[0].get_legend_handles_labels(), loc="outside lower center", frameon=False)
-    _draw_dominance(bars, names, profiles, n_tip, per)
+    _draw_dominance(bars, names, profiles, n_tip, per, criterion)
     if several:
-        _draw_overlap(panels[-1], names, overlap(profiles, n_tip, per).mean(-1))
+        _draw_overlap(panels[-1], names, overlap(profiles, n_tip, per, criterion).mean(-1))
     return figure
 
 
-def _draw_agreement(axes: Axes, profile: FasaProfile, n_tip: int | None, per: Sharing) -> None:
+def _draw_chunks(
+    axes: Axes, profile: FasaProfile, n_tip: int | None, per: Sharing, criterion: Criterion | None
+) -> None:
     layers, heads, _ = profile.agreement.shape
     whole = _by_layer(profile)
     rows = 1 if whole else heads
-    table = profile.agreement.mean(1) if whole else profile.agreement.flatten(0, 1)
+    table, label = measured(profile, criterion), f"agreement with the full scores (top {profile.provenance.top_k})"
+    if profile.criterion(criterion) != "agreement":
+        table, label = table / table.sum(-1, keepdim=True).clamp(min=1e-12), "share of the chunks' variances over keys"
+    table = table.mean(1) if whole else table.flatten(0, 1)
     image = axes.imshow(table, cmap="Blues", vmin=0, vmax=math.ceil(10 * float(table.max())) / 10, aspect="auto")
     if not whole:
         for layer in range(1, layers):
@@ -81,9 +99,9 @@ def _draw_agreement(axes: Axes, profile: FasaProfile, n_tip: int | None, per: Sh
     axes.tick_params(axis="y", labelsize=8 if whole else None)
     _label_chunks(axes, profile)
     axes.set_ylabel("mean of the layer's query heads" if whole else "query heads")
-    axes.figure.colorbar(image, ax=axes, label=f"agreement with the full scores (top {profile.provenance.top_k})")
+    axes.figure.colorbar(image, ax=axes, label=label)
     if n_tip is not None:
-        dominant = is_dominant(profile, n_tip, per)
+        dominant = is_dominant(profile, n_tip, per, criterion)
         if whole:
             dominant = dominant.float().mean(1, keepdim=True) >= 0.5
         step = rows / dominant.shape[1]
@@ -100,14 +118,19 @@ def _draw_agreement(axes: Axes, profile: FasaProfile, n_tip: int | None, per: Sh
 
 
 def _draw_dominance(
-    axes: Axes, names: Sequence[str], profiles: Sequence[FasaProfile], n_tip: int, per: Sharing
+    axes: Axes,
+    names: Sequence[str],
+    profiles: Sequence[FasaProfile],
+    n_tip: int,
+    per: Sharing,
+    criterion: Criterion | None,
 ) -> None:
     chunks = profiles[0].agreement.shape[2]
     wide = 0.8 / len(profiles)
     for number, (name, profile) in enumerate(zip(names, profiles, strict=True)):
         places = torch.arange(chunks) + (number - (len(profiles) - 1) / 2) * wide
         colour = COLOURS[number % len(COLOURS)]
-        axes.bar(places, dominance(profile, n_tip, per), width=wide, color=colour, label=name)
+        axes.bar(places, dominance(profile, n_tip, per, criterion), width=wide, color=colour, label=name)
     axes.axhline(n_tip / chunks, color=_DENSE, linestyle="--", linewidth=1, label="chance")
     _label_chunks(axes, profiles[0])
     axes.set_xlim(-0.5, chunks - 0.5)

@@ -15,8 +15,9 @@ from safetensors.torch import load, save
 from transformers import PreTrainedModel
 
 from fasa_flex.layers import attention_shape
-from fasa_flex.provenance import Provenance, config_hash
+from fasa_flex.provenance import Provenance, known_hashes
 from fasa_flex.rotary import RotaryLayout
+from fasa_flex.saving import replacing, settled
 from fasa_flex.tables import ChunkTables
 
 FORMAT = 2
@@ -24,6 +25,7 @@ FORMAT = 2
 
 _JSON = constants.CONFIG_NAME
 _TENSORS = "agreement.safetensors"
+_CARD = "README.md"
 _MOST_BYTES = {_JSON: 1 << 26, _TENSORS: 1 << 30}
 
 
@@ -55,13 +57,15 @@ class FasaProfile(
             ValueError: another shape, model type or rotary configuration; the sentence names the first difference.
         """
         layers, query_heads, kv_heads, head_dim = attention_shape(model)
+        hashes = known_hashes(model)
+        rotary = self.provenance.config_hash if self.provenance.config_hash in hashes else hashes[0]
         theirs = {
             "model type": model.config.get_text_config().model_type,
             "layers": layers,
             "query heads": query_heads,
             "key/value heads": kv_heads,
             "head dimensions": head_dim,
-            "rotary configuration": config_hash(model)[:12],
+            "rotary configuration": rotary[:12],
         }
         ours = {
             "model type": self.provenance.model_type,
@@ -78,18 +82,29 @@ class FasaProfile(
                     f"and {theirs[name]} in the model; calibrate this model."
                 )
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+    def save_pretrained(
+        self, save_directory: str | Path, *, repo_id: str | None = None, push_to_hub: bool = False, **kwargs: Any
+    ) -> str | None:
         """Write the profile into a folder of its own (and push it, as `huggingface_hub` documents).
 
+        A profile that is there already is replaced as a whole, or, if this is killed or fails, not at all.
+
         Raises:
-            ValueError: the folder holds another thing's ``config.json``, which would be lost.
+            ValueError: the folder holds another thing's ``config.json``, which would be lost, or cannot be written to.
         """
-        existing = Path(save_directory) / _JSON
+        folder = Path(save_directory)
+        existing = folder / _JSON
         if existing.exists() and '"fasa_profile"' not in existing.read_text(errors="replace"):
             raise ValueError(
                 f"{existing} belongs to something else, a model perhaps; save the profile to a folder of its own."
             )
-        url: str | None = super().save_pretrained(save_directory, **kwargs)
+        with replacing(folder) as beside:
+            super().save_pretrained(beside, model_card_kwargs=kwargs.get("model_card_kwargs"))
+            if (folder / _CARD).exists():  # a user's own, perhaps
+                (beside / _CARD).unlink()
+        if not push_to_hub:
+            return None
+        url: str = self.push_to_hub(repo_id=repo_id or folder.name, **kwargs)
         return url
 
     @classmethod
@@ -148,15 +163,17 @@ class FasaProfile(
 
     @classmethod
     def _load(cls, folder: Path) -> FasaProfile:
-        for name in (_JSON, _TENSORS):
-            if not (folder / name).is_file():
-                raise ValueError(
-                    f"{folder} holds no FASA profile: {name} is missing; pass a folder that save_pretrained wrote."
-                )
-        _check_size(folder)
-        data = (folder / _TENSORS).read_bytes()
+        with settled(folder):
+            for name in (_JSON, _TENSORS):
+                if not (folder / name).is_file():
+                    raise ValueError(
+                        f"{folder} holds no FASA profile: {name} is missing; pass a folder that save_pretrained wrote."
+                    )
+            _check_size(folder)
+            data = (folder / _TENSORS).read_bytes()
+            description = (folder / _JSON).read_bytes()
         try:
-            fields = json.loads((folder / _JSON).read_text())["fasa_profile"]
+            fields = json.loads(description)["fasa_profile"]
             later = isinstance(fields["format"], int) and fields["format"] > FORMAT
             profile = None if later else cls._of(fields, data)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:

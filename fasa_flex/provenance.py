@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -41,7 +43,19 @@ class Provenance:
 
 
 def config_hash(model: PreTrainedModel) -> str:
-    """SHA-256 of the config fields that decide what queries and keys look like, stable over transformers versions."""
+    """SHA-256 of the config fields that decide what queries and keys look like, stable over transformers versions.
+
+    Of rotary numbers it takes the value alone: a GGUF file says 100000.0 where config.json says 100000.
+    """
+    return _hash(model, _as_floats)
+
+
+def known_hashes(model: PreTrainedModel) -> tuple[str, ...]:
+    """`config_hash`, and what versions before 0.2 made, which told 100000 from 100000.0."""
+    return config_hash(model), _hash(model, lambda rotary: rotary)
+
+
+def _hash(model: PreTrainedModel, rotary: Callable[[Any], Any]) -> str:
     config = model.config.get_text_config()
     fields = {name: getattr(config, name, None) for name in _ROPE_FIELDS}
     described = {
@@ -49,5 +63,15 @@ def config_hash(model: PreTrainedModel) -> str:
         "shape": attention_shape(model),
         "hidden_size": config.hidden_size,
         **fields,
+        "rope_parameters": rotary(fields["rope_parameters"]),
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _as_floats(value: Any) -> Any:
+    """Every whole number in it as a float."""
+    if isinstance(value, dict):
+        return {name: _as_floats(own) for name, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_floats(own) for own in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -105,3 +105,54 @@ def test_too_many_chunks_are_refused(one: FasaProfile) -> None:
 
 def test_n_tip_is_that_of_the_config(one: FasaProfile) -> None:
     assert inspection.default_n_tip(one) == 1
+
+
+# Several criteria.
+
+
+@pytest.fixture
+def two(one: FasaProfile) -> FasaProfile:
+    """As ``one``, but variance chooses {1, 2} and {0, 2} in the first layer and {2, 3} twice in the second."""
+    variance = torch.tensor([[[1.0, 8, 9, 1], [6, 1, 3, 1]], [[1, 2, 7, 6], [1, 2, 7, 6]]])
+    covariance = torch.diag_embed(variance)
+    covariance[1, 0, 2, 3] = covariance[1, 0, 3, 2] = -6  # of 7 and 6 little is left: {1, 0} say more
+    return FasaProfile(one.agreement, one.layout, one.provenance, variance=variance, covariance=covariance)
+
+
+def test_criteria_have_chunks_in_common(two: FasaProfile) -> None:
+    assert inspection.choosing(two) == ("agreement", "variance", "explained_variance")
+    common = inspection.criteria_in_common(two, 2)
+    assert common.shape == (3, 3, 2)
+    assert common[0, 1].tolist() == [0.75, 0.0]
+    assert common[1, 2].tolist() == [1.0, 0.5]
+    assert (common.diagonal() == 1).all()
+    assert inspection.choosing(two, "query_head") == ("agreement", "variance")
+    assert inspection.criteria_in_common(two, 2, "query_head").shape == (2, 2, 2)
+
+
+def test_places_go_by_frequency_and_what_does_not_turn_is_slowest(two: FasaProfile) -> None:
+    """Four chunks, at 0, 1/3, 2/3 and 1, in whatever order the layout has them."""
+    assert inspection.place(two, 2, criterion="variance").tolist() == pytest.approx([5 / 12, 5 / 6])
+    assert inspection.place(two, 2, criterion="agreement").tolist() == pytest.approx([1 / 4, 1 / 6])
+    two.layout.frequencies = FREQUENCIES.flip(0)  # chunk 2 is the fastest now, then 1, then 0
+    assert inspection.place(two, 2, criterion="variance").tolist() == pytest.approx([1 / 4, 1 / 2])
+    two.layout.frequencies = None
+    assert inspection.place(two, 2, criterion="variance").tolist() == pytest.approx([5 / 12, 5 / 6])
+
+
+def test_a_report_shows_the_criteria_side_by_side(two: FasaProfile, one: FasaProfile) -> None:
+    lines = inspection.report(["mine"], [two], 2).splitlines()
+    title = "The 2 dominant chunks of each key/value head by variance, their mean variance over keys and that of all 4:"
+    assert title in lines
+    assert "| 0 | 0 | 1-2 | 8.500 | 4.750 |" in lines
+    assert (
+        "| layer | agreement and variance | agreement and explained variance | variance and explained variance "
+        "| place by agreement | place by variance | place by explained variance |"
+    ) in lines
+    assert "| 0 | 0.75 | 0.75 | 1.00 | 0.25 | 0.42 | 0.42 |" in lines
+    by_agreement = inspection.report(["mine"], [two], 2, criterion="agreement").splitlines()
+    assert "| 0 | 0 | 0-1 | 0.700 | 0.400 |" in by_agreement
+    alone = inspection.report(["mine"], [one], 2)
+    assert "side by side" not in alone
+    with pytest.raises(ValueError, match="calibrate again"):
+        inspection.report(["mine"], [one], 2, criterion="variance")

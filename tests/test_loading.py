@@ -24,8 +24,14 @@ def test_a_folder_gives_the_model_and_its_tokenizer(
     assert load_model(str(tmp_path), dtype="float32", device="cpu")[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("gguf_file", [None, "model.gguf"])
-def test_what_is_no_model_is_refused_in_one_sentence(gguf_file: str | None, tmp_path: Path) -> None:
+def test_what_is_no_model_is_refused_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^no model can be loaded from .*; pass the folder .*\.$") as refused:
-        load_model(str(tmp_path), gguf_file=gguf_file)
+        load_model(str(tmp_path))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_gguf_file_that_is_not_there_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    """The package is asked for first, where it is missing."""
+    with pytest.raises(ValueError, match=r"holds no file model.gguf .*; pass gguf_file|pip install .*gguf") as refused:
+        load_model(str(tmp_path), gguf_file="model.gguf")
     assert "\n" not in str(refused.value)

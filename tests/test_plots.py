@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from fasa_flex import FasaProfile, RotaryLayout, calibrate
 from fasa_flex.inspection import dominance, is_dominant, overlap
-from fasa_flex.plots import agreement_heatmap, inspection, score_curves
+from fasa_flex.plots import chunk_heatmap, inspection, score_curves
 
 
 @pytest.fixture
@@ -23,17 +23,28 @@ def profile(llama: PreTrainedModel, ids: Callable[..., torch.Tensor]) -> FasaPro
 
 
 def test_heatmap_is_the_table_with_the_dominant_chunks_on_it(profile: FasaProfile, tmp_path: Path) -> None:
-    figure = agreement_heatmap(profile, n_tip=3)
+    figure = chunk_heatmap(profile, n_tip=3, criterion="agreement")
     axes = figure.axes[0]
     assert np.array_equal(axes.images[0].get_array(), profile.agreement.flatten(0, 1))
     dots = axes.collections[0].get_offsets()
     layers, kv_heads = profile.agreement.shape[0], profile.provenance.kv_heads
     assert len(dots) == layers * kv_heads * 3
-    assert sorted({int(x) for x, _ in dots if x >= 0}) == sorted(set(profile.dominant(3).flatten().tolist()))
+    assert sorted({int(x) for x, _ in dots if x >= 0}) == sorted(
+        set(profile.dominant(3, criterion="agreement").flatten().tolist())
+    )
     first = 2 * math.pi / float(profile.layout.frequencies[0])
     assert axes.get_xticklabels()[0].get_text() == f"{first:.0f}"
     figure.savefig(tmp_path / "table.png")
     assert (tmp_path / "table.png").stat().st_size > 5000
+
+
+def test_a_criterion_of_variance_is_drawn_as_shares_of_a_head(profile: FasaProfile) -> None:
+    axes = chunk_heatmap(profile, n_tip=3).axes[0]
+    assert profile.variance is not None
+    shares = torch.from_numpy(np.asarray(axes.images[0].get_array()))
+    expected = profile.variance.flatten(0, 1)
+    torch.testing.assert_close(shares, expected / expected.sum(1, keepdim=True))
+    assert {int(x) for x, _ in axes.collections[0].get_offsets()} == set(profile.dominant(3).flatten().tolist())
 
 
 @pytest.fixture
@@ -45,7 +56,7 @@ def large(profile: FasaProfile) -> FasaProfile:
 
 
 def test_a_large_heatmap_has_a_row_for_each_layer(large: FasaProfile) -> None:
-    axes = agreement_heatmap(large, n_tip=32).axes[0]
+    axes = chunk_heatmap(large, n_tip=32).axes[0]
     assert np.array_equal(axes.images[0].get_array(), large.agreement.mean(1))
     assert [label.get_text() for label in axes.get_yticklabels()] == [f"layer {layer}" for layer in range(32)]
     drawn = {(int(layer), int(chunk)) for chunk, layer in axes.collections[0].get_offsets()}
@@ -55,7 +66,7 @@ def test_a_large_heatmap_has_a_row_for_each_layer(large: FasaProfile) -> None:
 
 
 def test_chunks_of_query_heads_are_marked_on_their_own_rows(profile: FasaProfile) -> None:
-    axes = agreement_heatmap(profile, n_tip=1, per="query_head").axes[0]
+    axes = chunk_heatmap(profile, n_tip=1, per="query_head").axes[0]
     drawn = {(int(row), int(chunk)) for chunk, row in axes.collections[0].get_offsets()}
     best = profile.dominant(1, "query_head").flatten().tolist()
     assert drawn == set(enumerate(best))
@@ -65,13 +76,13 @@ def test_inspection_shows_maps_dominance_and_overlap(
     profile: FasaProfile, llama: PreTrainedModel, ids: Callable[..., torch.Tensor], tmp_path: Path
 ) -> None:
     other = calibrate(llama, [ids(80, seed=1)], top_k=16, max_new_tokens=4, progress=False)
-    figure = inspection(["one", "other"], [profile, other], n_tip=3)
+    figure = inspection(["one", "other"], [profile, other], n_tip=3, criterion="agreement")
     first, second, bars, square = figure.axes[:4]
     assert (first.get_title(), second.get_title()) == ("one", "other")
     assert np.array_equal(second.images[0].get_array(), other.agreement.flatten(0, 1))
     heights = [bar.get_height() for bar in bars.containers[1]]
-    assert heights == pytest.approx(dominance(other, 3).tolist())
-    shared = overlap([profile, other], 3).mean(-1)
+    assert heights == pytest.approx(dominance(other, 3, criterion="agreement").tolist())
+    shared = overlap([profile, other], 3, criterion="agreement").mean(-1)
     assert shared[0, 1] < 1
     assert [text.get_text() for text in square.texts] == [f"{value:.2f}" for value in shared.flatten().tolist()]
     figure.savefig(tmp_path / "both.png")

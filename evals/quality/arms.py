@@ -30,6 +30,7 @@ from fasa_flex.baselines import adjacent_pairs
 from fasa_flex.calibration import version_of
 from fasa_flex.lm_eval import TASKS_PATH
 from fasa_flex.lm_eval.haystack import Document, document
+from fasa_flex.saving import replace_text
 
 ROOT = Path(os.path.relpath(Path(__file__).parents[2]))  # relative, so that results name no machine's folders
 MODEL = ROOT / "evals" / "reference_model"
@@ -117,11 +118,8 @@ class Ledger:
 
     def write(self) -> None:
         """Replace the file in one step, so that no reader and no interruption finds half of it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = self.path.with_suffix(".partial")
         seconds = sum(part["seconds"] for part in self.parts.values())
-        whole.write_text(json.dumps({**self.head, "seconds": seconds, "parts": self.parts}, indent=1) + "\n")
-        whole.replace(self.path)
+        replace_text(self.path, json.dumps({**self.head, "seconds": seconds, "parts": self.parts}, indent=1) + "\n")
 
 
 def quiet() -> None:

@@ -30,6 +30,7 @@ from evals.quality.arms import (
 )
 from evals.quality.demo import TASKS
 from fasa_flex.config import GroupReduce
+from fasa_flex.saving import replace_text
 
 BUDGETS = (64, 256)
 DOCUMENTS = 32
@@ -57,7 +58,7 @@ def main() -> None:
                 rows += rows_of(arm, evaluate(arm, {task: min(DOCUMENTS, count) for task, (_, count) in TASKS.items()}))
     made = provenance(begun, profile=profiles[ANSWER_TOKENS].fingerprint, length=LENGTH, n_tip=N_TIP)
     record = {**made, "rows": rows, "table": table(rows)}
-    (RESULTS / "choices.json").write_text(json.dumps(record, indent=1) + "\n")
+    replace_text(RESULTS / "choices.json", json.dumps(record, indent=1) + "\n")
     print(record["table"])
 
 

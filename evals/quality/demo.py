@@ -31,7 +31,8 @@ from evals.quality.arms import (
     rows_of,
     table,
 )
-from fasa_flex.plots import agreement_heatmap, score_curves
+from fasa_flex.plots import chunk_heatmap, score_curves
+from fasa_flex.saving import replacing
 
 BUDGETS = (32, 64, 128, 256)
 TASKS = {task: (METRICS[task], count) for task, count in {"fasa_needle": 64, "fasa_recall": 32, "fasa_ppl": 4}.items()}
@@ -73,9 +74,10 @@ def main() -> None:
 
     made = provenance(begun, profile=profile.fingerprint, length=LENGTH, n_tip=N_TIP)
     record = {**made, "prompts": prompts, "rows": rows, "table": table(rows)}
-    (options.out / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
-    score_curves(rows).savefig(options.out / "demo.png", dpi=150)
-    agreement_heatmap(profile, N_TIP).savefig(options.out / "agreement.png", dpi=150)
+    with replacing(options.out) as beside:
+        (beside / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
+        score_curves(rows).savefig(beside / "demo.png", dpi=150)
+        chunk_heatmap(profile, N_TIP, criterion="agreement").savefig(beside / "agreement.png", dpi=150)
     print(f"\n{record['table']}\n\nwritten to {options.out} after {record['seconds']} s; all arms saw the same prompts")
 
 

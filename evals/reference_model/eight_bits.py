@@ -21,6 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fasa_flex.saving import replacing
+
 INDEX = "eight_bits.index.json"
 SHARD_BYTES = 16 * 2**20 - 2**16
 """Most bytes of a shard's tensors, which leaves room for its header within 16 MiB."""
@@ -68,15 +70,16 @@ def pack(trained: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> None:
         if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > shard_bytes:
             shards.append({})
         shards[-1][name] = tensor
-    out.mkdir(parents=True, exist_ok=True)
-    for former in out.glob("eight_bits-*.safetensors"):
-        former.unlink()
     names = [f"eight_bits-{number}-of-{len(shards)}.safetensors" for number in range(1, len(shards) + 1)]
-    for shard_name, shard in zip(names, shards, strict=True):
-        save_file(shard, out / shard_name)
-    (out / INDEX).write_text(json.dumps({"shards": names, "tensors": len(packed)}, indent=2) + "\n")
-    for name in BESIDE:
-        shutil.copyfile(trained / name, out / name)
+    with replacing(out) as beside:
+        for shard_name, shard in zip(names, shards, strict=True):
+            save_file(shard, beside / shard_name)
+        (beside / INDEX).write_text(json.dumps({"shards": names, "tensors": len(packed)}, indent=2) + "\n")
+        for name in BESIDE:
+            shutil.copyfile(trained / name, beside / name)
+    for former in out.glob("eight_bits-*.safetensors"):
+        if former.name not in names:
+            former.unlink()
 
 
 def unpack(folder: Path, out: Path) -> None:
@@ -91,10 +94,10 @@ def unpack(folder: Path, out: Path) -> None:
     packed = {name: tensor for shard in index["shards"] for name, tensor in load_file(folder / shard).items()}
     if len(packed) != index["tensors"]:
         raise ValueError(f"{folder} has {len(packed)} tensors, its index {index['tensors']}: pack the model again")
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(restored(packed), out / WEIGHTS, metadata={"format": "pt"})
-    for name in BESIDE:
-        shutil.copyfile(folder / name, out / name)
+    with replacing(out) as beside:
+        save_file(restored(packed), beside / WEIGHTS, metadata={"format": "pt"})
+        for name in BESIDE:
+            shutil.copyfile(folder / name, beside / name)
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from evals.reference_model import eight_bits
 from evals.reference_model.recipe import RECIPES, Recipe
 from evals.reference_model.score import scores, show
 from evals.reference_model.train import Run, prepare
+from fasa_flex.saving import replace_text
 
 BUNDLE = "beside.tar"
 LOG, SCORES = "log.jsonl", "scores.json"
@@ -61,7 +62,7 @@ def make(
     eight_bits.unpack(packed, unpacked)
     command = shlex.join(["python", "-m", "evals.reference_model.make_large", *map(_nameless, sys.argv[1:])])
     found = {"command": command, **scores(unpacked, questions, device)}
-    (packed / SCORES).write_text(json.dumps(found, indent=2) + "\n")
+    replace_text(packed / SCORES, json.dumps(found, indent=2) + "\n")
     deliver(packed, out)
     show(found)
     say("scored")

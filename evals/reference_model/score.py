@@ -26,6 +26,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fasa_flex.lm_eval.haystack import Document, document, heldout_text
+from fasa_flex.saving import replace_text
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parent / "results" / "reference_model.json"
@@ -162,8 +163,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     command = shlex.join(["python", "-m", "evals.reference_model.score", *sys.argv[1:]])
     results = {"command": command, **scores(args.model, args.questions, torch.device(args.device))}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=2) + "\n")
+    replace_text(args.out, json.dumps(results, indent=2) + "\n")
     show(results)
 
 

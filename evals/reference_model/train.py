@@ -28,6 +28,7 @@ from evals.reference_model.corpus import training_text
 from evals.reference_model.data import ANSWER, TEXT, Sampler, Vocabulary
 from evals.reference_model.recipe import RECIPES, Recipe, Stage
 from evals.reference_model.tokenizer import encode_lines, train_tokenizer
+from fasa_flex.saving import replace_text, replacing
 
 REPORT = 50
 """Steps between two reports; checkpoints are written at a report only, so that a resumed run repeats nothing."""
@@ -243,9 +244,8 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "progress": {name: getattr(self, name) for name in PROGRESS},
         }
-        partial = self.checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(self.checkpoint)
+        with replacing(self.checkpoint.parent) as beside:
+            torch.save(state, beside / self.checkpoint.name)
         self.saved = time.monotonic()
 
     def _load(self) -> None:
@@ -257,7 +257,7 @@ class Run:
         for name, value in state["progress"].items():
             setattr(self, name, value)
         rows = self.log.read_text().splitlines(keepends=True)
-        self.log.write_text("".join(row for row in rows if json.loads(row)["step"] <= self.step))
+        replace_text(self.log, "".join(row for row in rows if json.loads(row)["step"] <= self.step))
         print(f"continuing at step {self.step}", flush=True)
 
 

@@ -26,6 +26,7 @@ from fasa_flex.bench.shapes import SHAPES
 from fasa_flex.bench.timing import bandwidth, free_memory
 from fasa_flex.config import FasaConfig, GroupReduce
 from fasa_flex.packing import PackedDtype
+from fasa_flex.saving import replacing
 
 Key = dict[str, Any]  # shape, batch and context
 Measure = Callable[[], dict[str, Any]]
@@ -201,9 +202,12 @@ def _draw(ledger: Ledger, part: str) -> None:
     what = {"op": "One attention call", "step": "A whole decode step"}[part]
     title = f"{what} on {where}, {ledger.data['settings']['dtype']}"
     try:
-        picture(ledger.rows, title).savefig(ledger.path.with_suffix(".png"), dpi=150)
+        drawn = picture(ledger.rows, title)
     except ImportError:
         print("no picture: it needs matplotlib (pip install fasa-flex[plots])")
+        return
+    with replacing(ledger.path.parent) as beside:
+        drawn.savefig(beside / ledger.path.with_suffix(".png").name, dpi=150)
 
 
 def _words(text: str) -> tuple[str, ...]:

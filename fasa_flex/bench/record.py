@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from fasa_flex.saving import replace_text
+
 
 def provenance(command: str, device: torch.device) -> dict[str, Any]:
     """Command, date, machine and versions of a run."""
@@ -144,12 +146,4 @@ class Ledger:
 
     def write(self) -> None:
         """Replace the file in one move."""
-        partial = self.path.with_suffix(".partial")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(self.data, indent=1) + "\n")
-            partial.replace(self.path)
-        except OSError as error:
-            raise ValueError(
-                f"{self.path} cannot be written ({reason_of(error)}); pass another folder as --out."
-            ) from error
+        replace_text(self.path, json.dumps(self.data, indent=1) + "\n")

@@ -38,6 +38,7 @@ from fasa_flex.lm_eval.passes import Answer, Passes
 from fasa_flex.lm_eval.profiles import FACTS, calibration_for, default_cache, preserved_rng
 from fasa_flex.lm_eval.report import loaded_as, parameters_of, report_of
 from fasa_flex.lm_eval.windows import Window
+from fasa_flex.loading import explained_gguf
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 T = TypeVar("T")
@@ -54,9 +55,8 @@ class FasaHFLM(HFLM):
 
     Args:
         pretrained: Folder, repository or model object, as for ``hf``.
-        profile: Folder or repository of the model's `FasaProfile`, or the profile itself; ``auto`` calibrates the model
-            before the tasks and keeps the profile for the next time; with ``prompt`` it calibrates itself on the first
-            long prompt (`enable` without a profile).
+        profile: Folder or repository of the model's `FasaProfile`, or the profile; ``auto`` calibrates before the tasks
+            and keeps the profile for the next time; with ``prompt`` the first long prompt calibrates (`enable`).
         method: ``fasa``, or a baseline at the same budget (`fasa_flex.baselines`): ``streaming_llm`` (sinks and recent
             tokens), ``oracle`` (exact scores), ``random_chunks``, ``adjacent_pairs``, ``snapkv``, ``h2o``, ``rkv``,
             ``quest``, ``sparq`` or ``double_sparsity``. ``adjacent_pairs`` and ``double_sparsity`` are calibrated
@@ -82,7 +82,7 @@ class FasaHFLM(HFLM):
         profile_cache: Where ``profile=auto`` keeps profiles; None for ``~/.cache/fasa_flex/profiles``.
         batch_size: A number; ``auto`` is refused.
         tp_plan: Refused; see `fasa_flex.lm_eval.arguments.check_parallel`.
-        hf_args: Everything else ``hf`` understands.
+        hf_args: Everything else ``hf`` understands, such as ``gguf_file``, a file of ``pretrained`` (extra ``gguf``).
     """
 
     def __init__(
@@ -129,7 +129,8 @@ class FasaHFLM(HFLM):
             group_reduce=group_reduce,
             backend=backend,
         )
-        super().__init__(pretrained, backend="causal", batch_size=batch_size, **hf_args)
+        with explained_gguf(str(pretrained), hf_args.get("gguf_file"), hf_args.get("revision")):
+            super().__init__(pretrained, backend="causal", batch_size=batch_size, **hf_args)
         if hasattr(self, "accelerator"):  # lm-eval reads these only where several GPUs are visible
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         cache = Path(str(profile_cache)) if profile_cache else default_cache()
@@ -141,7 +142,7 @@ class FasaHFLM(HFLM):
             )
             self.profile = self.calibration.profile
             self.fasa = enable(self.model, self.profile, config, scorer=scorer_of(method, self.calibration, config))
-        self.method, self.fasa_config = method, config
+        self.method, self.fasa_config, self.gguf_file = method, config, hf_args.get("gguf_file")
         self.sparse_tail, self.dense_prefix, self.on_truncation = sparse_tail, dense_prefix, on_truncation
         self.account = Account(self.fasa.stats)
         self.passes = Passes(self.model, self.fasa, self.tokenizer.pad_token_id, self.softmax_dtype)

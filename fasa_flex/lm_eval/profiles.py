@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.constants import CONFIG_NAME
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,6 +28,7 @@ from fasa_flex.baselines import adjacent_pairs, channel_weights
 from fasa_flex.lm_eval.haystack import document
 from fasa_flex.profile import FORMAT
 from fasa_flex.provenance import config_hash
+from fasa_flex.saving import check_writable
 
 AUTO = "auto"
 PROMPT = "prompt"
@@ -156,10 +156,11 @@ def auto_profile(
         texts, described = samples_of(source, lambda text: len(tokenizer(text).input_ids), max_length)
         decides = (model_hash(model), described, FORMAT, *(("adjacent pairs",) if adjacent else ()))
         folder = cache / hashlib.sha256(repr(decides).encode()).hexdigest()[:32]
-        if folder.is_dir():
+        if (folder / CONFIG_NAME).is_file():
             profile = FasaProfile.from_pretrained(folder)
             profile.check_fits(model)
             return profile, {**asdict(described), "cached": True}
+        check_writable(cache)
         profile = calibrate(
             model,
             _encoded(texts, tokenizer, described),
@@ -168,7 +169,7 @@ def auto_profile(
             layout=adjacent_pairs(RotaryLayout.detect(model)) if adjacent else None,
             progress=False,
         )
-        _keep(profile, folder)
+        profile.save_pretrained(folder)
         return profile, {**asdict(described), "cached": False}
 
 
@@ -237,17 +238,3 @@ def preserved_rng() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
-
-
-def _keep(profile: FasaProfile, folder: Path) -> None:
-    """Save in one step, so that no other process finds half a profile."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".calibrating-") as unfinished:
-        whole = Path(unfinished) / "profile"
-        profile.save_pretrained(whole)
-        try:
-            whole.rename(folder)
-        except OSError:  # another process was faster
-            if not folder.is_dir():
-                raise
-            shutil.rmtree(whole)

@@ -26,6 +26,7 @@ def parameters_of(lm: FasaHFLM) -> dict[str, Any]:
 def loaded_as(lm: FasaHFLM) -> dict[str, Any]:
     """All that decides an answer of the model itself, JSON-ready."""
     names = ["pretrained", "revision", "peft", "delta", "max_length", "truncation", "add_bos_token", "prefix_token_id"]
+    names += ["gguf_file"] if lm.gguf_file is not None else []
     names += ["softmax_dtype", "mixed_precision_dtype", "enable_thinking", "chat_template_args", "on_truncation"]
     return {"dtype": str(lm.model.dtype), **{name: str(getattr(lm, name, None)) for name in names}}
 

@@ -89,3 +89,15 @@ def requests() -> Callable[..., list[Instance]]:
         return [Instance(kind, doc={}, arguments=args, idx=i) for i, args in enumerate(arguments)]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def gguf_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """The checkpoint's folder and file as GGUF."""
+    pytest.importorskip("gguf")
+    from gguf_files import write_gguf
+
+    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    write_gguf(file, LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), tokenizer)
+    return str(file.parent), file.name
