@@ -17,6 +17,7 @@ import random
 import re
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
 from fasa_flex.baselines import scorer_factory
 from fasa_flex.expectations import cache_argument
+from fasa_flex.handle import Fasa
 from fasa_flex.loading import load_model
 
 CITIES = (
@@ -63,15 +65,19 @@ def arms_of(names: list[str], backend: str = "auto") -> dict[str, Arm]:
     return arms
 
 
-class Needle(NamedTuple):
-    """A prompt with its answer: token ids, tokens of the prompt, tokens of the answer."""
+class Document(NamedTuple):
+    """Token ids, of which ``prefix`` run densely and the last ``scored`` are scored; kind and name in the results."""
 
+    kind: str
+    name: str
     ids: Tensor
-    prompt: int
-    answer: int
+    prefix: int
+    scored: int
 
 
-def needle(tokenizer: PreTrainedTokenizerBase, book: Tensor, length: int, seed: int, count: int = 4) -> Needle:
+def needle(
+    tokenizer: PreTrainedTokenizerBase, book: Tensor, length: int, seed: int, name: str = "", count: int = 4
+) -> Document:
     """Six-digit numbers hidden in a text of ``length`` tokens; the prompt asks for one of them."""
     rng = random.Random(seed)
     start = rng.randrange(5_000, len(book) - length)
@@ -97,7 +103,7 @@ def needle(tokenizer: PreTrainedTokenizerBase, book: Tensor, length: int, seed: 
         tokenizer(part, add_special_tokens=False).input_ids
         for part in (user, f"The special magic number for {keys[wanted]} is:", f" {values[wanted]}")
     )
-    return Needle(torch.tensor(head + opening + answer), len(head), len(answer))
+    return Document("needles", name, torch.tensor(head + opening + answer), len(head), len(answer))
 
 
 def read_tokens(tokenizer: PreTrainedTokenizerBase, path: Path) -> Tensor:
@@ -114,7 +120,7 @@ def calibration_samples(
     rng = random.Random(1)
     texts = [torch.cat([start, rng.choice(books)[1_000 * i :][: length - len(start)]]) for i in (3, 4, 5)]
     prompts = [needle(tokenizer, rng.choice(books), length, seed=77 + i) for i in range(3)]
-    return texts + [prompt.ids[: len(prompt.ids) - prompt.answer] for prompt in prompts]
+    return texts + [prompt.ids[: len(prompt.ids) - prompt.scored] for prompt in prompts]
 
 
 class Evaluation:
@@ -127,40 +133,40 @@ class Evaluation:
         self.share: dict[str, float] = results.setdefault("bytes_read_share", {})
 
     @torch.no_grad()
-    def tails(self, ids: Tensor, prefix: int) -> Iterator[tuple[str, Tensor]]:
-        """Each arm's logits [tail, vocabulary] behind a dense prefix."""
-        ids = ids[None].to(self.model.device)
-        cache = DynamicCache(config=self.model.config)
-        self.model(ids[:, :prefix], logits_to_keep=1, **cache_argument(self.model, cache))
-        start = torch.tensor([prefix])
+    def score(self, documents: list[Document]) -> Iterator[tuple[Document, str, float]]:
+        """Each arm's score of each document: nats a token of a window's tail, or whether a needle was found (1 or 0)."""
+        caches = []
+        for document in documents:
+            cache = DynamicCache(config=self.model.config)
+            ids = document.ids[None, : document.prefix].to(self.model.device)
+            self.model(ids, logits_to_keep=1, **cache_argument(self.model, cache))
+            caches.append(cache)
         for arm, (fields, method, paper) in self.arms.items():
-            copied = cache_argument(self.model, copy.deepcopy(cache))
-            if fields is None:
-                yield arm, self.model(ids[:, prefix:], **copied).logits[0]
-                continue
-            config = FasaConfig.paper(**fields) if paper else FasaConfig(**fields)
-            scorer = None
-            if method != "fasa":
-                scorer = scorer_factory(method, self.profile, per=config.per)  # type: ignore[arg-type]  # a name from the command line, checked there
-            with enable(self.model, self.profile, config, scorer=scorer) as fasa, fasa.sparse_from(start):
-                logits = self.model(ids[:, prefix:], **copied).logits[0]
-                self.share[f"{arm} @ {ids.shape[1]}"] = fasa.stats.kv_bytes_share
-            yield arm, logits
+            with self._enabled(fields, method, paper) as fasa:
+                for document, cache in zip(documents, caches, strict=True):
+                    yield document, arm, self._tail(arm, document, cache, fasa)
 
-    def window(self, ids: Tensor, tail: int) -> dict[str, float]:
-        """Each arm's mean negative log-likelihood of a window's tail, in nats a token."""
-        targets = ids[-tail + 1 :].to(self.model.device)
-        return {
-            arm: cross_entropy(logits[:-1].float(), targets).item() for arm, logits in self.tails(ids, len(ids) - tail)
-        }
+    def _enabled(self, fields: dict[str, Any] | None, method: str, paper: bool) -> AbstractContextManager[Fasa | None]:
+        if fields is None:
+            return nullcontext()
+        config = FasaConfig.paper(**fields) if paper else FasaConfig(**fields)
+        scorer = None
+        if method != "fasa":
+            scorer = scorer_factory(method, self.profile, per=config.per)  # type: ignore[arg-type]  # checked there
+        return enable(self.model, self.profile, config, scorer=scorer)
 
-    def needle(self, prompt: Needle) -> dict[str, bool]:
-        """Whether each arm writes the answer."""
-        targets = prompt.ids[-prompt.answer :].to(self.model.device)
-        return {
-            arm: bool((logits[-prompt.answer - 1 : -1].argmax(-1) == targets).all())
-            for arm, logits in self.tails(prompt.ids, prompt.prompt)
-        }
+    def _tail(self, arm: str, document: Document, cache: DynamicCache, fasa: Fasa | None) -> float:
+        ids, prefix, scored = document.ids[None].to(self.model.device), document.prefix, document.scored
+        copied = cache_argument(self.model, copy.deepcopy(cache))
+        with nullcontext() if fasa is None else fasa.sparse_from(torch.tensor([prefix])):
+            logits = self.model(ids[:, prefix:], **copied).logits[0, -scored - 1 : -1].float()
+        if fasa is not None:
+            self.share[f"{arm} @ {ids.shape[1] // 100 * 100}"] = fasa.stats.kv_bytes_share
+            fasa.stats.reset()
+        targets = ids[0, -scored:]
+        if document.kind == "windows":
+            return cross_entropy(logits, targets).item()
+        return float((logits.argmax(-1) == targets).all())
 
 
 def summary(results: dict[str, Any]) -> list[str]:
@@ -172,11 +178,11 @@ def summary(results: dict[str, Any]) -> list[str]:
         if len(differences) > 1:
             error = differences.std() / len(differences) ** 0.5
             line += f" ppl x{math.exp(differences.mean()):.4f} +-{error:.4f} ({len(differences)})"
-        found: dict[int, list[bool]] = {}
+        found: dict[int, list[float]] = {}
         for key, hits in results["needles"].items():
             if arm in hits:
                 found.setdefault(int(key.split("/")[0]), []).append(hits[arm])
-        lines.append(line + "".join(f"  {length}: {sum(f)}/{len(f)}" for length, f in sorted(found.items())))
+        lines.append(line + "".join(f"  {length}: {sum(f):.0f}/{len(f)}" for length, f in sorted(found.items())))
     return lines
 
 
@@ -200,6 +206,7 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, help="folder where the profile is kept")
     parser.add_argument("--backend", default="auto", help="of the sparse arms")
     parser.add_argument("--bos", action="store_true", help="windows begin with the model's first token")
+    parser.add_argument("--together", type=int, default=4, help="documents whose caches are held at once")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after so many")
     options = parser.parse_args()
     began = time.monotonic()
@@ -233,33 +240,31 @@ def main() -> None:
     }
     evaluation = Evaluation(model, profile, arms, results)
     names = [path.stem for path in options.text]
-    jobs: list[tuple[int, str, int, int]] = []  # order, kind, number, length
     lengths = [int(length) for length in options.lengths.split(",")]
-    for number in range(max(options.windows, options.prompts)):
-        if number < options.windows:
-            jobs.append(
-                (number * max(1, options.prompts // max(1, options.windows)), "windows", number, options.length)
+
+    def document(kind: str, number: int, length: int) -> Document:
+        book, name = books[names[number % len(names)]], f"{length}/{number}"
+        if kind == "needles":
+            return needle(tokenizer, book, length, seed=1_000 * length + number, name=name)
+        at = FIRST_TOKEN + STRIDE * (number // len(names))
+        ids = torch.cat([first, book[at : at + length - len(first)]])
+        if len(ids) < length:
+            raise SystemExit(
+                f"{names[number % len(names)]} ends before window {number}; pass a longer text or fewer --windows."
             )
-        if number < options.prompts:
-            jobs += [(number, "needles", number, length) for length in lengths]
-    for done, (_, kind, number, length) in enumerate(sorted(jobs, key=lambda job: job[0])):
-        key = f"{length}/{number}"
-        if set(arms) <= set(results[kind].get(key, ())):
-            continue
+        return Document(kind, name, ids, length - options.tail, options.tail - 1)
+
+    wanted = [("windows", number, options.length) for number in range(options.windows)]
+    wanted += [("needles", number, length) for number in range(options.prompts) for length in lengths]
+    missing = [job for job in wanted if not set(arms) <= set(results[job[0]].get(f"{job[2]}/{job[1]}", ()))]
+    for at in range(0, len(missing), options.together):
         if time.monotonic() - began > options.seconds:
-            print(f"stopped at {done} of {len(jobs)}")
+            print(f"stopped with {len(missing) - at} of {len(missing)} documents left")
             break
-        book = books[names[number % len(names)]]
-        if kind == "windows":
-            at = FIRST_TOKEN + STRIDE * (number // len(names))
-            window = torch.cat([first, book[at : at + length - len(first)]])
-            scored: dict[str, Any] = dict(evaluation.window(window, options.tail))
-        else:
-            scored = dict(evaluation.needle(needle(tokenizer, book, length, seed=1_000 * length + number)))
-        results[kind].setdefault(key, {}).update(scored)
-        if done % 20 == 0:
-            options.out.write_text(json.dumps(results, indent=1))
-            print(f"{done} of {len(jobs)} after {time.monotonic() - began:.0f} s", flush=True)
+        for of, arm, score in evaluation.score([document(*job) for job in missing[at : at + options.together]]):
+            results[of.kind].setdefault(of.name, {})[arm] = score
+        options.out.write_text(json.dumps(results, indent=1))
+        print(f"{at} of {len(missing)} after {time.monotonic() - began:.0f} s", flush=True)
     results["seconds"] = results.get("seconds", 0.0) + time.monotonic() - began
     options.out.write_text(json.dumps(results, indent=1))
     print("\n".join(summary(results)))
