@@ -31,7 +31,7 @@ def run_tests(session: nox.Session, *paths: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests against the installed package."""
-    install(session, "dev", "kernels", "lm-eval", "plots")
+    install(session, "dev", "kernels", "lm-eval", "plots", "gguf")
     run_tests(session)
 
 

@@ -51,7 +51,7 @@ def config_hash(model: PreTrainedModel) -> str:
 
 
 def known_hashes(model: PreTrainedModel) -> tuple[str, ...]:
-    """`config_hash`, and what versions before 0.2 made, which told 100000 from 100000.0."""
+    """`config_hash`, and what the first version made, which told 100000 from 100000.0: its profiles fit on."""
     return config_hash(model), _hash(model, lambda rotary: rotary)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
+from fasa_flex.provenance import known_hashes
 
 HEADS, KV_HEADS, CHUNKS, LAYERS = 4, 2, 8, 3
 
@@ -138,6 +139,22 @@ def test_a_profile_fits_other_weights_of_the_same_configuration(
 ) -> None:
     profile.check_fits(make_model("Llama", seed=1))
     profile.check_fits(make_model("Llama", seed=1).to(torch.bfloat16))
+
+
+def test_whole_numbers_and_floats_are_one_rotary_configuration(
+    profile: FasaProfile, make_model: Callable[..., PreTrainedModel]
+) -> None:
+    """GGUF says 777.0 where config.json says 777; the first version told them apart, and its profiles fit on."""
+    models = [make_model("Llama", rope_parameters={"rope_type": "default", "rope_theta": t}) for t in (777, 777.0)]
+    hashes = [known_hashes(model) for model in models]
+    assert hashes[0][0] == hashes[1][0] == hashes[1][1] != hashes[0][1]
+    for hash_ in set(sum(hashes, ())):
+        made = FasaProfile(
+            profile.agreement, profile.layout, dataclasses.replace(profile.provenance, config_hash=hash_)
+        )
+        made.check_fits(models[0])
+    with pytest.raises(ValueError, match="rotary configuration"):
+        profile.check_fits(models[0])
 
 
 def saved(profile: FasaProfile, folder: Path, suffix: str) -> Path:

@@ -5,7 +5,7 @@ lm-eval calls these functions with ``--model_args`` and ``--metadata`` merged in
 * ``max_seq_lengths``: lengths in tokens, the answer included (default ``[2048]``);
 * ``num_docs``: documents for each length (default 200);
 * ``n_facts``: facts in a document (default 8);
-* ``tokenizer`` or ``pretrained``: whose tokens count.
+* ``tokenizer``, or ``pretrained`` with ``gguf_file`` if there is one: whose tokens count.
 
 Document i depends on the task, the length, i and the tokenizer, on nothing else: generators are private, and a smaller
 ``--limit`` sees the same first documents. Lengths alternate, so a limit sees all of them.
@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 
 from fasa_flex.lm_eval import haystack
 from fasa_flex.lm_eval.haystack import document, heldout_text
+from fasa_flex.loading import explained_gguf
 
 LENGTHS = (2048,)
 NUM_DOCS = 200
@@ -138,8 +139,8 @@ def settings(metadata: dict[str, Any]) -> tuple[list[int], str, int, int]:
             f"max_seq_lengths must be whole numbers of tokens above {4 * ANSWER_TOKENS}, got {given!r}: "
             "pass for example --metadata '{\"max_seq_lengths\": [2048]}'"
         )
-    tokenizer = metadata.get("tokenizer") or metadata.get("pretrained")
-    if not isinstance(tokenizer, str):
+    tokenizer = tokenizer_of(metadata)
+    if tokenizer is None:
         raise ValueError(
             "the packaged tasks count tokens with the model's tokenizer, and none was named: "
             'pass --metadata \'{"tokenizer": "<folder or repository>"}\''
@@ -151,11 +152,25 @@ def settings(metadata: dict[str, Any]) -> tuple[list[int], str, int, int]:
     return lengths, tokenizer, num_docs, n_facts
 
 
+def tokenizer_of(metadata: dict[str, Any]) -> str | None:
+    """What `load_tokenizer` loads, out of lm-eval's keyword arguments; None: they name no tokenizer."""
+    named, pretrained, gguf_file = (metadata.get(name) for name in ("tokenizer", "pretrained", "gguf_file"))
+    if named is None and isinstance(pretrained, str) and gguf_file is not None:
+        return f"{pretrained}/{gguf_file}"
+    name = named or pretrained
+    return name if isinstance(name, str) else None
+
+
 @cache
-def _load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a folder, a repository, or a GGUF file in one of these: ``FOLDER/FILE.gguf``."""
+    folder, _, file = name.rpartition("/")
+    if file.endswith(".gguf"):
+        with explained_gguf(folder, file):
+            return AutoTokenizer.from_pretrained(folder, gguf_file=file)
     return AutoTokenizer.from_pretrained(name)
 
 
 def count(tokenizer: str, text: str) -> int:
     """Tokens of ``text``, as the tokenizer of that name counts them."""
-    return len(_load_tokenizer(tokenizer)(text).input_ids)
+    return len(load_tokenizer(tokenizer)(text).input_ids)

@@ -13,6 +13,7 @@ from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
+from fasa_flex.lm_eval import documents
 from fasa_flex.lm_eval.haystack import heldout_text
 from fasa_flex.lm_eval.model import FasaHFLM
 from fasa_flex.lm_eval.report import loaded_as
@@ -73,6 +74,15 @@ def test_a_profile_fits_the_model_in_every_form_and_precision(
 def test_answers_of_another_file_in_the_folder_are_not_its_own(gguf_checkpoint: Gguf, profile: Path) -> None:
     folder, file = gguf_checkpoint
     assert loaded_as(FasaHFLM(folder, gguf_file=file, profile=str(profile), **SETTINGS))["gguf_file"] == file
+
+
+def test_packaged_tasks_count_tokens_with_the_tokenizer_of_the_file(gguf_checkpoint: Gguf, checkpoint: Path) -> None:
+    folder, file = gguf_checkpoint
+    asked = {"num_docs": 2, "max_seq_lengths": [256], "n_facts": 2}
+    docs = documents.needle(pretrained=folder, gguf_file=file, **asked)["test"]
+    assert docs["prompt"] == documents.needle(pretrained=str(checkpoint), **asked)["test"]["prompt"]
+    with pytest.raises(ValueError, match=r"holds no file other\.gguf"):
+        documents.needle(pretrained=folder, gguf_file="other.gguf", **asked)
 
 
 @pytest.fixture

@@ -39,7 +39,9 @@ def test_calibrates_once_and_finds_the_profile_again(
     assert again.get_model_info()["fasa"]["calibration"] == {**recorded, "cached": True}
 
 
-def test_other_weights_and_other_sources_are_calibrated_anew(sparse: Load, tmp_path: Path) -> None:
+def test_other_weights_sources_and_formats_are_calibrated_anew(
+    sparse: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lm = sparse()
     lm.fasa.disable()
     text = tmp_path / "source.txt"
@@ -55,6 +57,8 @@ def test_other_weights_and_other_sources_are_calibrated_anew(sparse: Load, tmp_p
     other, _ = profiles.auto_profile(lm.model, lm.tokenizer, str(text), 768, cache)
     assert len([folder for folder in cache.iterdir() if not folder.name.startswith(".")]) == 3
     assert other.fingerprint != profile.fingerprint
+    monkeypatch.setattr(profiles, "FORMAT", profiles.FORMAT + 1)  # what an older version kept holds less
+    assert profiles.auto_profile(lm.model, lm.tokenizer, str(text), 768, cache)[1]["cached"] is False
 
 
 def test_adjacent_pairs_have_a_profile_of_their_own(

@@ -7,7 +7,8 @@ from typing import Any
 import datasets
 from lm_eval.tasks.aime import utils as aime
 from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
-from transformers import AutoTokenizer
+
+from fasa_flex.lm_eval.documents import load_tokenizer, tokenizer_of
 
 
 def boxed_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
@@ -23,15 +24,13 @@ def boxed_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 def wikitext_windows(**metadata: Any) -> dict[str, datasets.Dataset]:
     """Windows of `prefill` tokens of context and `decode` tokens to score, counted by the model's tokenizer."""
-    name = metadata.get("tokenizer") or metadata.get("pretrained")
-    if not isinstance(name, str):
-        raise ValueError(
-            f"WikiText's windows are cut by tokens, and tokenizer={name!r} names none: pass it in --metadata"
-        )
+    name = tokenizer_of(metadata)
+    if name is None:
+        raise ValueError("WikiText's windows are cut by tokens, and no tokenizer was named: pass it in --metadata")
     prefill, decode = int(metadata.get("prefill", 8000)), int(metadata.get("decode", 256))
     pages = datasets.load_dataset("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1", split="test")
     text = "\n\n".join(wikitext_detokenizer(page) for page in pages)
-    return {"test": datasets.Dataset.from_list(windows(text, AutoTokenizer.from_pretrained(name), prefill, decode))}
+    return {"test": datasets.Dataset.from_list(windows(text, load_tokenizer(name), prefill, decode))}
 
 
 def windows(text: str, tokenizer: Any, prefill: int, decode: int) -> list[dict[str, Any]]:
