@@ -101,7 +101,8 @@ def encode_samples(
     if not encoded:
         raise ValueError("calibration needs at least one sample, got none; pass a long text or two.")
     limit = maximum_positions(model)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    embeddings = model.get_input_embeddings()
+    vocabulary = getattr(embeddings, "num_embeddings", None) or model.config.get_text_config().vocab_size
     for number, ids in enumerate(encoded):
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             raise ValueError(
@@ -162,7 +163,8 @@ def _continue(model: PreTrainedModel, ids: Tensor, max_new_tokens: int) -> Tenso
 
 def _sample_agreement(model: PreTrainedModel, ids: Tensor, decoded: int, layout: RotaryLayout, top_k: int) -> Tensor:
     """Agreement of the last ``decoded`` queries in one dense forward; float64 [layers, Hq, chunks]."""
-    tables: dict[int, Tensor] = {}
+    layers, heads, _, _ = attention_shape(model)
+    table = torch.zeros(layers, heads, len(layout.chunks), dtype=torch.float64)
 
     def measure(
         dense: DenseAttention,
@@ -173,12 +175,14 @@ def _sample_agreement(model: PreTrainedModel, ids: Tensor, decoded: int, layout:
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> AttentionResult:
-        tables[layer_of(module)] = contextual_agreement(query[:, :, -decoded:], key, layout, top_k).double().cpu()
+        layer = layer_of(module)
+        if layer not in layout.unrotated_layers:
+            table[layer] = contextual_agreement(query[:, :, -decoded:], key, layout, top_k).double().cpu()
         return dense(module, query, key, value, attention_mask, **kwargs)
 
     with AttentionSeam(model, measure):
         model.base_model(input_ids=ids[None].to(device_of(model)), use_cache=False)
-    return torch.stack([tables[layer] for layer in sorted(tables)])
+    return table
 
 
 def version_of(name: str) -> str:

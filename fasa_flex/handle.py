@@ -93,7 +93,7 @@ class Fasa:
         modules = attention_modules(model)
         self._first = min(modules)
         self.stats = FasaStats(
-            [device_of(modules[layer], model) for layer in sorted(modules)],
+            [device_of(modules.get(layer, model), model) for layer in range(max(modules) + 1)],
             {layer: read_share(scorer, model, config, self._packs) for layer, scorer in scorers.items()},
             {layer: budget.heads for layer, budget in self._budgets.items()},
         )
