@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from fasa_flex.agreement import check_heads
 from fasa_flex.budget import Budget
+from fasa_flex.compiling import Step, beyond_the_limit, padded_to_power_of_two, situation
 from fasa_flex.completion import Completion, CompletionState, complete, kept_share, with_sinks
 from fasa_flex.config import Backend, FasaConfig, GroupReduce, check_choice
 from fasa_flex.fused import decode_by_kernels, why_no_kernels
@@ -53,6 +54,9 @@ def fasa_attention(
     Runs eagerly, where the flex backend compiles itself, and under ``torch.compile(fullgraph=True)``; a growing cache
     is compiled twice in all, once for its first length and once for any length. With `PackedKeys` a multiple of 16 keys
     and a buffer that is full to its last tile are compiled anew, too, each once.
+
+    Under a compiler of one's own on a CPU, flex takes one number of queries a graph: mark their dimension static, or
+    use "gather", where both lengths change (torch 2.13 makes code of it that does not compile).
 
     Args:
         q: float [B, Hq, Q, D], post-RoPE; query i sits at slot T - Q + i.
@@ -154,9 +158,19 @@ def sparse_attention(
     if compiles and not torch.compiler.is_compiling():
         if isinstance(packed_keys, PackedKeys):
             key, value, valid, marks = _with_room(key, value, valid, marks, packed_keys)
-        batch, query_heads, q_len, head_dim = query.shape
-        shape = (batch, query_heads, key.shape[1], head_dim, q_len == 1, query.dtype, query.device.type)
-        step = _compiled(*shape, budget, group_reduce, softmax.scaling, softmax.softcap, backend)
+        q_len = query.shape[2]
+        if backend == "flex" and query.device.type == "cpu" and q_len > 1:
+            # torch's C++ of two lengths that vary does not compile (2.13): a graph has one number of queries
+            query, valid, marks, scorer = padded_to_power_of_two(query, valid, marks, scorer)
+            queries = query.shape[2]
+        else:
+            queries = min(q_len, 2)
+        batch, query_heads, _, head_dim = query.shape
+        shape = (batch, query_heads, key.shape[1], head_dim, queries, query.dtype, query.device.type)
+        kind = situation(query, key, value, scorer, valid, softmax.sinks, packed_keys, marks, completion)
+        step = _compiled(*shape, *kind, budget, group_reduce, softmax.scaling, softmax.softcap, backend)
+        rest = (budget, group_reduce, softmax, backend, packed_keys, marks, completion)
+        return step(query, key, value, scorer, valid, *rest)[:, :, :q_len]
     return step(
         query, key, value, scorer, valid, budget, group_reduce, softmax, backend, packed_keys, marks, completion
     )
@@ -223,13 +237,16 @@ def _compiled(*signature: object) -> Callable[..., Tensor]:
 
     Dynamo allows a code object a few specialisations (8) and turns sizes that differ between functions of one name
     into a symbol, which flex's decode kernel refuses for batch and heads. So each signature compiles a function of its
-    own, in which only lengths vary.
+    own, in which only lengths vary, and where that is not enough, as of scorers that differ by layer, one more.
     """
     step = _score_select_attend
-    name = f"{step.__name__}_{hashlib.sha256(repr(signature).encode()).hexdigest()[:8]}"
-    own = types.FunctionType(step.__code__.replace(co_name=name), step.__globals__, name)
-    compiled: Callable[..., Tensor] = torch.compile(own, fullgraph=True)
-    return compiled
+
+    def compile_another(number: int) -> Step:
+        name = f"{step.__name__}_{hashlib.sha256(repr((signature, number)).encode()).hexdigest()[:8]}"
+        own = types.FunctionType(step.__code__.replace(co_name=name), step.__globals__, name)
+        return torch.compile(own, fullgraph=True)
+
+    return beyond_the_limit(compile_another)
 
 
 def flex_focused(

@@ -107,7 +107,8 @@ def encode_samples(
     if not encoded:
         raise ValueError("calibration needs at least one sample, got none; pass a long text or two.")
     limit = maximum_positions(model)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    embeddings = model.get_input_embeddings()
+    vocabulary = getattr(embeddings, "num_embeddings", None) or model.config.get_text_config().vocab_size
     for number, ids in enumerate(encoded):
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             raise ValueError(
@@ -170,7 +171,15 @@ def _sample_tables(
     model: PreTrainedModel, ids: Tensor, decoded: int, layout: RotaryLayout, top_k: int
 ) -> dict[str, Tensor]:
     """The tables of a profile from the last ``decoded`` queries of one dense forward; float64, on CPU."""
-    found: dict[int, tuple[Tensor, ...]] = {}
+    layers, heads, kv_heads, head_dim = attention_shape(model)
+    chunks = len(layout.chunks)
+    shapes = {
+        "agreement": (heads, chunks),
+        "variance": (heads, chunks),
+        "covariance": (kv_heads, chunks, chunks),
+        "mean_key": (kv_heads, head_dim),
+    }
+    tables = {name: torch.zeros(layers, *shape, dtype=torch.float64) for name, shape in shapes.items()}
 
     def measure(
         dense: DenseAttention,
@@ -181,17 +190,18 @@ def _sample_tables(
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> AttentionResult:
-        last, visible = query[:, :, -decoded:], causal(decoded, key.shape[2], key.device)
-        agreement = contextual_agreement(last, key, layout, top_k).double()  # which refuses NaN
-        parts = logit_statistics(last, key, visible, layout.chunks, scaling_of(query, kwargs))
-        tables = (agreement, parts.variance, parts.covariance, parts.mean_key)
-        found[layer_of(module)] = tuple(table.cpu() for table in tables)
+        layer = layer_of(module)
+        if layer not in layout.unrotated_layers:
+            last, visible = query[:, :, -decoded:], causal(decoded, key.shape[2], key.device)
+            tables["agreement"][layer] = contextual_agreement(last, key, layout, top_k)  # which refuses NaN
+            parts = logit_statistics(last, key, visible, layout.chunks, scaling_of(query, kwargs))
+            for name, part in vars(parts).items():
+                tables[name][layer] = part
         return dense(module, query, key, value, attention_mask, **kwargs)
 
     with AttentionSeam(model, measure):
         model.base_model(input_ids=ids[None].to(device_of(model)), use_cache=False)
-    tables = (torch.stack(layers) for layers in zip(*(found[layer] for layer in sorted(found)), strict=True))
-    return dict(zip(("agreement", "variance", "covariance", "mean_key"), tables, strict=True))
+    return tables
 
 
 def version_of(name: str) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fasa_flex.budget import Budget
-from fasa_flex.config import GroupReduce
+from fasa_flex.config import FasaConfig, GroupReduce
 from fasa_flex.held_rows import HeldRows
 from fasa_flex.packing import PackedKeys
 from fasa_flex.scoring import DominantChunks, Scorer
@@ -45,6 +45,38 @@ def why_no_kernels(
     if group_reduce == "none" and query.shape[1] != key.shape[1]:
         return "a group's query heads must select together"
     return why_not_these(query, key, value)
+
+
+def check_kernels(
+    device: torch.device, layer: int, scorer: object, budget: Budget, config: FasaConfig, packs: bool, group: int
+) -> None:
+    """Refuse a layer that `why_no_kernels` would refuse at every decoded token.
+
+    Args:
+        device: where the layer computes.
+        layer: its number.
+        scorer: its scorer.
+        budget: its budget.
+        config: of `enable`.
+        packs: whether caches hold packed keys.
+        group: query heads of a key/value head.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    reason = None
+    if device.type != "cuda":
+        reason = f"it needs a CUDA device, the layer is on {device.type}"
+    elif config.prefill != "dense":
+        reason = "it decodes one query a row, and prefill='sparse' has several"
+    elif not isinstance(scorer, DominantChunks) or not packs:
+        reason = "it needs the packed keys of dominant chunks, one set for a key/value head"
+    elif not isinstance(budget.n_fac, int) or budget.n_fac > MOST_SELECTED:
+        reason = f"its budget must be a count of at most {MOST_SELECTED} for all heads, got {budget.n_fac}"
+    elif config.group_reduce == "none" and group > 1:
+        reason = "a group's query heads must select together"
+    if reason is not None:
+        raise ValueError(f"backend='triton' cannot serve layer {layer}: {reason}; use backend='auto'.")
 
 
 def why_not_these(query: Tensor, key: Tensor, value: Tensor) -> str | None:

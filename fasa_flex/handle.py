@@ -21,6 +21,7 @@ from fasa_flex.config import Completion as CompletionKind
 from fasa_flex.config import FasaConfig, GroupReduce
 from fasa_flex.crossover import packs_late, sparse_layer_is_faster
 from fasa_flex.expectations import cache_among
+from fasa_flex.fused import check_kernels
 from fasa_flex.generating import generating, reads_prompt
 from fasa_flex.grouped import decodes_grouped, grouped_attention
 from fasa_flex.handed import check_forward, check_keys, mask_of, softmax_of
@@ -97,10 +98,15 @@ class Fasa:
         modules = attention_modules(model)
         self._first = min(modules)
         self.stats = FasaStats(
-            [device_of(modules[layer], model) for layer in sorted(modules)],
+            [device_of(modules.get(layer, model), model) for layer in range(max(modules) + 1)],
             {layer: read_share(scorer, model, config, self._packs) for layer, scorer in scorers.items()},
             {layer: budget.heads for layer, budget in self._budgets.items()},
         )
+        if config.backend == "triton":
+            _, heads, kv_heads, _ = attention_shape(model)
+            for layer, known in scorers.items():
+                device, budget = device_of(modules[layer], model), self._budgets[layer]
+                check_kernels(device, layer, known, budget, config, self._packs, heads // kv_heads)
         self._model_name = type(model).__name__
         self._seam = AttentionSeam(model, self._attend, owner=f"the open handle {self!r}")
         self._former = {layer: implementation_of(model, module) for layer, module in modules.items()}
@@ -394,7 +400,9 @@ class Fasa:
         completion: Completion | None,
     ) -> Tensor:
         """Sparse attention of every query, [B, Q, Hq, D], as many queries at a time as their scores fit in memory."""
-        step = max(1, _SCORE_BYTES // (8 * query.shape[0] * query.shape[1] * key.shape[2]))
+        q_len = query.shape[2]
+        most = _SCORE_BYTES // 8 // query.shape[0] // query.shape[1]
+        step = 1 if q_len == 1 else max(1, most // key.shape[2])  # a graph would be guarded on T, token by token
         parts = [
             sparse_attention(
                 query[:, :, at : at + step],
@@ -411,7 +419,7 @@ class Fasa:
                 marks,
                 completion,
             )
-            for at in range(0, query.shape[2], step)
+            for at in range(0, q_len, step)
         ]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         return whole.transpose(1, 2).contiguous()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
+_INTERFACE, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
+NO_ROPE = "no RoPE, hence no frequency chunks"
 _SELECTABLE = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -22,10 +25,39 @@ def layer_of(module: nn.Module) -> int:
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """The attention module of every layer: the innermost ones that know their ``layer_idx``."""
-    numbered = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
-    inner = [m for m in numbered if not any(child is not m and hasattr(child, "layer_idx") for child in m.modules())]
+    """The attention module of every layer of the text decoder.
+
+    They know their ``layer_idx`` and look their attention function up by name, which convolutions, recurrent layers and
+    caches of other parts do not. Where none does, all that are numbered, for the error to name.
+    """
+    numbered = _numbered(model.get_decoder() or model) or _numbered(model)
+    found = [module for module in numbered if attention_lookup(module) is not None] or numbered
+    inner = [m for m in found if not any(child is not m and hasattr(child, "layer_idx") for child in m.modules())]
     return {layer_of(module): module for module in inner}
+
+
+def _numbered(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+
+
+def attention_lookup(module: nn.Module) -> tuple[AttentionInterface, Callable[..., Any]] | None:
+    """Where a module's forward looks its attention function up, and what it takes for "eager"; None: it does not.
+
+    A class of a user's own has what the class has that it inherits the forward from.
+    """
+    for kind in type(module).__mro__:
+        forward = inspect.unwrap(vars(kind).get("forward", _nothing))
+        if not inspect.isfunction(forward):
+            continue
+        names = forward.__globals__
+        eager = next((name for name in forward.__code__.co_names if name.endswith(_EAGER)), _EAGER)
+        if _INTERFACE in names and eager in names:
+            return names[_INTERFACE], names[eager]
+    return None
+
+
+def _nothing() -> None:
+    """The forward of a class that has none of its own."""
 
 
 def attention_shape(model: PreTrainedModel) -> tuple[int, int, int, int]:
@@ -109,23 +141,36 @@ def check_supported(model: PreTrainedModel) -> None:
 def _why_unsupported(config: Any) -> str | None:
     text = config.get_text_config()
     if config.is_encoder_decoder:
-        return "is an encoder-decoder, whose positions are no rotations of queries and keys (no RoPE)"
+        return "is an encoder-decoder, of whose two kinds of attention FASA serves none"
     if text.model_type == "bloom" or getattr(getattr(text, "attn_config", text), "alibi", False):
         return "adds ALiBi to its logits and rotates no queries and keys (no RoPE), so it has no frequency chunks"
     others = sorted(set(getattr(text, "layer_types", None) or ()) - set(_SELECTABLE))
+    if "indexed_attention" in others:
+        return "has layers of type indexed_attention, which select their keys by an indexer of their own"
     if others:
         return f"has layers of type {', '.join(others)}, which keep no keys and values to select from"
     if getattr(text, "num_attention_heads", None) is None:
         return "has no attention heads (a recurrent model), so it has no queries and keys to compare"
+    sizes = {_head_size(layer) for layer in getattr(text, "per_layer_config", None) or ()}
+    if len(sizes) > 1:
+        return f"has heads of different sizes in its layers ({', '.join(map(str, sorted(sizes, key=str)))})"
     return None
 
 
-def dense_layers(model: PreTrainedModel, asked: tuple[int, ...], unrotated: tuple[int, ...]) -> dict[int, str]:
+def _head_size(config: Any) -> tuple[Any, ...]:
+    return tuple(getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+
+
+def dense_layers(
+    model: PreTrainedModel, asked: tuple[int, ...], unrotated: tuple[int, ...], seen: Mapping[int, str] | None = None
+) -> dict[int, str]:
     """The layers that stay dense, each with its reason.
 
     Args:
+        model: whose layers they are.
         asked: ``FasaConfig.dense_layers``.
         unrotated: ``RotaryLayout.unrotated_layers``.
+        seen: reasons that a probing forward shows (`fasa_flex.probe.why_dense`).
 
     Raises:
         ValueError: layers that the model does not have.
@@ -133,8 +178,8 @@ def dense_layers(model: PreTrainedModel, asked: tuple[int, ...], unrotated: tupl
     layers = attention_shape(model)[0]
     if asked and max(asked) >= layers:
         raise ValueError(f"dense_layers names layer {max(asked)}, the model has {layers}; count from 0.")
-    reasons = dict.fromkeys(unrotated, "no RoPE, hence no frequency chunks")
+    reasons = {**dict.fromkeys(unrotated, NO_ROPE), **(seen or {})}
     for layer, cache in enumerate(DynamicCache(config=model.config).layers):
-        if cache.is_sliding:
+        if getattr(cache, "is_sliding", False):
             reasons[layer] = "sliding window, which bounds its keys already"
     return dict(sorted({**reasons, **dict.fromkeys(asked, "asked for by dense_layers")}.items()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -10,14 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fasa_flex.layers import attention_shape, check_supported, device_of
-from fasa_flex.probe import farthest_position, glance, probe
+from fasa_flex.layers import NO_ROPE, attention_shape, check_supported
+from fasa_flex.probe import Arrival, farthest_position, probe, why_dense
 
 _TOLERANCE = 1e-6
 """Of a turn at the last position probed: with a rope_theta of 1e9 the slowest of 64 planes turns 1.4e-6 by 1024."""
 
 _RESIDUAL = 1e-3
-_TWIN_LAYERS = 8
 
 
 class RotaryLayout:
@@ -27,7 +25,7 @@ class RotaryLayout:
         chunks: int64 [head_dim // 2, 2], the two dimensions of each chunk.
         n_rotated: how many of the chunks turn; the rest have frequency 0.
         frequencies: float64 [n_rotated], radians a position, or None where the layout was named and not probed.
-        unrotated_layers: layers of the probed model that apply no RoPE at all.
+        unrotated_layers: layers of the probed model that apply no RoPE at all, or attend otherwise than FASA can serve.
     """
 
     def __init__(
@@ -80,15 +78,19 @@ class RotaryLayout:
         Identical embeddings are fed at several positions and attention returns zeros, so the hidden states of every
         layer stay independent of position and the query at position p is R_p times the query at position 0. Least
         squares gives R_p; its off-diagonal entries are the planes and its angles the frequencies. Models in half
-        precision, where rounding would hide the slow planes, show theirs through a small float32 twin made from their
-        config; which layers turn at all is asked of the model itself.
+        precision, where rounding would hide the slow planes, are probed in float32.
 
         Raises:
-            ValueError: queries do not turn with position (no RoPE), or not by rotations in planes.
+            ValueError: queries do not turn with position (no RoPE), or not by rotations in planes, or no layer attends
+                as FASA needs it (`fasa_flex.probe.why_dense`).
         """
         check_supported(model)
-        exact = model.dtype in (torch.float32, torch.float64)
-        positions, queries = _probe(model.base_model if exact else _float32_twin(model))
+        positions, arrivals = _probe(model)
+        reasons = {layer: reason for layer, reason in why_dense(model, arrivals).items() if reason != NO_ROPE}
+        if not set(arrivals) - set(reasons):
+            layer, reason = next(iter(reasons.items()))
+            raise ValueError(f"{type(model).__name__} has no layer that FASA can serve: layer {layer} has {reason}.")
+        queries = {layer: _rows(arrived) for layer, arrived in arrivals.items() if layer not in reasons}
         fits = {layer: _fit_rotation(query, positions) for layer, query in queries.items()}
         pairs = {layer: pairing for layer, (pairing, _) in fits.items() if pairing}
         if not pairs:
@@ -104,11 +106,7 @@ class RotaryLayout:
         head_dim = next(iter(queries.values())).shape[-1]
         layout = cls._with_rest(torch.tensor(planes), head_dim)
         layout.frequencies = fits[layer][1]
-        if exact:
-            still = (layer for layer, (pairing, _) in fits.items() if not pairing)
-        else:
-            still = (layer for layer, arrived in glance(model).items() if arrived.rotates is False)
-        layout.unrotated_layers = tuple(still)
+        layout.unrotated_layers = tuple(layer for layer in range(attention_shape(model)[0]) if layer not in pairs)
         return layout
 
     @classmethod
@@ -166,35 +164,36 @@ def _check_dims(head_dim: int, rotary_dim: int | None) -> int:
     return rotary_dim
 
 
-def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, Tensor]]:
-    """Queries of every layer for identical inputs: positions [P] from 0 up, doubling, and {layer: [rows, P, D]}."""
+def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, Arrival]]:
+    """What arrives for identical inputs at positions [P] from 0 up, doubling.
+
+    A model in half precision, where rounding hides the slow planes, is probed in float32: without its weights first,
+    which RoPE does not depend on, and with copies of them where made-up queries do not tell all dimensions apart.
+    """
     _, query_heads, _, head_dim = attention_shape(model)
     last = farthest_position(model)
     positions = [0, *(2**power for power in range(last.bit_length()) if 2**power <= last)]
     samples = math.ceil(4 * head_dim / query_heads) + 4
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(samples, model.config.get_text_config().hidden_size, generator=generator)
-    arrivals = probe(model, hidden, positions, weights=True)
-    queries = {layer: arrived.query.flatten(0, 1).double() for layer, arrived in arrivals.items()}
-    return torch.tensor(positions, dtype=torch.float64), queries
+    if model.dtype in (torch.float32, torch.float64):
+        arrivals = probe(model.base_model, hidden, positions, weights=True)
+    else:
+        arrivals = probe(model.base_model, hidden, positions, dtype=torch.float32)
+        if not all(_tells_apart(arrived) for arrived in arrivals.values()):
+            arrivals = probe(model.base_model, hidden, positions, weights=True, dtype=torch.float32)
+    return torch.tensor(positions, dtype=torch.float64), arrivals
 
 
-def _float32_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A float32 model of the same class and rotary settings, with few layers, thin MLPs and a tiny vocabulary."""
-    base = model.base_model
-    config = copy.deepcopy(base.config)
-    layers = min(config.num_hidden_layers, _TWIN_LAYERS)
-    small = {"vocab_size": 8, "num_hidden_layers": layers, "intermediate_size": 8, "moe_intermediate_size": 8}
-    for name, value in {**small, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}.items():
-        if hasattr(config, name):
-            setattr(config, name, value)
-    for name in ("layer_types", "no_rope_layers"):
-        if getattr(config, name, None):
-            setattr(config, name, getattr(config, name)[:layers])
-    implementation = base.config._attn_implementation
-    with torch.random.fork_rng(devices=[]):  # its weights are random, the caller's random state is not touched
-        twin: PreTrainedModel = type(base)._from_config(config, attn_implementation=implementation, dtype=torch.float32)
-    return twin.to(device_of(model))
+def _rows(arrived: Arrival) -> Tensor:
+    """A layer's queries as [rows, P, D], float64."""
+    return arrived.query.flatten(0, 1).double()
+
+
+def _tells_apart(arrived: Arrival) -> bool:
+    """Whether a layer's queries at one position span all dimensions."""
+    start = _rows(arrived)[:, 0]
+    return int(torch.linalg.matrix_rank(start)) == start.shape[1]
 
 
 def _fit_rotation(query: Tensor, positions: Tensor) -> tuple[list[list[int]], Tensor]:

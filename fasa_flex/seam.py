@@ -9,7 +9,6 @@ config in which a submodel (a vision tower) has another implementation stays as 
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 import threading
 import weakref
@@ -22,12 +21,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from fasa_flex.expectations import IMPLEMENTATIONS
-from fasa_flex.layers import attention_modules
+from fasa_flex.layers import attention_lookup, attention_modules
 
 _OURS = "fasa_"
 _ROUTE = "_fasa_route"
-_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-_EAGER = "eager_attention_forward"
 
 AttentionResult = tuple[Tensor, Tensor | None]
 
@@ -216,17 +213,9 @@ def _routed(
 
 def _own_attention(module: nn.Module, former: str) -> DenseAttention | None:
     """The function that ``former`` names where a module's forward looks it up; None where it looks nothing up."""
-    for kind in type(module).__mro__:
-        forward = inspect.unwrap(vars(kind).get("forward", _nothing))
-        if not inspect.isfunction(forward):
-            continue
-        names = forward.__globals__
-        eager = next((name for name in forward.__code__.co_names if name.endswith(_EAGER)), _EAGER)
-        if _INTERFACE in names and eager in names:
-            own: DenseAttention = names[_INTERFACE].get_interface(former, names[eager])
-            return own
-    return None
-
-
-def _nothing() -> None:
-    """The forward of a class that has none of its own."""
+    lookup = attention_lookup(module)
+    if lookup is None:
+        return None
+    interface, eager = lookup
+    own: DenseAttention = interface.get_interface(former, eager)
+    return own

@@ -66,10 +66,9 @@ def enable(
         known.check_fits(model)
         unrotated = known.layout.unrotated_layers
         scorer = scorer or dominant_chunks(known, config)
-    if prompt is None:  # otherwise its layout comes of a probe
-        check_attention(model)
+    seen = check_attention(model)
     assert scorer is not None
-    dense = dense_layers(model, config.dense_layers, unrotated)
+    dense = dense_layers(model, config.dense_layers, unrotated, seen)
     layers = sorted(attention_modules(model))
     if not set(layers) - set(dense):
         warnings.warn(f"every layer of {type(model).__name__} stays dense ({dense}): nothing is sparse.", stacklevel=2)

@@ -8,7 +8,10 @@ import pytest
 import torch
 from cases import DIM, EXACT, Case
 
-from fasa_flex import fasa_attention
+from fasa_flex import FasaConfig, fasa_attention
+from fasa_flex.budget import Budget
+from fasa_flex.fused import check_kernels
+from fasa_flex.scoring import DominantChunks
 
 
 @pytest.mark.parametrize("backend", [*EXACT, "flex"])
@@ -81,4 +84,33 @@ def test_what_does_not_fit_is_refused(what: str, changes: dict[str, Any], named:
     fasa_attention(**call)
     with pytest.raises((ValueError, TypeError), match=named) as error:
         fasa_attention(**{**call, **changes})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"device": torch.device("cpu")}, "CUDA device"),
+        ({"config": FasaConfig(prefill="sparse")}, "one query a row"),
+        ({"scorer": object()}, "packed keys of dominant chunks"),
+        ({"packs": False}, "packed keys of dominant chunks"),
+        ({"budget": Budget(0.5)}, r"count of at most 1024 for all heads, got 0\.5"),
+        ({"budget": Budget(1025)}, "got 1025"),
+        ({"budget": Budget((3, 5))}, r"got \(3, 5\)"),
+        ({"config": FasaConfig(group_reduce="none")}, "select together"),
+    ],
+)
+def test_kernels_that_would_serve_no_token_are_refused_beforehand(changes: dict[str, Any], named: str) -> None:
+    given: dict[str, Any] = {
+        "device": torch.device("cuda"),
+        "layer": 3,
+        "scorer": DominantChunks.from_chunks(CHUNKS),
+        "budget": Budget(256),
+        "config": FasaConfig(),
+        "packs": True,
+        "group": 2,
+    }
+    check_kernels(**given)
+    with pytest.raises(ValueError, match=rf"layer 3: .*{named}") as error:
+        check_kernels(**{**given, **changes})
     assert "\n" not in str(error.value)

@@ -206,8 +206,9 @@ def test_nan_in_the_keys_of_a_prompt_is_refused(llama: PreTrainedModel, ids: Ids
         (FasaConfig(dense_layers=(3,)), "3"),
         (FasaConfig(dense_layers=(0, 17)), "17"),
         (FasaConfig(n_tip=9), "9"),
+        (FasaConfig(backend="triton"), "needs a CUDA device, the layer is on cpu; use backend='auto'"),
     ],
-    ids=["layer 3 of 3", "layer 17", "9 of 8 chunks"],
+    ids=["layer 3 of 3", "layer 17", "9 of 8 chunks", "kernels without a GPU"],
 )
 def test_a_config_that_does_not_fit_the_model_is_refused(
     llama: PreTrainedModel, config: FasaConfig, named: str
