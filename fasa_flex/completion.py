@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fasa_flex.budget import SINKS
 from fasa_flex.operators import operator
+from fasa_flex.realize import read_as_floats
 from fasa_flex.selection import Selection
 
 BLOCK = 64
@@ -200,21 +201,21 @@ def _of_keys(query: Tensor, key: Tensor, value: Tensor, valid: Tensor, factor: f
     return weights @ value.float()[:, :, None], count[..., 0] > 0
 
 
-def kept_share(logits: Tensor, valid: Tensor, selection: Selection) -> Tensor:
+def kept_share(weights: Tensor, valid: Tensor, selection: Selection) -> Tensor:
     """The share of all valid keys' mass that the selected ones hold, by estimated logits.
 
     Args:
-        logits: float32 [B, Hkv, G, Q, T].
+        weights: float32 [B, Hkv, G, Q, T], `fasa_flex.scoring.relative_weights`.
         valid: bool [B or 1, 1, 1, Q, T].
         selection: of the same queries.
 
     Returns:
         float32 [B, Hkv, G, Q], in [0, 1]; 1 for a query without a valid key.
     """
-    total = torch.where(valid, logits, -torch.inf).logsumexp(-1)
-    slots = selection.slots.expand(-1, -1, logits.shape[2], -1, -1)
-    kept = torch.where(selection.taken, logits.gather(-1, slots), -torch.inf).logsumexp(-1)
-    return torch.where(total == -torch.inf, 1.0, (kept - total).exp().clamp(max=1.0))
+    total = torch.where(read_as_floats(valid), weights, 0.0).sum(-1)
+    slots = selection.slots.expand(-1, -1, weights.shape[2], -1, -1)
+    kept = torch.where(selection.taken, weights.gather(-1, slots), 0.0).sum(-1)
+    return torch.where(total > 0.0, (kept / total).clamp(max=1.0), 1.0)
 
 
 def complete(out: Tensor, share: Tensor, remainder: Tensor) -> Tensor:

@@ -313,7 +313,8 @@ class Fasa:
         marks = None
         if q_len == 1:
             budget = self._budgets[layer]
-            marks = once(("marks", budget), lambda *_: Marks.of(valid, budget, self._reduce))
+            samples = self._reduce == "softmax" or completion is not None
+            marks = once(("marks", budget), lambda *_: Marks.of(valid, budget, samples))
         states = (query[:, :, first:], key, value)
         focused = self._focused(layer, *states, scorer, valid, softmax, packed, held, marks, completion)
         weights = None

@@ -215,18 +215,18 @@ def _take_dims(states: Tensor, dims: Tensor) -> Tensor:
 
 
 def reduce_group(
-    scores: Tensor, valid: Tensor, how: GroupReduce, softmax: Softmax, sampled: Tensor | None = None
+    scores: Tensor, valid: Tensor, how: GroupReduce, softmax: Softmax, sample: Tensor | None = None
 ) -> Tensor:
     """One ranking per key/value head from those of its query heads.
 
     Args:
         scores: float32 [B, Hkv, G, Q, T].
         valid: bool [B or 1, 1, 1, Q, T].
-        how: ``"softmax"``: the log of the sum of the heads' attention weights, each head normalised over the sampled
-            keys alone, so that one pass over the keys ranks them; ``"softmax_exact"``: the sum of the weights,
-            normalised over all valid keys; ``"max"``; ``"mean"``; or ``"none"``.
+        how: ``"softmax"``: the sum of the heads' attention weights, those of each head relative to the mass of sampled
+            keys alone (`relative_weights`), so that one pass over the keys ranks them; ``"softmax_exact"``: relative to
+            that of all valid keys; ``"max"``; ``"mean"``; or ``"none"``.
         softmax: the model's, whose scaling and cap make logits of scores.
-        sampled: `Marks.sampled`, for ``"softmax"``.
+        sample: `Marks.sample`, for ``"softmax"``.
 
     Returns:
         float32 [B, Hkv, 1, Q, T], or the scores as they are for ``"none"``; what it says of invalid keys is not read.
@@ -239,8 +239,8 @@ def reduce_group(
         return scores.mean(2, keepdim=True)
     logits = softmax.logits(scores)
     if how == "softmax":
-        assert sampled is not None
-        return _log_weights(logits, sampled).logsumexp(2, keepdim=True)
+        assert sample is not None
+        return relative_weights(logits, sample).sum(2, keepdim=True)
     valid = read_as_floats(valid)
     if torch.compiler.is_compiling() and scores.device.type == "cpu":  # head by head, so that a row stays in the cache
         softmaxes = (torch.where(valid, member, -torch.inf).softmax(-1) for member in logits.split(1, dim=2))
@@ -248,10 +248,26 @@ def reduce_group(
     return attention_weights(torch.where(valid, logits, -torch.inf)).sum(2, keepdim=True)
 
 
-def _log_weights(logits: Tensor, sampled: Tensor) -> Tensor:
-    """Logits less the log of the sampled keys' mass, each of which a query with a valid key has at least one."""
-    mass = torch.where(read_as_floats(sampled), logits, -torch.inf).logsumexp(-1, keepdim=True)
-    return logits - torch.where(mass == -torch.inf, 0.0, mass)
+WIDEST = 80.0
+"""Weights lie within e^-80 and e^80 times the sample's mass, so that float32 sums neither overflow nor vanish."""
+
+
+def relative_weights(logits: Tensor, sample: Tensor) -> Tensor:
+    """``exp(logits)`` relative to the sampled keys' mass, so that no maximum over all keys is needed.
+
+    Args:
+        logits: float32 [B, Hkv, G, Q, T].
+        sample: `Marks.sample`.
+
+    Returns:
+        float32, as ``logits``, within e^-80 and e^80.
+    """
+    slots = sample.clamp(min=0).expand(*logits.shape[:-1], -1)
+    mass = torch.where(sample < 0, -torch.inf, logits.gather(-1, slots)).logsumexp(-1, keepdim=True)
+    relative = logits - torch.where(mass == -torch.inf, 0.0, mass)
+    if relative.requires_grad or torch.compiler.is_compiling():
+        return relative.clamp(-WIDEST, WIDEST).exp()
+    return relative.clamp_(-WIDEST, WIDEST).exp_()
 
 
 @operator("attention_weights", torch.empty_like)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fasa_flex.budget import Budget
-from fasa_flex.config import GroupReduce
 from fasa_flex.ranking import INVALID, largest, rank_keys, slot_of
 from fasa_flex.realize import read_as_floats
 
@@ -55,42 +54,51 @@ def valid_keys(q_len: int, kv_len: int, key_mask: Tensor | None, device: torch.d
 
 
 SAMPLE_FIRST, SAMPLE_LAST, SAMPLE_STRIDE = 4, 64, 32
-"""The valid keys of a query whose mass normalises its ranking: the first ones, the last ones, and every 32nd."""
+"""The sample of a query's valid keys: the first ones, the last ones, and every 32nd from the first on."""
 
 
 class Marks(NamedTuple):
-    """Keys that every layer of one forward treats alike; each bool, shaped as the valid keys, or None for no key.
+    """Keys that every layer of one forward treats alike; None where a call needs none.
 
     Attributes:
-        forced: always selected: the ``n_sink`` first and ``n_recent`` last valid keys of the query; [B, Hkv, 1, Q, T]
-            where heads have budgets of their own.
-        sampled: the fixed sample of valid keys whose mass normalises the group's ranking (``group_reduce="softmax"``).
+        forced: the keys that are always selected, the ``n_sink`` first and ``n_recent`` last valid ones of the query:
+            bool, as the valid keys; [B, Hkv, 1, Q, T] where heads have budgets of their own.
+        sample: slots of the valid keys whose mass weights are relative to (`SAMPLE_FIRST`): int64
+            [B or 1, 1, 1, Q, S], -1 for none.
     """
 
     forced: Tensor | None
-    sampled: Tensor | None
+    sample: Tensor | None
 
     @classmethod
-    def of(cls, valid: Tensor, budget: Budget, group_reduce: GroupReduce) -> Marks:
+    def of(cls, valid: Tensor, budget: Budget, samples: bool) -> Marks:
         """For valid keys bool [B or 1, 1, 1, Q, T]; keys count by their number among the valid ones, not by slot."""
-        forces, samples = budget.n_sink != 0 or budget.n_recent != 0, group_reduce == "softmax"
+        forces = budget.n_sink != 0 or budget.n_recent != 0
         if not forces and not samples:
             return cls(None, None)
         number = valid.cumsum(-1)
-        left = number[..., -1:] - number  # valid keys behind
-        forced = sampled = None
+        forced = None
         if forces:
             first, last = budget.forced(budget.n_fac if budget.is_count else budget.of(number[..., -1])[..., None])
-            forced = valid & ((number <= first) | (left < last))
-        if samples:
-            strided = (number - 1) % SAMPLE_STRIDE == 0
-            sampled = valid & ((number <= SAMPLE_FIRST) | strided | (left < SAMPLE_LAST))
-        return cls(forced, sampled)
+            forced = valid & ((number <= first) | (number > number[..., -1:] - last))
+        return cls(forced, _sample(number) if samples else None)
+
+
+def _sample(number: Tensor) -> Tensor:
+    """`Marks.sample` from how many valid keys there are up to each slot."""
+    count, kv_len = number[..., -1:], number.shape[-1]
+    first = torch.arange(1, SAMPLE_FIRST + 1, device=number.device).expand(*number.shape[:-1], -1)
+    strided = torch.arange(SAMPLE_STRIDE + 1, kv_len + 1, SAMPLE_STRIDE, device=number.device)
+    last = count - torch.arange(SAMPLE_LAST, device=number.device)
+    again = (last <= SAMPLE_FIRST) | ((last - 1) % SAMPLE_STRIDE == 0)
+    wanted = torch.cat([first, strided.expand(*number.shape[:-1], -1), torch.where(again, 0, last)], dim=-1)
+    slots = torch.searchsorted(number, wanted)
+    return torch.where((wanted > 0) & (wanted <= count), slots, -1)
 
 
 def forced_keys(valid: Tensor, budget: Budget) -> Tensor | None:
     """`Marks.forced`."""
-    return Marks.of(valid, budget, "none").forced
+    return Marks.of(valid, budget, samples=False).forced
 
 
 def select(scores: Tensor, valid: Tensor, budget: Budget, forced: Tensor | None = None) -> Selection:
