@@ -20,6 +20,7 @@ from fasa_flex.profile import FasaProfile
 from fasa_flex.provenance import Provenance, config_hash
 from fasa_flex.rotary import RotaryLayout
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
+from fasa_flex.wrappers import unwrapped
 
 
 @torch.no_grad()
@@ -55,6 +56,7 @@ def calibrate(
     Raises:
         ValueError: samples that are empty, too short or too long for the model, or a model without RoPE.
     """
+    model = unwrapped(model)
     check_supported(model)
     if top_k < 1 or max_new_tokens < 1:
         raise ValueError(f"top_k and max_new_tokens must be at least 1, got {top_k} and {max_new_tokens}.")

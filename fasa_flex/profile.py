@@ -14,11 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from transformers import PreTrainedModel
 
+from fasa_flex.config import FasaConfig
 from fasa_flex.layers import attention_shape
 from fasa_flex.provenance import Provenance, known_hashes
 from fasa_flex.rotary import RotaryLayout
 from fasa_flex.saving import replacing, settled
 from fasa_flex.tables import ChunkTables
+from fasa_flex.wrappers import unwrapped
 
 FORMAT = 2
 """1 where there is agreement alone, as before there were other tables."""
@@ -56,6 +58,7 @@ class FasaProfile(
         Raises:
             ValueError: another shape, model type or rotary configuration; the sentence names the first difference.
         """
+        model = unwrapped(model)
         layers, query_heads, kv_heads, head_dim = attention_shape(model)
         hashes = known_hashes(model)
         rotary = self.provenance.config_hash if self.provenance.config_hash in hashes else hashes[0]
@@ -221,6 +224,18 @@ def _check_size(folder: Path) -> None:
                 f"{file} has {file.stat().st_size} bytes, a profile's at most {most}; "
                 "pass a folder that save_pretrained wrote."
             )
+
+
+def check_kinds(profile: object, config: object) -> None:
+    """Refuse what is no profile (None passes) and no `FasaConfig`.
+
+    Raises:
+        ValueError: one sentence with what it is.
+    """
+    if profile is not None and not isinstance(profile, FasaProfile):
+        raise ValueError(f"profile must be a FasaProfile, got {profile!r}; read one with FasaProfile.from_pretrained.")
+    if not isinstance(config, FasaConfig):
+        raise ValueError(f"config must be a FasaConfig, got {config!r}; make one with FasaConfig(n_fac=...).")
 
 
 def _damaged(folder: str | Path, error: Exception) -> ValueError:

@@ -1,0 +1,27 @@
+"""Models in wrappers: an adapter of PEFT, a compiled module, data parallelism."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model that wrappers call, adapters and all; anything else as it is.
+
+    Args:
+        model: a transformers model, PEFT's around one (whose adapters are within it), what `torch.compile` makes of
+            either, or a ``DistributedDataParallel``.
+    """
+    while isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
+        if "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]
+        elif hasattr(type(model), "get_base_model"):
+            model = type(model).get_base_model(model)
+        elif list(model._modules) == ["module"]:
+            model = model._modules["module"]
+        else:
+            return model
+    return model
