@@ -16,12 +16,13 @@ def unwrapped(model: Any) -> Any:
             either, or a ``DistributedDataParallel``.
     """
     while isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
-        if "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]
-        elif hasattr(type(model), "get_base_model"):
-            model = type(model).get_base_model(model)
-        elif list(model._modules) == ["module"]:
-            model = model._modules["module"]
+        within = model._modules
+        if "_orig_mod" in within:
+            model = within["_orig_mod"]
+        elif base_of := getattr(type(model), "get_base_model", None):
+            model = base_of(model)
+        elif list(within) == ["module"]:
+            model = within["module"]
         else:
-            return model
+            break
     return model

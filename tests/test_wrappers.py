@@ -82,7 +82,7 @@ def test_a_wrapped_model_is_calibrated_and_sparse_as_it_is_without(llama: PreTra
             model(prompt, past_key_values=cache)
             decoded.append(model(prompt[:, :1], past_key_values=cache).logits)
         assert fasa.stats.sparse_queries
-    assert torch.equal(*decoded)
+    assert torch.allclose(*decoded, atol=1e-4)
     assert llama.config._attn_implementation == "sdpa"
 
 
