@@ -6,18 +6,17 @@ import dataclasses
 import math
 import numbers
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from fasa_flex.budget import Budget, check_count
+from fasa_flex.choices import Backend as Backend
+from fasa_flex.choices import Completion as Completion
+from fasa_flex.choices import GroupReduce as GroupReduce
+from fasa_flex.choices import PackedDtype as PackedDtype
+from fasa_flex.choices import Prefill as Prefill
+from fasa_flex.choices import Sharing as Sharing
 from fasa_flex.criteria import Criterion
-from fasa_flex.packing import PackedDtype
 from fasa_flex.spread import LayerBudgets, check_layer_budgets
-
-Sharing = Literal["kv_head", "query_head"]
-GroupReduce = Literal["softmax", "softmax_exact", "max", "mean", "none"]
-Completion = Literal["first_order", "mean", "none"]
-Backend = Literal["auto", "fastest", "flex", "gather", "triton", "reference"]
-Prefill = Literal["dense", "sparse"]
 
 
 @dataclass(frozen=True)

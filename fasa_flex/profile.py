@@ -96,11 +96,7 @@ class FasaProfile(
             ValueError: the folder holds another thing's ``config.json``, which would be lost, or cannot be written to.
         """
         folder = Path(save_directory)
-        existing = folder / _JSON
-        if existing.exists() and '"fasa_profile"' not in existing.read_text(errors="replace"):
-            raise ValueError(
-                f"{existing} belongs to something else, a model perhaps; save the profile to a folder of its own."
-            )
+        check_place(folder)
         with replacing(folder) as beside:
             super().save_pretrained(beside, model_card_kwargs=kwargs.get("model_card_kwargs"))
             if (folder / _CARD).exists():  # a user's own, perhaps
@@ -224,6 +220,19 @@ def _check_size(folder: Path) -> None:
                 f"{file} has {file.stat().st_size} bytes, a profile's at most {most}; "
                 "pass a folder that save_pretrained wrote."
             )
+
+
+def check_place(folder: Path) -> None:
+    """Refuse to save a profile where something else is.
+
+    Raises:
+        ValueError: the folder holds another thing's ``config.json``, which would be lost.
+    """
+    existing = folder / _JSON
+    if existing.exists() and '"fasa_profile"' not in existing.read_text(errors="replace"):
+        raise ValueError(
+            f"{existing} belongs to something else, a model perhaps; save the profile to a folder of its own."
+        )
 
 
 def check_kinds(profile: object, config: object) -> None:
