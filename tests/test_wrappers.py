@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from fasa_flex import FasaCache, FasaConfig, RotaryLayout, calibrate, enable
 from fasa_flex.baselines import channel_weights
+from fasa_flex.expectations import cache_argument
 from fasa_flex.wrappers import unwrapped
 
 CONFIG = FasaConfig(n_fac=8, n_tip=2)
@@ -79,8 +80,9 @@ def test_a_wrapped_model_is_calibrated_and_sparse_as_it_is_without(llama: PreTra
     for model in (llama, wrapper):
         with torch.no_grad(), enable(model, profile, CONFIG) as fasa:
             cache = FasaCache(model, profile, CONFIG)
-            model(prompt, past_key_values=cache)
-            decoded.append(model(prompt[:, :1], past_key_values=cache).logits)
+            held = cache_argument(llama, cache)
+            model(prompt, **held)
+            decoded.append(model(prompt[:, :1], **held).logits)
         assert fasa.stats.sparse_queries
     assert torch.allclose(*decoded, atol=1e-4)
     assert llama.config._attn_implementation == "sdpa"

@@ -243,7 +243,7 @@ def test_hf_never_reads_sparse_answers_nor_the_other_way_round(
         ({"batch_size": "auto"}, "batch_size=auto probes memory with dense attention only"),
         ({"nfac": 16}, "knows no argument 'nfac'; did you mean 'n_fac'"),
         ({"budget": 16}, "knows no argument 'budget'; remove it, or take one of .*, n_fac, .*, packed_dtype"),
-        ({"packed_dtype": "int4"}, "packed_dtype must be one of 'bfloat16'"),
+        ({"packed_dtype": "int3"}, "packed_dtype must be one of 'bfloat16'"),
         ({"profile": 1.5}, "profile=1.5 is no profile"),
         ({"calibration_source": "/nope"}, "calibration_source=/nope is not heard where nothing is calibrated"),
         ({"method": "random_chunks", "n_tip": 64}, r"n_tip must lie in 1\.\.8, the chunks of a head, got 64"),
@@ -281,8 +281,9 @@ def test_a_model_that_was_passed_is_dense_again_once_the_evaluation_is_over(chec
 
     def decoded() -> torch.Tensor:
         with torch.no_grad():
-            cache = model(ids).past_key_values
-            return model(ids[:, :1], past_key_values=cache).logits
+            held = cache_argument(model, DynamicCache(config=model.config))
+            model(ids, **held)
+            return model(ids[:, :1], **held).logits
 
     before = decoded()
     simple_evaluate(
@@ -315,7 +316,7 @@ def test_a_sparse_prefill_is_sparse_in_log_likelihoods_too(sparse: Load) -> None
     lm = sparse(prefill="sparse")
     scored = lm._loglikelihood_tokens([(("", str(i)), *pair) for i, pair in enumerate(pairs())], disable_tqdm=True)
     stepped = [decode(lm, context, continuation, prompt=1) for context, continuation in pairs()]
-    assert [total for total, _ in scored] == pytest.approx(stepped, abs=1e-4)
+    assert [total for total, _ in scored] == pytest.approx(stepped, abs=1e-3)
     assert lm._model_generate(torch.tensor([pairs()[1][0]]), 250, [""]).shape[1] <= 250
     assert lm.get_model_info()["fasa"]["prefill"] == "sparse"
 
