@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from transformers import PreTrainedModel
 
+from fasa_flex.budget import check_count
 from fasa_flex.config import FasaConfig
 from fasa_flex.layers import attention_shape
 from fasa_flex.provenance import Provenance, known_hashes
@@ -188,10 +189,19 @@ class FasaProfile(
         if hashlib.sha256(data).hexdigest() != fields["tensors_sha256"]:
             raise ValueError(f"{_TENSORS} is not the file that {_JSON} describes")
         provenance = fields["provenance"]
-        provenance["sample_hashes"] = tuple(provenance["sample_hashes"])
+        provenance["sample_hashes"] = tuple(map(str, provenance["sample_hashes"]))
         provenance["versions"] = {str(name): str(version) for name, version in provenance["versions"].items()}
+        for name in ("model_id", "model_type", "config_hash"):
+            if not isinstance(provenance[name], str):
+                raise TypeError(f"{name} must be a text, got {provenance[name]!r}")
+        check_count("max_new_tokens", provenance["max_new_tokens"], 1)
+        check_count("n_rotated", fields["layout"]["n_rotated"], 1)
         layout = RotaryLayout.from_dict(fields["layout"])
-        return cls(layout=layout, provenance=Provenance(**provenance), **load(data))
+        profile = cls(layout=layout, provenance=Provenance(**provenance), **load(data))
+        layers = len(profile.agreement)
+        if not layers or not set(layout.unrotated_layers) <= set(range(layers)):
+            raise ValueError(f"layers without RoPE {layout.unrotated_layers} are none of {layers} layers")
+        return profile
 
     def _tensors(self) -> bytes:
         data: bytes = save(self.tables())
