@@ -69,7 +69,7 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
         "profiles", nargs="+", metavar="PROFILE", help="a folder of save_pretrained, or a Hub repository"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw heat maps and dominance (needs matplotlib)")
-    parser.add_argument("--n-tip", type=int, metavar="N", help="dominant chunks a head keeps (default: head_dim / 8)")
+    parser.add_argument("--n-tip", type=int, metavar="N", help="dominant chunks a head keeps (default: as FasaConfig)")
     parser.add_argument(
         "--per", choices=get_args(Sharing), default="kv_head", help="whose chunks (default: %(default)s)"
     )

@@ -4,8 +4,8 @@
 ``sys.meta_path``. When (and if) ``lm_eval.models`` is imported, the finder lets the ordinary finders load it, adds the
 *name* ``fasa_hf`` to lm-eval's registry and is gone. Nothing of fasa_flex, torch or lm-eval is imported before that.
 
-lm-eval has no registry of folders of tasks, so the packaged ones stay unknown to it without ``--include_path``; an error
-that ends a process for want of one of them is followed by a line that says so.
+lm-eval has no registry of folders of tasks, so the packaged ones stay unknown to it without ``--include_path``; an
+error that ends a process for want of one of them is followed by a line that says so.
 
 Set ``FASA_FLEX_NO_STARTUP=1`` to switch it off. It does nothing where lm-eval reads entry points by itself
 (``lm_eval.api.registry.load_plugins`` exists), and goes when such a release is the oldest supported one.
@@ -40,8 +40,8 @@ def _lead_to_tasks():
             missing = sorted(named & {path.stem for path in TASKS_PATH.glob("*.yaml")})
             if missing:
                 print(
-                    f"fasa_flex: lm_eval by itself does not know packaged tasks ({', '.join(missing)}); add --include_path "
-                    '"$(python -m fasa_flex.lm_eval --tasks-path)", or run python -m fasa_flex.lm_eval in its place.',
+                    f"fasa_flex: lm_eval by itself does not know packaged tasks ({', '.join(missing)}); add "
+                    '--include_path "$(python -m fasa_flex.lm_eval --tasks-path)", or run python -m fasa_flex.lm_eval.',
                     file=sys.stderr,
                 )
 

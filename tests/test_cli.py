@@ -59,7 +59,8 @@ def test_inspect_prints_the_profile_and_draws_it(tmp_path: Path, capsys: pytest.
     assert str(picture) in shown.err
     assert picture.stat().st_size > 5000
     assert cli.main(["inspect", str(SHIPPED), "--per", "query_head"]) == 0
-    assert "The 8 dominant chunks of each query head" in capsys.readouterr().out
+    kept = FasaConfig().chunks_of(64)
+    assert f"The {kept} dominant chunks of each query head" in capsys.readouterr().out
 
 
 def test_inspect_refuses_in_one_sentence(

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="(default: float32 on CPU, bfloat16 on CUDA)")
     parser.add_argument("--packed-dtype", choices=get_args(PackedDtype), help="of packed keys (default: the cache's)")
-    parser.add_argument("--n-tip", type=int, help="dominant chunks (default: head_dim / 8)")
+    parser.add_argument("--n-tip", type=int, help="dominant chunks (default: as FasaConfig)")
     parser.add_argument("--n-fac", type=int, default=256, help="tokens a query attends to (default: 256)")
     parser.add_argument("--group-reduce", choices=get_args(GroupReduce), help="(default: as in FasaConfig)")
     parser.add_argument("--modes", type=_words, default=MODES, help="eager, compiled or both (default: both)")

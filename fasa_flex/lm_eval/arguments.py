@@ -104,12 +104,16 @@ def check_method(method: object) -> None:
 
 
 def scorer_of(
-    method: Literal["fasa"] | Method, calibration: Calibration, config: FasaConfig
+    method: Literal["fasa"] | Method, calibration: Calibration, config: FasaConfig, head_dim: int
 ) -> Callable[[int], Scorer | SequenceScorer] | None:
     """`enable`'s scorer for a method; None for FASA itself, which needs a profile."""
     if method != "fasa":
         return scorer_factory(
-            method, calibration.profile, n_tip=config.n_tip, per=config.per, channels=calibration.channels
+            method,
+            calibration.profile,
+            n_tip=config.chunks_of(head_dim),
+            per=config.per,
+            channels=calibration.channels,
         )
     if calibration.profile is None and calibration.record is None:
         raise ValueError(

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from fasa_flex import FasaProfile, enable
 from fasa_flex.baselines import Method
 from fasa_flex.expectations import check_lm_eval
+from fasa_flex.layers import attention_shape
 from fasa_flex.lm_eval.account import Account
 from fasa_flex.lm_eval.answers import claim
 from fasa_flex.lm_eval.arguments import (
@@ -122,7 +123,8 @@ class FasaHFLM(HFLM):
                 lambda: calibration_for(method, profile, self.model, self.tokenizer, source, self.max_length, cache)
             )
             self.profile = self.calibration.profile
-            self.fasa = enable(self.model, self.profile, config, scorer=scorer_of(method, self.calibration, config))
+            scorer = scorer_of(method, self.calibration, config, attention_shape(self.model)[3])
+            self.fasa = enable(self.model, self.profile, config, scorer=scorer)
         self.method, self.fasa_config, self.gguf_file = method, config, hf_args.get("gguf_file")
         # a model object is the user's: it is dense again once nobody has this LM
         weakref.finalize(self, self.fasa.disable).atexit = False
