@@ -99,7 +99,7 @@ def fasa_attention(
     check_choice("group_reduce", group_reduce, GroupReduce)
     check_choice("backend", backend, Backend)
     if not torch.compiler.is_compiling():
-        _check_values(q, k, chunks)
+        k = _checked_keys(q, k, chunks, key_mask)
     if chunks.shape[0] != k.shape[1]:
         group_reduce = "none"
     valid = valid_keys(q.shape[2], k.shape[2], key_mask, q.device)
@@ -388,7 +388,10 @@ def _check_completion(
         )
 
 
-def _check_values(q: Tensor, k: Tensor, chunks: Tensor) -> None:
+def _checked_keys(q: Tensor, k: Tensor, chunks: Tensor, key_mask: Tensor | None) -> Tensor:
+    """The keys, with zeros in place of NaN that ``key_mask`` leaves out."""
+    if k.isnan().any() and key_mask is not None:
+        k = torch.where(key_mask[:, None, :, None], k, 0)
     if q.isnan().any() or k.isnan().any():
         raise ValueError("q or k holds NaN; find what produced it before attending, padding belongs in key_mask.")
     if chunks.min() < 0 or chunks.max() >= q.shape[3]:
@@ -396,3 +399,4 @@ def _check_values(q: Tensor, k: Tensor, chunks: Tensor) -> None:
             f"chunks name dimensions {int(chunks.min())}..{int(chunks.max())} of heads with {q.shape[3]}; "
             "pass the chunks of this model's own layout."
         )
+    return k

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +37,11 @@ class Budget:
     n_recent: int | None = 0
 
     def __post_init__(self) -> None:
+        counts = self.n_fac if isinstance(self.n_fac, tuple) else (self.n_fac,)
+        plain = tuple(map(plain_number, counts))
+        object.__setattr__(self, "n_fac", plain[0] if len(plain) == 1 else plain)  # one for all heads is no tuple
+        for name in ("n_sink", "n_recent"):
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
         if isinstance(self.n_fac, float):
             if not 0.0 < self.n_fac <= 1.0:
                 raise ValueError(f"n_fac as a share must lie in (0, 1], got {self.n_fac}; an int counts tokens.")
@@ -129,8 +135,16 @@ def _at_most(value: int, max: int) -> int:  # noqa: A002 - as torch.clamp has it
     return min(value, max)
 
 
+def plain_number(value: Any) -> Any:
+    """NumPy's numbers as Python's; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
 def check_count(name: str, value: object, least: int) -> None:
-    """Refuse what is no integer of at least ``least``."""
+    """Refuse what is no integer of at least ``least``; NumPy's is one."""
+    value = plain_number(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
 

@@ -22,11 +22,12 @@ from fasa_flex.host_layers import HostLayer, OnHost, StaticHostLayer
 from fasa_flex.layers import attention_modules, attention_shape, dense_layers, device_of
 from fasa_flex.packed_layers import KeepsPackedKeys, PackedLayer, StaticPackedLayer, packs
 from fasa_flex.packing import packed_bytes
-from fasa_flex.profile import FasaProfile
+from fasa_flex.profile import FasaProfile, check_kinds
 from fasa_flex.room import counted, make_room
 from fasa_flex.scoring import DominantChunks
 from fasa_flex.spread import spread_budget
 from fasa_flex.tip import dominant_chunks
+from fasa_flex.wrappers import unwrapped
 
 Placement = Literal["device", "host"]
 
@@ -108,7 +109,9 @@ class FasaCache(Cache):
         placement: Placement = "device",
         max_cache_len: int | None = None,
     ) -> None:
+        model = unwrapped(model)
         config = FasaConfig() if config is None else config
+        check_kinds(profile, config)
         profile.check_fits(model)
         check_choice("placement", placement, Placement)
         if max_cache_len is not None:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fasa_flex.agreement import contextual_agreement
+from fasa_flex.budget import check_count, plain_number
 from fasa_flex.criteria import causal, logit_statistics
 from fasa_flex.handed import scaling_of
 from fasa_flex.layers import attention_shape, check_supported, device_of, evaluating, layer_of, maximum_positions
@@ -20,6 +21,7 @@ from fasa_flex.profile import FasaProfile
 from fasa_flex.provenance import Provenance, config_hash
 from fasa_flex.rotary import RotaryLayout
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
+from fasa_flex.wrappers import unwrapped
 
 
 @torch.no_grad()
@@ -55,9 +57,11 @@ def calibrate(
     Raises:
         ValueError: samples that are empty, too short or too long for the model, or a model without RoPE.
     """
+    model = unwrapped(model)
     check_supported(model)
-    if top_k < 1 or max_new_tokens < 1:
-        raise ValueError(f"top_k and max_new_tokens must be at least 1, got {top_k} and {max_new_tokens}.")
+    top_k, max_new_tokens = plain_number(top_k), plain_number(max_new_tokens)
+    check_count("top_k", top_k, 1)
+    check_count("max_new_tokens", max_new_tokens, 1)
     encoded = encode_samples(model, samples, tokenizer, least=top_k, room=max_new_tokens)
     layout = RotaryLayout.detect(model) if layout is None else layout
     total: dict[str, Tensor | float] = dict.fromkeys(("agreement", "variance", "covariance", "mean_key"), 0.0)

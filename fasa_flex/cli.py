@@ -1,13 +1,22 @@
-"""The ``fasa-flex`` command. A subcommand is a `Command` in ``COMMANDS``: its words, its options, what it does."""
+"""The ``fasa-flex`` command. A subcommand is a `Command` in ``COMMANDS``: its words, its options, what it does.
+
+Only the command that runs imports what it needs: help and wrong words wait for nothing.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
+
+from fasa_flex.bench.options import DTYPES
+from fasa_flex.bench.options import add_arguments as _bench_options
+from fasa_flex.choices import Backend, Criterion, GroupReduce, Sharing
+from fasa_flex.commands.texts import texts_of
 
 
 @dataclass(frozen=True)
@@ -41,8 +50,9 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     from fasa_flex import compare
+    from fasa_flex.commands import drawing
 
-    _check_folder(options.plot)
+    drawing.check(options.plot)
     runs = [compare.Run.load(folder) for folder in options.runs]
     rows = compare.compare(runs, draws=options.draws, seed=options.seed)
     print(compare.table(rows))
@@ -51,50 +61,36 @@ def _compare(options: argparse.Namespace) -> None:
     if options.plot is not None:
         from fasa_flex.plots import score_curves
 
-        score_curves(compare.curve_rows(rows)).savefig(options.plot, dpi=150)
-        print(f"drawn to {options.plot}", file=sys.stderr)
+        drawing.draw(score_curves(compare.curve_rows(rows)), options.plot)
 
 
 def _inspect_options(parser: argparse.ArgumentParser) -> None:
-    from fasa_flex.config import Sharing
-    from fasa_flex.criteria import CRITERIA
-
     parser.add_argument(
         "profiles", nargs="+", metavar="PROFILE", help="a folder of save_pretrained, or a Hub repository"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw heat maps and dominance (needs matplotlib)")
-    parser.add_argument("--n-tip", type=int, metavar="N", help="dominant chunks a head keeps (default: head_dim / 8)")
+    parser.add_argument("--n-tip", type=int, metavar="N", help="dominant chunks a head keeps (default: as FasaConfig)")
     parser.add_argument(
         "--per", choices=get_args(Sharing), default="kv_head", help="whose chunks (default: %(default)s)"
     )
-    parser.add_argument("--criterion", choices=CRITERIA, help="how they are chosen (default: the best of a profile)")
+    parser.add_argument(
+        "--criterion", choices=get_args(Criterion), help="how they are chosen (default: the best of a profile)"
+    )
 
 
 def _inspect(options: argparse.Namespace) -> None:
     from fasa_flex import inspection
+    from fasa_flex.commands import drawing
     from fasa_flex.profile import FasaProfile
 
     profiles = [FasaProfile.from_pretrained(name) for name in options.profiles]
-    _check_folder(options.plot)
+    drawing.check(options.plot)
     n_tip = inspection.default_n_tip(profiles[0]) if options.n_tip is None else options.n_tip
     print(inspection.report(options.profiles, profiles, n_tip, options.per, options.criterion))
     if options.plot is not None:
         from fasa_flex.plots import inspection as drawn
 
-        drawn(options.profiles, profiles, n_tip, options.per, options.criterion).savefig(options.plot, dpi=150)
-        print(f"drawn to {options.plot}", file=sys.stderr)
-
-
-def _check_folder(file: Path | None) -> None:
-    """Refuse a picture that could not be written, before the work is done."""
-    if file is not None and not file.parent.is_dir():
-        raise ValueError(f"{file.parent} is no folder to draw {file.name} in; make it, or name another.")
-
-
-def _bench_options(parser: argparse.ArgumentParser) -> None:
-    from fasa_flex.bench.command import add_arguments
-
-    add_arguments(parser)
+        drawing.draw(drawn(options.profiles, profiles, n_tip, options.per, options.criterion), options.plot)
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -103,10 +99,91 @@ def _bench(options: argparse.Namespace) -> None:
     run(options)
 
 
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    """What every command that loads a model has: the arguments of `fasa_flex.loading.load_model`."""
+    parser.add_argument("model", metavar="MODEL", help="a folder, or a Hub repository")
+    parser.add_argument("--gguf-file", metavar="NAME", help="the file of MODEL that holds it in GGUF")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they were saved)")
+    parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
+
+
+def _loaded(options: argparse.Namespace) -> tuple[Any, Any]:
+    from fasa_flex.loading import load_model
+
+    return load_model(options.model, gguf_file=options.gguf_file, dtype=options.dtype, device=options.device)
+
+
+def _calibrate_options(parser: argparse.ArgumentParser) -> None:
+    _model_options(parser)
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the profile, one of its own")
+    parser.add_argument(
+        "--text", type=Path, nargs="+", metavar="FILE", help="long texts (default: packaged ones, as profile=auto's)"
+    )
+    parser.add_argument("--length", type=int, metavar="N", help="tokens of each text at most (default: 8192)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="K of contextual agreement (default: 256)")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="decode steps of each text (default: 64)")
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    texts = None if options.text is None else texts_of(options.text)
+    from fasa_flex.commands.calibrating import calibrate_into
+
+    calibrate_into(options.out, lambda: _loaded(options), texts, options.length, options.top_k, options.max_new_tokens)
+
+
+def _generate_options(parser: argparse.ArgumentParser) -> None:
+    _model_options(parser)
+    parser.add_argument("--prompt", type=Path, required=True, metavar="FILE", help="a text; - is the standard input")
+    parser.add_argument(
+        "--profile", metavar="PROFILE", help="the model's (default: it calibrates itself on the prompt)"
+    )
+    parser.add_argument("--compare", choices=["dense"], help="also write with dense attention, and show both")
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--n-fac", type=_count_or_share, metavar="N", help="tokens a query attends to, or a share")
+    parser.add_argument(
+        "--n-tip", type=_count_or_share, metavar="N", help="dominant chunks a head scores with, or a share"
+    )
+    parser.add_argument("--group-reduce", choices=get_args(GroupReduce), help="how a group's heads rank as one")
+    parser.add_argument("--backend", choices=get_args(Backend), help="as in FasaConfig, whose defaults all these have")
+
+
+def _count_or_share(text: str) -> int | float:
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a count such as 256 or a share such as 0.1, got {text!r}") from None
+
+
+def _generate(options: argparse.Namespace) -> None:
+    prompt = sys.stdin.read() if str(options.prompt) == "-" else texts_of([options.prompt])[0]
+    from fasa_flex.commands.generating import encoded, generate
+    from fasa_flex.config import FasaConfig
+    from fasa_flex.profile import FasaProfile
+
+    given = {name: getattr(options, name) for name in ("n_fac", "n_tip", "group_reduce", "backend")}
+    config = FasaConfig(**{name: value for name, value in given.items() if value is not None})
+    profile = None if options.profile is None else FasaProfile.from_pretrained(options.profile)
+    model, tokenizer = _loaded(options)
+    if profile is not None:
+        profile.check_fits(model)
+    ids = encoded(model, tokenizer, prompt, options.max_new_tokens, options.chat)
+    generate(model, tokenizer, ids, options.max_new_tokens, config, profile, options.compare == "dense")
+
+
+def _env(options: argparse.Namespace) -> None:
+    from fasa_flex.commands.environment import report
+
+    print(report())
+
+
 COMMANDS: tuple[Command, ...] = (
-    Command("compare", "compare runs of lm-eval, document by document", _compare_options, _compare),
+    Command("generate", "write on from a prompt under FASA, and beside dense attention", _generate_options, _generate),
+    Command("calibrate", "find a model's dominant chunks and save them as its profile", _calibrate_options, _calibrate),
     Command("inspect", "show what a profile holds, and how far several agree", _inspect_options, _inspect),
+    Command("compare", "compare runs of lm-eval, document by document", _compare_options, _compare),
     Command("bench", "measure dense attention and FASA on this machine", _bench_options, _bench),
+    Command("env", "say what is installed and can run here, for a bug report", lambda parser: None, _env),
 )
 
 
@@ -125,9 +202,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
     except ValueError as error:
         print(f"fasa-flex: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("fasa-flex: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # as of `fasa-flex inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
 
 

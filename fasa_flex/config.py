@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from fasa_flex.budget import Budget, check_count
+from fasa_flex.budget import Budget, check_count, plain_number
+from fasa_flex.choices import Backend as Backend
+from fasa_flex.choices import Completion as Completion
+from fasa_flex.choices import GroupReduce as GroupReduce
+from fasa_flex.choices import PackedDtype as PackedDtype
+from fasa_flex.choices import Prefill as Prefill
+from fasa_flex.choices import Sharing as Sharing
 from fasa_flex.criteria import Criterion
-from fasa_flex.packing import PackedDtype
 from fasa_flex.spread import LayerBudgets, check_layer_budgets
-
-Sharing = Literal["kv_head", "query_head"]
-GroupReduce = Literal["softmax", "softmax_exact", "max", "mean", "none"]
-Completion = Literal["first_order", "mean", "none"]
-Backend = Literal["auto", "fastest", "flex", "gather", "triton", "reference"]
-Prefill = Literal["dense", "sparse"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class FasaConfig:
 
     def __post_init__(self) -> None:
         for name in ("n_tip", "n_fac", "n_sink", "n_recent", "completion_strength"):
-            object.__setattr__(self, name, _plain_number(getattr(self, name)))
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
         if self.n_tip is None:
             object.__setattr__(self, "n_tip", type(self).n_tip)
         if not isinstance(self.n_tip, float):
@@ -96,7 +94,7 @@ class FasaConfig:
             )
         _ = self.budget
         try:
-            object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+            object.__setattr__(self, "dense_layers", tuple(map(plain_number, self.dense_layers)))
         except TypeError:
             raise ValueError(
                 f"dense_layers must be a sequence of layer numbers, got {self.dense_layers!r}; write (0,)."
@@ -147,13 +145,6 @@ class FasaConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""
         return {**dataclasses.asdict(self), "dense_layers": list(self.dense_layers)}
-
-
-def _plain_number(value: Any) -> Any:
-    """NumPy's numbers as Python's; anything else as it is."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return value
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def check_choice(name: str, value: object, choices: object) -> None:

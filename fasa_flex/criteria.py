@@ -9,18 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-Criterion = Literal["agreement", "variance", "explained_variance", "weighted_variance"]
-"""How dominant chunks are chosen.
-
-``"agreement"``: by contextual agreement, as in the paper. ``"variance"``: by the variance over keys of their part of
-the logits. ``"explained_variance"``: one by one, each time the chunk that explains most of the variance of the logits
-that is left, correlations included. ``"weighted_variance"``: the same chunks, each with a least-squares weight.
-"""
+from fasa_flex.choices import Criterion as Criterion
 
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from fasa_flex.wrappers import unwrapped
+
 if TYPE_CHECKING:
     from fasa_flex.probe import Arrival
 
@@ -90,7 +92,7 @@ def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
 
     It is ``cache`` since transformers 5.24 and ``past_key_values`` before, which later releases warn of.
     """
-    names = inspect.signature(model.forward).parameters
+    names = inspect.signature(unwrapped(model).forward).parameters
     return {"cache" if "cache" in names else "past_key_values": cache}
 
 

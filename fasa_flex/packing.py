@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fasa_flex.choices import PackedDtype as PackedDtype
 from fasa_flex.realize import compute_once
-
-PackedDtype = Literal["bfloat16", "float16", "int8", "int4"]
 
 _LEVELS = {"int8": 127, "int4": 7}
 """The largest code of an integer format; codes are symmetric about 0."""

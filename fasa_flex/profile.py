@@ -14,11 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from transformers import PreTrainedModel
 
+from fasa_flex.budget import check_count
+from fasa_flex.config import FasaConfig
 from fasa_flex.layers import attention_shape
 from fasa_flex.provenance import Provenance, known_hashes
 from fasa_flex.rotary import RotaryLayout
 from fasa_flex.saving import replacing, settled
 from fasa_flex.tables import ChunkTables
+from fasa_flex.wrappers import unwrapped
 
 FORMAT = 2
 """1 where there is agreement alone, as before there were other tables."""
@@ -56,6 +59,7 @@ class FasaProfile(
         Raises:
             ValueError: another shape, model type or rotary configuration; the sentence names the first difference.
         """
+        model = unwrapped(model)
         layers, query_heads, kv_heads, head_dim = attention_shape(model)
         hashes = known_hashes(model)
         rotary = self.provenance.config_hash if self.provenance.config_hash in hashes else hashes[0]
@@ -93,11 +97,7 @@ class FasaProfile(
             ValueError: the folder holds another thing's ``config.json``, which would be lost, or cannot be written to.
         """
         folder = Path(save_directory)
-        existing = folder / _JSON
-        if existing.exists() and '"fasa_profile"' not in existing.read_text(errors="replace"):
-            raise ValueError(
-                f"{existing} belongs to something else, a model perhaps; save the profile to a folder of its own."
-            )
+        check_place(folder)
         with replacing(folder) as beside:
             super().save_pretrained(beside, model_card_kwargs=kwargs.get("model_card_kwargs"))
             if (folder / _CARD).exists():  # a user's own, perhaps
@@ -189,10 +189,19 @@ class FasaProfile(
         if hashlib.sha256(data).hexdigest() != fields["tensors_sha256"]:
             raise ValueError(f"{_TENSORS} is not the file that {_JSON} describes")
         provenance = fields["provenance"]
-        provenance["sample_hashes"] = tuple(provenance["sample_hashes"])
+        provenance["sample_hashes"] = tuple(map(str, provenance["sample_hashes"]))
         provenance["versions"] = {str(name): str(version) for name, version in provenance["versions"].items()}
+        for name in ("model_id", "model_type", "config_hash"):
+            if not isinstance(provenance[name], str):
+                raise TypeError(f"{name} must be a text, got {provenance[name]!r}")
+        check_count("max_new_tokens", provenance["max_new_tokens"], 1)
+        check_count("n_rotated", fields["layout"]["n_rotated"], 1)
         layout = RotaryLayout.from_dict(fields["layout"])
-        return cls(layout=layout, provenance=Provenance(**provenance), **load(data))
+        profile = cls(layout=layout, provenance=Provenance(**provenance), **load(data))
+        layers = len(profile.agreement)
+        if not layers or not set(layout.unrotated_layers) <= set(range(layers)):
+            raise ValueError(f"layers without RoPE {layout.unrotated_layers} are none of {layers} layers")
+        return profile
 
     def _tensors(self) -> bytes:
         data: bytes = save(self.tables())
@@ -221,6 +230,31 @@ def _check_size(folder: Path) -> None:
                 f"{file} has {file.stat().st_size} bytes, a profile's at most {most}; "
                 "pass a folder that save_pretrained wrote."
             )
+
+
+def check_place(folder: Path) -> None:
+    """Refuse to save a profile where something else is.
+
+    Raises:
+        ValueError: the folder holds another thing's ``config.json``, which would be lost.
+    """
+    existing = folder / _JSON
+    if existing.exists() and '"fasa_profile"' not in existing.read_text(errors="replace"):
+        raise ValueError(
+            f"{existing} belongs to something else, a model perhaps; save the profile to a folder of its own."
+        )
+
+
+def check_kinds(profile: object, config: object) -> None:
+    """Refuse what is no profile (None passes) and no `FasaConfig`.
+
+    Raises:
+        ValueError: one sentence with what it is.
+    """
+    if profile is not None and not isinstance(profile, FasaProfile):
+        raise ValueError(f"profile must be a FasaProfile, got {profile!r}; read one with FasaProfile.from_pretrained.")
+    if not isinstance(config, FasaConfig):
+        raise ValueError(f"config must be a FasaConfig, got {config!r}; make one with FasaConfig(n_fac=...).")
 
 
 def _damaged(folder: str | Path, error: Exception) -> ValueError:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from fasa_flex.layers import NO_ROPE, attention_shape, check_supported
 from fasa_flex.probe import Arrival, farthest_position, probe, why_dense
+from fasa_flex.wrappers import unwrapped
 
 _TOLERANCE = 1e-6
 """Of a turn at the last position probed: with a rope_theta of 1e9 the slowest of 64 planes turns 1.4e-6 by 1024."""
@@ -84,6 +85,7 @@ class RotaryLayout:
             ValueError: queries do not turn with position (no RoPE), or not by rotations in planes, or no layer attends
                 as FASA needs it (`fasa_flex.probe.why_dense`).
         """
+        model = unwrapped(model)
         check_supported(model)
         positions, arrivals = _probe(model)
         reasons = {layer: reason for layer, reason in why_dense(model, arrivals).items() if reason != NO_ROPE}

@@ -13,10 +13,11 @@ from fasa_flex.config import FasaConfig
 from fasa_flex.handle import Fasa
 from fasa_flex.layers import attention_modules, check_supported, dense_layers, device_of
 from fasa_flex.probe import check_attention
-from fasa_flex.profile import FasaProfile
+from fasa_flex.profile import FasaProfile, check_kinds
 from fasa_flex.prompt_calibration import PromptCalibration
 from fasa_flex.scoring import DominantChunks, Scorer, SequenceScorer
 from fasa_flex.tip import dominant_chunks
+from fasa_flex.wrappers import unwrapped
 
 ScorerFactory = Callable[[int], Scorer | SequenceScorer]
 """Makes the scorer of one layer."""
@@ -46,7 +47,8 @@ def enable(
     They stay until `Fasa.recalibrate`, and `Fasa.profile` keeps them for another time.
 
     Args:
-        model: a transformers model with attention implementation "sdpa" or "eager".
+        model: a transformers model with attention implementation "sdpa" or "eager", also within PEFT's or a compiled
+            one.
         profile: from `calibrate`; None: from the first long prompt, unless a ``scorer`` is given, which needs none.
         config: budget and options; None is `FasaConfig`'s defaults.
         scorer: another method than FASA: makes the scorer of a layer.
@@ -57,8 +59,10 @@ def enable(
     Raises:
         ValueError: the profile does not fit the model, with the reason, or settings that this model cannot take.
     """
+    model = unwrapped(model)
     check_supported(model)
     config = FasaConfig() if config is None else config
+    check_kinds(profile, config)
     prompt = PromptCalibration(model, config) if profile is None and scorer is None else None
     known = profile if prompt is None else prompt.blank
     unrotated: tuple[int, ...] = ()

@@ -114,3 +114,19 @@ def test_kernels_that_would_serve_no_token_are_refused_beforehand(changes: dict[
     with pytest.raises(ValueError, match=rf"layer 3: .*{named}") as error:
         check_kernels(**{**given, **changes})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("group_reduce", ["softmax", "max", "mean", "none"])
+def test_nan_in_masked_keys_is_padding(backend: str, group_reduce: str) -> None:
+    """As the error for NaN says: padding belongs in key_mask, where it may be anything."""
+    q, k, v, chunks = Case("nan").tensors()
+    mask = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool)
+    mask[:, :3] = False
+    options = {"n_fac": 6, "key_mask": mask, "backend": backend, "group_reduce": group_reduce}
+    expected = fasa_attention(q, k, v, chunks, **options)
+    k[:, :, :3] = torch.nan
+    assert torch.equal(fasa_attention(q, k, v, chunks, **options), expected)
+    k[0, 0, 5, 5] = torch.nan
+    with pytest.raises(ValueError, match="holds NaN"):
+        fasa_attention(q, k, v, chunks, **options)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from fasa_flex.budget import Budget
+from fasa_flex import FasaConfig, fasa_attention
+from fasa_flex.budget import Budget, check_count
 
 
 @pytest.mark.parametrize(
@@ -100,3 +103,35 @@ def test_counts_of_heads_that_are_none_are_refused(n_fac: tuple[Any, ...], named
     with pytest.raises(ValueError, match=named) as error:
         Budget(n_fac, n_sink=1, n_recent=2)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """Everywhere that takes a budget, and as JSON; one count for all heads is a count."""
+    assert Budget(np.int64(20), np.int32(2), np.int64(3)) == Budget(20, 2, 3)
+    assert Budget(np.float64(0.1)) == Budget(0.1)
+    assert Budget((20,)) == Budget(20)
+    assert Budget((np.int64(20), 30)) == Budget((20, 30))
+    assert type(Budget(np.float64(0.1)).n_fac) is float
+    config = FasaConfig(n_fac=np.int64(20), n_tip=np.int64(2), n_sink=np.int64(1), dense_layers=(np.int64(0),))
+    assert json.loads(json.dumps(config.to_dict())) == json.loads(
+        json.dumps(FasaConfig(n_fac=20, n_tip=2, n_sink=1, dense_layers=(0,)).to_dict())
+    )
+    for value in (np.bool_(True), True, "20", None, np.array([20]), (np.bool_(True),)):
+        with pytest.raises(ValueError, match="n_fac"):
+            Budget(value)
+    check_count("max_cache_len", np.int64(3), 1)
+    with pytest.raises(ValueError, match="max_cache_len must be an integer of at least 1, got 0"):
+        check_count("max_cache_len", np.int64(0), 1)
+
+
+@pytest.mark.parametrize("backend", ["reference", "gather"])
+def test_the_operator_takes_any_number_as_its_budget(backend: Any) -> None:
+    drawn = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, length, 8, generator=drawn) for heads, length in ((4, 1), (2, 40), (2, 40)))
+    chunks = torch.tensor([[[0, 4], [1, 5]]] * 2)
+
+    def attend(n_fac: Any) -> torch.Tensor:
+        return fasa_attention(q, k, v, chunks, n_fac, backend=backend)
+
+    for given, number in ((np.int64(20), 20), (np.float64(0.1), 0.1), ((20,), 20), ((np.int64(9), 20), (9, 20))):
+        assert torch.equal(attend(given), attend(number))

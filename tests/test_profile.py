@@ -237,6 +237,12 @@ def edited(profile: FasaProfile, folder: Path, edit: Callable[[dict[str, Any]], 
         lambda fields: fields["provenance"].update(versions=None),
         lambda fields: fields["layout"].update(frequencies=[0] * fields["layout"]["n_rotated"]),
         lambda fields: fields["layout"]["frequencies"].pop(),
+        lambda fields: fields["provenance"].update(config_hash=5),
+        lambda fields: fields["provenance"].update(model_type=None),
+        lambda fields: fields["provenance"].update(max_new_tokens="many"),
+        lambda fields: fields["layout"].update(unrotated_layers=["x"]),
+        lambda fields: fields["layout"].update(unrotated_layers=[3]),
+        lambda fields: fields["layout"].update(n_rotated=2.5),
     ],
     ids=[
         "no layout",
@@ -253,6 +259,12 @@ def edited(profile: FasaProfile, folder: Path, edit: Callable[[dict[str, Any]], 
         "no versions",
         "chunks that stand still",
         "a frequency too few",
+        "a hash of another type",
+        "a model of no type",
+        "steps of text",
+        "a layer of text",
+        "a layer beyond",
+        "half a chunk",
     ],
 )
 def test_a_tampered_description_is_refused(
@@ -260,6 +272,13 @@ def test_a_tampered_description_is_refused(
 ) -> None:
     edited(profile, tmp_path, edit)
     with pytest.raises(ValueError, match=r"(?i)profile|layout|chunk|heads"):
+        FasaProfile.from_pretrained(tmp_path)
+
+
+def test_a_profile_of_no_layers_is_damaged(profile: FasaProfile, tmp_path: Path) -> None:
+    nothing = FasaProfile(profile.agreement[:0], profile.layout, profile.provenance)
+    nothing.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="damaged or altered"):
         FasaProfile.from_pretrained(tmp_path)
 
 

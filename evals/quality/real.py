@@ -31,6 +31,7 @@ from fasa_flex.baselines import scorer_factory
 from fasa_flex.expectations import cache_argument
 from fasa_flex.handle import Fasa
 from fasa_flex.loading import load_model
+from fasa_flex.saving import replace_text
 
 CITIES = (
     "Bremen Turin Lagos Perth Izmir Osaka Tampa Minsk Quebec Malaga Lisbon Tokyo Nairobi Oslo Cairo Lima Quito".split()
@@ -263,10 +264,10 @@ def main() -> None:
             break
         for of, arm, score in evaluation.score([document(*job) for job in missing[at : at + options.together]]):
             results[of.kind].setdefault(of.name, {})[arm] = score
-        options.out.write_text(json.dumps(results, indent=1))
+        replace_text(options.out, json.dumps(results, indent=1))
         print(f"{at} of {len(missing)} after {time.monotonic() - began:.0f} s", flush=True)
     results["seconds"] = results.get("seconds", 0.0) + time.monotonic() - began
-    options.out.write_text(json.dumps(results, indent=1))
+    replace_text(options.out, json.dumps(results, indent=1))
     print("\n".join(summary(results)))
 
 

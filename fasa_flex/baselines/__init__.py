@@ -107,6 +107,8 @@ def scorer_factory(
         dims = profile.dominant_dims(n_tip, per)
     else:
         layers, query_heads, chunks = profile.agreement.shape
+        if n_tip > chunks:
+            raise ValueError(f"n_tip must lie in 1..{chunks}, the chunks of a head, got {n_tip}.")
         heads = profile.provenance.kv_heads if per == "kv_head" else query_heads
         drawn = torch.rand(layers, heads, chunks, generator=torch.Generator().manual_seed(seed)).argsort(-1)
         dims = profile.layout.chunks[drawn[..., :n_tip]]

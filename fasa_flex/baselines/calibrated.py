@@ -13,6 +13,7 @@ from fasa_flex.calibration import encode_samples
 from fasa_flex.layers import check_supported, device_of, evaluating, layer_of
 from fasa_flex.rotary import RotaryLayout
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
+from fasa_flex.wrappers import unwrapped
 
 
 def adjacent_pairs(layout: RotaryLayout) -> RotaryLayout:
@@ -43,6 +44,7 @@ def channel_weights(
     Raises:
         ValueError: samples that are empty or too long for the model.
     """
+    model = unwrapped(model)
     check_supported(model)
     encoded = encode_samples(model, samples, tokenizer)
     totals: dict[int, Tensor] = {}

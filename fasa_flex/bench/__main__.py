@@ -2,7 +2,7 @@
 
 import sys
 
-from fasa_flex.bench.command import main
+from fasa_flex import cli
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.main(["bench", *sys.argv[1:]]))

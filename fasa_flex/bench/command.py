@@ -13,25 +13,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
+from fasa_flex import cli
 from fasa_flex.bench import op, rivals, step
+from fasa_flex.bench.options import BACKENDS, PARTS
 from fasa_flex.bench.record import Ledger, command_line, provenance, reason_of
 from fasa_flex.bench.report import absences, crossovers, picture, sentences, table
-from fasa_flex.bench.settings import BACKENDS, DTYPES, MODES, Settings, quick
+from fasa_flex.bench.settings import Settings, quick
 from fasa_flex.bench.shapes import SHAPES
 from fasa_flex.bench.timing import bandwidth, free_memory
-from fasa_flex.config import FasaConfig, GroupReduce
-from fasa_flex.packing import PackedDtype
+from fasa_flex.config import FasaConfig
 from fasa_flex.saving import replacing
 
 Key = dict[str, Any]  # shape, batch and context
 Measure = Callable[[], dict[str, Any]]
 
-PARTS = ("op", "step")
 _CONTEXTS = {
     ("op", "cpu"): (1024, 4096, 16384, 65536),
     ("step", "cpu"): (1024, 4096, 32768),
@@ -41,36 +40,6 @@ _CONTEXTS = {
 _QUALITY = "random weights: for quality at n_tip and n_fac see demo.json and choices.json in evals/results"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``fasa-flex bench``."""
-    parser.add_argument("--part", choices=[*PARTS, "all"], default="op", help="what to measure (default: op)")
-    parser.add_argument("--shapes", type=_words, help=f"of {', '.join(SHAPES)} (default: llama-3.1-8b)")
-    parser.add_argument("--contexts", type=_numbers, help="tokens, such as 4096,32k (default: 1k to 64k on CPU)")
-    parser.add_argument("--batches", type=_numbers, help="rows (default: 1,8; for a step on CPU 1)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="(default: float32 on CPU, bfloat16 on CUDA)")
-    parser.add_argument("--packed-dtype", choices=get_args(PackedDtype), help="of packed keys (default: the cache's)")
-    parser.add_argument("--n-tip", type=int, help="dominant chunks (default: head_dim / 8)")
-    parser.add_argument("--n-fac", type=int, default=256, help="tokens a query attends to (default: 256)")
-    parser.add_argument("--group-reduce", choices=get_args(GroupReduce), default=FasaConfig().group_reduce)
-    parser.add_argument("--modes", type=_words, default=MODES, help="eager, compiled or both (default: both)")
-    parser.add_argument(
-        "--backends",
-        type=_words,
-        default=BACKENDS,
-        help="of FASA: permuted, and by default gather,flex,triton",
-    )
-    parser.add_argument("--layers", type=int, help="of the model in a step (default: as many as fit)")
-    parser.add_argument("--dense-layers", type=_layers, help="in a step, or none (default: 0 in a whole model)")
-    parser.add_argument("--static-lengths", action="store_true", help="compile every context for itself (op)")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds of a row at most (default: 15)")
-    parser.add_argument("--row-seconds", type=float, default=10.0, help="time for a row's rounds (default: 10)")
-    parser.add_argument("--seconds", type=float, help="begin no row of a part after so long")
-    parser.add_argument("--quick", action="store_true", help="a tiny shape and two contexts, to see that it runs")
-    parser.add_argument("--fresh", action="store_true", help="measure again what the output has already")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for the results (default: runs)")
-
-
 def run(options: argparse.Namespace) -> None:
     """Measure what ``options`` ask for.
 
@@ -78,29 +47,34 @@ def run(options: argparse.Namespace) -> None:
         ValueError: options that cannot be, or a part without a single row.
     """
     try:
-        device = torch.device(options.device)
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise ValueError(f"device must be cpu or cuda, got {options.device!r}.") from None
     for part in PARTS if options.part == "all" else (options.part,):
         settings = _settings(options, part, device)
-        if not _measure_part(part, settings, options):
+        rows = _measure_part(part, settings, options)
+        if not rows:
             raise ValueError(f"part {part} has not a single row; the reasons are above.")
+        if not any(rival["kind"] == "sparse" for row in rows for rival in row["rivals"]):
+            raise ValueError(f"part {part} measured dense attention alone; the reasons are above.")
 
 
 def _settings(options: argparse.Namespace, part: str, device: torch.device) -> Settings:
     kind = "cuda" if device.type == "cuda" else "cpu"
+    if kind == "cpu" and "triton" in (options.backends or ()):
+        raise ValueError("backend triton has kernels for CUDA alone, got --device cpu; name gather, flex or permuted.")
     settings = Settings(
         device=device,
-        dtype=DTYPES[options.dtype or ("float32" if kind == "cpu" else "bfloat16")],
+        dtype=getattr(torch, options.dtype or ("float32" if kind == "cpu" else "bfloat16")),
         shapes=options.shapes or ("llama-3.1-8b",),
         contexts=options.contexts or _CONTEXTS[part, kind],
         batches=options.batches or ((1,) if (part, kind) == ("step", "cpu") else (1, 8)),
         n_tip=options.n_tip,
         n_fac=options.n_fac,
-        group_reduce=options.group_reduce,
+        group_reduce=options.group_reduce or FasaConfig().group_reduce,
         packed_dtype=options.packed_dtype,
         modes=options.modes,
-        backends=options.backends,
+        backends=options.backends or BACKENDS,
         repeats=options.repeats,
         seconds=options.row_seconds,
         layers=options.layers,
@@ -117,23 +91,28 @@ def _measure_part(part: str, settings: Settings, options: argparse.Namespace) ->
     head = {"part": part, **origin, "settings": settings.to_dict(), "quality": _QUALITY}
     ledger = Ledger(path, head, options.fresh)
     ledger.data["bandwidth_gb_per_s"] = bandwidth(device)
-    for key, measure in {"op": _op_rows, "step": _step_rows}[part](settings, ledger):
-        if isinstance(measure, str):
-            ledger.leave_out(key, measure)
-            continue
-        if options.seconds is not None and time.monotonic() - begun > options.seconds:
-            ledger.leave_out(key, f"no time left of {options.seconds:.0f} s")
-            continue
-        try:
-            row = measure()
-        except (RuntimeError, ValueError) as error:  # torch's out-of-memory errors are RuntimeErrors
-            ledger.leave_out(key, reason_of(error))
-        else:
-            ledger.add(row)
-            print(f"[{time.monotonic() - begun:.0f} s] {_told(row)}", flush=True)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    try:
+        for key, measure in {"op": _op_rows, "step": _step_rows}[part](settings, ledger):
+            if isinstance(measure, str):
+                ledger.leave_out(key, measure)
+                continue
+            if options.seconds is not None and time.monotonic() - begun > options.seconds:
+                ledger.leave_out(key, f"no time left of {options.seconds:.0f} s")
+                continue
+            try:
+                row = measure()
+            except (RuntimeError, ValueError) as error:  # torch's out-of-memory errors are RuntimeErrors
+                ledger.leave_out(key, reason_of(error))
+            else:
+                ledger.add(row)
+                print(f"[{time.monotonic() - begun:.0f} s] {_told(row)}", flush=True)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    except KeyboardInterrupt:
+        kept = f"{len(ledger.rows)} finished rows are kept in {ledger.path}; the same command goes on behind them."
+        print(f"stopped: {kept}", file=sys.stderr)
+        raise
     _report(ledger, part)
     return ledger.rows
 
@@ -210,31 +189,6 @@ def _draw(ledger: Ledger, part: str) -> None:
         drawn.savefig(beside / ledger.path.with_suffix(".png").name, dpi=150)
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.lower().split(","))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word[:-1]) * 1024 if word.endswith("k") else int(word) for word in _words(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers such as 4096,32k, got {text!r}") from None
-
-
-def _layers(text: str) -> tuple[int, ...]:
-    return () if text == "none" else _numbers(text)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m fasa_flex.bench``; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="fasa-flex bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    options = parser.parse_args(arguments)
-    try:
-        run(options)
-    except ValueError as error:
-        print(f"fasa-flex bench: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """``fasa-flex bench``; returns the exit code."""
+    return cli.main(["bench", *(sys.argv[1:] if arguments is None else arguments)])

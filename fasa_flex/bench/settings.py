@@ -7,15 +7,12 @@ from typing import Any
 
 import torch
 
+from fasa_flex.bench.options import BACKENDS as BACKENDS
+from fasa_flex.bench.options import MODES as MODES
 from fasa_flex.bench.shapes import SHAPES, Shape
 from fasa_flex.budget import check_count
-from fasa_flex.config import Backend, FasaConfig, GroupReduce
+from fasa_flex.config import FasaConfig, GroupReduce
 from fasa_flex.packing import PackedDtype
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MODES = ("eager", "compiled")
-BACKENDS: tuple[Backend, ...] = ("gather", "flex", "triton")
-"""Of FASA-C; triton is for CUDA."""
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 from lm_eval.models.huggingface import HFLM
 
-from fasa_flex import FasaConfig
+from fasa_flex import FasaConfig, FasaProfile
 from fasa_flex.baselines import Method, scorer_factory
-from fasa_flex.config import Backend, GroupReduce
-from fasa_flex.lm_eval.profiles import Calibration
+from fasa_flex.lm_eval.profiles import AUTO, Calibration
 from fasa_flex.scoring import Scorer, SequenceScorer
 
 LayerSet = int | str | Sequence[int] | None
@@ -50,39 +53,46 @@ def budget_weights(value: str | Sequence[Any]) -> Any:
     return tuple(tuple(layer) if len(layer) > 1 else layer[0] for layer in heads)
 
 
-def config_of(
-    method: str,
-    n_fac: int | float,
-    n_sink: int | None,
-    layer_budgets: str | Sequence[Any],
-    dense_layers: LayerSet,
-    group_reduce: GroupReduce | None = "softmax",
-    backend: Backend = "auto",
-    **others: Any,
-) -> FasaConfig:
-    """The configuration that the words of the command line mean; the ``others`` as they are.
+OPTIONS = tuple(field.name for field in dataclasses.fields(FasaConfig))
+"""Every field of `FasaConfig` is an option of ``--model_args``."""
 
-    lm-eval makes None of the word ``none``.
+_WORDS: dict[str, Callable[[Any], Any]] = {"layer_budgets": budget_weights, "dense_layers": layer_set}
+
+
+def config_of(method: str, **options: Any) -> FasaConfig:
+    """The configuration that the words of the command line mean.
+
+    lm-eval makes None of the word ``none``: it is a choice where an option has it, and otherwise the default.
+
+    Args:
+        method: As `FasaHFLM` knows it; it decides the sinks where ``n_sink`` does not.
+        options: Of `OPTIONS`.
     """
-    if backend == "fastest":
+    if options.get("backend") == "fastest":
         raise ValueError(
-            "backend='fastest' is dense where that is faster, which would be evaluated in FASA's stead: write auto"
+            "backend='fastest' is dense where that is faster, which would be evaluated in FASA's stead; write auto."
         )
-    return FasaConfig(
-        n_fac=n_fac,
-        n_sink=sinks(method, n_fac) if n_sink is None else n_sink,
-        layer_budgets=budget_weights(layer_budgets),
-        dense_layers=layer_set(dense_layers),
-        group_reduce=group_reduce or "none",
-        backend=backend,
-        **others,
-    )
+    hints = get_type_hints(FasaConfig)
+    meant = {}
+    for name, value in options.items():
+        if name in _WORDS:
+            meant[name] = _WORDS[name](value)
+        elif value is not None:
+            meant[name] = value
+        elif "none" in _choices(hints[name]):
+            meant[name] = "none"
+    if method == "streaming_llm":
+        meant.setdefault("n_sink", sinks(meant.get("n_fac", FasaConfig.n_fac)))
+    return FasaConfig(**meant)
 
 
-def sinks(method: str, n_fac: int | float) -> int:
-    """Sinks of a method by default: StreamingLLM's 8, or half of a budget below 16; none otherwise."""
-    if method != "streaming_llm":
-        return 0
+def _choices(hint: object) -> set[object]:
+    """What a Literal names, also one within a union."""
+    return {choice for part in get_args(hint) for choice in (get_args(part) or (part,))}
+
+
+def sinks(n_fac: int | float) -> int:
+    """StreamingLLM's 8 sinks, or half of a budget below 16."""
     return min(8, n_fac // 2) if isinstance(n_fac, int) else 8
 
 
@@ -94,12 +104,16 @@ def check_method(method: object) -> None:
 
 
 def scorer_of(
-    method: Literal["fasa"] | Method, calibration: Calibration, config: FasaConfig
+    method: Literal["fasa"] | Method, calibration: Calibration, config: FasaConfig, head_dim: int
 ) -> Callable[[int], Scorer | SequenceScorer] | None:
     """`enable`'s scorer for a method; None for FASA itself, which needs a profile."""
     if method != "fasa":
         return scorer_factory(
-            method, calibration.profile, n_tip=config.n_tip, per=config.per, channels=calibration.channels
+            method,
+            calibration.profile,
+            n_tip=config.chunks_of(head_dim),
+            per=config.per,
+            channels=calibration.channels,
         )
     if calibration.profile is None and calibration.record is None:
         raise ValueError(
@@ -132,17 +146,62 @@ def check_tokens(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a whole number of tokens, got {value!r}: pass 0 or more")
 
 
-def check_unknown(given: Iterable[str], own: Iterable[str], *, loads: bool) -> None:
+def check_unknown(given: Iterable[str], *, loads: bool) -> None:
     """Refuse arguments that look like a slip of one of ours, which lm-eval would hand on to ``from_pretrained``.
 
     Args:
         given: Names that are not ours.
-        own: Our names.
         loads: Whether the model is loaded by name, so that ``from_pretrained`` takes further arguments, and refuses
-            those it does not know; with a model object nothing would.
+            those it does not know (`refusals_named`); with a model object nothing would.
     """
     for name in sorted(set(given) - set(inspect.signature(HFLM.__init__).parameters)):
-        close = get_close_matches(name, own, n=1, cutoff=0.8)
+        close = get_close_matches(name, own_names(), n=1, cutoff=0.8)
         if close or not loads:
-            hint = f"did you mean {close[0]!r}?" if close else "remove it"
-            raise ValueError(f"fasa_hf knows no argument {name!r}: {hint}")
+            raise ValueError(_unknown(name, f"did you mean {close[0]!r}?" if close else ""))
+
+
+@contextmanager
+def refusals_named() -> Iterator[None]:
+    """Say what fasa_hf takes where a model says only that it takes an argument not."""
+    try:
+        yield
+    except TypeError as error:
+        found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if found is None:
+            raise
+        raise ValueError(_unknown(found[1])) from error
+
+
+def own_names() -> list[str]:
+    """The options of fasa_hf beside those of ``hf``."""
+    from fasa_flex.lm_eval.model import FasaHFLM
+
+    own = inspect.signature(FasaHFLM.__init__).parameters.values()
+    named = [option.name for option in own if option.kind is not option.VAR_KEYWORD and option.name != "self"]
+    return [*named, *OPTIONS]
+
+
+def _unknown(name: str, hint: str = "") -> str:
+    hint = hint or f"remove it, or take one of {', '.join(own_names())} or of hf's."
+    return f"fasa_hf knows no argument {name!r}; {hint}"
+
+
+def folder_or_profile(profile: object) -> str | FasaProfile | None:
+    """What ``profile=`` means: a profile, a word or the path of one; lm-eval makes an int of a folder named ``12``."""
+    if profile is None or isinstance(profile, FasaProfile):
+        return profile
+    if isinstance(profile, str | os.PathLike | int) and not isinstance(profile, bool):
+        return os.fsdecode(profile) if isinstance(profile, os.PathLike) else str(profile)
+    raise ValueError(
+        f"profile={profile!r} is no profile; pass its folder (as ./1.5 where the name is a number), auto, prompt or a "
+        "FasaProfile."
+    )
+
+
+def check_source(source: object, profile: str | FasaProfile | None, method: str) -> None:
+    """Refuse a text for a calibration that will not take place."""
+    if source is not None and profile != AUTO and method not in ("adjacent_pairs", "double_sparsity"):
+        raise ValueError(
+            f"calibration_source={source} is not heard where nothing is calibrated (profile={profile}); remove it, or "
+            "pass profile=auto."
+        )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
+import os
+import sys
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,18 +22,21 @@ from transformers import PreTrainedModel
 
 from fasa_flex import FasaProfile, enable
 from fasa_flex.baselines import Method
-from fasa_flex.config import Backend, GroupReduce, Sharing
 from fasa_flex.expectations import check_lm_eval
+from fasa_flex.layers import attention_shape
 from fasa_flex.lm_eval.account import Account
 from fasa_flex.lm_eval.answers import claim
 from fasa_flex.lm_eval.arguments import (
-    LayerSet,
+    OPTIONS,
     check_batch_size,
     check_method,
     check_parallel,
+    check_source,
     check_tokens,
     check_unknown,
     config_of,
+    folder_or_profile,
+    refusals_named,
     scorer_of,
 )
 from fasa_flex.lm_eval.passes import Answer, Passes
@@ -61,89 +66,70 @@ class FasaHFLM(HFLM):
             tokens), ``oracle`` (exact scores), ``random_chunks``, ``adjacent_pairs``, ``snapkv``, ``h2o``, ``rkv``,
             ``quest``, ``sparq`` or ``double_sparsity``. ``adjacent_pairs`` and ``double_sparsity`` are calibrated
             before the tasks on ``calibration_source``, whatever ``profile`` is.
-        n_tip: Chunks scored per head; None for an eighth of the head dimension. ``sparq`` and ``double_sparsity`` score
-            with twice as many dimensions.
-        n_fac: The budget: tokens (int) or share of the valid keys (float in (0, 1]).
-        n_sink: First tokens always selected, inside the budget; None for 0, and 8 under ``streaming_llm``.
-        n_recent: Last tokens always selected, inside the budget.
-        layer_budgets: How the budget, then a mean, is spread: ``uniform``, ``pyramid``, or a weight for every layer as
-            ``2+1+0.5``, and of its heads as ``2:1+1:1+1:1``.
-        dense_layers: Layers that stay dense: ``0``, ``0+1`` or ``none``.
-        per: ``kv_head`` or ``query_head``.
-        group_reduce: How a group's query heads become one ranking.
-        backend: ``auto``, ``flex``, ``gather`` or ``reference``.
         sparse_tail: How many of a prompt's last queries are sparse, too. With 0, the first token of every answer comes
             from a dense query, and a one-token continuation says nothing about the method.
         dense_prefix: In rolling log-likelihoods, queries at the start of each window that stay dense. With 0 the
             queries within the budget still equal dense ones, since they read every key.
         on_truncation: ``count`` inputs longer than the model's maximum, or raise an ``error``.
         calibration_source: What is calibrated on, by ``profile=auto`` too: ``facts`` (documents with facts in the
-            packaged text, which end on a question) or the path of a text file.
+            packaged text, which end on a question; the default) or the path of a text file.
         profile_cache: Where ``profile=auto`` keeps profiles; None for ``~/.cache/fasa_flex/profiles``.
         batch_size: A number; ``auto`` is refused.
         tp_plan: Refused; see `fasa_flex.lm_eval.arguments.check_parallel`.
-        hf_args: Everything else ``hf`` understands, such as ``gguf_file``, a file of ``pretrained`` (extra ``gguf``).
+        options: Every field of `fasa_flex.FasaConfig`, with its meaning and default there, and everything else ``hf``
+            understands, such as ``gguf_file``, a file of ``pretrained`` (extra ``gguf``). ``n_sink`` is 8 by default
+            under ``streaming_llm``; ``sparq`` and ``double_sparsity`` score with twice as many dimensions as ``n_tip``.
+            ``dense_layers`` is written ``0``, ``0+1`` or ``none``, and ``layer_budgets`` ``uniform``, ``pyramid``, or a
+            weight for every layer as ``2+1+0.5``, and of its heads as ``2:1+1:1+1:1``. With ``prefill=sparse`` every
+            query of a prompt is sparse, of log-likelihoods, too.
     """
 
     def __init__(
         self,
         pretrained: str | PreTrainedModel,
-        profile: str | FasaProfile | None = None,
+        profile: str | os.PathLike[str] | int | FasaProfile | None = None,
         method: Literal["fasa"] | Method = "fasa",
-        n_tip: int | None = None,
-        n_fac: int | float = 256,
-        n_sink: int | None = None,
-        n_recent: int = 0,
-        layer_budgets: str | Sequence[Any] = "uniform",
-        dense_layers: LayerSet = 0,
-        per: Sharing = "kv_head",
-        group_reduce: GroupReduce = "softmax",
-        backend: Backend = "auto",
         sparse_tail: int = 0,
         dense_prefix: int = 0,
         on_truncation: Literal["count", "error"] = "count",
-        calibration_source: str = FACTS,
-        profile_cache: str | None = None,
+        calibration_source: str | os.PathLike[str] | None = None,
+        profile_cache: str | os.PathLike[str] | None = None,
         batch_size: int | str | None = 1,
         tp_plan: str | dict[str, str] | None = None,
-        **hf_args: Any,
+        **options: Any,
     ) -> None:
         check_lm_eval(HFLM)
+        hf_args = {name: value for name, value in options.items() if name not in OPTIONS}
+        pretrained = os.fsdecode(pretrained) if isinstance(pretrained, os.PathLike) else pretrained
         check_batch_size(batch_size)
         check_method(method)
         check_parallel(tp_plan)
-        check_unknown(hf_args, inspect.signature(FasaHFLM.__init__).parameters, loads=isinstance(pretrained, str))
+        check_unknown(hf_args, loads=isinstance(pretrained, str))
+        profile = folder_or_profile(profile)
+        check_source(calibration_source, profile, method)
         if on_truncation not in ("count", "error"):
-            raise ValueError(f"on_truncation={on_truncation!r} is not an option: write count or error")
+            raise ValueError(f"on_truncation={on_truncation!r} is not an option; write count or error.")
         check_tokens("sparse_tail", sparse_tail)
         check_tokens("dense_prefix", dense_prefix)
-        config = config_of(
-            method,
-            n_fac,
-            n_sink,
-            layer_budgets,
-            dense_layers,
-            n_tip=n_tip,
-            n_recent=n_recent,
-            per=per,
-            group_reduce=group_reduce,
-            backend=backend,
-        )
-        with explained_gguf(str(pretrained), hf_args.get("gguf_file"), hf_args.get("revision")):
+        config = config_of(method, **{name: value for name, value in options.items() if name in OPTIONS})
+        with refusals_named(), explained_gguf(str(pretrained), hf_args.get("gguf_file"), hf_args.get("revision")):
             super().__init__(pretrained, backend="causal", batch_size=batch_size, **hf_args)
         if hasattr(self, "accelerator"):  # lm-eval reads these only where several GPUs are visible
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        cache = Path(str(profile_cache)) if profile_cache else default_cache()
+        cache = default_cache() if profile_cache is None else Path(str(profile_cache))
+        source = FACTS if calibration_source is None else str(calibration_source)
         with preserved_rng():
             self.calibration = self._main_first(
-                lambda: calibration_for(
-                    method, profile, self.model, self.tokenizer, calibration_source, self.max_length, cache
-                )
+                lambda: calibration_for(method, profile, self.model, self.tokenizer, source, self.max_length, cache)
             )
             self.profile = self.calibration.profile
-            self.fasa = enable(self.model, self.profile, config, scorer=scorer_of(method, self.calibration, config))
+            scorer = scorer_of(method, self.calibration, config, attention_shape(self.model)[3])
+            self.fasa = enable(self.model, self.profile, config, scorer=scorer)
         self.method, self.fasa_config, self.gguf_file = method, config, hf_args.get("gguf_file")
+        # a model object is the user's: it is dense again once nobody has this LM
+        weakref.finalize(self, self.fasa.disable).atexit = False
         self.sparse_tail, self.dense_prefix, self.on_truncation = sparse_tail, dense_prefix, on_truncation
+        self._tail = sys.maxsize if config.prefill == "sparse" else sparse_tail  # of a prompt's last queries
         self.account = Account(self.fasa.stats)
         self.passes = Passes(self.model, self.fasa, self.tokenizer.pad_token_id, self.softmax_dtype)
 
@@ -207,7 +193,7 @@ class FasaHFLM(HFLM):
             context,
             continuation,
             self.max_length,
-            sparse_tail=0 if rolling else self.sparse_tail,
+            sparse_tail=0 if rolling else self._tail,
             dense_prefix=self.dense_prefix if rolling else 0,
         )
         self.account.current.dense_answers += window.is_dense
@@ -238,14 +224,20 @@ class FasaHFLM(HFLM):
         )
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation: Any) -> Tensor:
-        tail = torch.tensor([max(0, context.shape[1] - self.sparse_tail)])  # one for all rows, padded on the left
-        with self.fasa.sparse_from(tail) if self.sparse_tail else nullcontext():
+        tail = torch.tensor([max(0, context.shape[1] - self._tail)])  # one for all rows, padded on the left
+        with self.fasa.sparse_from(tail) if self._tail else nullcontext():
             written: Tensor = super()._model_generate(context, max_length, stop, **generation)
-        if len(stop) > 1:  # the task says how an answer ends, and not the end of the text alone
-            answers = [self.tokenizer.decode(row) for row in written[:, context.shape[1] :]]
-            full = written.shape[1] >= max_length
-            self.account.current.unfinished += sum(full and not any(end in text for end in stop) for text in answers)
+        if len(stop) > 1 and written.shape[1] >= max_length:  # the task says how an answer ends, and not eos alone
+            ends = generation.get("eos_token_id", self.model.generation_config.eos_token_id)
+            answers = written[:, context.shape[1] :]
+            self.account.current.unfinished += sum(not self._ended(row, stop, ends) for row in answers)
         return written
+
+    def _ended(self, answer: Tensor, stop: list[str], ends: int | list[int] | None) -> bool:
+        """Whether a row, token ids [n], came to one of the model's own ends or of the task's; others may go on."""
+        own = [] if ends is None else [ends] if isinstance(ends, int) else ends
+        text = self.tokenizer.decode(answer)
+        return bool(torch.isin(answer.cpu(), torch.tensor(own)).any()) or any(end in text for end in stop)
 
     def _autocast(self) -> torch.autocast:
         dtype: torch.dtype | None = self.mixed_precision_dtype

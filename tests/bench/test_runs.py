@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fasa_flex import cli
-from fasa_flex.bench import stages
+from fasa_flex.bench import op, stages
 from fasa_flex.bench.command import main
 from fasa_flex.bench.record import Ledger, command_line, hardware, provenance, reason_of
 from fasa_flex.bench.settings import Settings, quick
@@ -187,3 +188,37 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest
     (tmp_path / "file").write_text("")
     assert main(["--quick", "--device", "cpu", "--part", "op", "--out", str(tmp_path / "file")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_triton_is_refused_where_there_is_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for backends in ("triton", "gather,triton"):
+        assert main(["--device", "cpu", "--backends", backends, "--out", str(tmp_path)]) == 2
+        assert "backend triton has kernels for CUDA alone, got --device cpu" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_without_a_sparse_rival_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fasa_flex.bench.rivals.sparse_rivals", lambda settings: {})
+    assert main(["--quick", "--device", "cpu", "--part", "op", "--out", str(tmp_path)]) == 2
+    assert "part op measured dense attention alone; the reasons are above." in capsys.readouterr().err
+
+
+def test_an_interruption_says_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = op.measure
+    calls: list[int] = []
+
+    def second_interrupted(*arguments: Any) -> dict[str, Any]:
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return measured(*arguments)
+
+    monkeypatch.setattr("fasa_flex.bench.op.measure", second_interrupted)
+    assert main(["--quick", "--device", "cpu", "--part", "op", "--out", str(tmp_path)]) == 130
+    path = tmp_path / "bench_op_cpu.json"
+    assert f"stopped: 1 finished rows are kept in {path}; the same command goes on" in capsys.readouterr().err
+    assert len(json.loads(path.read_text())["rows"]) == 1

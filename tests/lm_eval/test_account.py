@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 
 from fasa_flex.lm_eval.account import Account, Run
@@ -56,6 +57,34 @@ def test_answers_cut_at_their_maximum_are_counted(sparse: Load) -> None:
     tasks = lm.get_model_info()["fasa"]["tasks"]
     assert tasks["cut"]["unfinished"] == 1
     assert tasks["as long as asked"]["unfinished"] == 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_any_of_a_models_own_ends_ends_an_answer(
+    sparse: Load, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama 3 has three and its tokenizer knows one: an answer that ends on another is finished, in every batch."""
+    lm, text = sparse(batch_size=batch_size), heldout_text()
+    until = {"until": ["\0"], "max_gen_toks": 6}
+    requests = asked("t", "generate_until", *((text[at : at + 150], until) for at in (0, 700, 1900, 3100)))
+    written: list[list[int]] = []
+    generate = lm._model_generate
+
+    def recording(context: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        rows = generate(context, *arguments, **options)
+        written.extend(rows[:, context.shape[1] :].tolist())
+        return rows
+
+    monkeypatch.setattr(lm, "_model_generate", recording)
+    lm.generate_until(requests, disable_tqdm=True)
+    assert lm.account.by("task")["t"].unfinished == 4
+    end = written[1][2]
+    lm.model.generation_config.eos_token_id = [1, end]
+    lm.get_model_info()
+    lm.generate_until(requests, disable_tqdm=True)
+    ended = sum(end in answer for answer in written[:4])
+    assert 0 < ended < 4
+    assert lm.account.by("task")["t"].unfinished == 4 - ended
 
 
 def test_runs_add_up_and_shares_are_weighted() -> None:

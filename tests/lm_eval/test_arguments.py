@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
 from fasa_flex import FasaConfig
 from fasa_flex.lm_eval.arguments import (
+    OPTIONS,
     LayerSet,
     budget_weights,
     check_batch_size,
+    check_source,
     check_unknown,
     config_of,
+    folder_or_profile,
     layer_set,
+    own_names,
     sinks,
 )
 
@@ -27,22 +33,58 @@ def test_layer_sets(given: LayerSet, layers: tuple[int, ...]) -> None:
 
 
 def test_streaming_llm_has_eight_sinks_or_half_the_budget() -> None:
-    assert [sinks("streaming_llm", budget) for budget in (256, 16, 10, 0.1)] == [8, 8, 5, 8]
-    assert sinks("fasa", 256) == sinks("snapkv", 256) == 0
+    assert [sinks(budget) for budget in (256, 16, 10, 0.1)] == [8, 8, 5, 8]
+    assert config_of("streaming_llm", n_fac=10).n_sink == 5
+    assert config_of("streaming_llm", n_sink=None).n_sink == 8
+    assert config_of("snapkv", n_fac=10).n_sink == FasaConfig().n_sink
 
 
 def test_a_configuration_in_words() -> None:
-    written = config_of("streaming_llm", 64, None, "1+2+1.5", "0+2", n_tip=3)
+    written = config_of("streaming_llm", n_fac=64, layer_budgets="1+2+1.5", dense_layers="0+2", n_tip=3)
     assert written == FasaConfig(n_tip=3, n_fac=64, n_sink=8, layer_budgets=(1.0, 2.0, 1.5), dense_layers=(0, 2))
-    assert config_of("streaming_llm", 64, 1, "pyramid", "none") == FasaConfig(
-        n_fac=64, n_sink=1, layer_budgets="pyramid", dense_layers=()
-    )
+    pyramid = config_of("streaming_llm", n_fac=64, n_sink=1, layer_budgets="pyramid", dense_layers="none")
+    assert pyramid == FasaConfig(n_fac=64, n_sink=1, layer_budgets="pyramid", dense_layers=())
+
+
+def test_every_field_of_the_configuration_is_an_option() -> None:
+    """Whatever fields it has: those that are new, too."""
+    names = {field.name for field in dataclasses.fields(FasaConfig)}
+    assert names == set(OPTIONS) <= set(own_names())
+    assert {"profile", "method", "sparse_tail"} <= set(own_names())
+    for name in names:
+        default = getattr(FasaConfig(), name)
+        assert getattr(config_of("fasa", **{name: default}), name) in (default, "none")
+    given = config_of("fasa", packed_dtype="int8", prefill="sparse", n_recent=4)
+    assert (given.packed_dtype, given.prefill, given.n_recent) == ("int8", "sparse", 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [(Path("a") / "b", "a/b"), (12, "12"), ("auto", "auto"), (None, None), ("a/b", "a/b")]
+)
+def test_a_profile_is_named_by_text_path_or_a_number(given: object, meant: str | None) -> None:
+    """lm-eval makes an int of a folder named 12."""
+    assert folder_or_profile(given) == meant
+
+
+@pytest.mark.parametrize("given", [True, 1.5, ["a"], {"a": 1}])
+def test_what_is_no_profile_is_refused(given: object) -> None:
+    with pytest.raises(ValueError, match=rf"^profile={re.escape(repr(given))} is no profile; pass its folder .*\.$"):
+        folder_or_profile(given)
+
+
+def test_a_text_for_a_calibration_that_does_not_take_place_is_refused() -> None:
+    for profile, method in (("folder", "fasa"), ("prompt", "fasa"), (None, "streaming_llm")):
+        with pytest.raises(ValueError, match=r"^calibration_source=/nope is not heard where nothing is calibrated"):
+            check_source("/nope", profile, method)
+        check_source(None, profile, method)
+    for profile, method in (("auto", "fasa"), ("auto", "oracle"), ("folder", "double_sparsity")):
+        check_source("/nope", profile, method)
 
 
 def test_arguments_of_from_pretrained_pass_unless_the_model_is_loaded() -> None:
-    check_unknown(["attn_implementation", "device_map", "max_length"], ["n_fac", "dense_layers"], loads=True)
-    with pytest.raises(ValueError, match="no argument 'attn_implementation': remove it"):
-        check_unknown(["attn_implementation"], ["n_fac"], loads=False)
+    check_unknown(["attn_implementation", "device_map", "max_length"], loads=True)
+    with pytest.raises(ValueError, match=r"no argument 'attn_implementation'; remove it, or take one of .* n_fac, .*"):
+        check_unknown(["attn_implementation"], loads=False)
 
 
 @pytest.mark.parametrize(
@@ -71,12 +113,12 @@ def test_budget_weights_that_are_no_numbers(written: str) -> None:
 
 def test_weights_that_are_not_positive_are_refused_by_the_configuration() -> None:
     with pytest.raises(ValueError, match="positive weights"):
-        config_of("fasa", 64, None, "1+0+2", 0)
+        config_of("fasa", layer_budgets="1+0+2")
 
 
 def test_none_is_a_way_to_rank_a_group() -> None:
     """lm-eval makes None of the word."""
-    assert config_of("fasa", 64, None, "uniform", 0, group_reduce=None) == FasaConfig(n_fac=64, group_reduce="none")
+    assert config_of("fasa", n_fac=64, group_reduce=None) == FasaConfig(n_fac=64, group_reduce="none")
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, "auto", "auto:4", "many"])
@@ -88,6 +130,6 @@ def test_batch_sizes_that_are_no_number_are_refused(batch_size: int | str) -> No
 
 def test_what_would_be_dense_unnoticed_is_refused() -> None:
     with pytest.raises(ValueError, match="backend='fastest' is dense where that is faster"):
-        config_of("fasa", 64, None, "uniform", 0, backend="fastest")
+        config_of("fasa", backend="fastest")
     with pytest.raises(ValueError, match=r"dense_layers=0\.1 is not a set of layers"):
         layer_set(0.1)  # type: ignore[arg-type]  # the mistake

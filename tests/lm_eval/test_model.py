@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import get_args
@@ -10,13 +11,16 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
-from transformers import DynamicCache
+from lm_eval.tasks import TaskManager
+from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 
 from fasa_flex.baselines import Method
 from fasa_flex.expectations import cache_argument
+from fasa_flex.lm_eval import TASKS_PATH
 from fasa_flex.lm_eval.haystack import heldout_text
 from fasa_flex.lm_eval.model import FasaHFLM
 
@@ -237,7 +241,12 @@ def test_hf_never_reads_sparse_answers_nor_the_other_way_round(
     [
         ({"tp_plan": "auto"}, "tp_plan='auto' shards the heads over processes"),
         ({"batch_size": "auto"}, "batch_size=auto probes memory with dense attention only"),
-        ({"nfac": 16}, "knows no argument 'nfac': did you mean 'n_fac'"),
+        ({"nfac": 16}, "knows no argument 'nfac'; did you mean 'n_fac'"),
+        ({"budget": 16}, "knows no argument 'budget'; remove it, or take one of .*, n_fac, .*, packed_dtype"),
+        ({"packed_dtype": "int3"}, "packed_dtype must be one of 'bfloat16'"),
+        ({"profile": 1.5}, "profile=1.5 is no profile"),
+        ({"calibration_source": "/nope"}, "calibration_source=/nope is not heard where nothing is calibrated"),
+        ({"method": "random_chunks", "n_tip": 64}, r"n_tip must lie in 1\.\.8, the chunks of a head, got 64"),
         ({"method": "pyramidkv"}, "method='pyramidkv' is not one of fasa, streaming_llm"),
         ({"profile": None}, "needs the profile of the model"),
         ({"on_truncation": "ignore"}, "on_truncation='ignore' is not an option"),
@@ -251,3 +260,78 @@ def test_hf_never_reads_sparse_answers_nor_the_other_way_round(
 def test_bad_arguments_are_one_sentence(sparse: Load, arguments: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         sparse(**arguments)
+
+
+def test_a_profile_is_found_by_a_path_and_by_a_number(
+    sparse: Load, profile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(profile, tmp_path / "12")
+    monkeypatch.chdir(tmp_path)
+    expected = sparse().profile.fingerprint
+    assert sparse(profile=tmp_path / "12").profile.fingerprint == expected
+    assert sparse(profile=12).profile.fingerprint == expected
+
+
+def test_a_model_that_was_passed_is_dense_again_once_the_evaluation_is_over(checkpoint: Path, profile: Path) -> None:
+    """Nobody holds a handle: the LM is dropped with the evaluation."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = LlamaForCausalLM.from_pretrained(checkpoint).eval()
+    ids = torch.randint(2, 400, (1, 60), generator=torch.Generator().manual_seed(0))
+    small = {"max_seq_lengths": [192], "num_docs": 1, "tokenizer": str(checkpoint)}
+
+    def decoded() -> torch.Tensor:
+        with torch.no_grad():
+            held = cache_argument(model, DynamicCache(config=model.config))
+            model(ids, **held)
+            return model(ids[:, :1], **held).logits
+
+    before = decoded()
+    simple_evaluate(
+        model="fasa_hf",
+        model_args={"pretrained": model, "tokenizer": tokenizer, "profile": profile, "n_fac": 8},
+        tasks=["fasa_recall"],
+        task_manager=TaskManager(include_path=str(TASKS_PATH), include_defaults=False, metadata=small),
+        bootstrap_iters=0,
+    )
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(decoded(), before)
+    kept = FasaHFLM(model, tokenizer=tokenizer, profile=profile, n_fac=8)
+    assert not torch.equal(decoded(), before)
+    del kept
+    assert torch.equal(decoded(), before)
+
+
+def test_packed_keys_rank_in_one_pass_as_they_do_token_by_token(sparse: Load) -> None:
+    asked = [(("", str(number)), *pair) for number, pair in enumerate(pairs())]
+    totals = {}
+    for dtype in (None, "int8"):
+        lm = sparse(packed_dtype=dtype)
+        totals[dtype] = [total for total, _ in lm._loglikelihood_tokens(asked, disable_tqdm=True)]
+        stepped = [decode(lm, context, continuation, prompt=len(context)) for context, continuation in pairs()]
+        assert totals[dtype] == pytest.approx(stepped, abs=1e-4)
+    assert totals["int8"] != pytest.approx(totals[None], abs=1e-4)
+
+
+def test_a_sparse_prefill_is_sparse_in_log_likelihoods_too(sparse: Load) -> None:
+    lm = sparse(prefill="sparse")
+    scored = lm._loglikelihood_tokens([(("", str(i)), *pair) for i, pair in enumerate(pairs())], disable_tqdm=True)
+    stepped = [decode(lm, context, continuation, prompt=1) for context, continuation in pairs()]
+    assert [total for total, _ in scored] == pytest.approx(stepped, abs=1e-3)
+    assert lm._model_generate(torch.tensor([pairs()[1][0]]), 250, [""]).shape[1] <= 250
+    assert lm.get_model_info()["fasa"]["prefill"] == "sparse"
+
+
+def test_an_adapter_of_peft_is_evaluated_and_sparse(sparse: Load, checkpoint: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(
+        LlamaForCausalLM.from_pretrained(checkpoint),
+        peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False),
+    )
+    adapted.save_pretrained(tmp_path)
+    asked = [(("", str(number)), *pair) for number, pair in enumerate(pairs())]
+    plain, lora = sparse(), sparse(peft=str(tmp_path))
+    totals = [total for total, _ in lora._loglikelihood_tokens(asked, disable_tqdm=True)]
+    assert lora.fasa.stats.sparse_queries > 0
+    stepped = [decode(lora, context, continuation, prompt=len(context)) for context, continuation in pairs()]
+    assert totals == pytest.approx(stepped, abs=1e-4)
+    assert totals != pytest.approx([total for total, _ in plain._loglikelihood_tokens(asked, disable_tqdm=True)])

@@ -39,6 +39,25 @@ def test_calibrates_once_and_finds_the_profile_again(
     assert again.get_model_info()["fasa"]["calibration"] == {**recorded, "cached": True}
 
 
+def test_a_cache_that_cannot_be_written_is_refused_before_calibrating(
+    sparse: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiles, "calibrate", lambda *_, **__: pytest.fail("calibrated for nothing"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file cannot be written to \(File exists\); choose another folder\.$"):
+        sparse(profile="auto", profile_cache=str(tmp_path / "file"))
+
+
+def test_a_profile_that_was_begun_is_no_profile(sparse: Load, tmp_path: Path) -> None:
+    """A folder without config.json is what an interrupted calibration may leave."""
+    first = sparse(profile="auto", profile_cache=str(tmp_path))
+    (folder,) = tmp_path.iterdir()
+    (folder / "config.json").unlink()
+    again = sparse(profile="auto", profile_cache=str(tmp_path))
+    assert again.calibration.record == {**first.calibration.record, "cached": False}
+    assert torch.equal(again.profile.agreement, first.profile.agreement)
+
+
 def test_other_weights_sources_and_formats_are_calibrated_anew(
     sparse: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,19 @@
+"""The words that options take, apart from what understands them: a command line names them without importing torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Sharing = Literal["kv_head", "query_head"]
+GroupReduce = Literal["softmax", "softmax_exact", "max", "mean", "none"]
+Completion = Literal["first_order", "mean", "none"]
+Backend = Literal["auto", "fastest", "flex", "gather", "triton", "reference"]
+Prefill = Literal["dense", "sparse"]
+PackedDtype = Literal["bfloat16", "float16", "int8", "int4"]
+Criterion = Literal["agreement", "variance", "explained_variance", "weighted_variance"]
+"""How dominant chunks are chosen.
+
+``"agreement"``: by contextual agreement, as in the paper. ``"variance"``: by the variance over keys of their part of
+the logits. ``"explained_variance"``: one by one, each time the chunk that explains most of the variance of the logits
+that is left, correlations included. ``"weighted_variance"``: the same chunks, each with a least-squares weight.
+"""
