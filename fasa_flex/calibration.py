@@ -168,6 +168,11 @@ def _continue(model: PreTrainedModel, ids: Tensor, max_new_tokens: int) -> Tenso
         **_GREEDY,
     )
     result: Tensor = full[0]
+    if result.dim() != 1 or len(result) <= len(ids) or not torch.equal(result[: len(ids)].cpu(), ids):
+        raise ValueError(
+            f"{type(model).__name__} does not continue a text with token ids, got {tuple(full.shape)} for "
+            f"{len(ids)} tokens; call enable without a profile, which calibrates on the prompt."
+        )
     return result
 
 

@@ -27,11 +27,14 @@ def layer_of(module: nn.Module) -> int:
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """The attention module of every layer of the text decoder.
 
-    They know their ``layer_idx`` and look their attention function up by name, which convolutions, recurrent layers and
-    caches of other parts do not. Where none does, all that are numbered, for the error to name.
+    They know their ``layer_idx``, look their attention function up by name, which convolutions and recurrent layers do
+    not, and have the config of the text, which towers, codecs and depth decoders have not. Where none does, all that
+    are numbered, for the error to name.
     """
+    text = model.config.get_text_config()
     numbered = _numbered(model.get_decoder() or model) or _numbered(model)
     found = [module for module in numbered if attention_lookup(module) is not None] or numbered
+    found = [module for module in found if getattr(module, "config", None) is text] or found
     inner = [m for m in found if not any(child is not m and hasattr(child, "layer_idx") for child in m.modules())]
     return {layer_of(module): module for module in inner}
 
