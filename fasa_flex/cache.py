@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, St
 from fasa_flex.budget import Budget, check_count
 from fasa_flex.config import FasaConfig, check_choice
 from fasa_flex.host_layers import HostLayer, OnHost, StaticHostLayer
-from fasa_flex.layers import attention_modules, attention_shape, dense_layers, device_of
+from fasa_flex.layers import attention_modules, attention_shape, dense_layers, device_of, supported
 from fasa_flex.packed_layers import KeepsPackedKeys, PackedLayer, StaticPackedLayer, packs
 from fasa_flex.packing import PackedDtype, packed_bytes
 from fasa_flex.profile import FasaProfile
@@ -108,6 +108,7 @@ class FasaCache(Cache):
         max_cache_len: int | None = None,
     ) -> None:
         config = FasaConfig() if config is None else config
+        model = supported(model)
         profile.check_fits(model)
         check_choice("placement", placement, Placement)
         if max_cache_len is not None:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fasa_flex.agreement import contextual_agreement
-from fasa_flex.layers import attention_shape, check_supported, device_of, evaluating, layer_of, maximum_positions
+from fasa_flex.layers import attention_shape, device_of, evaluating, layer_of, maximum_positions, supported
 from fasa_flex.profile import FasaProfile, Provenance, config_hash
 from fasa_flex.rotary import RotaryLayout
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
@@ -50,7 +50,7 @@ def calibrate(
     Raises:
         ValueError: samples that are empty, too short or too long for the model, or a model without RoPE.
     """
-    check_supported(model)
+    model = supported(model)
     if top_k < 1 or max_new_tokens < 1:
         raise ValueError(f"top_k and max_new_tokens must be at least 1, got {top_k} and {max_new_tokens}.")
     encoded = encode_samples(model, samples, tokenizer, least=top_k, room=max_new_tokens)

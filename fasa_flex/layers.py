@@ -128,17 +128,24 @@ def maximum_positions(model: PreTrainedModel) -> int | None:
     return longest
 
 
-def check_supported(model: PreTrainedModel) -> None:
-    """Refuse a model that FASA cannot serve.
+def supported(model: nn.Module) -> PreTrainedModel:
+    """The transformers model in ``model``: itself, or what torch.compile or PEFT have wrapped around it.
 
     Raises:
-        ValueError: one sentence with the reason.
+        ValueError: there is none, or FASA cannot serve it; one sentence with the reason.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"expected a transformers model, got {type(model).__name__}; load one with from_pretrained.")
+    given = type(model).__name__
+    while not isinstance(model, PreTrainedModel):
+        inner = getattr(model, "_orig_mod", None)
+        base = getattr(model, "get_base_model", None)
+        inner = base() if inner is None and callable(base) else inner
+        if not isinstance(inner, nn.Module):
+            raise ValueError(f"expected a transformers model, got {given}; load one with from_pretrained.")
+        model = inner
     reason = _why_unsupported(model.config)
     if reason is not None:
         raise ValueError(f"{type(model).__name__} {reason}; FASA needs a decoder-only RoPE model, such as Llama.")
+    return model
 
 
 def _why_unsupported(config: Any) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fasa_flex.layers import NO_ROPE, attention_shape, check_supported
+from fasa_flex.layers import NO_ROPE, attention_shape, supported
 from fasa_flex.probe import Arrival, farthest_position, probe, why_dense
 
 _TOLERANCE = 1e-6
@@ -84,7 +84,7 @@ class RotaryLayout:
             ValueError: queries do not turn with position (no RoPE), or not by rotations in planes, or no layer attends
                 as FASA needs it (`fasa_flex.probe.why_dense`).
         """
-        check_supported(model)
+        model = supported(model)
         positions, arrivals = _probe(model)
         reasons = {layer: reason for layer, reason in why_dense(model, arrivals).items() if reason != NO_ROPE}
         if not set(arrivals) - set(reasons):

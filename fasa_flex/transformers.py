@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from fasa_flex.config import FasaConfig
 from fasa_flex.handle import Fasa
-from fasa_flex.layers import attention_modules, check_supported, dense_layers, device_of
+from fasa_flex.layers import attention_modules, dense_layers, device_of, supported
 from fasa_flex.probe import check_attention
 from fasa_flex.profile import FasaProfile
 from fasa_flex.prompt_calibration import PromptCalibration
@@ -55,7 +55,7 @@ def enable(
     Raises:
         ValueError: the profile does not fit the model, with the reason, or settings that this model cannot take.
     """
-    check_supported(model)
+    model = supported(model)
     config = FasaConfig() if config is None else config
     prompt = PromptCalibration(model, config) if profile is None and scorer is None else None
     known = profile if prompt is None else prompt.blank

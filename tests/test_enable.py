@@ -11,7 +11,8 @@ import torch
 from generation import NEW, PROMPT, Ids, generate, left_padded, profile_of
 from transformers import PreTrainedModel
 
-from fasa_flex import FasaConfig, enable
+from fasa_flex import FasaCache, FasaConfig, calibrate, enable
+from fasa_flex.expectations import cache_argument
 
 TINY = {
     "vocab_size": 64,
@@ -232,3 +233,30 @@ def test_dropout_is_refused(make_model: Callable[..., PreTrainedModel], ids: Ids
         pytest.raises(ValueError, match="eval"),
     ):
         model(ids(20, rows=1))
+
+
+# What others wrap around a model.
+
+
+def lora(model: PreTrainedModel) -> torch.nn.Module:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    wrapped: torch.nn.Module = peft.get_peft_model(model, settings).eval()
+    return wrapped
+
+
+@pytest.mark.parametrize("wrap", [lora, lambda model: torch.compile(model, backend="eager")], ids=["PEFT", "compiled"])
+def test_a_wrapped_model_is_enabled_inside(
+    llama: PreTrainedModel, ids: Ids, wrap: Callable[[PreTrainedModel], torch.nn.Module]
+) -> None:
+    model, prompt = wrap(llama), ids(PROMPT, rows=1)
+    profile = calibrate(model, [prompt[0]], top_k=8, max_new_tokens=2, progress=False)
+    cache = FasaCache(model, profile, FasaConfig(n_fac=4))
+    with enable(model, profile, FasaConfig(n_fac=4)) as fasa, torch.no_grad():
+        model(prompt, **cache_argument(llama, cache))
+        model(prompt[:, :1], **cache_argument(llama, cache))
+        assert fasa.stats.sparse_queries == 2
+    assert llama.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match=r"expected a transformers model, got Linear"):
+        enable(torch.nn.Linear(2, 2), profile)

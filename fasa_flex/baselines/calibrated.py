@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fasa_flex.calibration import encode_samples
-from fasa_flex.layers import check_supported, device_of, evaluating, layer_of
+from fasa_flex.layers import device_of, evaluating, layer_of, supported
 from fasa_flex.rotary import RotaryLayout
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
 
@@ -43,7 +43,7 @@ def channel_weights(
     Raises:
         ValueError: samples that are empty or too long for the model.
     """
-    check_supported(model)
+    model = supported(model)
     encoded = encode_samples(model, samples, tokenizer)
     totals: dict[int, Tensor] = {}
 
