@@ -296,7 +296,7 @@ def gather_focused(
         out = weigh_rows(logits.softmax(-1).to(value.dtype), value, slots)
         if softmax.sinks is not None:
             by_member = logits.logsumexp(-1).view(batch, kv_heads, shared, q_len, members).transpose(3, 4)
-            lse = by_member.reshape(batch, query_heads, q_len)
+            lse = torch.where(some[..., None, :, 0], by_member, -torch.inf).reshape(batch, query_heads, q_len)
     out = out.view(batch, kv_heads, shared, q_len, members, -1).transpose(3, 4)
     return torch.where(some[:, :, :, None], out, 0.0).reshape(batch, query_heads, q_len, -1), lse
 
