@@ -29,6 +29,11 @@ def plain(**changes: Any) -> FasaConfig:
     return FasaConfig.paper(**{"per": "kv_head", "dense_layers": (0,), **changes})
 
 
+def plain_attention(*tensors: Tensor, **options: Any) -> Tensor:
+    """`fasa_attention` with the options PLAIN, unless told otherwise."""
+    return fasa_attention(*tensors, **{**PLAIN, **options})
+
+
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -85,13 +90,5 @@ class Case:
         )
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, chunks: Tensor, backend: str) -> Tensor:
-        return fasa_attention(
-            q,
-            k,
-            v,
-            chunks,
-            n_fac=self.n_fac,
-            key_mask=self.key_mask,
-            backend=backend,
-            **{**PLAIN, **self.options},
-        )
+        options = {"n_fac": self.n_fac, "key_mask": self.key_mask, "backend": backend, **self.options}
+        return plain_attention(q, k, v, chunks, **options)

@@ -8,9 +8,9 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import EXACT, Case, generator, integers
+from cases import EXACT, Case, generator, integers, plain_attention
 
-from fasa_flex import fasa_attention, packing
+from fasa_flex import packing
 from fasa_flex.packing import PackedDtype, PackedKeys, packed_bytes
 
 LENGTHS = (1, 15, 16, 17, 101)
@@ -119,10 +119,10 @@ def test_packed_keys_serve_one_query_a_row_of_the_shape_they_were_made_for() -> 
     packed = PackedKeys.of(torch.stack([k[:, n][..., chunks[n].flatten()] for n in range(2)], 1), capacity=70)
     for backend in EXACT:
         plain = case.run(q, k, v, chunks, backend)
-        assert fasa_attention(q, k, v, chunks, n_fac=6, packed_keys=packed, backend=backend).equal(plain)
+        assert plain_attention(q, k, v, chunks, n_fac=6, packed_keys=packed, backend=backend).equal(plain)
     two = q.expand(-1, -1, 2, -1)
     with pytest.raises(ValueError, match="score one query a row, got 2"):
-        fasa_attention(two, k, v, chunks, n_fac=6, packed_keys=packed, backend="gather")
+        plain_attention(two, k, v, chunks, n_fac=6, packed_keys=packed, backend="gather")
     for wrong in (
         PackedKeys.of(packed.rows(40)[:1]),
         PackedKeys.of(packed.rows(40)[:, :1]),
@@ -130,7 +130,7 @@ def test_packed_keys_serve_one_query_a_row_of_the_shape_they_were_made_for() -> 
         PackedKeys.of(packed.rows(40)[:, :, :32]),
     ):
         with pytest.raises(ValueError, match="packed_keys must be"):
-            fasa_attention(q, k, v, chunks, n_fac=6, packed_keys=wrong, backend="gather")
+            plain_attention(q, k, v, chunks, n_fac=6, packed_keys=wrong, backend="gather")
 
 
 @pytest.mark.parametrize("dtype", [None, "int8"])
