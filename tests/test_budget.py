@@ -92,7 +92,7 @@ def test_heads_exceed_one_by_one_and_cover_together() -> None:
         ((), "a count for each key/value head, got none"),
         ((3, 0), "n_fac must be an integer of at least 1, got 0"),
         ((3, 0.5), "n_fac must be an integer of at least 1, got 0.5"),
-        ((8, 2), r"n_sink \+ n_recent = 3 exceeds the budget n_fac = \(8, 2\)"),
+        ((8, 2), r"n_sink \+ n_recent = 3 exceeds the budget n_fac = 2"),
     ],
     ids=str,
 )

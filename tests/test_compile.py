@@ -101,7 +101,7 @@ def test_a_whole_model_on_a_static_cache_is_one_graph_for_200_steps(llama: PreTr
     options = {"max_new_tokens": 200, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     static = {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=True, mode=None)}
     static["compile_config"]._compile_all_devices = True  # generate compiles on accelerators only, unless told
-    with enable(llama, profile_of(llama), FasaConfig(n_fac=6, n_tip=3, backend="gather")) as fasa:
+    with enable(llama, profile_of(llama), FasaConfig(n_fac=6, n_tip=3, packed_dtype=None, backend="gather")) as fasa:
         eager = llama.generate(ids(30, rows=1), **options)
         counts = fasa.stats.as_dict()
         fasa.stats.reset()
@@ -122,7 +122,7 @@ def test_a_compiled_model_in_inference_mode(llama: PreTrainedModel, ids: Ids) ->
         llama(prompt, past_key_values=cache)
         return torch.cat([model(ids(1, seed=step, rows=1), past_key_values=cache).logits for step in range(3)])
 
-    with enable(llama, profile_of(llama), FasaConfig(n_fac=6, n_tip=3)), torch.inference_mode():
+    with enable(llama, profile_of(llama), FasaConfig(n_fac=6, n_tip=3, packed_dtype=None)), torch.inference_mode():
         torch.testing.assert_close(decode(compiled), decode(llama), atol=1e-4, rtol=1e-4)
 
 
