@@ -101,7 +101,8 @@ class CompletionState:
             number: int64 [B or 1, T], how many of them there are up to each slot.
             written: tokens of the forward.
         """
-        cover_blocks(*self.tensors, key, value, valid, number, written)
+        sums, read = (self.key_sum, self.value_sum, self.product), (self.mean_value, self.covariance)
+        cover_blocks(self.covered, *sums, *read, key, value, valid, number, written)
 
 
 _STATE = ("covered", "key_sum", "value_sum", "product", "mean_value", "covariance")
@@ -214,7 +215,8 @@ def kept_share(logits: Tensor, valid: Tensor, selection: Selection) -> Tensor:
     total = torch.where(valid, logits, -torch.inf).logsumexp(-1)
     slots = selection.slots.expand(-1, -1, logits.shape[2], -1, -1)
     kept = torch.where(selection.taken, logits.gather(-1, slots), -torch.inf).logsumexp(-1)
-    return torch.where(total == -torch.inf, 1.0, (kept - total).exp().clamp(max=1.0))
+    share: Tensor = torch.where(total == -torch.inf, 1.0, (kept - total).exp().clamp(max=1.0))
+    return share
 
 
 def complete(out: Tensor, share: Tensor, remainder: Tensor) -> Tensor:
@@ -233,4 +235,5 @@ def with_sinks(out: Tensor, lse: Tensor, share: Tensor | None, sinks: Tensor) ->
         sinks: float [Hq], logits.
     """
     mass = lse if share is None else lse - share.flatten(1, 2).log()
-    return (out * torch.sigmoid(mass - sinks.float()[:, None])[..., None]).to(out.dtype)
+    weighed: Tensor = out * torch.sigmoid(mass - sinks.float()[:, None])[..., None]
+    return weighed.to(out.dtype)

@@ -29,6 +29,11 @@ def plain(**changes: Any) -> FasaConfig:
     return FasaConfig.paper(**{"per": "kv_head", "dense_layers": (0,), **changes})
 
 
+def unrounded(**changes: Any) -> FasaConfig:
+    """The defaults with keys that rank as they are: a key computed in two ways may round to two codes of four bits."""
+    return FasaConfig(**{"packed_dtype": None, **changes})
+
+
 def plain_attention(*tensors: Tensor, **options: Any) -> Tensor:
     """`fasa_attention` with the options PLAIN, unless told otherwise."""
     return fasa_attention(*tensors, **{**PLAIN, **options})

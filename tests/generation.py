@@ -43,7 +43,7 @@ def generate(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **
 def by_the_oracle(
     profile: FasaProfile, config: FasaConfig, layer: int, pairs: npt.ArrayLike, kv_heads: int
 ) -> dict[str, Any]:
-    """What `oracle.fasa` is to be told of a layer: chunks by agreement among ``pairs``, and all that ``config`` says."""
+    """What `oracle.fasa` is to be told of a layer: chunks by agreement among ``pairs``, and what ``config`` says."""
     assert config.criterion in (None, "agreement")
     assert profile.variance is None
     by_key_head = config.per == "kv_head"

@@ -135,8 +135,9 @@ def test_a_budget_of_all_keys_is_dense_attention(backend: str, n_fac: float, que
 
 @pytest.mark.parametrize("backend", EXACT)
 def test_the_defaults_are_256_tokens_4_and_32_of_them_forced_ranked_by_sampled_weights(backend: str) -> None:
-    q, k, v = (torch.randn(1, heads, n, DIM, generator=generator(heads + n)) for heads, n in ((4, 1), (2, 299), (2, 299)))
-    q, k, v, chunks = q.double(), k.double(), v.double(), pick_chunks(2, 3)
+    shapes, draw = ((4, 1), (2, 299), (2, 299)), generator(7)
+    q, k, v = (torch.randn(1, heads, n, DIM, generator=draw, dtype=torch.float64) for heads, n in shapes)
+    chunks = pick_chunks(2, 3)
     out = fasa_attention(q, k, v, chunks, backend=backend)
     written_out = {"n_fac": 256, "n_sink": 4, "n_recent": 32, "group_reduce": "softmax"}
     expected = oracle.fasa(*(x.numpy() for x in (q, k, v, chunks)), **written_out)

@@ -16,8 +16,8 @@ from fasa_flex.baselines import Quest, SparQ, adjacent_pairs, channel_weights, s
 from fasa_flex.baselines.calibrated import heavy_channels
 from fasa_flex.budget import Budget
 from fasa_flex.scoring import reduce_group
-from fasa_flex.softmax import Softmax
 from fasa_flex.selection import select, valid_keys
+from fasa_flex.softmax import Softmax
 
 
 def states(rows: int, length: int, dim: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
