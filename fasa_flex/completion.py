@@ -183,8 +183,9 @@ class Completion:
         state = self.state
         value_of = state.mean_value[:, :, None, None].float()
         if self.strength:
-            tilt = grouped.flatten(2, 3).to(state.covariance.dtype) @ state.covariance
-            value_of = value_of + tilt.unflatten(2, grouped.shape[2:4]).float() * (scaling * self.strength)
+            asked = grouped.flatten(2, 3).float() * (scaling * self.strength)  # first: half precision holds what is left
+            tilt = asked.to(state.covariance.dtype) @ state.covariance
+            value_of = value_of + tilt.unflatten(2, grouped.shape[2:4]).float()
         return value_of, state.covered[:, :, None, None] > 0
 
 
