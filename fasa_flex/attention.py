@@ -183,8 +183,9 @@ def _with_room(
     keys, values = whole_buffer(key), whole_buffer(value)
     if not keys.shape[2] == values.shape[2] <= packed.capacity:
         return key, value, valid, marks
-    valid, *marked = (None if m is None else F.pad(m, (0, keys.shape[2] - key.shape[2])) for m in (valid, *marks))
-    return keys, values, valid, Marks(*marked)
+    room = (0, keys.shape[2] - key.shape[2])
+    marked = (None if mark is None else F.pad(mark, room) for mark in marks)
+    return keys, values, F.pad(valid, room), Marks(*marked)
 
 
 def _check_flex(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> None:
@@ -286,6 +287,8 @@ def flex_focused(
         return_aux=None if softmax.sinks is None else AuxRequest(lse=True),
     )
     out, lse = out if isinstance(out, tuple) else (out, None)
+    if query.device.type == "cpu":  # whose template takes in nothing that follows it (torch 2.13)
+        out = realize(out)
     by_head: Tensor = out.view(batch, kv_heads, q_len, group, -1).transpose(2, 3)
     if lse is not None:
         lse = lse.lse.view(batch, kv_heads, q_len, group).transpose(2, 3).reshape(batch, query_heads, q_len)
@@ -320,7 +323,7 @@ def gather_focused(
         out = weigh_rows(logits.softmax(-1).to(value.dtype), value, slots)
         if softmax.sinks is not None:
             by_member = logits.logsumexp(-1).view(batch, kv_heads, shared, q_len, members).transpose(3, 4)
-            lse = by_member.reshape(batch, query_heads, q_len)
+            lse = torch.where(some[..., None, :, 0], by_member, -torch.inf).reshape(batch, query_heads, q_len)
     out = out.view(batch, kv_heads, shared, q_len, members, -1).transpose(3, 4)
     return torch.where(some[:, :, :, None], out, 0.0).reshape(batch, query_heads, q_len, -1), lse
 

@@ -44,9 +44,9 @@ class CacheSize:
         device: on the model's device.
         host: in host memory.
         dense: what keys and values alone would be, without room.
-        formula: what the method needs on the device: of a sparse layer packed keys, and keys and values (FASA-C) or
-            the ``n_fac`` rows held of them (FASA-M: none where the budget is a share or differs between heads); of a
-            dense one keys and values.
+        formula: what the method needs on the device: of a sparse layer packed keys, the completion's state once
+            attention has made it, and keys and values (FASA-C) or the ``n_fac`` rows held of them (FASA-M: none where
+            the budget is a share or differs between heads); of a dense one keys and values.
         device_type: the model's, such as "cuda".
     """
 
@@ -191,6 +191,9 @@ class FasaCache(Cache):
                 device += layer.packed.n_bytes / tokens
                 width = layer.scorer.dims.shape[1]
                 formula += layer.keys.shape[1] * packed_bytes(width, layer.scorer.dtype, layer.keys.dtype)
+            if isinstance(layer, KeepsPackedKeys) and layer.state is not None:
+                device += layer.state.n_bytes / tokens
+                formula += layer.state.n_bytes / tokens
             if isinstance(layer, OnHost):
                 device += layer.held.n_bytes / tokens if layer.held is not None else 0
                 formula += layer.hold * plain * layer.keys.shape[0] / tokens

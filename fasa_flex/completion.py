@@ -102,7 +102,8 @@ class CompletionState:
             number: int64 [B or 1, T], how many of them there are up to each slot.
             written: tokens of the forward.
         """
-        cover_blocks(*self.tensors, key, value, valid, number, written)
+        sums, read = (self.key_sum, self.value_sum, self.product), (self.mean_value, self.covariance)
+        cover_blocks(self.covered, *sums, *read, key, value, valid, number, written)
 
 
 _STATE = ("covered", "key_sum", "value_sum", "product", "mean_value", "covariance")
@@ -183,8 +184,9 @@ class Completion:
         state = self.state
         value_of = state.mean_value[:, :, None, None].float()
         if self.strength:
-            tilt = grouped.flatten(2, 3).to(state.covariance.dtype) @ state.covariance
-            value_of = value_of + tilt.unflatten(2, grouped.shape[2:4]).float() * (scaling * self.strength)
+            asked = grouped.flatten(2, 3).float() * (scaling * self.strength)  # first: half precision holds what is left
+            tilt = asked.to(state.covariance.dtype) @ state.covariance
+            value_of = value_of + tilt.unflatten(2, grouped.shape[2:4]).float()
         return value_of, state.covered[:, :, None, None] > 0
 
 
@@ -215,7 +217,8 @@ def kept_share(weights: Tensor, valid: Tensor, selection: Selection) -> Tensor:
     total = torch.where(read_as_floats(valid), weights, 0.0).sum(-1)
     slots = selection.slots.expand(-1, -1, weights.shape[2], -1, -1)
     kept = torch.where(selection.taken, weights.gather(-1, slots), 0.0).sum(-1)
-    return torch.where(total > 0.0, (kept / total).clamp(max=1.0), 1.0)
+    share: Tensor = torch.where(total > 0.0, (kept / total).clamp(max=1.0), 1.0)
+    return share
 
 
 def complete(out: Tensor, share: Tensor, remainder: Tensor) -> Tensor:
@@ -234,4 +237,5 @@ def with_sinks(out: Tensor, lse: Tensor, share: Tensor | None, sinks: Tensor) ->
         sinks: float [Hq], logits.
     """
     mass = lse if share is None else lse - share.flatten(1, 2).log()
-    return (out * torch.sigmoid(mass - sinks.float()[:, None])[..., None]).to(out.dtype)
+    weighed: Tensor = out * torch.sigmoid(mass - sinks.float()[:, None])[..., None]
+    return weighed.to(out.dtype)

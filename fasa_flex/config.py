@@ -79,9 +79,10 @@ class FasaConfig:
 
     def __post_init__(self) -> None:
         for name in ("n_tip", "n_fac", "n_sink", "n_recent", "completion_strength"):
-            object.__setattr__(self, name, plain_number(getattr(self, name)))
-        if self.n_tip is None:
-            object.__setattr__(self, "n_tip", type(self).n_tip)
+            given = getattr(self, name)
+            if given is None and name == "n_tip":
+                given = type(self).n_tip
+            object.__setattr__(self, name, plain_number(given))
         if not isinstance(self.n_tip, float):
             check_count("n_tip", self.n_tip, 1)
         elif not 0.0 < self.n_tip <= 1.0:

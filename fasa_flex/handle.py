@@ -19,6 +19,7 @@ from fasa_flex.boundary import Boundary
 from fasa_flex.completion import Completion
 from fasa_flex.config import Completion as CompletionKind
 from fasa_flex.config import FasaConfig, GroupReduce
+from fasa_flex.criteria import Criterion
 from fasa_flex.crossover import packs_late, sparse_layer_is_faster
 from fasa_flex.expectations import cache_among
 from fasa_flex.fused import check_kernels
@@ -34,7 +35,7 @@ from fasa_flex.packing import PackedKeys
 from fasa_flex.profile import FasaProfile
 from fasa_flex.prompt_calibration import PromptCalibration
 from fasa_flex.room import make_room
-from fasa_flex.scoring import Forward, Given, Scorer, SequenceScorer, estimates_logits
+from fasa_flex.scoring import DominantChunks, Forward, Given, Scorer, SequenceScorer, estimates_logits
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention, implementation_of
 from fasa_flex.selection import Marks
 from fasa_flex.softmax import Softmax
@@ -68,6 +69,7 @@ class Fasa:
         config: the settings.
         dense_layers: the layers that stay dense, each with its reason.
         completion: what stands for the unselected keys: ``config.completion``, or what None comes to here.
+        packed_dtype: what packed keys are held in, by its name; None: nothing is packed.
         stats: what the model did since `enable` or ``stats.reset()``.
     """
 
@@ -92,6 +94,7 @@ class Fasa:
         )
         self.completion = _completion_of(config, self._scorers or scorers)
         self._packs = packs(model) and config.per == "kv_head"
+        self.packed_dtype = _packed_dtype_of(model, scorers) if self._packs else None
         self._limit = maximum_positions(model)
         self._forward, self._threads = _Forward(), set[int]()
         self._step = DecodeStep()
@@ -99,8 +102,9 @@ class Fasa:
         self._first = min(modules)
         self.stats = FasaStats(
             [device_of(modules.get(layer, model), model) for layer in range(max(modules) + 1)],
-            {layer: read_share(scorer, model, config, self._packs) for layer, scorer in scorers.items()},
+            {layer: read_share(each, model, config, self._packs, self.completion) for layer, each in scorers.items()},
             {layer: budget.heads for layer, budget in self._budgets.items()},
+            lambda: self.settings,
         )
         if config.backend == "triton":
             _, heads, kv_heads, _ = attention_shape(model)
@@ -124,6 +128,18 @@ class Fasa:
     def profile(self) -> FasaProfile | None:
         """What `enable` was given, or what the model found in a prompt; None before it has, and for another method."""
         return self._source.profile if isinstance(self._source, PromptCalibration) else self._source
+
+    @property
+    def criterion(self) -> Criterion | None:
+        """What the profile chose the chunks by; None before there is one, and for another method."""
+        chunks = isinstance(next(iter(self._scorers.values()), None), DominantChunks)
+        profile = self.profile if chunks or isinstance(self._source, PromptCalibration) else None
+        return None if profile is None else profile.criterion(self.config.criterion)
+
+    @property
+    def settings(self) -> dict[str, str | None]:
+        """Which criterion, packed dtype and completion run, where the config says None, too."""
+        return {name: getattr(self, name) for name in ("criterion", "packed_dtype", "completion")}
 
     def recalibrate(self) -> None:
         """Forget what was found in a prompt: all is dense until the next long one.
@@ -155,7 +171,8 @@ class Fasa:
             hook.remove()
 
     def __repr__(self) -> str:
-        return f"Fasa({self._model_name}, n_fac={self.config.n_fac})"
+        settings = ", ".join(f"{name}={value}" for name, value in self.settings.items())
+        return f"Fasa({self._model_name}, n_fac={self.config.n_fac}, {settings})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fasa:
         """A copied model would go on counting and attending through this handle.
@@ -444,6 +461,14 @@ class Fasa:
             self.stats.add(layer, tally(n_valid * counted, chosen, budget))
         else:
             self.stats.add(layer, once((chosen is None, budget), lambda *_: tally(n_valid, chosen, budget)))
+
+
+def _packed_dtype_of(model: PreTrainedModel, scorers: dict[int, Scorer | SequenceScorer]) -> str | None:
+    """What the keys of the sparse layers are packed in; None: their scorers score no dimensions of keys."""
+    for scorer in scorers.values():
+        if isinstance(scorer, DominantChunks):
+            return scorer.dtype or str(model.dtype).removeprefix("torch.")
+    return None
 
 
 def _completion_of(config: FasaConfig, scorers: dict[int, Scorer | SequenceScorer]) -> CompletionKind:

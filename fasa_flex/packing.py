@@ -178,9 +178,9 @@ def _scores_of_tiles(query: Tensor, tiles: Tensor) -> Tensor:
     """
     if tiles.dtype == torch.uint8:  # Inductor's vector code has these operators for 32-bit integers only (torch 2.13)
         wide = tiles.to(torch.int32)
-        parts, zero = ((wide & 15).float(), (wide >> 4).float()), INT4_ZERO
+        parts, zero = [(wide & 15).float(), (wide >> 4).float()], INT4_ZERO
     else:
-        parts, zero = (tiles.float(),), 0
+        parts, zero = [tiles.float()], 0
     members = []
     for member in query.unbind(2):
         asked = member[:, :, None, :, None].chunk(len(parts), dim=3)

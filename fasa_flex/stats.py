@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from fasa_flex.budget import Budget
-from fasa_flex.config import FasaConfig
+from fasa_flex.config import Completion, FasaConfig
 from fasa_flex.layers import attention_shape
 from fasa_flex.packing import packed_bytes
 from fasa_flex.reads import ReadShare, StatesReads
@@ -57,22 +57,28 @@ def tally(n_valid: Tensor, sparse: Tensor | None, budget: Budget) -> Tensor:
     return torch.stack([(real & ~sparse).sum(), sparse.sum(), (selected * sparse).sum(), (n_valid * sparse).sum()])
 
 
-def read_share(scorer: object, model: PreTrainedModel, config: FasaConfig, packs: bool) -> ReadShare | None:
+def read_share(
+    scorer: object, model: PreTrainedModel, config: FasaConfig, packs: bool, completion: Completion
+) -> ReadShare | None:
     """What a sparse query of a layer reads, where the scorer states it.
 
     Args:
         scorer: of the layer.
         model: whose layer it is.
         config: of `enable`.
-        packs: whether caches hold packed keys, which are then what is ranked.
+        packs: whether caches hold packed keys, which are then what is ranked, and the completion's state.
+        completion: what stands for the unselected keys; without a state all keys and values are read for it.
     """
     if not isinstance(scorer, StatesReads):
         return None
     _, query_heads, kv_heads, head_dim = attention_shape(model)
-    reads = scorer.reads(head_dim, query_heads, kv_heads)
-    if isinstance(scorer, DominantChunks) and packs:
-        packed = packed_bytes(scorer.dims.shape[1], config.packed_dtype, model.dtype)
+    reads, keeps = scorer.reads(head_dim, query_heads, kv_heads), isinstance(scorer, DominantChunks) and packs
+    if isinstance(scorer, DominantChunks) and keeps:
+        packed = packed_bytes(scorer.dims.shape[1], scorer.dtype, model.dtype)
         reads = replace(reads, ranking=packed / (2 * head_dim * model.dtype.itemsize))
+    if completion != "none":
+        first_order = completion == "first_order" and config.completion_strength != 0
+        reads = reads.completed(head_dim, first_order) if keeps else replace(reads, ranking=1.0)
     by_head = config.per == "query_head" or config.group_reduce == "none"
     return reads.by_head(query_heads // kv_heads) if by_head else reads
 
@@ -89,12 +95,17 @@ class FasaStats:
         devices: of the layers.
         reads: what a sparse query of a layer reads; layers without an entry do not say.
         heads: how many heads of a layer have budgets of their own (`Budget.heads`); 1 without an entry.
+        settings: which criterion, packed dtype and completion run, as far as is known when it is asked.
     """
 
     def __init__(
-        self, devices: Sequence[torch.device], reads: Mapping[int, ReadShare | None], heads: Mapping[int, int]
+        self,
+        devices: Sequence[torch.device],
+        reads: Mapping[int, ReadShare | None],
+        heads: Mapping[int, int],
+        settings: Callable[[], Mapping[str, str | None]] = dict,
     ) -> None:
-        self._reads, self._heads = dict(reads), dict(heads)
+        self._reads, self._heads, self._settings = dict(reads), dict(heads), settings
         self.interrupted = 0
         with torch.inference_mode(False):  # they are written to inside and outside of it
             self._counts = [torch.zeros(4, dtype=torch.long, device=device) for device in devices]
@@ -120,7 +131,7 @@ class FasaStats:
             dense, sparse, total, valid = counts.tolist()
             selected = total / self._heads.get(layer, 1)
             reads = self._reads.get(layer)
-            share = None if reads is None else reads.of(selected, valid)
+            share = None if reads is None else reads.of(selected, valid, sparse)
             stats.append(LayerStats(dense, sparse, selected / max(1, sparse), valid / max(1, sparse), share))
         return stats
 
@@ -153,9 +164,9 @@ class FasaStats:
         return read / valid if valid else 1.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Totals as JSON-ready values."""
+        """Totals, and by which settings, as JSON-ready values."""
         names = ("dense_queries", "sparse_queries", "kv_share", "kv_bytes_share")
-        return {name: getattr(self, name) for name in names}
+        return {**{name: getattr(self, name) for name in names}, **self._settings()}
 
     def __repr__(self) -> str:
         return f"FasaStats({', '.join(f'{name}={value}' for name, value in self.as_dict().items())})"

@@ -13,10 +13,30 @@ import oracle
 import torch
 from torch import Tensor
 
-from fasa_flex import RotaryLayout, fasa_attention
+from fasa_flex import FasaConfig, RotaryLayout, fasa_attention
 
 EXACT = ("reference", "gather")  # run eagerly, in any dtype
 DIM = 16
+PLAIN: dict[str, Any] = {"n_sink": 0, "n_recent": 0, "group_reduce": "max"}
+"""Options of a call of `fasa_attention` that forces no token, and ranks by numbers that are whole where scores are."""
+
+
+def plain(**changes: Any) -> FasaConfig:
+    """TIP and FAC alone: chunks by agreement in the cache's precision, nothing forced, nothing completed.
+
+    As the paper has it, but with one selection for the heads of a group and a dense first layer.
+    """
+    return FasaConfig.paper(**{"per": "kv_head", "dense_layers": (0,), **changes})
+
+
+def unrounded(**changes: Any) -> FasaConfig:
+    """The defaults with keys that rank as they are: a key computed in two ways may round to two codes of four bits."""
+    return FasaConfig(**{"packed_dtype": None, **changes})
+
+
+def plain_attention(*tensors: Tensor, **options: Any) -> Tensor:
+    """`fasa_attention` with the options PLAIN, unless told otherwise."""
+    return fasa_attention(*tensors, **{**PLAIN, **options})
 
 
 def generator(seed: int) -> torch.Generator:
@@ -71,17 +91,9 @@ class Case:
             chunks.numpy(),
             n_fac=self.n_fac,
             key_mask=None if mask is None else mask.numpy(),
-            **self.options,
+            **{**PLAIN, **self.options},
         )
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, chunks: Tensor, backend: str) -> Tensor:
-        return fasa_attention(
-            q,
-            k,
-            v,
-            chunks,
-            n_fac=self.n_fac,
-            key_mask=self.key_mask,
-            backend=backend,
-            **self.options,
-        )
+        options = {"n_fac": self.n_fac, "key_mask": self.key_mask, "backend": backend, **self.options}
+        return plain_attention(q, k, v, chunks, **options)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from cases import plain
 from generation import profile_of
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from fasa_flex import FasaCache, FasaConfig
+from fasa_flex import FasaCache
 from fasa_flex.expectations import cache_argument
 from fasa_flex.packed_layers import PackedLayer, StaticPackedLayer
+from fasa_flex.packing import as_packed
 
-CONFIG = FasaConfig(n_fac=6, n_tip=3)
+CONFIG = plain(n_fac=6, n_tip=3)
 
 
 def packed_layers(cache: Cache) -> list[PackedLayer | StaticPackedLayer]:
@@ -33,7 +35,8 @@ def assert_packed(cache: Cache) -> None:
     for layer in packed_layers(cache):
         assert layer.packed is not None
         length = int(layer.get_seq_length())
-        assert layer.packed.rows(length).equal(layer.scorer.pack(layer.keys)[:, :, :length])
+        anew = as_packed(layer.scorer.pack(layer.keys[:, :, :length]), layer.scorer.dtype)
+        assert layer.packed.rows(length).equal(anew)
 
 
 Held = list[tuple[int, list[Tensor]]]

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import oracle
 import torch
 from torch import Tensor
@@ -19,12 +21,14 @@ Attention = Callable[[PreTrainedModel, Reader], AbstractContextManager[None]]
 PROMPT, NEW = 40, 12
 
 
-def profile_of(model: PreTrainedModel) -> FasaProfile:
+def profile_of(model: PreTrainedModel, mean_key: bool = False) -> FasaProfile:
     """A profile that fits, with a table of its own: different chunks in every layer and head, and no ties."""
     generator = torch.Generator().manual_seed(11)
     sample = torch.randint(3, 64, (16,), generator=generator)
     made = calibrate(model, [sample], top_k=8, max_new_tokens=1, progress=False)
-    return FasaProfile(torch.rand(made.agreement.shape, generator=generator), made.layout, made.provenance)
+    agreement = torch.rand(made.agreement.shape, generator=generator)
+    means = torch.randn(made.mean_key.shape, generator=generator) if mean_key else None
+    return FasaProfile(agreement, made.layout, made.provenance, mean_key=means)
 
 
 def generate(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
@@ -36,24 +40,36 @@ def generate(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **
     return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, 1)
 
 
+def by_the_oracle(
+    profile: FasaProfile, config: FasaConfig, layer: int, pairs: npt.ArrayLike, kv_heads: int
+) -> dict[str, Any]:
+    """What `oracle.fasa` is to be told of a layer: chunks by agreement among ``pairs``, and what ``config`` says."""
+    assert config.criterion in (None, "agreement")
+    assert profile.variance is None
+    by_key_head = config.per == "kv_head"
+    table, n_tip = profile.agreement[layer].double().numpy(), config.chunks_of(profile.layout.head_dim)
+    strengths = {"none": None, "mean": 0.0}
+    return {
+        "chunks": np.asarray(pairs)[oracle.dominant(table, n_tip, kv_heads if by_key_head else None)],
+        "n_fac": config.n_fac,
+        "n_sink": config.n_sink,
+        "n_recent": config.n_recent,
+        "group_reduce": config.group_reduce,
+        "mean_key": profile.mean_key[layer].double().numpy() if by_key_head else None,
+        "bits": {None: None, "int8": 8, "int4": 4}[config.packed_dtype] if by_key_head else None,
+        "strength": strengths.get(config.completion or "first_order", config.completion_strength),
+    }
+
+
 def decode_reader(model: PreTrainedModel, profile: FasaProfile, config: FasaConfig) -> Reader:
     """The method as a straightforward decode: one query at a time through the oracle, everything else dense."""
     pairs = RotaryLayout.half_split(profile.agreement.shape[-1] * 2).chunks.numpy()
-    n_tip = config.n_tip or profile.agreement.shape[-1] * 2 // 8
-    kv_heads = 2 if config.per == "kv_head" else None
 
     def read(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
         if q.shape[2] > 1 or layer in config.dense_layers:
             return None
-        chunks = pairs[oracle.dominant(profile.agreement[layer].double().numpy(), n_tip, kv_heads)]
-        result = oracle.fasa(
-            *(x.detach().double().numpy() for x in (q, k, v)),
-            chunks,
-            n_fac=config.n_fac,
-            n_sink=config.n_sink,
-            n_recent=config.n_recent,
-            group_reduce=config.group_reduce,
-        )
+        options = by_the_oracle(profile, config, layer, pairs, k.shape[1])
+        result = oracle.fasa(*(x.detach().double().numpy() for x in (q, k, v)), **options)
         return torch.from_numpy(result.out).to(q.dtype)
 
     return read

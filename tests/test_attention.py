@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 import torch
-from cases import DIM, EXACT, Case, generator, integers
+from cases import DIM, EXACT, Case, generator, integers, pick_chunks
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -98,7 +99,7 @@ def test_low_precision_keeps_its_dtype_and_selection(backend: str, dtype: torch.
 
 
 @pytest.mark.parametrize("backend", EXACT)
-@pytest.mark.parametrize("how", ["max", "mean", "softmax", "none"])
+@pytest.mark.parametrize("how", ["max", "mean", "softmax", "softmax_exact", "none"])
 @pytest.mark.parametrize("left", [(), (0, 6)], ids=["no padding", "left padding"])
 def test_group_reductions_on_continuous_scores(backend: str, how: str, left: tuple[int, ...]) -> None:
     case = Case("continuous", batch=2, queries=3, left=left, options={"group_reduce": how})
@@ -133,13 +134,17 @@ def test_a_budget_of_all_keys_is_dense_attention(backend: str, n_fac: float, que
 
 
 @pytest.mark.parametrize("backend", EXACT)
-def test_the_budget_is_256_and_nothing_is_forced_unless_told(backend: str) -> None:
-    case = Case("defaults", length=300, n_fac=256)
-    q, k, v, chunks = case.tensors(dtype=torch.float64)
+def test_the_defaults_are_256_tokens_4_and_32_of_them_forced_ranked_by_sampled_weights(backend: str) -> None:
+    shapes, draw = ((4, 1), (2, 299), (2, 299)), generator(7)
+    q, k, v = (torch.randn(1, heads, n, DIM, generator=draw, dtype=torch.float64) for heads, n in shapes)
+    chunks = pick_chunks(2, 3)
     out = fasa_attention(q, k, v, chunks, backend=backend)
-    np.testing.assert_allclose(out.numpy(), case.oracle(q, k, v, chunks).out, atol=1e-12)
-    for n_fac in (255, 257):
-        assert not out.equal(fasa_attention(q, k, v, chunks, n_fac=n_fac, backend=backend))
+    written_out = {"n_fac": 256, "n_sink": 4, "n_recent": 32, "group_reduce": "softmax"}
+    expected = oracle.fasa(*(x.numpy() for x in (q, k, v, chunks)), **written_out)
+    assert expected.margin > 1e-4
+    np.testing.assert_allclose(out.numpy(), expected.out, atol=1e-12)
+    for change in ({"n_fac": 255}, {"n_sink": 3}, {"n_recent": 31}, {"group_reduce": "max"}):
+        assert not out.equal(fasa_attention(q, k, v, chunks, backend=backend, **{**written_out, **change})), change
 
 
 @pytest.mark.parametrize(

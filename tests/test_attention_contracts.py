@@ -9,11 +9,11 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import DIM, EXACT, Case, integers, pick_chunks
+from cases import DIM, EXACT, Case, integers, pick_chunks, plain_attention
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasa_flex import RotaryLayout, fasa_attention
+from fasa_flex import RotaryLayout
 
 # What was selected, read off the result: with one-hot values the output is the attention weights themselves.
 
@@ -84,7 +84,7 @@ def test_positive_and_negative_zero_are_a_tie(backend: str) -> None:
     q = torch.zeros(1, 1, 1, DIM)
     k = torch.ones(1, 1, 16, DIM)
     k[:, :, :4] = -1.0  # 0 * -1 is -0.0: the first four keys score -0.0 in every dimension
-    out = fasa_attention(q, k, torch.eye(16)[None, None], pick_chunks(1, 2), n_fac=3, backend=backend)
+    out = plain_attention(q, k, torch.eye(16)[None, None], pick_chunks(1, 2), n_fac=3, backend=backend)
     assert out.flatten().nonzero().flatten().tolist() == [0, 1, 2]
 
 
@@ -97,7 +97,7 @@ def test_scores_only_rank_and_are_no_weights(backend: str) -> None:
     k[0, 0, :, 1] = torch.tensor([9.0, -3.0, -2.0, 0.0])  # full logits: 9, 0, 0, 1
     v = torch.eye(4, DIM)[None, None]
     chunks = torch.tensor([[[0, 8]]])
-    out = fasa_attention(q, k, v, chunks, n_fac=2, scaling=1.0, backend=backend)
+    out = plain_attention(q, k, v, chunks, n_fac=2, scaling=1.0, backend=backend)
     torch.testing.assert_close(out[0, 0, 0, :4], torch.tensor([0.0, 0.5, 0.5, 0.0]))
 
 
@@ -210,12 +210,12 @@ def test_packed_keys_replace_the_keys_in_scoring_only(backend: str) -> None:
     packed = torch.stack([k[:, n][..., chunks[n].flatten()] for n in range(2)], 1)
     options: dict[str, Any] = {"n_fac": 6, "backend": backend}
     assert torch.equal(
-        fasa_attention(q, k, v, chunks, packed_keys=packed, **options), case.run(q, k, v, chunks, backend)
+        plain_attention(q, k, v, chunks, packed_keys=packed, **options), case.run(q, k, v, chunks, backend)
     )
 
     other = integers(2, 2, 24, DIM, seed=99)
     elsewhere = torch.stack([other[:, n][..., chunks[n].flatten()] for n in range(2)], 1)
-    out = fasa_attention(q, k, v, chunks, packed_keys=elsewhere, **options)
+    out = plain_attention(q, k, v, chunks, packed_keys=elsewhere, **options)
     ranked = case.oracle(q, other, v, chunks).selected
     for (b, h, i), slots in ranked.items():
         row = oracle.attend(*(x.double().numpy() for x in (q[b, h, i], k[b, h // 2], v[b, h // 2])), slots, DIM**-0.5)

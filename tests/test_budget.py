@@ -12,6 +12,7 @@ import torch
 
 from fasa_flex import FasaConfig, fasa_attention
 from fasa_flex.budget import Budget, check_count
+from fasa_flex.selection import forced_keys
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,26 @@ def test_forced_tokens_may_fill_the_budget_or_exceed_a_share() -> None:
     assert Budget(7, n_sink=3, n_recent=4).of(torch.tensor([9])).tolist() == [7]
     assert Budget(0.1, n_sink=3, n_recent=4).of(torch.tensor([10])).tolist() == [1]
     assert Budget(1).n_sink == Budget(1).n_recent == 0
+
+
+@pytest.mark.parametrize(
+    ("allowed", "forced"),
+    [(1, (0, 0)), (2, (0, 1)), (7, (0, 3)), (8, (1, 4)), (31, (3, 15)), (32, (4, 16)), (64, (4, 32)), (4096, (4, 32))],
+)
+def test_unless_told_4_and_32_are_forced_of_an_eighth_and_a_half_at_most(allowed: int, forced: tuple[int, int]) -> None:
+    budget = Budget(allowed, None, None)
+    assert budget.forced(allowed) == forced
+    assert [int(count) for count in budget.forced(torch.tensor(allowed))] == list(forced)
+    assert Budget(64, 3, None).forced(allowed) == (3, forced[1])
+    assert Budget(64, None, 5).forced(allowed) == (forced[0], 5)
+
+
+def test_a_share_forces_by_what_each_query_may_attend_to() -> None:
+    """A half of 8, 20 and 200 keys."""
+    for n_valid, first, last in ((8, 0, 2), (20, 1, 5), (200, 4, 32)):
+        valid = torch.arange(200).view(1, 1, 1, 1, -1) < n_valid
+        forced = forced_keys(valid, Budget(0.5, None, None)).flatten().nonzero().flatten().tolist()
+        assert forced == [*range(first), *range(n_valid - last, n_valid)]
 
 
 def test_a_budget_does_not_change() -> None:
@@ -95,7 +116,7 @@ def test_heads_exceed_one_by_one_and_cover_together() -> None:
         ((), "a count for each key/value head, got none"),
         ((3, 0), "n_fac must be an integer of at least 1, got 0"),
         ((3, 0.5), "n_fac must be an integer of at least 1, got 0.5"),
-        ((8, 2), r"n_sink \+ n_recent = 3 exceeds the budget n_fac = \(8, 2\)"),
+        ((8, 2), r"n_sink \+ n_recent = 3 exceeds the budget n_fac = 2"),
     ],
     ids=str,
 )

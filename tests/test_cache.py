@@ -197,6 +197,22 @@ def test_room_to_grow_counts(llama: PreTrainedModel) -> None:
         assert cache.size.device * 3 * 40 == pytest.approx(dense + room - on_host + packed + held)
 
 
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_what_completes_attention_counts(llama: PreTrainedModel, ids: Ids, placement: str) -> None:
+    """Of two sparse layers, float32: for each row and head sums of keys, values and their products, and a count."""
+    config = FasaConfig(n_fac=6)
+    cache = FasaCache(llama, profile_of(llama), config, placement=placement)
+    with enable(llama, profile_of(llama), config), torch.no_grad():
+        llama(ids(80, rows=2), past_key_values=cache)
+    size, state = cache.size, 2 * 2 * (8 + 4 * (16 + 16 + 16 * 16 + 16 + 16 * 16))
+    for layer in packed_layers(cache):
+        assert layer.state.n_bytes == state
+        layer.state = None
+    for name in ("device", "formula"):
+        assert getattr(size, name) - getattr(cache.size, name) == pytest.approx(2 * state / (3 * 2 * 80))
+    assert size.host == cache.size.host
+
+
 def test_a_size_says_in_words_what_is_saved(llama: PreTrainedModel) -> None:
     on_device, on_host = (str(filled(llama, placement=placement).size) for placement in ("device", "host"))
     assert "times the formula's 288.0" in on_device
@@ -207,7 +223,9 @@ def test_a_size_says_in_words_what_is_saved(llama: PreTrainedModel) -> None:
 # Lower precision.
 
 
-@pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 2**-8), ("float16", 2**-11), ("int8", 1 / 120)])
+@pytest.mark.parametrize(
+    ("dtype", "error"), [("bfloat16", 2**-8), ("float16", 2**-11), ("int8", 1 / 120), ("int4", 1 / 13.9)]
+)
 def test_a_lower_precision_holds_the_keys_nearly(llama: PreTrainedModel, ids: Ids, dtype: str, error: float) -> None:
     config = FasaConfig(n_fac=6, n_tip=3, packed_dtype=dtype)
     cache = FasaCache(llama, profile_of(llama), config)
@@ -216,20 +234,20 @@ def test_a_lower_precision_holds_the_keys_nearly(llama: PreTrainedModel, ids: Id
             llama(ids(20, seed=seed, rows=2), past_key_values=cache)
         for layer in packed_layers(cache):
             exact = layer.scorer.pack(layer.keys)
-            assert layer.packed.tiles.dtype == getattr(torch, dtype)
+            assert layer.packed.tiles.dtype == (torch.uint8 if dtype == "int4" else getattr(torch, dtype))
             allowed = error * exact.abs().amax(-1, keepdim=True) + 1e-7
             assert ((layer.packed.rows(60).float() - exact).abs() <= allowed).all()
 
 
-def test_int8_keys_cost_a_byte_a_dimension_and_a_scale(llama: PreTrainedModel) -> None:
+def test_keys_in_integers_cost_their_bits_and_a_scale(llama: PreTrainedModel) -> None:
     sizes = {}
-    for dtype in (None, "bfloat16", "int8"):
+    for dtype in (None, "bfloat16", "int8", "int4"):
         cache = FasaCache(llama, profile_of(llama), FasaConfig(n_tip=3, packed_dtype=dtype), max_cache_len=64)
         with torch.no_grad():
             llama(torch.arange(20)[None], past_key_values=cache)
         sizes[dtype] = packed_layers(cache)[0].packed.n_bytes
     slots = 2 * 64  # heads, slots
-    assert sizes == {None: slots * 6 * 4, "bfloat16": slots * 6 * 2, "int8": slots * (6 + 2)}
+    assert sizes == {None: slots * 6 * 4, "bfloat16": slots * 6 * 2, "int8": slots * (6 + 2), "int4": slots * (3 + 2)}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])

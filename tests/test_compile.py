@@ -11,13 +11,14 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from cases import plain_attention, unrounded
 from generation import Ids, profile_of
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 
-from fasa_flex import FasaConfig, RotaryLayout, enable, fasa_attention
+from fasa_flex import RotaryLayout, enable
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +55,7 @@ def test_one_graph_and_two_compilations_for_a_growing_cache(backend: str) -> Non
 
     @torch.compile(fullgraph=True, backend=counter)
     def compiled(q: Tensor, k: Tensor, v: Tensor, chunks: Tensor, key_mask: Tensor) -> Tensor:
-        return fasa_attention(
+        return plain_attention(
             q,
             k,
             v,
@@ -76,7 +77,7 @@ def test_eager_flex_compiles_itself_at_most_twice_for_a_growing_cache() -> None:
     counters.clear()
     for length in GROWTH:
         q, k, v, chunks, key_mask = step(length)
-        out = fasa_attention(q, k, v, chunks, n_fac=8, n_sink=1, n_recent=2, key_mask=key_mask, backend="flex")
+        out = plain_attention(q, k, v, chunks, n_fac=8, n_sink=1, n_recent=2, key_mask=key_mask, backend="flex")
         np.testing.assert_allclose(out.numpy(), expected(q, k, v, chunks, key_mask, n_fac=8), atol=1e-5)
     graphs = counters["stats"]["unique_graphs"]
     assert 0 < graphs <= 2, f"{graphs} compilations for {len(GROWTH)} lengths"
@@ -87,7 +88,7 @@ def test_eager_flex_compiles_itself_at_most_twice_for_a_growing_cache() -> None:
 def test_a_share_is_one_graph_too(queries: int) -> None:
     """The budget of a share depends on the number of valid keys, a tensor; the shapes must not. Traced only."""
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(fasa_attention, fullgraph=True, backend=counter)
+    compiled = torch.compile(plain_attention, fullgraph=True, backend=counter)
     for length in GROWTH:
         q, k, v, chunks, key_mask = step(length, queries)
         out = compiled(q, k, v, chunks, n_fac=0.25, n_sink=1, n_recent=2, key_mask=key_mask, backend="gather")
@@ -101,7 +102,7 @@ def test_a_whole_model_on_a_static_cache_is_one_graph_for_200_steps(llama: PreTr
     options = {"max_new_tokens": 200, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     static = {"cache_implementation": "static", "compile_config": CompileConfig(fullgraph=True, mode=None)}
     static["compile_config"]._compile_all_devices = True  # generate compiles on accelerators only, unless told
-    with enable(llama, profile_of(llama), FasaConfig(n_fac=6, n_tip=3, backend="gather")) as fasa:
+    with enable(llama, profile_of(llama), unrounded(n_fac=6, n_tip=3, backend="gather")) as fasa:
         eager = llama.generate(ids(30, rows=1), **options)
         counts = fasa.stats.as_dict()
         fasa.stats.reset()
@@ -122,7 +123,7 @@ def test_a_compiled_model_in_inference_mode(llama: PreTrainedModel, ids: Ids) ->
         llama(prompt, past_key_values=cache)
         return torch.cat([model(ids(1, seed=step, rows=1), past_key_values=cache).logits for step in range(3)])
 
-    with enable(llama, profile_of(llama), FasaConfig(n_fac=6, n_tip=3)), torch.inference_mode():
+    with enable(llama, profile_of(llama), unrounded(n_fac=6, n_tip=3)), torch.inference_mode():
         torch.testing.assert_close(decode(compiled), decode(llama), atol=1e-4, rtol=1e-4)
 
 
@@ -130,7 +131,7 @@ def test_a_compiled_model_in_inference_mode(llama: PreTrainedModel, ids: Ids) ->
 @torch.no_grad()
 def test_compiled_under_autocast(dtype: torch.dtype) -> None:
     """Whole numbers below 256 are exact in half precision: the ranking must be too."""
-    compiled = torch.compile(fasa_attention, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(plain_attention, fullgraph=True, backend="aot_eager")
     q, k, v, chunks, key_mask = step(40)
     with torch.autocast("cpu", dtype=dtype):
         out = compiled(q, k, v, chunks, n_fac=8, n_sink=1, n_recent=2, key_mask=key_mask, backend="gather")

@@ -12,9 +12,42 @@ from fasa_flex import FasaConfig
 
 def test_defaults_are_the_documented_ones() -> None:
     config = FasaConfig()
-    assert (config.n_tip, config.n_fac, config.n_sink, config.n_recent) == (None, 256, 0, 0)
+    assert (config.n_tip, config.n_fac, config.n_sink, config.n_recent) == (0.5, 256, None, None)
     assert (config.dense_layers, config.per, config.group_reduce) == ((0,), "kv_head", "softmax")
-    assert (config.backend, config.prefill) == ("auto", "dense")
+    assert (config.backend, config.prefill, config.criterion) == ("auto", "dense", None)
+    assert (config.packed_dtype, config.completion, config.completion_strength) == ("int4", None, 0.75)
+
+
+def test_the_papers_settings_are_written_out() -> None:
+    """Wang et al. (2026): `head_dim // 8` chunks for every query head, by agreement; all layers, nothing else."""
+    assert FasaConfig.paper() == FasaConfig(
+        n_tip=0.25,
+        n_fac=256,
+        n_sink=0,
+        n_recent=0,
+        layer_budgets="uniform",
+        dense_layers=(),
+        per="query_head",
+        criterion="agreement",
+        group_reduce="softmax_exact",
+        backend="auto",
+        prefill="dense",
+        packed_dtype=None,
+        completion="none",
+    )
+    assert [FasaConfig.paper().chunks_of(dim) for dim in (16, 64, 128, 256)] == [2, 8, 16, 32]
+    changed = FasaConfig.paper(n_fac=64, per="kv_head")
+    assert (changed.n_fac, changed.per, changed.completion) == (64, "kv_head", "none")
+    with pytest.raises(ValueError, match="n_fac"):
+        FasaConfig.paper(n_fac=0)
+
+
+@pytest.mark.parametrize(
+    ("n_tip", "head_dim", "chunks"),
+    [(0.5, 128, 32), (0.5, 80, 20), (0.25, 64, 8), (1.0, 16, 8), (1e-9, 16, 1), (5, 16, 5)],
+)
+def test_a_share_of_chunks_is_a_count_of_them(n_tip: float, head_dim: int, chunks: int) -> None:
+    assert FasaConfig(n_tip=n_tip).chunks_of(head_dim) == chunks
 
 
 def test_a_config_is_frozen_and_compares_by_value() -> None:
@@ -33,12 +66,16 @@ def test_a_config_is_frozen_and_compares_by_value() -> None:
         {"n_fac": 1.0},
         {"n_fac": 1e-6},
         {"n_tip": 1},
+        {"n_tip": 1.0},
         {"n_fac": 8, "n_sink": 4, "n_recent": 4},
         {"dense_layers": ()},
         {"dense_layers": (0, 5)},
         {"group_reduce": "none", "per": "query_head"},
         {"group_reduce": "softmax", "backend": "reference"},
         {"prefill": "sparse"},
+        {"n_sink": None, "n_recent": None, "n_fac": 1},
+        {"n_sink": None, "n_recent": 8, "n_fac": 9},
+        {"completion": "mean", "completion_strength": 0.0},
     ],
     ids=str,
 )
@@ -53,6 +90,8 @@ def test_values_at_the_edge_are_accepted(fields: dict[str, object]) -> None:
         ("n_tip", 0),
         ("n_tip", -3),
         ("n_tip", 1.5),
+        ("n_tip", 0.0),
+        ("n_tip", float("nan")),
         ("n_fac", 0),
         ("n_fac", -256),
         ("n_fac", 0.0),
@@ -74,6 +113,11 @@ def test_values_at_the_edge_are_accepted(fields: dict[str, object]) -> None:
         ("per", "head"),
         ("per", None),
         ("group_reduce", "median"),
+        ("criterion", "entropy"),
+        ("packed_dtype", "int2"),
+        ("completion", "second_order"),
+        ("completion_strength", float("inf")),
+        ("completion_strength", "half"),
         ("backend", "sdpa"),
         ("prefill", "half"),
     ],

@@ -17,6 +17,7 @@ from cases import DIM, Case, integers, pick_chunks
 from fasa_flex import attention, fasa_attention
 from fasa_flex.attention import flex_focused
 from fasa_flex.budget import Budget
+from fasa_flex.completion import with_sinks
 from fasa_flex.selection import select, valid_keys
 from fasa_flex.softmax import Softmax
 
@@ -123,6 +124,7 @@ def test_learned_sinks_take_weight(
     )
     q, k, v, chunks = case.tensors(dtype=torch.float64)
     sinks = torch.linspace(-2, 3, 6, dtype=torch.float64)
+    softmax = Softmax(0.25, softcap, sinks)
     scores = torch.zeros(2, 2, 3, queries, 24)
     for b, h, i in np.ndindex(2, 6, queries):
         numbers = oracle.score(q[b, h, i].numpy(), k[b, h // 3].numpy(), chunks[h // 3].tolist())
@@ -130,7 +132,8 @@ def test_learned_sinks_take_weight(
     if shared:
         scores = scores.amax(2, keepdim=True)
     selection = select(scores, valid_keys(queries, 24, None, q.device), Budget(5))
-    out = flex_focused(q, k, v, selection, Softmax(0.25, softcap, sinks))
+    without, lse = flex_focused(q, k, v, selection, softmax)
+    out = with_sinks(without, lse, None, sinks)
     tensors = (x.numpy() for x in (q, k, v))
     options = {"group_reduce": "max" if shared else "none", "softcap": softcap, "sinks": sinks.numpy()}
     expected = oracle.fasa(*tensors, chunks.numpy(), n_fac=5, scaling=0.25, **options).out

@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from cases import plain
 from filled import CONFIG, assert_holds, assert_packed, filled, held, packed_layers
 from generation import Ids, profile_of
 from torch import Tensor
@@ -206,7 +208,7 @@ def test_the_host_waits_for_a_device_that_writes_into_its_memory(monkeypatch: py
         lambda cache: cache.batch_repeat_interleave(3),
         lambda cache: cache.batch_select_indices(torch.tensor([1])),
         lambda cache: [layer.reserve(300) for layer in packed_layers(cache)],
-        lambda cache: [layer.repack(layer.scorer, "int8") for layer in packed_layers(cache)],
+        lambda cache: [layer.repack(replace(layer.scorer, dtype="int8")) for layer in packed_layers(cache)],
     ],
     ids=["reorder", "repeat", "select", "grow", "repack"],
 )
@@ -225,15 +227,15 @@ def test_every_change_of_a_layer_in_host_memory_waits_for_the_device(
 
 
 @pytest.mark.parametrize(("head_dim", "n_fac"), [(128, 256), (64, 64)])
-@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("dtype", [None, "int8", "int4"])
 def test_the_device_holds_little_more_than_the_formula(
     make_model: Callable[..., PreTrainedModel], head_dim: int, n_fac: int, dtype: Any
 ) -> None:
     """t * 2 * n_tip + n_fac * 2 d numbers a key/value head and layer, at any length that it grows through."""
     model = make_model("Qwen3", head_dim=head_dim)
-    config = FasaConfig(n_fac=n_fac, dense_layers=(), packed_dtype=dtype)
+    config = plain(n_fac=n_fac, dense_layers=(), packed_dtype=dtype)
     cache = FasaCache(model, profile_of(model), config, placement="host")
-    layer, token = cache.layers[0], head_dim // 4 * 4 if dtype is None else head_dim // 4 + 2
+    layer, token = cache.layers[0], {None: head_dim, "int8": head_dim // 4 + 2, "int4": head_dim // 8 + 2}[dtype]
     worst, length = 0.0, 0
     for step in (1, 20, 12, 40, *[31] * 30, *[333] * 12, 4000, 4500, *[97] * 20, 18000, 1, 2100):
         new = torch.zeros(1, 2, step, head_dim)

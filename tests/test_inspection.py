@@ -104,7 +104,7 @@ def test_too_many_chunks_are_refused(one: FasaProfile) -> None:
 
 
 def test_n_tip_is_that_of_the_config(one: FasaProfile) -> None:
-    assert inspection.default_n_tip(one) == 1
+    assert inspection.default_n_tip(one) == 2
 
 
 # Several criteria.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import unrounded
 from families import tiny
 from generation import Ids, profile_of
 from torch import Tensor
@@ -12,10 +13,10 @@ from transformers import DynamicCache, PreTrainedModel
 from fasa_flex import FasaConfig, enable
 
 CONFIGS = [
-    FasaConfig(n_fac=5),
-    FasaConfig(n_fac=0.15, n_tip=3, dense_layers=()),
-    FasaConfig(n_fac=6, n_sink=1, n_recent=2, group_reduce="none"),
-    FasaConfig(n_fac=6, per="query_head", backend="reference"),
+    unrounded(n_fac=5),
+    unrounded(n_fac=0.15, n_tip=3, dense_layers=()),
+    unrounded(n_fac=6, n_sink=1, n_recent=2, group_reduce="none"),
+    unrounded(n_fac=6, per="query_head", backend="reference"),
 ]
 
 
@@ -57,7 +58,7 @@ def test_right_padded_batch_with_different_boundaries(model: PreTrainedModel, id
     batch = torch.zeros(4, 40, dtype=torch.long)
     for b, row in enumerate(rows):
         batch[b, : len(row)] = row
-    with enable(model, profile_of(model), FasaConfig(n_fac=5)) as fasa:
+    with enable(model, profile_of(model), unrounded(n_fac=5)) as fasa:
         expected = [token_by_token(model, row, start) for row, start in zip(rows, starts, strict=True)]
         for mask in (None, (torch.arange(40) < torch.tensor(lengths)[:, None]).long()):
             fasa.stats.reset()
@@ -74,7 +75,7 @@ def test_right_padded_batch_with_different_boundaries(model: PreTrainedModel, id
 
 def test_left_padded_batch_counts_slots_with_the_padding(llama: PreTrainedModel, ids: Ids) -> None:
     row, pad, start = ids(30), 9, 17
-    with enable(llama, profile_of(llama), FasaConfig(n_fac=5, n_sink=1)) as fasa:
+    with enable(llama, profile_of(llama), unrounded(n_fac=5, n_sink=1)) as fasa:
         expected = token_by_token(llama, row, start)
         padded = torch.cat([torch.zeros(pad, dtype=torch.long), row])[None]
         slots = torch.arange(pad + 30)[None]
@@ -87,7 +88,7 @@ def test_left_padded_batch_counts_slots_with_the_padding(llama: PreTrainedModel,
 def test_boundaries_are_absolute_slots_of_the_cache(llama: PreTrainedModel, ids: Ids, cached: int) -> None:
     """The same boundary whether the context is in the cache already, in part, or beyond."""
     row, start = ids(30), 17
-    with enable(llama, profile_of(llama), FasaConfig(n_fac=5)) as fasa, torch.no_grad():
+    with enable(llama, profile_of(llama), unrounded(n_fac=5)) as fasa, torch.no_grad():
         expected = token_by_token(llama, row, start)
         cache = DynamicCache(config=llama.config)
         with fasa.sparse_from(torch.tensor([start])):
@@ -101,7 +102,7 @@ def test_boundaries_are_absolute_slots_of_the_cache(llama: PreTrainedModel, ids:
 def test_layers_with_a_sliding_window_beside_sparse_ones(ids: Ids, n_fac: float, cached: int) -> None:
     """The cache of a sliding-window layer drops its first slots: an index into it is not an absolute slot."""
     model, row, start = tiny("Gemma 3"), ids(40), 25
-    with enable(model, profile_of(model), FasaConfig(n_fac=n_fac)) as fasa, torch.no_grad():
+    with enable(model, profile_of(model), unrounded(n_fac=n_fac)) as fasa, torch.no_grad():
         expected = token_by_token(model, row, start)
         fasa.stats.reset()
         cache = DynamicCache(config=model.config)
@@ -117,7 +118,7 @@ def test_full_budget_is_bit_identical_to_dense(model: PreTrainedModel, ids: Ids)
     batch = ids(40, rows=3)
     with torch.no_grad():
         dense = model(batch).logits
-        with enable(model, profile_of(model), FasaConfig(n_fac=40, dense_layers=())) as fasa:
+        with enable(model, profile_of(model), unrounded(n_fac=40, dense_layers=())) as fasa:
             with fasa.sparse_from(torch.tensor([0, 20, 40])):
                 assert torch.equal(model(batch).logits, dense)
             assert fasa.stats.sparse_queries == 0
@@ -127,7 +128,7 @@ def test_a_boundary_at_the_end_is_dense(llama: PreTrainedModel, ids: Ids) -> Non
     batch = ids(40, rows=2)
     with torch.no_grad():
         dense = llama(batch).logits
-        with enable(llama, profile_of(llama), FasaConfig(n_fac=4)) as fasa, fasa.sparse_from(torch.tensor([40, 40])):
+        with enable(llama, profile_of(llama), unrounded(n_fac=4)) as fasa, fasa.sparse_from(torch.tensor([40, 40])):
             assert torch.equal(llama(batch).logits, dense)
 
 
@@ -139,7 +140,7 @@ def test_the_boundary_ends_with_its_context_even_after_an_error(llama: PreTraine
             assert not torch.equal(llama(batch).logits, before)
             raise KeyError
 
-    with torch.no_grad(), enable(llama, profile_of(llama), FasaConfig(n_fac=4)) as fasa:
+    with torch.no_grad(), enable(llama, profile_of(llama), unrounded(n_fac=4)) as fasa:
         before = llama(batch).logits
         with pytest.raises(KeyError):
             fail()
@@ -163,7 +164,7 @@ def test_boundaries_that_do_not_fit_are_refused(
 ) -> None:
     profile = profile_of(llama)
     with (
-        enable(llama, profile, FasaConfig(n_fac=4)) as fasa,
+        enable(llama, profile, unrounded(n_fac=4)) as fasa,
         pytest.raises((ValueError, TypeError), match=r"start|stop|row"),
         fasa.sparse_from(start, stop),
         torch.no_grad(),

@@ -8,10 +8,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import EXACT, Case, generator, integers
+from cases import EXACT, Case, generator, integers, plain_attention
 
-from fasa_flex import fasa_attention, packing
-from fasa_flex.packing import PackedDtype, PackedKeys, packed_bytes
+from fasa_flex import packing
+from fasa_flex.packing import PackedDtype, PackedKeys, as_packed, packed_bytes
 
 LENGTHS = (1, 15, 16, 17, 101)
 PAIRS = [[0, 1], [2, 3]]
@@ -49,7 +49,7 @@ def test_rows_come_back_as_they_were(length: int, dtype: str | None, capacity: i
     assert not packed.rows(packed.capacity)[:, :, length:].any()
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16", "int8", "int4"])
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
 def test_a_key_takes_as_many_bytes_as_are_told_ahead(dtype: PackedDtype | None, cache_dtype: torch.dtype) -> None:
     packed = PackedKeys.of(integers(2, 3, 64, 6, seed=1).to(cache_dtype), dtype)
@@ -57,9 +57,9 @@ def test_a_key_takes_as_many_bytes_as_are_told_ahead(dtype: PackedDtype | None, 
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8", "int4"])
 def test_scores_equal_the_oracle(length: int, dtype: str | None) -> None:
-    """Of the rows as they are held; int8 is within half a step of the largest number, a 127th of it."""
+    """Of the rows as they are held; integers are within half a step of the largest number, a 127th or 7th of it."""
     rows = torch.randn(2, 3, length, 4, generator=generator(2))
     rows[0, 0, 0] = 0.0
     query = torch.randn(2, 3, 5, 4, generator=generator(3))
@@ -71,7 +71,7 @@ def test_scores_equal_the_oracle(length: int, dtype: str | None) -> None:
     for b, h, g in np.ndindex(2, 3, 5):
         expected = oracle.score(query[b, h, g].double().numpy(), held[b, h].numpy(), PAIRS)
         np.testing.assert_allclose(scores[b, h, g].numpy(), expected, atol=1e-5)
-    step = {None: 0.0, "bfloat16": 2**-8}.get(dtype, 0.51 / 127)
+    step = {None: 0.0, "bfloat16": 2**-8, "int8": 0.51 / 127, "int4": 0.503 / 7}[dtype]
     largest = rows.abs().amax(-1, keepdim=True)
     assert ((held - rows).abs() <= step * largest + 1e-12).all()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -79,17 +79,18 @@ def test_scores_equal_the_oracle(length: int, dtype: str | None) -> None:
 
 
 @pytest.mark.parametrize("by", ["slots", "first slot"])
-@pytest.mark.parametrize("dtype", [None, "float16", "int8"])
+@pytest.mark.parametrize("dtype", [None, "float16", "int8", "int4"])
 def test_writing_key_by_key_is_packing_at_once(dtype: str | None, by: str) -> None:
     rows = torch.randn(2, 3, 70, 4, generator=generator(4))
     whole, written = PackedKeys.of(rows, dtype), PackedKeys.of(torch.zeros(2, 3, 1, 4), dtype, 70)
     for start, end in ((0, 1), (1, 5), (5, 40), (40, 41), (41, 70)):
         written.write(rows[:, :, start:end], torch.arange(start, end) if by == "slots" else start)
     assert written.rows(70).equal(whole.rows(70))
-    assert (written.scales is None) == (dtype != "int8")
+    assert written.grown(100).rows(70).equal(as_packed(rows, dtype).to(written.rows(70)))
+    assert (written.scales is None) == (dtype not in ("int8", "int4"))
 
 
-@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("dtype", [None, "int8", "int4"])
 def test_growing_and_reordering_keep_rows(dtype: str | None, tile: int) -> None:
     rows = torch.randn(2, 3, 40, 4, generator=generator(5))
     packed = PackedKeys.of(rows, dtype)
@@ -102,12 +103,14 @@ def test_growing_and_reordering_keep_rows(dtype: str | None, tile: int) -> None:
     if packed.scales is not None:
         assert packed.scales.dtype == torch.float16
         assert packed.n_bytes == packed.tiles.numel() + 2 * packed.scales.numel()
-        assert int(packed.tiles.abs().max()) == 127
+        largest = {"int8": 127, "int4": (7 + 8) * 16 + 15}[dtype]  # of a byte: a code, or two beside their 8
+        assert int(packed.tiles.int().abs().max()) in range(largest - 15 * (dtype == "int4"), largest + 1)
 
 
-def test_int8_holds_tiny_and_zero_keys() -> None:
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_integers_hold_tiny_and_zero_keys(dtype: PackedDtype) -> None:
     rows = torch.tensor([0.0, 1e-9, 1e4]).view(1, 1, 3, 1).expand(1, 1, 3, 2)
-    held = PackedKeys.of(rows, "int8").rows(3)[0, 0, :, 0]
+    held = PackedKeys.of(rows, dtype).rows(3)[0, 0, :, 0]
     assert held[0] == 0
     assert abs(held[1]) < 1e-4
     torch.testing.assert_close(held[2], torch.tensor(1e4), rtol=1e-3, atol=0)
@@ -119,10 +122,10 @@ def test_packed_keys_serve_one_query_a_row_of_the_shape_they_were_made_for() -> 
     packed = PackedKeys.of(torch.stack([k[:, n][..., chunks[n].flatten()] for n in range(2)], 1), capacity=70)
     for backend in EXACT:
         plain = case.run(q, k, v, chunks, backend)
-        assert fasa_attention(q, k, v, chunks, n_fac=6, packed_keys=packed, backend=backend).equal(plain)
+        assert plain_attention(q, k, v, chunks, n_fac=6, packed_keys=packed, backend=backend).equal(plain)
     two = q.expand(-1, -1, 2, -1)
     with pytest.raises(ValueError, match="score one query a row, got 2"):
-        fasa_attention(two, k, v, chunks, n_fac=6, packed_keys=packed, backend="gather")
+        plain_attention(two, k, v, chunks, n_fac=6, packed_keys=packed, backend="gather")
     for wrong in (
         PackedKeys.of(packed.rows(40)[:1]),
         PackedKeys.of(packed.rows(40)[:, :1]),
@@ -130,10 +133,27 @@ def test_packed_keys_serve_one_query_a_row_of_the_shape_they_were_made_for() -> 
         PackedKeys.of(packed.rows(40)[:, :, :32]),
     ):
         with pytest.raises(ValueError, match="packed_keys must be"):
-            fasa_attention(q, k, v, chunks, n_fac=6, packed_keys=wrong, backend="gather")
+            plain_attention(q, k, v, chunks, n_fac=6, packed_keys=wrong, backend="gather")
 
 
-@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_four_bits_are_codes_of_at_most_7_two_in_a_byte(tile: int) -> None:
+    """A key's first half in the low bits, its second in the high ones, 8 added; the oracle's numbers."""
+    rows = torch.randn(2, 3, 33, 6, generator=generator(8)) * torch.logspace(-3, 3, 33)[:, None]
+    packed = PackedKeys.of(rows, "int4")
+    assert packed.tiles.dtype == torch.uint8
+    assert packed.tiles.shape[3] * 2 == packed.width == 6
+    held = packed.rows(33)
+    for b, h, slot in np.ndindex(2, 3, 33):
+        of_key = packed.tiles[b, h, slot // tile, :, slot % tile].int()
+        codes = torch.cat([of_key % 16, of_key // 16]) - 8
+        assert codes.abs().max() == 7
+        scale = packed.scales[b, h, slot // tile, slot % tile].float()
+        assert held[b, h, slot].equal(codes * scale)
+        assert ((held[b, h, slot] - rows[b, h, slot]).abs() <= 0.502 * scale).all()
+        np.testing.assert_array_equal(held[b, h, slot].numpy(), oracle.rounded(rows[b, h, slot].double().numpy(), 4))
+
+
+@pytest.mark.parametrize("dtype", [None, "int8", "int4"])
 def test_a_tracer_sees_the_same_scores(dtype: str | None) -> None:
     """Under the compiler they are sums of products, for one fused pass."""
     rows, query = torch.randn(2, 3, 70, 4, generator=generator(6)), torch.randn(2, 3, 5, 4, generator=generator(7))

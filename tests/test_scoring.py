@@ -11,8 +11,12 @@ import pytest
 import torch
 
 from fasa_flex import RotaryLayout
+from fasa_flex.budget import Budget
+from fasa_flex.packing import PackedDtype, PackedKeys
 from fasa_flex.reads import ReadShare
 from fasa_flex.scoring import DominantChunks, attention_weights, reduce_group
+from fasa_flex.selection import Marks, valid_keys
+from fasa_flex.softmax import Softmax
 
 DIM = 8
 
@@ -35,6 +39,48 @@ def test_scores_equal_the_oracle(n_tip: int, rows: int) -> None:
         mine = pairs[h if rows == 6 else h // 3].tolist()
         expected = oracle.score(q[b, h, i].double().numpy(), k[b, h // 3].double().numpy(), mine)
         np.testing.assert_allclose(scores[b, h // 3, h % 3, i].numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [None, "int8", "int4"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_scores_beside_a_mean_key_equal_the_oracle(dtype: PackedDtype | None, weighted: bool) -> None:
+    """Weighted, rounded, and packed too, where the same rows are rounded."""
+    generator = torch.Generator().manual_seed(2)
+    q, k = torch.randn(2, 4, 1, DIM, generator=generator), torch.randn(2, 2, 21, DIM, generator=generator)
+    mean, pairs = 3 * torch.randn(2, DIM, generator=generator), chunks(2, 3)
+    weights = torch.rand(2, 3, generator=generator) if weighted else None
+    by_dim = None if weights is None else weights.repeat_interleave(2, -1)
+    scorer = DominantChunks(pairs.flatten(1), mean, by_dim, dtype)
+    scores = scorer(q, k + mean[:, None])
+    assert torch.allclose(scores, scorer(q, k + mean[:, None], PackedKeys.of(scorer.pack(k + mean[:, None]), dtype)))
+    for b, h in np.ndindex(2, 4):
+        mine = (x[h // 2].double().numpy() for x in (k[b] + mean[:, None], pairs, mean))
+        keys, own, centre = mine
+        weigh = None if weights is None else weights[h // 2].double().numpy()
+        bits = {None: None, "int8": 8, "int4": 4}[dtype]
+        expected = oracle.score(q[b, h, 0].double().numpy(), keys, own.astype(int), centre, bits, weigh)
+        np.testing.assert_allclose(scores[b, h // 2, h % 2, 0].numpy(), expected, atol=2e-5)
+
+
+def test_a_mean_key_shifts_all_scores_of_a_query_head_alike() -> None:
+    """By its part outside of the chunks, so that no head's ranking changes, nor a group's by mean or weights."""
+    generator = torch.Generator().manual_seed(4)
+    q, k = torch.randn(1, 4, 3, DIM, generator=generator), torch.randn(1, 2, 40, DIM, generator=generator)
+    pairs, mean = chunks(2, 2), 3 * torch.randn(2, DIM, generator=generator)
+    bare, centred = DominantChunks(pairs.flatten(1))(q, k), DominantChunks(pairs.flatten(1), mean)(q, k)
+    shift = centred - bare
+    torch.testing.assert_close(shift, shift[..., :1].expand_as(shift), atol=2e-5, rtol=0)
+    assert shift[..., 0].std() > 1
+    valid, softmax = valid_keys(3, 40, None, q.device), Softmax(0.5)
+    sampled = Marks.of(valid, Budget(4), "softmax").sampled
+    for how in ("mean", "softmax", "softmax_exact"):
+        rankings = [reduce_group(scores, valid, how, softmax, sampled) for scores in (bare, centred)]
+        orders = [torch.where(valid, ranking, -torch.inf).argsort(-1)[..., -8:] for ranking in rankings]
+        assert torch.equal(*orders), how
+    outside = mean.clone()
+    outside.scatter_(-1, pairs.flatten(1), 0.0)
+    within = DominantChunks(pairs.flatten(1), mean - outside)(q, k)  # then "max" compares the same numbers, too
+    torch.testing.assert_close(within, bare, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -92,39 +138,80 @@ def test_autocast_does_not_round_scores() -> None:
 # Two heads of a group, three keys, the last one not valid; written out.
 TWO = torch.tensor([[0.0, 4.0, 9.0], [3.0, 1.0, 9.0]]).view(1, 1, 2, 1, 3)
 VALID = torch.tensor([True, True, False]).view(1, 1, 1, 1, 3)
+HALF = Softmax(0.5)
 
 
 @pytest.mark.parametrize(("how", "expected"), [("max", [3.0, 4.0]), ("mean", [1.5, 2.5])])
 def test_a_group_ranks_as_one_written_out(how: str, expected: list[float]) -> None:
-    reduced = reduce_group(TWO, VALID, how, 0.5)
+    reduced = reduce_group(TWO, VALID, how, HALF)
     assert reduced.shape == (1, 1, 1, 1, 3)
     assert reduced.flatten()[:2].tolist() == expected
 
 
 def test_a_group_ranks_by_the_sum_of_its_weights_written_out() -> None:
-    """Each head's softmax over its valid keys at scale 0.5, then the sum of both."""
+    """Each head's softmax over its valid keys at scale 0.5, then the sum of both; by a sample of all, its logarithm."""
     weights = [[1 / (1 + math.exp(2)), 1 / (1 + math.exp(-2))], [1 / (1 + math.exp(-1)), 1 / (1 + math.exp(1))]]
     expected = [weights[0][j] + weights[1][j] for j in range(2)]
-    reduced = reduce_group(TWO, VALID, "softmax", 0.5)
-    assert reduced.shape == (1, 1, 1, 1, 3)
-    np.testing.assert_allclose(reduced.flatten()[:2].numpy(), expected, atol=1e-6)
+    for how, sampled, undo in (("softmax_exact", None, torch.Tensor.clone), ("softmax", VALID, torch.exp)):
+        reduced = undo(reduce_group(TWO, VALID, how, HALF, sampled))
+        assert reduced.shape == (1, 1, 1, 1, 3)
+        np.testing.assert_allclose(reduced.flatten()[:2].numpy(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("how", ["max", "mean", "softmax", "none"])
+def test_a_sample_is_counted_by_valid_keys_and_not_by_slots() -> None:
+    """The first 4, the last 64 and every 32nd of those that a query may attend to, wherever they lie."""
+    mask = torch.rand(3, 260, generator=torch.Generator().manual_seed(6)) < torch.tensor([[1.0], [0.7], [0.02]])
+    valid = valid_keys(2, 260, mask, mask.device)
+    sampled = Marks.of(valid, Budget(4), "softmax").sampled
+    for b, i in np.ndindex(3, 2):
+        keys = oracle.valid_keys(258 + i, mask[b].tolist())
+        assert sampled[b, 0, 0, i].nonzero().flatten().tolist() == oracle.sample(keys)
+    assert sampled[0, 0, 0, 1].sum() == 4 + 64 + 6  # 32, 64, ... 192
+    assert Marks.of(valid, Budget(4), "max") == (None, None)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("how", ["softmax", "softmax_exact"])
+def test_a_groups_ranking_is_the_oracles_over_more_keys_than_are_sampled(how: str, softcap: float | None) -> None:
+    scores = 3 * torch.randn(2, 1, 3, 1, 200, generator=torch.Generator().manual_seed(5))
+    valid = valid_keys(1, 200, torch.arange(200) >= torch.tensor([[0], [37]]), scores.device)
+    softmax = Softmax(0.7, softcap)
+    ranking = reduce_group(scores, valid, how, softmax, Marks.of(valid, Budget(4), how).sampled)
+    for b in range(2):
+        keys = valid[b].flatten().nonzero().flatten().tolist()
+        expected = oracle.reduce_group(scores[b, 0, :, 0].double().numpy(), keys, how, 0.7, softcap)[keys]
+        got = ranking[b, 0, 0, 0, keys]
+        np.testing.assert_allclose((got if how == "softmax" else got.log()).numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e6, 1e30])
+def test_weights_that_would_overflow_rank(size: float) -> None:
+    """Keys outside of the sample may be ahead of it by any number; they would all be infinite, and the others 0."""
+    scores = size * torch.rand(1, 1, 2, 1, 200, generator=torch.Generator().manual_seed(7))
+    scores[..., 5:9] += size * torch.arange(1, 5)
+    valid = valid_keys(1, 200, None, scores.device)
+    ranking = reduce_group(scores, valid, "softmax", Softmax(1.0), Marks.of(valid, Budget(4), "softmax").sampled)
+    assert ranking.isfinite().all()
+    assert ranking.flatten()[:100].argsort(descending=True)[:4].tolist() == [8, 7, 6, 5]
+    assert len(set(ranking.flatten().tolist())) >= 199  # the best of the sample of either head weighs 1
+
+
+@pytest.mark.parametrize("how", ["max", "mean", "softmax", "softmax_exact", "none"])
 def test_a_group_of_one_ranks_by_its_scores(how: str) -> None:
     """Unrounded: a softmax would make ties of close scores."""
-    assert reduce_group(TWO[:, :, :1], VALID, how, 0.5).equal(TWO[:, :, :1])
-    assert reduce_group(TWO, VALID, "none", 0.5).equal(TWO)
+    assert reduce_group(TWO[:, :, :1], VALID, how, HALF).equal(TWO[:, :, :1])
+    assert reduce_group(TWO, VALID, "none", HALF).equal(TWO)
 
 
-@pytest.mark.parametrize("how", ["max", "mean", "softmax", "none"])
+@pytest.mark.parametrize("how", ["max", "mean", "softmax", "softmax_exact", "none"])
 def test_a_compiled_group_ranks_alike(how: str) -> None:
     """Head by head under the compiler on CPU; rows have keys of their own, and one has none."""
     scores = torch.randn(3, 2, 4, 2, 37, generator=torch.Generator().manual_seed(3)) * 5
     share = torch.tensor([1.0, 0.6, 0.0]).view(3, 1, 1, 1, 1)
     valid = torch.rand(3, 1, 1, 2, 37, generator=torch.Generator().manual_seed(4)) < share
-    compiled = torch.compile(reduce_group, fullgraph=True)(scores, valid, how, 0.5)
-    expected = reduce_group(scores, valid, how, 0.5)
+    sampled = Marks.of(valid, Budget(4), how).sampled
+    compiled = torch.compile(reduce_group, fullgraph=True)(scores, valid, how, HALF, sampled)
+    expected = reduce_group(scores, valid, how, HALF, sampled)
     assert compiled.shape == expected.shape
     some = valid.expand(expected.shape)
     torch.testing.assert_close(compiled[some], expected[some], atol=1e-6, rtol=1e-5)

@@ -8,14 +8,14 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import DIM, integers, pick_chunks
+from cases import DIM, integers, pick_chunks, plain_attention, unrounded
 from generation import PROMPT, Ids, generate, left_padded, profile_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from fasa_flex import FasaConfig, enable, fasa_attention
+from fasa_flex import FasaConfig, enable
 from fasa_flex.attention import sparse_attention
 from fasa_flex.budget import Budget
 from fasa_flex.config import Backend
@@ -121,10 +121,10 @@ def test_lists_become_tuples_so_that_a_config_round_trips_through_json() -> None
 
 # In a model: three layers, the first dense; two key/value heads.
 
-PYRAMID = FasaConfig(n_fac=12, layer_budgets="pyramid", dense_layers=())
-OF_LAYERS = FasaConfig(n_fac=8, layer_budgets=(9, 3, 1), n_sink=1)
-OF_HEADS = FasaConfig(n_fac=24, layer_budgets=(1, (1, 3), (5, 2)), n_recent=1)  # some heads fit their budgets, some not
-BY_QUERY_HEAD = FasaConfig(n_fac=10, layer_budgets=(1, (1, 3), 1), group_reduce="none")
+PYRAMID = unrounded(n_fac=12, layer_budgets="pyramid", dense_layers=())
+OF_LAYERS = unrounded(n_fac=8, layer_budgets=(9, 3, 1), n_sink=1)
+OF_HEADS = unrounded(n_fac=24, layer_budgets=(1, (1, 3), (5, 2)), n_recent=1)  # some heads fit their budgets, some not
+BY_QUERY_HEAD = unrounded(n_fac=10, layer_budgets=(1, (1, 3), 1), group_reduce="none")
 CONFIGS = [PYRAMID, OF_LAYERS, OF_HEADS, BY_QUERY_HEAD]
 
 
@@ -193,7 +193,7 @@ def test_heads_of_their_own_budgets_are_heads_alone(length: int, backend: Backen
     """Among 18 keys one head is over its budget and the other is not."""
     q, k, v, chunks, mask = call(length)
     alone = [
-        fasa_attention(*part, n_fac=n_fac, n_sink=1, n_recent=2, key_mask=mask, backend="reference")
+        plain_attention(*part, n_fac=n_fac, n_sink=1, n_recent=2, key_mask=mask, backend="reference")
         for n_fac, *part in zip((5, 20), q.split(2, 1), k.split(1, 1), v.split(1, 1), chunks.split(1), strict=True)
     ]
     torch.testing.assert_close(attend(backend, length), torch.cat(alone, dim=1))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import plain, unrounded
 from generation import NEW, PROMPT, Attention, Ids, decode_reader, generate, left_padded, profile_of
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -57,13 +58,14 @@ def test_full_budget_beam_search_equals_dense(llama: PreTrainedModel, ids: Ids) 
 # A small budget is the method.
 
 CONFIGS = [
-    FasaConfig(n_fac=6),
-    FasaConfig(n_fac=0.2, n_tip=3, dense_layers=()),
-    FasaConfig(n_fac=8, n_sink=2, n_recent=3, dense_layers=(0, 2)),
-    FasaConfig(n_fac=5, per="query_head", n_tip=3),
-    FasaConfig(n_fac=5, group_reduce="none"),
-    FasaConfig(n_fac=5, group_reduce="mean", backend="reference"),
-    FasaConfig(n_fac=5, group_reduce="softmax", backend="gather"),
+    plain(n_fac=6),
+    plain(n_fac=0.2, n_tip=3, dense_layers=()),
+    plain(n_fac=8, n_sink=2, n_recent=3, dense_layers=(0, 2)),
+    plain(n_fac=5, per="query_head", n_tip=3),
+    plain(n_fac=5, group_reduce="none"),
+    plain(n_fac=5, group_reduce="mean", backend="reference"),
+    plain(n_fac=5, group_reduce="softmax", backend="gather"),
+    unrounded(n_fac=16),
 ]
 
 
@@ -87,14 +89,14 @@ def test_flex_inside_a_model_equals_gather(llama: PreTrainedModel, ids: Ids) -> 
     prompt, profile = ids(PROMPT, rows=1), profile_of(llama)
     results = []
     for backend in ("gather", "flex"):
-        with enable(llama, profile, FasaConfig(n_fac=6, n_sink=1, backend=backend)):
+        with enable(llama, profile, unrounded(n_fac=6, n_sink=1, backend=backend)):
             results.append(generate(llama, prompt, max_new_tokens=2))
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "config", [FasaConfig(n_fac=6, n_sink=1, n_recent=2), FasaConfig(n_fac=0.2)], ids=["tokens", "share"]
+    "config", [unrounded(n_fac=6, n_sink=1, n_recent=2), unrounded(n_fac=0.2)], ids=["tokens", "share"]
 )
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 1}], ids=["greedy", "sampled from one"])
 def test_left_padded_batch_equals_its_rows_alone(
@@ -126,9 +128,9 @@ def test_a_scorer_of_ones_own_replaces_the_profile(llama: PreTrainedModel, ids: 
 
         return score
 
-    prompt, config = ids(PROMPT, rows=1), FasaConfig(n_fac=6)
+    prompt, config = ids(PROMPT, rows=1), plain(n_fac=6)
     profile = profile_of(llama)
-    with attention(llama, decode_reader(llama, profile, FasaConfig(n_fac=6, n_tip=8))):
+    with attention(llama, decode_reader(llama, profile, plain(n_fac=6, n_tip=8))):
         expected_tokens, expected = generate(llama, prompt)
     with enable(llama, None, config, scorer=full_score):
         tokens, logits = generate(llama, prompt)

@@ -9,7 +9,9 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from cases import unrounded
 from families import FAMILIES, tiny
+from filled import assert_packed
 from generation import Ids, generate, left_padded, profile_of
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
@@ -180,9 +182,8 @@ def test_a_cache_is_packed_from_the_first_step_and_anew_after_recalibration(llam
             assert [isinstance(layer, kind) for layer in cache.layers] == [False, True, True]
             for seed in (1, 2):
                 llama(token, past_key_values=cache)
-                held, length = cache.layers[1], int(cache.get_seq_length())
-                assert held.scorer is fasa._scorer(1)
-                assert held.packed.rows(length).equal(held.scorer.pack(held.keys)[:, :, :length])
+                assert cache.layers[1].scorer is fasa._scorer(1)
+                assert_packed(cache)
                 fasa.recalibrate()
                 llama(ids(PROMPT, seed=seed, rows=1))  # another sequence, without a cache
 
@@ -295,7 +296,7 @@ def test_a_forward_that_broke_off_leaves_nothing_half_measured(llama: PreTrained
 def test_sets_are_those_of_the_profile(llama: PreTrainedModel, ids: Ids, config: FasaConfig) -> None:
     with enable(llama, config=config) as fasa, torch.no_grad():
         llama(ids(PROMPT, rows=1))
-        n_tip = config.n_tip or 2
+        n_tip = config.chunks_of(16)
         assert fasa.profile is not None
         for layer in (1, 2):
             assert fasa.profile.variance is not None
@@ -314,7 +315,7 @@ def test_a_compiled_decode_follows_an_eager_prefill(llama: PreTrainedModel, ids:
         llama(prompt, past_key_values=cache)
         return torch.cat([model(ids(1, seed=step, rows=1), past_key_values=cache).logits for step in range(3)])
 
-    with enable(llama, config=CONFIG) as fasa, torch.inference_mode():
+    with enable(llama, config=unrounded(n_fac=16)) as fasa, torch.inference_mode():
         expected = decode(llama)
         fasa.recalibrate()
         torch.testing.assert_close(decode(compiled), expected, atol=1e-4, rtol=1e-4)

@@ -17,6 +17,7 @@ from fasa_flex.baselines.calibrated import heavy_channels
 from fasa_flex.budget import Budget
 from fasa_flex.scoring import reduce_group
 from fasa_flex.selection import select, valid_keys
+from fasa_flex.softmax import Softmax
 
 
 def states(rows: int, length: int, dim: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -84,7 +85,7 @@ def test_sparq_ranks_as_the_code_in_its_paper() -> None:
     query, key = states(2, 50)
     query = query[:, :, -1:]
     valid = valid_keys(1, 50, None, key.device)
-    ranked = reduce_group(SparQ(3)(query, key), valid, "softmax", 8**-0.5)
+    ranked = reduce_group(SparQ(3)(query, key), valid, "softmax_exact", Softmax(8**-0.5))
     Q, K = query.view(2, 2, 2, 1, 8), key[:, :, None]
     dims = Q.abs().sum(2, keepdim=True).topk(3, -1).indices
     q_hat, k_hat = Q.gather(-1, dims.expand(-1, -1, 2, -1, -1)), K.gather(-1, dims.expand(-1, -1, -1, 50, -1))

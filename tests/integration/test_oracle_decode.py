@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import oracle
 import pytest
 import torch
+from cases import plain
+from conftest import token_ids
 from families import FAMILIES, Family, tiny
-from generation import generate, profile_of
+from generation import by_the_oracle, generate, profile_of
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
@@ -21,10 +22,11 @@ from ways import prompts
 from fasa_flex import FasaConfig, FasaProfile, enable
 
 CONFIGS = (
-    FasaConfig(n_fac=6, n_sink=1, n_recent=2, group_reduce="max"),
-    FasaConfig(n_fac=0.2, n_tip=3, group_reduce="mean"),
-    FasaConfig(n_fac=5, per="query_head"),
-    FasaConfig(n_fac=6),
+    plain(n_fac=6, n_sink=1, n_recent=2, group_reduce="max"),
+    plain(n_fac=0.2, n_tip=3, group_reduce="mean"),
+    plain(n_fac=5, per="query_head"),
+    plain(n_fac=6),
+    FasaConfig(n_fac=16, packed_dtype=None),
 )
 
 
@@ -34,8 +36,6 @@ def decoding_by_the_oracle(
 ) -> Iterator[None]:
     """Single queries of the layers that the family says are sparse go through the oracle, all others stay dense."""
     former = model.config._attn_implementation
-    pairs = np.array(family.pairs)
-    n_tip = config.n_tip or family.head_dim // 8
 
     def attend(
         module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
@@ -47,17 +47,11 @@ def decoding_by_the_oracle(
             else:
                 dense = AttentionInterface._global_mapping[former]
             return dense(module, query, key, value, mask, **options)
-        heads = key.shape[1] if config.per == "kv_head" else None
-        chunks = pairs[oracle.dominant(profile.agreement[layer].double().numpy(), n_tip, heads)]
         sinks = options.get("s_aux")
         result = oracle.fasa(
             *(x.detach().double().numpy() for x in (query, key, value)),
-            chunks,
-            n_fac=config.n_fac,
+            **by_the_oracle(profile, config, layer, family.pairs, key.shape[1]),
             scaling=options["scaling"],
-            n_sink=config.n_sink,
-            n_recent=config.n_recent,
-            group_reduce=config.group_reduce,
             softcap=options.get("softcap"),
             sinks=None if sinks is None else sinks.detach().double().numpy(),
         )
@@ -78,10 +72,12 @@ def decoding_by_the_oracle(
 )
 def test_decodes_as_the_oracle(family: Family, config: FasaConfig) -> None:
     model = tiny(family.name)
-    profile = profile_of(model)
+    completes = config.completion != "none"
+    profile = profile_of(model, mean_key=completes)
+    prompt = token_ids(66, rows=1) if completes else prompts(rows=1)  # 64 keys are the first that are completed
     with decoding_by_the_oracle(model, family, profile, config):
-        expected_tokens, expected = generate(model, prompts(rows=1), max_new_tokens=5)
+        expected_tokens, expected = generate(model, prompt, max_new_tokens=5)
     with enable(model, profile, config):
-        tokens, logits = generate(model, prompts(rows=1), max_new_tokens=5)
+        tokens, logits = generate(model, prompt, max_new_tokens=5)
     assert torch.equal(tokens, expected_tokens)
     torch.testing.assert_close(logits, expected, atol=5e-4 * float(expected.abs().max()), rtol=1e-3)

@@ -25,7 +25,7 @@ def test_gather_and_reference_equal_the_oracle(call: Call) -> None:
 
 
 @cases(1)
-@given(calls(dtypes=(torch.float64, torch.float32), reduces=("softmax",)), st.integers(0, 2**20))
+@given(calls(dtypes=(torch.float64, torch.float32), reduces=("softmax", "softmax_exact")), st.integers(0, 2**20))
 def test_a_group_ranks_by_its_mean_weight(call: Call, seed: int) -> None:
     """Continuous scores: near-ties, which float32 and float64 may rank differently, are left out."""
     generator = torch.Generator().manual_seed(seed)
@@ -158,7 +158,7 @@ def test_all_chunks_rank_as_the_full_score(call: Call, data: st.DataObject) -> N
 
 
 @cases(1)
-@given(calls(reduces=("max", "mean", "softmax", "none")), st.sampled_from([0, 1, 1000, 1.0]))
+@given(calls(reduces=("max", "mean", "softmax", "softmax_exact", "none")), st.sampled_from([0, 1, 1000, 1.0]))
 def test_a_budget_of_all_keys_is_dense_attention(call: Call, extra: float) -> None:
     """Whatever the chunks, forced tokens and reduction."""
     n_fac = 1.0 if isinstance(extra, float) else max(call.k.shape[2], 6) + extra

@@ -33,13 +33,13 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(
         n_tip=st.integers(1, 8),
         rows=st.integers(1, 3),
-        packed_dtype=st.sampled_from([None, "bfloat16", "float16", "int8"]),
+        packed_dtype=st.sampled_from([None, "bfloat16", "float16", "int8", "int4"]),
         placement=st.sampled_from(["device", "host"]),
     )
     def make(self, n_tip: int, rows: int, packed_dtype: Any, placement: Any) -> None:
         model, profile = model_and_profile()
         config = FasaConfig(n_tip=n_tip, dense_layers=DENSE, packed_dtype=packed_dtype)
-        self.exact = packed_dtype != "int8"  # numbers up to 3 are exact in the others
+        self.exact = packed_dtype not in ("int8", "int4")  # numbers up to 3 are exact in the others
         self.chunks = profile.dominant_dims(n_tip)
         self.new = lambda: FasaCache(model, profile, config, placement=placement)
         self.cache, self.seed = self.new(), 0

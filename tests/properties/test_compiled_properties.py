@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import PLAIN
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from properties.calls import Call, calls, cases, masks, whole
@@ -83,7 +84,7 @@ def calls_of(draw: st.DrawFn, signature: Signature) -> Call:
         v=torch.randn(s.batch, s.kv_heads, length, s.dim, generator=generator).to(s.dtype),
         chunks=RotaryLayout.half_split(s.dim).chunks[order],
         key_mask=draw(masks(s.batch, length).filter(lambda mask: mask is not None)),
-        options={"n_fac": s.n_fac, "group_reduce": "max", **s.options},
+        options={"n_fac": s.n_fac, **PLAIN, **s.options},
     )
 
 
