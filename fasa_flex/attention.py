@@ -25,7 +25,7 @@ from fasa_flex.packing import PackedKeys
 from fasa_flex.realize import realize
 from fasa_flex.reference import reference_attention
 from fasa_flex.rows import dot_rows, take_rows, weigh_rows, whole_buffer
-from fasa_flex.scoring import DominantChunks, Scorer, check_scores, reduce_group, relative_weights
+from fasa_flex.scoring import DominantChunks, Scorer, check_scores, reduce_group, weigh
 from fasa_flex.selection import Marks, Selection, select, valid_keys
 from fasa_flex.softmax import Softmax
 
@@ -214,22 +214,23 @@ def _score_select_attend(
     scores = scorer(query, key, packed_keys)
     if not isinstance(scorer, DominantChunks):
         check_scores(scores, query, key)
-    weights = None
+    logits = weights = None
     if completion is not None and backend != "reference":
         assert marks.sample is not None
-        weights = relative_weights(softmax.logits(scores), marks.sample)
+        logits = softmax.logits(scores)
+        weights = weigh(logits, valid, marks.sample)
     if weights is None or group_reduce != "softmax" or scores.shape[2] == 1:
         ranking = reduce_group(scores, valid, group_reduce, softmax, marks.sample)
     else:
-        ranking = weights.sum(2, keepdim=True)
+        ranking = weights.ranking
     if backend == "reference":
         return reference_attention(query, key, value, ranking, valid, budget, softmax, scores, completion)
     selection = select(ranking, valid, budget, marks.forced)
     attend = flex_focused if backend == "flex" else gather_focused
     out, lse = attend(query, key, value, selection, softmax)
     share = None
-    if completion is not None and weights is not None:
-        share = kept_share(weights, valid, selection)
+    if completion is not None and logits is not None and weights is not None:
+        share = kept_share(logits, weights, selection)
         remainder, known = completion.remainder(query, key, value, valid, softmax.scaling)
         share = torch.where(known, share, 1.0)
         out = complete(out, share, remainder)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fasa_flex.budget import SINKS
 from fasa_flex.operators import operator
-from fasa_flex.realize import read_as_floats
+from fasa_flex.scoring import Weights
 from fasa_flex.selection import Selection
 
 BLOCK = 64
@@ -184,7 +184,9 @@ class Completion:
         state = self.state
         value_of = state.mean_value[:, :, None, None].float()
         if self.strength:
-            asked = grouped.flatten(2, 3).float() * (scaling * self.strength)  # first: half precision holds what is left
+            asked = grouped.flatten(2, 3).float() * (
+                scaling * self.strength
+            )  # first: half precision holds what is left
             tilt = asked.to(state.covariance.dtype) @ state.covariance
             value_of = value_of + tilt.unflatten(2, grouped.shape[2:4]).float()
         return value_of, state.covered[:, :, None, None] > 0
@@ -203,21 +205,20 @@ def _of_keys(query: Tensor, key: Tensor, value: Tensor, valid: Tensor, factor: f
     return weights @ value.float()[:, :, None], count[..., 0] > 0
 
 
-def kept_share(weights: Tensor, valid: Tensor, selection: Selection) -> Tensor:
+def kept_share(logits: Tensor, weights: Weights, selection: Selection) -> Tensor:
     """The share of all valid keys' mass that the selected ones hold, by estimated logits.
 
     Args:
-        weights: float32 [B, Hkv, G, Q, T], `fasa_flex.scoring.relative_weights`.
-        valid: bool [B or 1, 1, 1, Q, T].
+        logits: float32 [B, Hkv, G, Q, T].
+        weights: theirs.
         selection: of the same queries.
 
     Returns:
         float32 [B, Hkv, G, Q], in [0, 1]; 1 for a query without a valid key.
     """
-    total = torch.where(read_as_floats(valid), weights, 0.0).sum(-1)
-    slots = selection.slots.expand(-1, -1, weights.shape[2], -1, -1)
-    kept = torch.where(selection.taken, weights.gather(-1, slots), 0.0).sum(-1)
-    share: Tensor = torch.where(total > 0.0, (kept / total).clamp(max=1.0), 1.0)
+    chosen = weights.of(logits.gather(-1, selection.slots.expand(-1, -1, logits.shape[2], -1, -1)))
+    kept = torch.where(selection.taken, chosen, 0.0).sum(-1)
+    share: Tensor = torch.where(weights.total > 0.0, (kept / weights.total).clamp(max=1.0), 1.0)
     return share
 
 

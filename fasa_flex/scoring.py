@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -222,9 +222,9 @@ def reduce_group(
     Args:
         scores: float32 [B, Hkv, G, Q, T].
         valid: bool [B or 1, 1, 1, Q, T].
-        how: ``"softmax"``: the sum of the heads' attention weights, those of each head relative to the mass of sampled
-            keys alone (`relative_weights`), so that one pass over the keys ranks them; ``"softmax_exact"``: relative to
-            that of all valid keys; ``"max"``; ``"mean"``; or ``"none"``.
+        how: ``"softmax"``: the log of the sum of the heads' attention weights, those of each head relative to the mass
+            of sampled keys alone (`weigh`), so that one pass over the keys ranks them; ``"softmax_exact"``: the sum,
+            relative to the mass of all valid keys; ``"max"``; ``"mean"``; or ``"none"``.
         softmax: the model's, whose scaling and cap make logits of scores.
         sample: `Marks.sample`, for ``"softmax"``.
 
@@ -240,7 +240,7 @@ def reduce_group(
     logits = softmax.logits(scores)
     if how == "softmax":
         assert sample is not None
-        return relative_weights(logits, sample).sum(2, keepdim=True)
+        return weigh(logits, valid, sample).ranking
     valid = read_as_floats(valid)
     if torch.compiler.is_compiling() and scores.device.type == "cpu":  # head by head, so that a row stays in the cache
         softmaxes = (torch.where(valid, member, -torch.inf).softmax(-1) for member in logits.split(1, dim=2))
@@ -248,26 +248,48 @@ def reduce_group(
     return attention_weights(torch.where(valid, logits, -torch.inf)).sum(2, keepdim=True)
 
 
-WIDEST = 80.0
-"""Weights lie within e^-80 and e^80 times the sample's mass, so that float32 sums neither overflow nor vanish."""
+MOST = 80.0
+"""The log of the largest weight relative to the sample's mass, so that sums of float32 do not overflow."""
 
 
-def relative_weights(logits: Tensor, sample: Tensor) -> Tensor:
-    """``exp(logits)`` relative to the sampled keys' mass, so that no maximum over all keys is needed.
+class Weights(NamedTuple):
+    """Attention weights of a group relative to the mass of sampled keys, so that nothing is asked of all keys first.
+
+    Attributes:
+        ranking: the log of the group's sum of weights, float32 [B, Hkv, 1, Q, T].
+        total: the sum over valid keys of each head's weights, float32 [B, Hkv, G, Q].
+        unit: the log of the sample's mass, float32 [B, Hkv, G, Q, 1].
+    """
+
+    ranking: Tensor
+    total: Tensor
+    unit: Tensor
+
+    def of(self, logits: Tensor) -> Tensor:
+        """Weights, at most e^80, of logits [B, Hkv, G, Q, K]."""
+        return (logits - self.unit).clamp(max=MOST).exp()
+
+
+def weigh(logits: Tensor, valid: Tensor, sample: Tensor) -> Weights:
+    """Weigh all keys in one pass over them.
 
     Args:
         logits: float32 [B, Hkv, G, Q, T].
+        valid: bool [B or 1, 1, 1, Q, T].
         sample: `Marks.sample`.
-
-    Returns:
-        float32, as ``logits``, within e^-80 and e^80.
     """
     slots = sample.clamp(min=0).expand(*logits.shape[:-1], -1)
-    mass = torch.where(sample < 0, -torch.inf, logits.gather(-1, slots)).logsumexp(-1, keepdim=True)
-    relative = logits - torch.where(mass == -torch.inf, 0.0, mass)
-    if relative.requires_grad or torch.compiler.is_compiling():
-        return relative.clamp(-WIDEST, WIDEST).exp()
-    return relative.clamp_(-WIDEST, WIDEST).exp_()
+    unit = torch.where(sample < 0, -torch.inf, logits.gather(-1, slots)).logsumexp(-1, keepdim=True)
+    unit = torch.where(unit == -torch.inf, 0.0, unit)
+    # member by member, which a compiler makes one loop over the keys of
+    members = [member - of for member, of in zip(logits.unbind(2), unit.unbind(2), strict=True)]
+    best = functools.reduce(torch.maximum, members)
+    best = torch.where(best == -torch.inf, 0.0, best)
+    near = [(member - best).exp() for member in members]
+    ranking = best + functools.reduce(torch.add, near).log()
+    factor = torch.where(read_as_floats(valid)[:, :, 0], best.clamp(max=MOST).exp(), 0.0)
+    total = torch.stack([(member * factor).sum(-1) for member in near], dim=2)
+    return Weights(ranking[:, :, None], total, unit)
 
 
 @operator("attention_weights", torch.empty_like)

@@ -20,11 +20,19 @@ from fasa_flex import attention, fasa_attention
 from fasa_flex.attention import gather_focused
 from fasa_flex.budget import Budget
 from fasa_flex.completion import Completion, CompletionState, complete, kept_share
-from fasa_flex.selection import select, valid_keys
+from fasa_flex.scoring import Weights, weigh
+from fasa_flex.selection import Marks, select, valid_keys
 from fasa_flex.softmax import Softmax
 
 LENGTH = 150
 SINKS = torch.linspace(-2, 3, 4, dtype=torch.float64)
+
+
+def weights_of(logits: torch.Tensor, valid: torch.Tensor) -> Weights:
+    """Weights of all keys, relative to those sampled."""
+    sample = Marks.of(valid, Budget(1), samples=True).sample
+    assert sample is not None
+    return weigh(logits, valid, sample)
 
 
 def tensors(
@@ -171,7 +179,8 @@ def test_it_is_dense_attention_of_gaussian_states(deviation: float) -> None:
     selection = select(torch.rand(1, 1, 1, 1, length, generator=draw), valid, Budget(64))
     out, _ = gather_focused(q, k, v, selection, softmax)
     scores = (q @ k.mT)[:, None, :, 0, None]
-    share = kept_share(softmax.logits(scores).transpose(2, 3)[:, :, 0][:, :, :, None], valid, selection)
+    logits = softmax.logits(scores).transpose(2, 3)[:, :, 0][:, :, :, None]
+    share = kept_share(logits, weights_of(logits, valid), selection)
     dense = F.scaled_dot_product_attention(q, k.expand(-1, 16, -1, -1), v.expand(-1, 16, -1, -1), scale=scaling)
     remainder, known = Completion(1.0, state_of(k, v)).remainder(q, k, v, valid, scaling)
     assert bool(known.all())
@@ -304,8 +313,9 @@ def test_estimates_far_apart_share_without_overflow(scaled: float) -> None:
     logits[0, 0, 1, 0, 80] = 2 * scaled
     valid = valid_keys(1, 90, None, logits.device)
     selection = select(-torch.arange(90.0).view(1, 1, 1, 1, -1), valid, Budget(10))
-    assert kept_share(logits, valid, selection).flatten().tolist() == [1.0, 0.0]
-    nothing = kept_share(logits, valid & False, select(logits, valid & False, Budget(10)))
+    assert kept_share(logits, weights_of(logits, valid), selection).flatten().tolist() == [1.0, 0.0]
+    none = valid & False
+    nothing = kept_share(logits, weights_of(logits, none), select(logits, none, Budget(10)))
     assert nothing.flatten().tolist() == [1.0, 1.0]
 
 

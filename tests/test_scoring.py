@@ -72,9 +72,9 @@ def test_a_mean_key_shifts_all_scores_of_a_query_head_alike() -> None:
     torch.testing.assert_close(shift, shift[..., :1].expand_as(shift), atol=2e-5, rtol=0)
     assert shift[..., 0].std() > 1
     valid, softmax = valid_keys(3, 40, None, q.device), Softmax(0.5)
-    sampled = Marks.of(valid, Budget(4), "softmax").sampled
+    sample = Marks.of(valid, Budget(4), samples=True).sample
     for how in ("mean", "softmax", "softmax_exact"):
-        rankings = [reduce_group(scores, valid, how, softmax, sampled) for scores in (bare, centred)]
+        rankings = [reduce_group(scores, valid, how, softmax, sample) for scores in (bare, centred)]
         orders = [torch.where(valid, ranking, -torch.inf).argsort(-1)[..., -8:] for ranking in rankings]
         assert torch.equal(*orders), how
     outside = mean.clone()
@@ -152,8 +152,9 @@ def test_a_group_ranks_by_the_sum_of_its_weights_written_out() -> None:
     """Each head's softmax over its valid keys at scale 0.5, then the sum of both; by a sample of all, its logarithm."""
     weights = [[1 / (1 + math.exp(2)), 1 / (1 + math.exp(-2))], [1 / (1 + math.exp(-1)), 1 / (1 + math.exp(1))]]
     expected = [weights[0][j] + weights[1][j] for j in range(2)]
-    for how, sampled, undo in (("softmax_exact", None, torch.Tensor.clone), ("softmax", VALID, torch.exp)):
-        reduced = undo(reduce_group(TWO, VALID, how, HALF, sampled))
+    both = torch.tensor([0, 1, -1]).view(1, 1, 1, 1, 3)
+    for how, sample, undo in (("softmax_exact", None, torch.Tensor.clone), ("softmax", both, torch.exp)):
+        reduced = undo(reduce_group(TWO, VALID, how, HALF, sample))
         assert reduced.shape == (1, 1, 1, 1, 3)
         np.testing.assert_allclose(reduced.flatten()[:2].numpy(), expected, atol=1e-6)
 
@@ -162,12 +163,12 @@ def test_a_sample_is_counted_by_valid_keys_and_not_by_slots() -> None:
     """The first 4, the last 64 and every 32nd of those that a query may attend to, wherever they lie."""
     mask = torch.rand(3, 260, generator=torch.Generator().manual_seed(6)) < torch.tensor([[1.0], [0.7], [0.02]])
     valid = valid_keys(2, 260, mask, mask.device)
-    sampled = Marks.of(valid, Budget(4), "softmax").sampled
+    sample = Marks.of(valid, Budget(4), samples=True).sample
     for b, i in np.ndindex(3, 2):
         keys = oracle.valid_keys(258 + i, mask[b].tolist())
-        assert sampled[b, 0, 0, i].nonzero().flatten().tolist() == oracle.sample(keys)
-    assert sampled[0, 0, 0, 1].sum() == 4 + 64 + 6  # 32, 64, ... 192
-    assert Marks.of(valid, Budget(4), "max") == (None, None)
+        assert sorted(slot for slot in sample[b, 0, 0, i].tolist() if slot >= 0) == oracle.sample(keys)
+    assert (sample[0, 0, 0, 1] >= 0).sum() == 4 + 64 + 6  # 32, 64, ... 192
+    assert Marks.of(valid, Budget(4), samples=False) == (None, None)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -176,7 +177,7 @@ def test_a_groups_ranking_is_the_oracles_over_more_keys_than_are_sampled(how: st
     scores = 3 * torch.randn(2, 1, 3, 1, 200, generator=torch.Generator().manual_seed(5))
     valid = valid_keys(1, 200, torch.arange(200) >= torch.tensor([[0], [37]]), scores.device)
     softmax = Softmax(0.7, softcap)
-    ranking = reduce_group(scores, valid, how, softmax, Marks.of(valid, Budget(4), how).sampled)
+    ranking = reduce_group(scores, valid, how, softmax, Marks.of(valid, Budget(4), samples=True).sample)
     for b in range(2):
         keys = valid[b].flatten().nonzero().flatten().tolist()
         expected = oracle.reduce_group(scores[b, 0, :, 0].double().numpy(), keys, how, 0.7, softcap)[keys]
@@ -190,7 +191,7 @@ def test_weights_that_would_overflow_rank(size: float) -> None:
     scores = size * torch.rand(1, 1, 2, 1, 200, generator=torch.Generator().manual_seed(7))
     scores[..., 5:9] += size * torch.arange(1, 5)
     valid = valid_keys(1, 200, None, scores.device)
-    ranking = reduce_group(scores, valid, "softmax", Softmax(1.0), Marks.of(valid, Budget(4), "softmax").sampled)
+    ranking = reduce_group(scores, valid, "softmax", Softmax(1.0), Marks.of(valid, Budget(4), samples=True).sample)
     assert ranking.isfinite().all()
     assert ranking.flatten()[:100].argsort(descending=True)[:4].tolist() == [8, 7, 6, 5]
     assert len(set(ranking.flatten().tolist())) >= 199  # the best of the sample of either head weighs 1
@@ -209,9 +210,9 @@ def test_a_compiled_group_ranks_alike(how: str) -> None:
     scores = torch.randn(3, 2, 4, 2, 37, generator=torch.Generator().manual_seed(3)) * 5
     share = torch.tensor([1.0, 0.6, 0.0]).view(3, 1, 1, 1, 1)
     valid = torch.rand(3, 1, 1, 2, 37, generator=torch.Generator().manual_seed(4)) < share
-    sampled = Marks.of(valid, Budget(4), how).sampled
-    compiled = torch.compile(reduce_group, fullgraph=True)(scores, valid, how, HALF, sampled)
-    expected = reduce_group(scores, valid, how, HALF, sampled)
+    sample = Marks.of(valid, Budget(4), samples=True).sample
+    compiled = torch.compile(reduce_group, fullgraph=True)(scores, valid, how, HALF, sample)
+    expected = reduce_group(scores, valid, how, HALF, sample)
     assert compiled.shape == expected.shape
     some = valid.expand(expected.shape)
     torch.testing.assert_close(compiled[some], expected[some], atol=1e-6, rtol=1e-5)
