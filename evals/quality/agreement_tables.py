@@ -62,7 +62,7 @@ def held() -> str:
             budget=64,
             figure="attention held",
         )
-        for how in ("max", "mean", "softmax", "none")
+        for how in ("max", "mean", "softmax_exact", "none")
     }
     forced = {
         words: by_kind(parts["mass"]["rows"], method=method, budget=64, layer=None)

@@ -39,6 +39,19 @@ RESULTS = ROOT / "evals" / "results"
 LENGTH = 2048
 N_TIP = 8
 N_FACTS = 8
+FORMER: dict[str, Any] = {
+    "n_tip": N_TIP,
+    "n_sink": 0,
+    "n_recent": 0,
+    "criterion": "agreement",
+    "group_reduce": "softmax_exact",
+    "packed_dtype": None,
+    "completion": "none",
+}
+"""Fields of `fasa_flex.FasaConfig` that the study's results were measured with, its defaults at that time.
+
+Chunks by agreement in the cache's precision, no forced tokens, groups ranked by attention weights, no completion.
+"""
 CALIBRATION_SAMPLES = 4
 ANSWER_TOKENS = 5
 """Decode steps a sample contributes: those that answer. Queries that write source text agree on other chunks."""

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evals.quality.arms import (
     ANSWER_TOKENS,
+    FORMER,
     LENGTH,
     MODEL,
     N_TIP,
@@ -54,6 +55,7 @@ from evals.quality.steps import (
     overlap,
     ranked,
     scored,
+    shared_ranking,
     steps_of,
     valid_of,
     with_interval,
@@ -61,7 +63,6 @@ from evals.quality.steps import (
 from evals.reference_model.corpus import training_text
 from fasa_flex import FasaProfile, calibrate, inspection
 from fasa_flex.lm_eval.haystack import Document
-from fasa_flex.scoring import reduce_group
 
 SOURCES = ("recall", "text", "mixed")
 SUBSETS = 4
@@ -160,7 +161,9 @@ class Calibrations:
 def overlaps(calibrations: Calibrations) -> Rows:
     """Dominant chunks that profiles have in common: of the settings' first profiles, and of one setting's profiles."""
     settings = list(calibrations.all())
-    firsts = inspection.overlap([calibrations.profiles(setting)[0] for setting in settings], N_TIP)
+    firsts = inspection.overlap(
+        [calibrations.profiles(setting)[0] for setting in settings], N_TIP, criterion=FORMER["criterion"]
+    )
     rows = [
         {"one": str(settings[a]), "other": str(settings[b]), **_common(firsts[a, b])}
         for a, b in combinations(range(len(settings)), 2)
@@ -168,7 +171,7 @@ def overlaps(calibrations: Calibrations) -> Rows:
     for setting in settings:
         profiles = calibrations.profiles(setting)
         if len(profiles) > 1:
-            shared = inspection.overlap(profiles, N_TIP)
+            shared = inspection.overlap(profiles, N_TIP, criterion=FORMER["criterion"])
             pairs = torch.stack([shared[a, b] for a, b in combinations(range(len(profiles)), 2)])
             others = f"{setting}, other samples"
             rows.append({"one": str(setting), "other": others, "profiles": len(profiles), **_common(pairs.mean(0))})
@@ -192,7 +195,7 @@ def worth(calibrations: Calibrations) -> Rows:
                 for number, profile in enumerate(several):
                     scores = scored(dominant(profile, N_TIP), steps)
                     alone = ranked(scores, valid)
-                    shared = ranked(reduce_group(scores, valid, "softmax", scaling), valid)
+                    shared = ranked(shared_ranking(scores, valid, scaling), valid)
                     for top_k in COMPARED:
                         figures[setting, number, f"agreement on the top {top_k}"] = overlap(full, alone, top_k)
                     for budget in BUDGETS:
@@ -207,7 +210,7 @@ def arm_rows(calibrations: Calibrations, setting: Setting, budget: int) -> Rows:
     profile = calibrations.profiles(setting)[0]
     with tempfile.TemporaryDirectory() as folder:
         profile.save_pretrained(folder)
-        arguments = {"profile": folder, "n_tip": N_TIP, "n_fac": budget}
+        arguments = {**FORMER, "profile": folder, "n_fac": budget}
         arm = Arm(str(setting), "fasa_hf", budget, arguments)
         return list(rows_of(arm, evaluate(arm, COUNTS)))
 

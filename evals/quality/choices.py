@@ -13,10 +13,10 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from typing import get_args
 
 from evals.quality.arms import (
     ANSWER_TOKENS,
+    FORMER,
     LENGTH,
     N_TIP,
     RESULTS,
@@ -34,6 +34,7 @@ from fasa_flex.saving import replace_text
 
 BUDGETS = (64, 256)
 DOCUMENTS = 32
+REDUCTIONS: tuple[GroupReduce, ...] = ("max", "mean", "softmax_exact", "none")
 STEPS = (ANSWER_TOKENS, 16)
 
 
@@ -43,12 +44,12 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         profiles = {steps: calibrate_reference(Path(folder) / str(steps), steps) for steps in STEPS}
-        choices = [(reduce, ANSWER_TOKENS) for reduce in get_args(GroupReduce)] + [("softmax", STEPS[1])]
+        choices = [(reduce, ANSWER_TOKENS) for reduce in REDUCTIONS] + [("softmax_exact", STEPS[1])]
         for budget in BUDGETS:
             for reduce, steps in choices:
                 arguments = {
+                    **FORMER,
                     "profile": str(Path(folder) / str(steps)),
-                    "n_tip": N_TIP,
                     "n_fac": budget,
                     "group_reduce": reduce,
                 }

@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evals.quality.steps import Steps, attention, held, ranked, valid_of
+from evals.quality.steps import Steps, attention, held, ranked, shared_ranking, valid_of
 from fasa_flex import RotaryLayout, contextual_agreement, criteria
 from fasa_flex.layers import layer_of
 from fasa_flex.loading import load_model
-from fasa_flex.scoring import reduce_group
 from fasa_flex.seam import AttentionSeam
 
 TOKENS, STEPS, RECENT, BUDGET, TOP_KS = 1024, 32, 64, 64, (256, 32)
@@ -72,7 +71,7 @@ def correlation(one: Tensor, other: Tensor) -> Tensor:
 def found(steps: Steps, weights: Tensor) -> tuple[Tensor, Tensor]:
     """``held`` and ``recent`` of each layer, for scores with these weights [L, Hkv, D] of the dimensions."""
     valid, queries = valid_of(steps), steps.query.unflatten(1, (weights.shape[1], -1)) * weights[:, :, None, None]
-    slots = ranked(reduce_group(queries @ steps.key[:, :, None].mT, valid, "softmax", 1.0), valid)
+    slots = ranked(shared_ranking(queries @ steps.key[:, :, None].mT, valid, 1.0), valid)
     recent = slots[..., :BUDGET] >= TOKENS - STEPS - RECENT
     return held(attention(steps, 1.0), slots, BUDGET).mean(1), recent.double().mean((1, 2, 3, 4))
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.quality.arms import (
+    FORMER,
     LENGTH,
     METRICS,
     N_TIP,
@@ -41,10 +42,10 @@ TASKS = {task: (METRICS[task], count) for task, count in {"fasa_needle": 64, "fa
 
 def arms(profile: Path) -> list[Arm]:
     """Dense attention, then FASA and the control at every budget."""
-    shared = {"profile": str(profile), "n_tip": N_TIP}
+    methods = {"FASA": {"method": "fasa"}, "sinks + recent": {"method": "streaming_llm", "n_sink": None}}  # its eight
     sparse = [
-        Arm(name, "fasa_hf", budget, {**shared, "method": method, "n_fac": budget})
-        for name, method in (("FASA", "fasa"), ("sinks + recent", "streaming_llm"))
+        Arm(name, "fasa_hf", budget, {**FORMER, "profile": str(profile), "n_fac": budget, **method})
+        for name, method in methods.items()
         for budget in BUDGETS
     ]
     return [Arm("dense", "hf"), *sparse]
@@ -77,7 +78,7 @@ def main() -> None:
     with replacing(options.out) as beside:
         (beside / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
         score_curves(rows).savefig(beside / "demo.png", dpi=150)
-        chunk_heatmap(profile, N_TIP, criterion="agreement").savefig(beside / "agreement.png", dpi=150)
+        chunk_heatmap(profile, N_TIP, criterion=FORMER["criterion"]).savefig(beside / "agreement.png", dpi=150)
     print(f"\n{record['table']}\n\nwritten to {options.out} after {record['seconds']} s; all arms saw the same prompts")
 
 

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache
 
 from evals.quality.agreement import N_TIP, RECENT, compound
-from evals.quality.arms import ANSWER_TOKENS, RESULTS, ROOT, Ledger, haystack, quiet
+from evals.quality.arms import ANSWER_TOKENS, FORMER, RESULTS, ROOT, Ledger, haystack, quiet
 from evals.quality.documents import QUICK, Rows, Settings, Study
 from evals.quality.steps import SINKS, TOP_K, with_interval
 from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
@@ -112,7 +112,7 @@ class Trial:
 
     def arm(self, method: str, budget: int) -> Fasa:
         """The model under a method; no layer is dense."""
-        config = FasaConfig(n_tip=N_TIP, n_fac=budget, dense_layers=(), backend="gather")
+        config = FasaConfig(n_fac=budget, dense_layers=(), backend="gather", **FORMER)
         if method == "FASA":
             return enable(self.study.model, self.profile, config)
         if method == f"FASA, {RECENT} recent":

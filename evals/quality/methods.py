@@ -38,12 +38,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "adjacent pairs": {"method": "adjacent_pairs"},
     "random chunks": {"method": "random_chunks"},
     "Quest": {"method": "quest"},
-    "sinks + recent": {"method": "streaming_llm"},
+    "sinks + recent": {"method": "streaming_llm", "n_sink": None},
     "SnapKV": {"method": "snapkv"},
     "R-KV": {"method": "rkv"},
     "H2O": {"method": "h2o"},
 }
-"""Arguments of ``fasa_hf``."""
+"""Arguments of ``fasa_hf``, beside `FORMER`; ``n_sink`` None for eight sinks."""
 OPEN_PAGE = "Quest, open page competes"
 """Quest without its rule that the page being written is always taken."""
 BY_SHARE = ("FASA", f"FASA, {RECENT} recent", "oracle", "SparQ", "Quest", "sinks + recent", "SnapKV")

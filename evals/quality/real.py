@@ -1,9 +1,11 @@
-"""Dense attention, FASA and rivals on a real pretrained model: perplexity of long text, needles in it.
+r"""Dense attention, FASA and rivals on a real pretrained model: perplexity of long text, needles in it.
 
-    python -m evals.quality.real --pretrained FOLDER --gguf-file FILE --text BOOK --text BOOK --calibrate BOOK --out JSON
+    python -m evals.quality.real --pretrained FOLDER --gguf-file FILE --text BOOK --text BOOK --calibrate BOOK \
+        --profile FOLDER --arm "fasa 128" --arm "paper 256" --arm "fasa 128 completion=none" --out JSON
 
-Settings are calibrated on some texts and reported on others. A document's prefix runs densely, once; each arm then
-decodes the tail on a copy of its cache, every query of it sparse. Stopped and started again, it goes on.
+Calibrated on some texts and reported on others, books of 20,000 tokens and more. A document's prefix runs densely,
+once; each arm then decodes the tail on a copy of its cache, every query of it sparse. Started again, with more arms
+perhaps, it measures what the file does not hold.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import json
 import math
 import random
 import re
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +29,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from evals.quality.arms import provenance
 from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
 from fasa_flex.baselines import scorer_factory
 from fasa_flex.expectations import cache_argument
@@ -33,24 +37,26 @@ from fasa_flex.handle import Fasa
 from fasa_flex.loading import load_model
 from fasa_flex.saving import replace_text
 
-CITIES = (
-    "Bremen Turin Lagos Perth Izmir Osaka Tampa Minsk Quebec Malaga Lisbon Tokyo Nairobi Oslo Cairo Lima Quito".split()
-)
+CITIES = ["Bremen", "Turin", "Lagos", "Perth", "Izmir", "Osaka", "Tampa", "Minsk", "Quebec", "Malaga", "Lisbon"]
+CITIES += ["Tokyo", "Nairobi", "Oslo", "Cairo", "Lima", "Quito"]
 FIRST_TOKEN, STRIDE = 12_000, 9_000
 """Where the first window of a text begins, and how far the next one is."""
 
 
 class Arm(NamedTuple):
-    """One way to attend: ``config`` as fields of `FasaConfig`, None for dense; ``method`` as in `scorer_factory`."""
+    """One way to attend: its config, None for dense; ``method`` as in `scorer_factory`, or ``fasa``."""
 
-    config: dict[str, Any] | None
+    config: FasaConfig | None
     method: str = "fasa"
-    paper: bool = False
+
+    def record(self) -> dict[str, Any] | None:
+        """All of it, JSON-ready."""
+        return self.config and {"method": self.method, "config": json.loads(json.dumps(self.config.to_dict()))}
 
 
-def arms_of(names: list[str], backend: str = "auto") -> dict[str, Arm]:
-    """Arms by name: ``dense``; ``METHOD BUDGET key=value ...``, such as ``fasa 128 completion=none``, ``oracle 256``."""
-    arms: dict[str, Arm] = {"dense": Arm(None)}
+def arms_of(names: Iterable[str], backend: str = "auto") -> dict[str, Arm]:
+    """Arms by name: ``dense``, then each ``METHOD BUDGET key=value ...``, such as ``oracle 256 completion=none``."""
+    arms = {"dense": Arm(None)}
     for name in names:
         method, budget, *options = name.split()
         fields: dict[str, Any] = {"n_fac": json.loads(budget), "backend": backend}
@@ -60,9 +66,8 @@ def arms_of(names: list[str], backend: str = "auto") -> dict[str, Arm]:
                 fields[key] = json.loads(value)
             except json.JSONDecodeError:
                 fields[key] = value
-        if "dense_layers" in fields:
-            fields["dense_layers"] = tuple(fields["dense_layers"])
-        arms[name] = Arm(fields, "fasa" if method == "paper" else method, method == "paper")
+        config = FasaConfig.paper(**fields) if method == "paper" else FasaConfig(**fields)
+        arms[name] = Arm(config, "fasa" if method == "paper" else method)
     return arms
 
 
@@ -131,30 +136,37 @@ class Evaluation:
         self, model: PreTrainedModel, profile: FasaProfile, arms: dict[str, Arm], results: dict[str, Any]
     ) -> None:
         self.model, self.profile, self.arms, self.results = model, profile, arms, results
-        self.share: dict[str, float] = results.setdefault("bytes_read_share", {})
+
+    def lacks(self, kind: str, name: str) -> set[str]:
+        """The arms that a document has no score of."""
+        return self.arms.keys() - self.results[kind].get(name, {}).keys()
 
     @torch.no_grad()
-    def score(self, documents: list[Document]) -> Iterator[tuple[Document, str, float]]:
-        """Each arm's score of each document: nats a token of a window's tail, or whether a needle was found (1 or 0)."""
+    def score(self, documents: list[Document]) -> None:
+        """Score each document by the arms that it lacks.
+
+        Nats a token of a window's tail, or whether a needle was found (1 or 0).
+        """
         caches = []
         for document in documents:
             cache = DynamicCache(config=self.model.config)
             ids = document.ids[None, : document.prefix].to(self.model.device)
             self.model(ids, logits_to_keep=1, **cache_argument(self.model, cache))
             caches.append(cache)
-        for arm, (fields, method, paper) in self.arms.items():
-            with self._enabled(fields, method, paper) as fasa:
-                for document, cache in zip(documents, caches, strict=True):
-                    yield document, arm, self._tail(arm, document, cache, fasa)
+        for name, arm in self.arms.items():
+            todo = [pair for pair in zip(documents, caches, strict=True) if name in self.lacks(*pair[0][:2])]
+            with self._enabled(arm) if todo else nullcontext() as fasa:
+                for document, cache in todo:
+                    score = self._tail(name, document, cache, fasa)
+                    self.results[document.kind].setdefault(document.name, {})[name] = score
 
-    def _enabled(self, fields: dict[str, Any] | None, method: str, paper: bool) -> AbstractContextManager[Fasa | None]:
-        if fields is None:
+    def _enabled(self, arm: Arm) -> AbstractContextManager[Fasa | None]:
+        if arm.config is None:
             return nullcontext()
-        config = FasaConfig.paper(**fields) if paper else FasaConfig(**fields)
         scorer = None
-        if method != "fasa":
-            scorer = scorer_factory(method, self.profile, per=config.per)  # type: ignore[arg-type]  # checked there
-        return enable(self.model, self.profile, config, scorer=scorer)
+        if arm.method != "fasa":
+            scorer = scorer_factory(arm.method, self.profile, per=arm.config.per)
+        return enable(self.model, self.profile, arm.config, scorer=scorer)
 
     def _tail(self, arm: str, document: Document, cache: DynamicCache, fasa: Fasa | None) -> float:
         ids, prefix, scored = document.ids[None].to(self.model.device), document.prefix, document.scored
@@ -162,12 +174,26 @@ class Evaluation:
         with nullcontext() if fasa is None else fasa.sparse_from(torch.tensor([prefix])):
             logits = self.model(ids[:, prefix:], **copied).logits[0, -scored - 1 : -1].float()
         if fasa is not None:
-            self.share[f"{arm} @ {ids.shape[1] // 100 * 100}"] = fasa.stats.kv_bytes_share
+            self.results["bytes_read_share"][f"{arm} @ {ids.shape[1] // 100 * 100}"] = fasa.stats.kv_bytes_share
             fasa.stats.reset()
         targets = ids[0, -scored:]
         if document.kind == "windows":
             return cross_entropy(logits, targets).item()
         return float((logits.argmax(-1) == targets).all())
+
+
+def opened(path: Path, settings: Mapping[str, Any], arms: Mapping[str, Arm]) -> dict[str, Any]:
+    """The results in the file, or empty ones; exits where the file's are of other settings or of another such arm."""
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for key, value in settings.items():
+        if results.get(key, value) != value:
+            sys.exit(f"{path} holds results of another {key} ({results[key]} and not {value}); choose another --out.")
+    for name, arm in arms.items():
+        known, own = results.setdefault("arms", {}).setdefault(name, arm.record()), arm.record()
+        if known and own and not known["config"].items() <= own["config"].items():
+            sys.exit(f"{path} holds results of {name!r} with other options or defaults; choose another --out.")
+        results["arms"][name] = own
+    return {"windows": {}, "needles": {}, "bytes_read_share": {}, "seconds": 0.0, **results, **settings}
 
 
 def summary(results: dict[str, Any]) -> list[str]:
@@ -209,65 +235,66 @@ def main() -> None:
     parser.add_argument("--bos", action="store_true", help="windows begin with the model's first token")
     parser.add_argument("--together", type=int, default=4, help="documents whose caches are held at once")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after so many")
-    options = parser.parse_args()
+    run(parser.parse_args())
+
+
+def run(options: argparse.Namespace) -> None:
+    """Calibrate, measure what the file does not hold, and keep every document's results at once."""
     began = time.monotonic()
     torch.backends.cuda.matmul.allow_tf32 = False
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(options.pretrained, gguf_file=options.gguf_file, dtype=torch.float32, device=device)
-    books = {path.stem: read_tokens(tokenizer, path) for path in {*options.text, *options.calibrate}}
+    paths = dict.fromkeys((*options.text, *options.calibrate))
+    books = {path: read_tokens(tokenizer, path) for path in paths}
     first = torch.tensor([tokenizer.bos_token_id] if options.bos else [], dtype=torch.long)
     if options.profile and (options.profile / "config.json").exists():
         profile = FasaProfile.from_pretrained(options.profile)
     else:
-        own = [books[path.stem] for path in options.calibrate]
+        own = [books[path] for path in options.calibrate]
         profile = calibrate(model, calibration_samples(tokenizer, own, options.calibration_length, first))
         if options.profile:
             profile.save_pretrained(options.profile)
     print(f"calibrated after {time.monotonic() - began:.0f} s", flush=True)
     arms = arms_of(options.arm, options.backend)
-    results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
-    for key in ("windows", "needles"):
-        results.setdefault(key, {})
-    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in {*options.text, *options.calibrate}}
-    results |= {
-        "model": options.gguf_file or options.pretrained,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "versions": profile.provenance.versions,
-        "texts": hashes,
+    settings = {
+        "texts": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths},
         "reported_on": [path.name for path in options.text],
         "calibrated_on": [path.name for path in options.calibrate],
         "window": {"length": options.length, "tail": options.tail},
-        "arms": {name: None if arm.config is None else arm._asdict() for name, arm in arms.items()},
+        "profile": profile.fingerprint,
+    }
+    results = opened(options.out, settings, arms)
+    results |= {
+        **provenance(time.time()),
+        "model": options.gguf_file or Path(options.pretrained).name,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "seconds": results["seconds"],
     }
     evaluation = Evaluation(model, profile, arms, results)
-    names = [path.stem for path in options.text]
-    lengths = [int(length) for length in options.lengths.split(",")]
 
     def document(kind: str, number: int, length: int) -> Document:
-        book, name = books[names[number % len(names)]], f"{length}/{number}"
+        path, name = options.text[number % len(options.text)], f"{length}/{number}"
         if kind == "needles":
-            return needle(tokenizer, book, length, seed=1_000 * length + number, name=name)
-        at = FIRST_TOKEN + STRIDE * (number // len(names))
-        ids = torch.cat([first, book[at : at + length - len(first)]])
+            return needle(tokenizer, books[path], length, seed=1_000 * length + number, name=name)
+        at = FIRST_TOKEN + STRIDE * (number // len(options.text))
+        ids = torch.cat([first, books[path][at:]])[:length]
         if len(ids) < length:
-            raise SystemExit(
-                f"{names[number % len(names)]} ends before window {number}; pass a longer text or fewer --windows."
-            )
+            sys.exit(f"{path} ends before window {number}; pass a longer text or fewer --windows.")
         return Document(kind, name, ids, length - options.tail, options.tail - 1)
 
+    lengths = [int(length) for length in options.lengths.split(",")]
     wanted = [("windows", number, options.length) for number in range(options.windows)]
     wanted += [("needles", number, length) for number in range(options.prompts) for length in lengths]
-    missing = [job for job in wanted if not set(arms) <= set(results[job[0]].get(f"{job[2]}/{job[1]}", ()))]
-    for at in range(0, len(missing), options.together):
-        if time.monotonic() - began > options.seconds:
-            print(f"stopped with {len(missing) - at} of {len(missing)} documents left")
+    todo = [job for job in wanted if evaluation.lacks(job[0], f"{job[2]}/{job[1]}")]
+    for at in range(0, len(todo), options.together):
+        begun = time.monotonic()
+        if begun - began > options.seconds:
+            print(f"stopped with {len(todo) - at} of {len(todo)} documents left")
             break
-        for of, arm, score in evaluation.score([document(*job) for job in missing[at : at + options.together]]):
-            results[of.kind].setdefault(of.name, {})[arm] = score
-        replace_text(options.out, json.dumps(results, indent=1))
-        print(f"{at} of {len(missing)} after {time.monotonic() - began:.0f} s", flush=True)
-    results["seconds"] = results.get("seconds", 0.0) + time.monotonic() - began
-    replace_text(options.out, json.dumps(results, indent=1))
+        evaluation.score([document(*job) for job in todo[at : at + options.together]])
+        results["seconds"] = round(results["seconds"] + time.monotonic() - begun, 1)
+        replace_text(options.out, json.dumps(results, indent=1) + "\n")
+        print(f"{at + 1} of {len(todo)} after {time.monotonic() - began:.0f} s", flush=True)
     print("\n".join(summary(results)))
 
 

@@ -16,17 +16,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from evals.quality.arms import ANSWER_TOKENS, haystack
+from evals.quality.arms import ANSWER_TOKENS, FORMER, haystack
 from fasa_flex import FasaProfile, RotaryLayout, contextual_agreement
 from fasa_flex.baselines import AllDimensions, Recency
 from fasa_flex.budget import Budget
-from fasa_flex.config import Sharing
+from fasa_flex.config import GroupReduce, Sharing
 from fasa_flex.layers import layer_of
 from fasa_flex.provenance import Provenance, config_hash
 from fasa_flex.ranking import INVALID, rank_keys, slot_of
-from fasa_flex.scoring import DominantChunks, Scorer
+from fasa_flex.scoring import DominantChunks, Scorer, reduce_group
 from fasa_flex.seam import AttentionSeam
 from fasa_flex.selection import forced_keys, valid_keys
+from fasa_flex.softmax import Softmax
 
 KINDS = ("answer", "text")
 TEXT_TOKENS = 16
@@ -120,8 +121,8 @@ def profile_of(
 
 
 def dominant(profile: FasaProfile, n_tip: int, per: Sharing = "kv_head") -> Callable[[int], Scorer]:
-    """TIP with the profile's dominant chunks, layer by layer."""
-    dims = profile.dominant_dims(n_tip, per)
+    """TIP with the profile's dominant chunks by agreement, layer by layer."""
+    dims = profile.dominant_dims(n_tip, per, FORMER["criterion"])
     return lambda layer: DominantChunks.from_chunks(dims[layer])
 
 
@@ -150,6 +151,18 @@ def ranked(scores: Tensor, valid: Tensor, first: Tensor | None = None) -> Tensor
     """
     order = torch.where(valid, rank_keys(scores, first=first), INVALID)
     return slot_of(order.topk(DEEPEST, dim=-1).values, scores.shape[-1])
+
+
+def shared_ranking(scores: Tensor, valid: Tensor, scaling: float, how: GroupReduce = FORMER["group_reduce"]) -> Tensor:
+    """A group's one ranking, or the scores as they are for ``"none"``: float32 [L, Hkv, 1 or G, Q, T].
+
+    Args:
+        scores: float32 [L, Hkv, G or 1, Q, T].
+        valid: bool [1, 1, 1, Q, T].
+        scaling: Of the softmax.
+        how: Not ``"softmax"``, which ranks over a sample of keys.
+    """
+    return reduce_group(scores, valid, how, Softmax(scaling))
 
 
 def scored(scorers: Callable[[int], Scorer], steps: Steps) -> Tensor:

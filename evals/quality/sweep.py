@@ -22,6 +22,7 @@ import torch
 from transformers import AutoTokenizer
 
 from evals.quality.arms import (
+    FORMER,
     LENGTH,
     MODEL,
     N_TIP,
@@ -77,7 +78,8 @@ class Calibrated:
         """Calibrate, and keep profiles and prompts in ``folder``."""
         profiles = calibrate_reference(folder / "planes"), calibrate_reference(folder / "pairs", adjacent=True)
         planes, pairs = (
-            hashlib.sha256(profile.dominant_dims(N_TIP).numpy().tobytes()).hexdigest() for profile in profiles
+            hashlib.sha256(profile.dominant_dims(N_TIP, criterion=FORMER["criterion"]).numpy().tobytes()).hexdigest()
+            for profile in profiles
         )
         text = "\n".join(calibration_prompts(AutoTokenizer.from_pretrained(MODEL)))
         (folder / "prompts.txt").write_text(text, encoding="utf-8")
@@ -92,8 +94,8 @@ class Calibrated:
 
 
 def sparse_arm(name: str, budget: int | float, dense_layers: str = "none", **arguments: Any) -> Arm:
-    """An arm of ``fasa_hf``, of the reference model's `N_TIP` chunks."""
-    given = {"n_tip": N_TIP, "n_fac": budget, "dense_layers": dense_layers, **arguments}
+    """An arm of ``fasa_hf`` with the `FORMER` settings, but for ``arguments``."""
+    given = {**FORMER, "n_fac": budget, "dense_layers": dense_layers, **arguments}
     return Arm(name, "fasa_hf", budget, given)
 
 

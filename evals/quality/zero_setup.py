@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from evals.quality.arms import LENGTH, MODEL, N_TIP, RESULTS, Ledger, provenance, quiet
+from evals.quality.arms import FORMER, LENGTH, MODEL, N_TIP, RESULTS, Ledger, provenance, quiet
 from evals.quality.steps import with_interval
 from fasa_flex import FasaConfig, FasaProfile, enable, inspection
 from fasa_flex.handle import Fasa
@@ -70,7 +70,7 @@ class Trial:
 
     def arm(self, name: str, budget: int) -> Fasa:
         """The model under an arm's chunks."""
-        return enable(self.model, self.ahead if name == "ahead" else None, FasaConfig(n_tip=N_TIP, n_fac=budget))
+        return enable(self.model, self.ahead if name == "ahead" else None, FasaConfig(n_fac=budget, **FORMER))
 
     def losses(self, fasa: Fasa, name: str, ids: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Logits and loss of the tokens from ``start`` on, their queries behind the context sparse."""
@@ -117,7 +117,9 @@ def chunks(trial: Trial) -> Rows:
             fasa.recalibrate()
             trial.model(prompt[None], use_cache=False)
             assert fasa.profile is not None
-            found.append(inspection.overlap([trial.ahead, fasa.profile], N_TIP)[0, 1].mean())
+            found.append(
+                inspection.overlap([trial.ahead, fasa.profile], N_TIP, criterion=FORMER["criterion"])[0, 1].mean()
+            )
     return _rows({("own prompt", None): found}, "in common")
 
 
@@ -129,7 +131,7 @@ def cost(trial: Trial) -> Rows:
         times: dict[bool, list[float]] = {False: [], True: []}
         for _ in range(ROUNDS + 1):
             for calibrates in (False, True):
-                with enable(trial.model) if calibrates else nullcontext():
+                with enable(trial.model, config=FasaConfig(**FORMER)) if calibrates else nullcontext():
                     begun = time.perf_counter()
                     trial.model(ids[None, :length], logits_to_keep=1)
                     times[calibrates].append(time.perf_counter() - begun)

@@ -104,7 +104,7 @@ def scorer_factory(
                 f"the profile of {profile.provenance.model_id} was not calibrated for method 'adjacent_pairs'; "
                 "pass one of calibrate(layout=adjacent_pairs(RotaryLayout.detect(model)))."
             )
-        dims = profile.dominant_dims(n_tip, per)
+        dims = profile.dominant_dims(n_tip, per, "agreement")
     else:
         layers, query_heads, chunks = profile.agreement.shape
         if n_tip > chunks:

@@ -62,7 +62,8 @@ _WORDS: dict[str, Callable[[Any], Any]] = {"layer_budgets": budget_weights, "den
 def config_of(method: str, **options: Any) -> FasaConfig:
     """The configuration that the words of the command line mean.
 
-    lm-eval makes None of the word ``none``: it is a choice where an option has it, and otherwise the default.
+    lm-eval makes None of the word ``none``: it is a choice where an option has it or takes None, and otherwise the
+    default.
 
     Args:
         method: As `FasaHFLM` knows it; it decides the sinks where ``n_sink`` does not.
@@ -81,6 +82,8 @@ def config_of(method: str, **options: Any) -> FasaConfig:
             meant[name] = value
         elif "none" in _choices(hints[name]):
             meant[name] = "none"
+        elif getattr(FasaConfig, name) is not None and type(None) in get_args(hints[name]):
+            meant[name] = None  # of packed_dtype: the cache's precision
     if method == "streaming_llm":
         meant.setdefault("n_sink", sinks(meant.get("n_fac", FasaConfig.n_fac)))
     return FasaConfig(**meant)

@@ -153,7 +153,8 @@ def test_adjacent_pairs_are_calibrated_as_pairs(llama: PreTrainedModel, ids: Cal
     assert paired.layout == layout
     assert not torch.equal(paired.agreement, true.agreement)
     scorer = scorer_factory("adjacent_pairs", paired, n_tip=2)(1)
-    assert scorer.dims.tolist() == paired.dominant_dims(2)[1].flatten(1).tolist()
+    assert scorer.dims.tolist() == paired.dominant_dims(2, criterion="agreement")[1].flatten(1).tolist()
+    assert scorer.dims.tolist() != paired.dominant_dims(2)[1].flatten(1).tolist()  # by variance
     with pytest.raises(ValueError, match="was not calibrated for method 'adjacent_pairs'"):
         scorer_factory("adjacent_pairs", true)
 

@@ -58,6 +58,13 @@ def test_every_field_of_the_configuration_is_an_option() -> None:
     assert (given.packed_dtype, given.prefill, given.n_recent) == ("int8", "sparse", 4)
 
 
+def test_packed_keys_can_be_left_in_the_precision_of_the_cache() -> None:
+    """lm-eval makes None of ``packed_dtype=none``."""
+    assert config_of("fasa", packed_dtype=None).packed_dtype is None
+    paper = {**FasaConfig.paper(n_fac=64).to_dict(), "dense_layers": "none"}
+    assert config_of("fasa", **paper) == FasaConfig.paper(n_fac=64)
+
+
 @pytest.mark.parametrize(
     ("given", "meant"), [(Path("a") / "b", "a/b"), (12, "12"), ("auto", "auto"), (None, None), ("a/b", "a/b")]
 )
