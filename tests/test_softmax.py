@@ -19,6 +19,13 @@ def test_the_cap_bounds_logits_and_keeps_small_ones() -> None:
     assert Softmax(0.5).cap(logits).equal(logits)
 
 
+def test_logits_are_scaled_before_they_are_capped() -> None:
+    scores = torch.tensor([-3.0, 0.5, 8.0])
+    expected = [2 * math.tanh(0.25 * number) for number in scores.tolist()]
+    torch.testing.assert_close(Softmax(0.5, softcap=2.0).logits(scores), torch.tensor(expected))
+    assert Softmax(0.5).logits(scores).equal(scores / 2)
+
+
 def test_plain_is_neither_cap_nor_sinks() -> None:
     assert Softmax(1.0).plain
     assert not Softmax(1.0, softcap=3.0).plain
