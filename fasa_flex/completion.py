@@ -26,6 +26,7 @@ from torch import Tensor
 from fasa_flex.budget import SINKS
 from fasa_flex.operators import operator
 from fasa_flex.selection import Selection
+from fasa_flex.softmax import Softmax
 
 BLOCK = 64
 """Valid tokens that a state is brought up to date by."""
@@ -221,6 +222,43 @@ def complete(out: Tensor, share: Tensor, remainder: Tensor) -> Tensor:
     """Focused attention ``out`` [B, Hq, Q, Dv], completed by a remainder [B, Hkv, G, Q, Dv] of 1 - share."""
     kept = share[..., None]
     return (kept * out.unflatten(1, share.shape[1:3]).float() + (1.0 - kept) * remainder).flatten(1, 2).to(out.dtype)
+
+
+def completed(
+    out: Tensor,
+    lse: Tensor | None,
+    share: Tensor | None,
+    completion: Completion | None,
+    softmax: Softmax,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor,
+) -> Tensor:
+    """Attention to the selected keys as the model has it: completed, and with its learned sinks.
+
+    Args:
+        out: [B, Hq, Q, Dv], without either.
+        lse: float32 [B, Hq, Q], the log-sum-exp of the selected keys' exact logits; needed where there are sinks.
+        share: `kept_share`; needed where there is a completion.
+        completion: None: there is none.
+        softmax: the model's.
+        query: of the call, as are ``key``, ``value`` and ``valid`` (`Completion.remainder`).
+
+    Returns:
+        [B, Hq, Q, Dv].
+    """
+    if completion is None:
+        share = None
+    else:
+        assert share is not None
+        remainder, known = completion.remainder(query, key, value, valid, softmax.scaling)
+        share = torch.where(known, share, 1.0)
+        out = complete(out, share, remainder)
+    if softmax.sinks is None:
+        return out
+    assert lse is not None
+    return with_sinks(out, lse, share, softmax.sinks)
 
 
 def with_sinks(out: Tensor, lse: Tensor, share: Tensor | None, sinks: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Nothing here waits for the host or allocates more than scores, and everything ca
 from fasa_flex.kernels.attention import attend_part, attend_rows, focus_rows, merge_parts
 from fasa_flex.kernels.launching import on_their_device, overlapping, parts_of, power_of_two
 from fasa_flex.kernels.rows import fetch_rows, find_rows
-from fasa_flex.kernels.scoring import TILE, mix_group, score_keys
+from fasa_flex.kernels.scoring import TILE, mix_group, score_keys, share_kept
 from fasa_flex.kernels.selection import select_keys
 from fasa_flex.kernels.writing import write_states
 
@@ -27,5 +27,6 @@ __all__ = [
     "power_of_two",
     "score_keys",
     "select_keys",
+    "share_kept",
     "write_states",
 ]
