@@ -153,6 +153,8 @@ def score_keys(
             ranking = tl.sum(tl.where(member[None, :], score, 0.0), 1) / GROUP
         else:
             ranking = tl.max(tl.where(member[None, :], score, float("-inf")), 1)
+            odd = tl.max((score != score).to(tl.int32), 1) > 0  # NaN, which a maximum leaves out; here it ranks first
+            ranking = tl.where(odd, float("nan"), ranking)
         _store_order(ranking, code, slot, row, block, order, maxima, order_stride, maxima_stride, BLOCK)
 
 
