@@ -122,7 +122,13 @@ def cover_blocks(
     number: Tensor,
     written: int,
 ) -> None:
-    """`CompletionState.advance` row by row."""
+    """`CompletionState.advance`: on a GPU by one kernel, elsewhere row by row."""
+    if covered.is_cuda and _reads(key) and _reads(value):
+        from fasa_flex.covering import cover_by_kernel  # Triton is there with CUDA only
+
+        state = (covered, key_sum, value_sum, product, mean_value, covariance)
+        cover_by_kernel(*state, key, value, valid, number, written, BLOCK, SINKS)
+        return
     dim, rows = key_sum.shape[2], len(covered)
     counts = number[:, -1].expand(rows).tolist()
     for row, (done, count) in enumerate(zip(covered[:, 0].tolist(), counts, strict=True)):
@@ -147,6 +153,11 @@ def cover_blocks(
         mean = value_sum[row] / (target - SINKS)
         mean_value[row] = mean
         covariance[row] = (product[row] - key_sum[row][..., None] * mean[:, None]) / (target - SINKS)
+
+
+def _reads(states: Tensor) -> bool:
+    """Whether a kernel on a GPU can read keys or values: there, or in pinned host memory, each row contiguous."""
+    return states.stride(3) == 1 and (states.is_cuda or states.is_pinned())
 
 
 @dataclass(frozen=True, eq=False)

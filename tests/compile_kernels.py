@@ -19,7 +19,8 @@ SHAPE |= {"KV_HEADS": 8, "KEY_STRIDE": 256, "VALUE_STRIDE": 256}
 SHAPE |= {"WIDTH": 32, "PART": 32, "PART_PAD": 32, "WANTED_PAD": 256, "BLOCK": 128, "OVERLAP": True}
 POINTERS = dict.fromkeys(("query", "key", "value", "keys", "values", "packed", "sinks", "out"), "*bf16")
 POINTERS |= dict.fromkeys(("logits", "masses", "sample", "share", "shift", "weights", "mean_key"), "*fp32")
-POINTERS |= dict.fromkeys(("bests", "totals", "results"), "*fp32")
+POINTERS |= dict.fromkeys(("bests", "totals", "results", "key_sum", "value_sum", "product"), "*fp32")
+POINTERS |= {"mean_value": "*bf16", "covariance": "*bf16", "covered": "*i64", "number": "*i64", "valid": "*u8"}
 POINTERS |= dict.fromkeys(("held_keys", "held_values"), "*bf16")
 POINTERS |= dict.fromkeys(
     ("order", "maxima", "tiles", "slots", "held", "held_at", "places", "absent", "scratch"), "*i32"
@@ -32,19 +33,24 @@ FOUR_BITS = {"PART": 16, "PART_PAD": 16, "SCALED": True}
 
 
 def compiles(
-    kernel: Any, integer: tuple[str, str] = ("", ""), number: str = "", asserts: bool = False, **constants: Any
+    kernel: Any,
+    other: tuple[str, str] = ("", ""),
+    number: str = "",
+    asserts: bool = False,
+    warps: int = 4,
+    **constants: Any,
 ) -> None:
     """Compile to machine code, with a check in it or none; raises where that fails.
 
-    An argument named by ``integer``, with its type, or by ``number`` has another type than in `POINTERS`.
+    An argument named by ``other``, with its type, or by ``number`` has another type than in `POINTERS`.
     """
     chosen = {name: value for name, value in {**SHAPE, **constants}.items() if name in kernel.arg_names}
-    others = {integer[0]: integer[1], number: "i32"}
+    others = {other[0]: other[1], number: "i32"}
     types = {**dict.fromkeys(kernel.arg_names, "i32"), **NUMBERS, **POINTERS, **others}
     signature = {name: "constexpr" if name in chosen else types[name] for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in chosen.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places)
-    built = triton.compile(source, target=TARGET, options={"debug": asserts})
+    built = triton.compile(source, target=TARGET, options={"debug": asserts, "num_warps": warps, "num_stages": 2})
     assert built.asm["cubin"]
     assert ("__assertfail" in built.asm["ptx"]) == asserts
 
@@ -54,8 +60,8 @@ def main() -> None:
     for how, sums in (("softmax", False), ("softmax_exact", True), ("max", False), ("mean", True)):
         compiles(kernels.score_keys, HOW=how, SUMS=sums, **plain)
     all_of_it = {"WEIGHTED": True, "SHIFTED": True, "CAPPED": True, "HOW": "softmax", "SUMS": True}
-    compiles(kernels.score_keys, integer=("keys", "*i8"), SCALED=True, **all_of_it)
-    compiles(kernels.score_keys, integer=("keys", "*u8"), **FOUR_BITS, **all_of_it)
+    compiles(kernels.score_keys, other=("keys", "*i8"), SCALED=True, **all_of_it)
+    compiles(kernels.score_keys, other=("keys", "*u8"), **FOUR_BITS, **all_of_it)
     for how in ("softmax", "softmax_exact"):
         compiles(kernels.mix_group, GROUP_PAD=4, BLOCK=1024, HOW=how)
     compiles(kernels.share_kept, GROUP_PAD=4)
@@ -70,6 +76,11 @@ def main() -> None:
     for bounded in (False, True):
         compiles(kernels.find_rows, BOUNDED=bounded)
     compiles(kernels.fetch_rows, BLOCK=16)
+    for dim, parts in ((128, 1), (256, 4), (0, 1)):
+        sizes = {"DIM": dim, "PART": 128 // parts, "PARTS": parts, "VALUE_DIM": dim or 64, "VALUE_PAD": dim or 64}
+        compiles(kernels.cover_rows, COVERED=64, SKIPPED=4, **{**sizes, "BLOCK": 64}, warps=8)
+    mixed = {"DIM": 64, "PART": 64, "PARTS": 1, "VALUE_DIM": 64, "VALUE_PAD": 64, "BLOCK": 64}
+    compiles(kernels.cover_rows, ("values", "*fp32"), COVERED=64, SKIPPED=4, **mixed)
     for centred in (False, True):
         written = {"asserts": True, "CENTRED": centred}
         compiles(kernels.write_states, SCALED=False, COUNTED=True, **written)
