@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fasa_flex.decode import head_strides
 from fasa_flex.kernels import cover_rows, on_their_device, overlapping, parts_of, power_of_two
 
 COVER_WARPS, COVER_STAGES, MOST_PRODUCTS = 8, 2, 16384
@@ -43,7 +44,7 @@ def cover_by_kernel(
     overlap, launch = overlapping(covered.device)
     cover_rows[(batch * kv_heads,)](
         covered, key_sum, value_sum, product, mean_value, covariance, key, value,
-        valid.contiguous().view(torch.uint8), number.contiguous(), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        valid.contiguous().view(torch.uint8), number.contiguous(), *head_strides(key, value),
         *(0 if len(rows) == 1 else kv_len for rows in (valid, number)), kv_len, written,
         block, skipped, key.stride(2), value.stride(2), dim, part, max(1, parts_of(dim, part)), value_dim, value_pad,
         64 if value.element_size() == 2 else 32, kv_heads, overlap, num_warps=COVER_WARPS, num_stages=COVER_STAGES,

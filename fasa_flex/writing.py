@@ -43,5 +43,6 @@ def write_token(
         dims if mean_key is None else mean_key, length,
         *(states.stride(axis) for states in (key, value, keys, values) for axis in (0, 1)), capacity, keys.stride(2),
         values.stride(2), dim, power_of_two(dim), value_dim, power_of_two(value_dim), dims.shape[1], part,
-        power_of_two(part), scales is not None, mean_key is not None, isinstance(length, Tensor), kv_heads, overlap, num_warps=1, debug=True, **launch,
+        power_of_two(part), scales is not None, mean_key is not None, isinstance(length, Tensor), kv_heads, overlap,
+        num_warps=1, debug=True, **launch,
     )  # fmt: skip

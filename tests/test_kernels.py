@@ -311,10 +311,10 @@ def test_a_compiled_model_decodes_by_kernels_without_copying_its_cache(
     monkeypatch.setattr("fasa_flex.packing.tile_of", lambda device: 1)
     monkeypatch.setattr("fasa_flex.attention.why_no_kernels", lambda *call: None)
     profile, length = profile_of(llama), 777
-    prompt, tokens = ids(40, rows=2), [ids(1, seed=step, rows=2) for step in range(3)]
+    prompt, tokens = ids(70, rows=2), [ids(1, seed=step, rows=2) for step in range(3)]
 
     def decode(backend: Any, run: Any) -> Tensor:
-        config = FasaConfig(n_fac=8, n_tip=3, dense_layers=(0,), group_reduce="max", backend=backend)
+        config = FasaConfig(n_fac=8, n_tip=3, dense_layers=(0,), backend=backend)
         cache = FasaCache(llama, profile, config, placement=placement, max_cache_len=length)
         with torch.no_grad(), enable(llama, profile, config):
             llama(prompt, past_key_values=cache)
@@ -326,6 +326,7 @@ def test_a_compiled_model_decodes_by_kernels_without_copying_its_cache(
     graph = max(code, key=len)
     called = [name for name in FUNCTIONS if graph.count(f"= torch.ops.fasa_flex.{name}.default(") == 2]
     assert called == (["sparse_decode"] if placement == "device" else ["select_slots", "hold_slots", "attend_slots"])
+    assert graph.count("torch.ops.fasa_flex.cover_blocks.default(") == 2
     shapes = re.findall(r"= empty_strided_cpu\(\(([\d, ]+)\)", graph)
     sizes = [math.prod(int(size) for size in shape.split(",") if size.strip()) for shape in shapes]
     assert sizes

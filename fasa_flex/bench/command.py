@@ -24,7 +24,7 @@ from fasa_flex.bench.report import absences, crossovers, picture, sentences, tab
 from fasa_flex.bench.settings import BACKENDS, DTYPES, MODES, Settings, quick
 from fasa_flex.bench.shapes import SHAPES
 from fasa_flex.bench.timing import bandwidth, free_memory
-from fasa_flex.config import FasaConfig, GroupReduce
+from fasa_flex.config import Completion, FasaConfig, GroupReduce
 from fasa_flex.packing import PackedDtype
 from fasa_flex.saving import replacing
 
@@ -49,8 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", type=_numbers, help="rows (default: 1,8; for a step on CPU 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=list(DTYPES), help="(default: float32 on CPU, bfloat16 on CUDA)")
-    parser.add_argument("--packed-dtype", choices=get_args(PackedDtype), help="of packed keys (default: the cache's)")
-    parser.add_argument("--n-tip", type=int, help="dominant chunks (default: head_dim / 8)")
+    parser.add_argument(
+        "--packed-dtype",
+        choices=[*get_args(PackedDtype), "cache"],
+        default=Settings.packed_dtype,
+        help="of packed keys, or the cache's (default: int4)",
+    )
+    parser.add_argument("--completion", choices=get_args(Completion), default=Settings.completion)
+    parser.add_argument("--n-tip", type=int, help="dominant chunks (default: half of them)")
     parser.add_argument("--n-fac", type=int, default=256, help="tokens a query attends to (default: 256)")
     parser.add_argument("--group-reduce", choices=get_args(GroupReduce), default=FasaConfig().group_reduce)
     parser.add_argument("--modes", type=_words, default=MODES, help="eager, compiled or both (default: both)")
@@ -98,7 +104,8 @@ def _settings(options: argparse.Namespace, part: str, device: torch.device) -> S
         n_tip=options.n_tip,
         n_fac=options.n_fac,
         group_reduce=options.group_reduce,
-        packed_dtype=options.packed_dtype,
+        packed_dtype=None if options.packed_dtype == "cache" else options.packed_dtype,
+        completion=options.completion,
         modes=options.modes,
         backends=options.backends,
         repeats=options.repeats,
