@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from fasa_flex.agreement import check_heads
 from fasa_flex.budget import Budget
 from fasa_flex.compiling import Step, beyond_the_limit, padded_to_power_of_two, situation
-from fasa_flex.completion import Completion, CompletionState, complete, kept_share, with_sinks
+from fasa_flex.completion import Completion, CompletionState, completed, kept_share
 from fasa_flex.config import Backend, FasaConfig, GroupReduce, check_choice
 from fasa_flex.fused import decode_by_kernels, why_no_kernels
 from fasa_flex.held_rows import HeldRows
@@ -229,15 +229,9 @@ def _score_select_attend(
     attend = flex_focused if backend == "flex" else gather_focused
     out, lse = attend(query, key, value, selection, softmax)
     share = None
-    if completion is not None and logits is not None and weights is not None:
+    if logits is not None and weights is not None:
         share = kept_share(logits, weights, selection)
-        remainder, known = completion.remainder(query, key, value, valid, softmax.scaling)
-        share = torch.where(known, share, 1.0)
-        out = complete(out, share, remainder)
-    if softmax.sinks is None:
-        return out
-    assert lse is not None
-    return with_sinks(out, lse, share, softmax.sinks)
+    return completed(out, lse, share, completion, softmax, query, key, value, valid)
 
 
 @functools.cache

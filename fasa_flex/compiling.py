@@ -77,8 +77,13 @@ def padded_to_power_of_two(
     extra = (1 << (q_len - 1).bit_length()) - q_len
     if isinstance(scorer, Given):
         scorer = Given(F.pad(scorer.scores, (0, 0, 0, extra)))
-    query, valid, *marked = (s if s is None else F.pad(s, (0, 0, 0, extra)) for s in (query, valid, *marks))
-    return query, valid, Marks(*marked), scorer
+
+    def padded(states: Tensor, fill: float = 0) -> Tensor:
+        return F.pad(states, (0, 0, 0, extra), value=fill)
+
+    forced = None if marks.forced is None else padded(marks.forced)
+    sample = None if marks.sample is None else padded(marks.sample, -1)
+    return padded(query), padded(valid), Marks(forced, sample), scorer
 
 
 def beyond_the_limit(compile_another: Callable[[int], Step]) -> Step:

@@ -27,6 +27,7 @@ from fasa_flex.budget import SINKS
 from fasa_flex.operators import operator
 from fasa_flex.scoring import Weights
 from fasa_flex.selection import Selection
+from fasa_flex.softmax import Softmax
 
 BLOCK = 64
 """Valid tokens that a state is brought up to date by."""
@@ -123,7 +124,13 @@ def cover_blocks(
     number: Tensor,
     written: int,
 ) -> None:
-    """`CompletionState.advance` row by row."""
+    """`CompletionState.advance`: on a GPU by one kernel, elsewhere row by row."""
+    if covered.is_cuda and _reads(key) and _reads(value):
+        from fasa_flex.covering import cover_by_kernel  # Triton is there with CUDA only
+
+        state = (covered, key_sum, value_sum, product, mean_value, covariance)
+        cover_by_kernel(*state, key, value, valid, number, written, BLOCK, SINKS)
+        return
     dim, rows = key_sum.shape[2], len(covered)
     counts = number[:, -1].expand(rows).tolist()
     for row, (done, count) in enumerate(zip(covered[:, 0].tolist(), counts, strict=True)):
@@ -148,6 +155,11 @@ def cover_blocks(
         mean = value_sum[row] / (target - SINKS)
         mean_value[row] = mean
         covariance[row] = (product[row] - key_sum[row][..., None] * mean[:, None]) / (target - SINKS)
+
+
+def _reads(states: Tensor) -> bool:
+    """Whether a kernel on a GPU can read keys or values: there, or in pinned host memory, each row contiguous."""
+    return states.stride(3) == 1 and (states.is_cuda or states.is_pinned())
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,6 +238,43 @@ def complete(out: Tensor, share: Tensor, remainder: Tensor) -> Tensor:
     """Focused attention ``out`` [B, Hq, Q, Dv], completed by a remainder [B, Hkv, G, Q, Dv] of 1 - share."""
     kept = share[..., None]
     return (kept * out.unflatten(1, share.shape[1:3]).float() + (1.0 - kept) * remainder).flatten(1, 2).to(out.dtype)
+
+
+def completed(
+    out: Tensor,
+    lse: Tensor | None,
+    share: Tensor | None,
+    completion: Completion | None,
+    softmax: Softmax,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor,
+) -> Tensor:
+    """Attention to the selected keys as the model has it: completed, and with its learned sinks.
+
+    Args:
+        out: [B, Hq, Q, Dv], without either.
+        lse: float32 [B, Hq, Q], the log-sum-exp of the selected keys' exact logits; needed where there are sinks.
+        share: `kept_share`; needed where there is a completion.
+        completion: None: there is none.
+        softmax: the model's.
+        query: of the call, as are ``key``, ``value`` and ``valid`` (`Completion.remainder`).
+
+    Returns:
+        [B, Hq, Q, Dv].
+    """
+    if completion is None:
+        share = None
+    else:
+        assert share is not None
+        remainder, known = completion.remainder(query, key, value, valid, softmax.scaling)
+        share = torch.where(known, share, 1.0)
+        out = complete(out, share, remainder)
+    if softmax.sinks is None:
+        return out
+    assert lse is not None
+    return with_sinks(out, lse, share, softmax.sinks)
 
 
 def with_sinks(out: Tensor, lse: Tensor, share: Tensor | None, sinks: Tensor) -> Tensor:

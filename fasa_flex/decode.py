@@ -13,18 +13,15 @@ from fasa_flex.kernels import (
     fetch_rows,
     find_rows,
     focus_rows,
-    mix_group,
     on_their_device,
     overlapping,
     parts_of,
     power_of_two,
-    score_keys,
     select_keys,
 )
 from fasa_flex.operators import operator
+from fasa_flex.ranked import Ranking, Tip, kept_share, ranked, share_of
 
-SCORE_BLOCK, MIXED_BLOCK, SCORE_WARPS = 128, 256, 4  # mixed: where every block adds to a softmax over all
-MIX_BLOCK, MIX_WARPS = 1024, 8
 SELECT_WARPS, MOST_COUNTED = 8, 2048
 ATTEND_BLOCK, ATTEND_WARPS = 128, 4
 FOCUS_WARPS, MOST_FOCUSED = 4, 4096  # at once while there are no more tiles: a longer search wants more warps
@@ -35,56 +32,54 @@ More programs than 64 fetch scattered rows of the host more slowly.
 """
 
 
-@operator(
-    "select_slots",
-    lambda query, dims, packed, scales, codes, n_fac, *_: _integers(
-        query, query.shape[0] * dims.shape[0], min(n_fac, codes.shape[1])
-    ),
-)
+def _room_of_slots(query: Tensor, *tip: Any) -> tuple[Tensor, Tensor]:
+    asked = Tip(*tip)
+    slots = _integers(query, query.shape[0] * asked.dims.shape[0], min(asked.n_fac, asked.kv_len))
+    return slots, share_of(query, asked.dims, asked.completes)
+
+
+@operator("select_slots", _room_of_slots)
 @on_their_device
 def select_slots(
     query: Tensor,
     dims: Tensor,
+    weights: Tensor | None,
     packed: Tensor,
     scales: Tensor | None,
+    shift: Tensor | None,
     codes: Tensor,
     n_fac: int,
     how: str,
     scaling: float,
-) -> Tensor:
+    softcap: float | None,
+    completes: bool,
+) -> tuple[Tensor, Tensor]:
     """TIP and the selection for one query a row.
 
     Args:
-        query: float [B, Hq, 1, D], contiguous.
-        dims: int64 [Hkv, 2 * n_tip], contiguous, the dominant dimensions.
-        packed: [B, Hkv, C, 2 * n_tip], contiguous, C >= T; a float dtype or int8.
-        scales: float16 [B, Hkv, C] of int8 keys.
-        codes: uint8 [B or 1, T], rows contiguous: 0 for an invalid key, 1 for a valid one, 2 for one that is forced in.
-        n_fac: tokens; K tiles of 16 keys are searched in registers, so a few hundred.
-        how: "softmax", "mean" or "max", over the group.
-        scaling: of the softmax.
+        query: float [B, Hq, 1, D], contiguous; the others as `fasa_flex.ranked.Tip` has them.
 
     Returns:
-        int32 [B * Hkv, min(n_fac, T)], ascending; -1 where no valid key is left.
+        int32 [B * Hkv, min(n_fac, T)], ascending, -1 where no valid key is left; and the selected keys' share of the
+        mass of all valid keys, float32 [B, Hkv, G, 1], of no number where it is not asked for.
     """
-    order, maxima = _ranked(query, dims, packed, scales, codes, how, scaling)
-    search = _search(order, maxima, codes.shape[1], n_fac)
+    tip = Tip(dims, weights, packed, scales, shift, codes, n_fac, how, scaling, softcap, completes)
+    ranking = ranked(query, tip)
+    search = _search(ranking, tip.kv_len, n_fac)
     overlap, launch = overlapping(query.device)
-    select_keys[(order.shape[0],)](*search, overlap, num_warps=SELECT_WARPS, **launch)
-    return search.slots
+    select_keys[(ranking.order.shape[0],)](*search, overlap, num_warps=SELECT_WARPS, **launch)
+    return search.slots, kept_share(query, ranking, search.slots, tip)
 
 
-@operator("attend_slots", lambda query, key, value, *_: result_of(query, value))
+def _room_of_result(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return result_of(query, value), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@operator("attend_slots", _room_of_result)
 @on_their_device
 def attend_slots(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    slots: Tensor,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, slots: Tensor, scaling: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
     """FAC for one query a row.
 
     Args:
@@ -95,49 +90,50 @@ def attend_slots(
         slots: int32 [B * Hkv, K], rows of ``key`` and ``value``; -1 for none.
         scaling: of the softmax.
         softcap: of the logits, or None.
-        sinks: float [Hq], or None.
 
     Returns:
-        [B, Hq, 1, Dv]; zeros for a row without a slot.
+        [B, Hq, 1, Dv], zeros for a row without a slot; and the log-sum-exp of the logits, float32 [B, Hq, 1].
     """
     rows, wanted = slots.shape
-    out, attention = _attention(query, key, value, wanted, scaling, softcap, sinks)
+    result, attention = _attention(query, key, value, wanted, scaling, softcap)
     overlap, launch = overlapping(query.device)
     attend_rows[(rows,)](slots, wanted, power_of_two(wanted, 16), *attention, overlap, num_warps=ATTEND_WARPS, **launch)
-    return out
+    return result
 
 
-@operator("sparse_decode", lambda query, key, value, *_: result_of(query, value))
+@operator("sparse_decode", lambda *all: (*_room_of_result(*all), share_of(all[0], all[3], all[-1])))
 @on_their_device
 def sparse_decode(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     dims: Tensor,
+    weights: Tensor | None,
     packed: Tensor,
     scales: Tensor | None,
+    shift: Tensor | None,
     codes: Tensor,
     n_fac: int,
     how: str,
     scaling: float,
     softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+    completes: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """TIP, the selection and FAC for one query a row: `select_slots` and `attend_slots`, arguments likewise.
 
     Returns:
-        [B, Hq, 1, Dv]; zeros for a row without a valid key.
+        what `attend_slots` returns, and the share of `select_slots`.
     """
-    ranked_by = (dims, packed, scales, codes, n_fac, how, scaling)
-    if parts_of(codes.shape[1], TILE.value) > MOST_FOCUSED:
-        slots = select_slots(query, *ranked_by)
-        return attend_slots(query, key, value, slots, scaling, softcap, sinks)
-    order, maxima = _ranked(query, dims, packed, scales, codes, how, scaling)
-    search = _search(order, maxima, codes.shape[1], n_fac)
-    out, attention = _attention(query, key, value, search.wanted, scaling, softcap, sinks)
+    tip = Tip(dims, weights, packed, scales, shift, codes, n_fac, how, scaling, softcap, completes)
+    if parts_of(tip.kv_len, TILE.value) > MOST_FOCUSED:
+        slots, share = select_slots(query, *tip)
+        return *attend_slots(query, key, value, slots, scaling, softcap), share
+    ranking = ranked(query, tip)
+    search = _search(ranking, tip.kv_len, n_fac)
+    result, attention = _attention(query, key, value, search.wanted, scaling, softcap)
     overlap, launch = overlapping(query.device)
-    focus_rows[(order.shape[0],)](*search, *attention, overlap, num_warps=FOCUS_WARPS, **launch)
-    return out
+    focus_rows[(ranking.order.shape[0],)](*search, *attention, overlap, num_warps=FOCUS_WARPS, **launch)
+    return *result, kept_share(query, ranking, search.slots, tip)
 
 
 @operator(
@@ -189,37 +185,6 @@ def hold_slots(
     return places
 
 
-def _ranked(
-    query: Tensor, dims: Tensor, packed: Tensor, scales: Tensor | None, codes: Tensor, how: str, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """TIP: the order of every key, int32 [B * Hkv, >= T], and of every tile of keys its maximum."""
-    batch, query_heads, _, dim = query.shape
-    kv_heads, width = dims.shape
-    kv_len, group, rows = codes.shape[1], query_heads // kv_heads, batch * kv_heads
-    mixed = how == "softmax" and group > 1
-    group_pad, block = power_of_two(group, 16), MIXED_BLOCK if mixed else SCORE_BLOCK
-    whole = MIX_BLOCK if mixed else 16 * TILE.value  # keys: of sixteens of tiles, which threads read in fours
-    covered = parts_of(kv_len, whole) * whole
-    blocks = covered // block
-    order, maxima = _integers(query, rows, covered), _integers(query, rows, covered // TILE.value)
-    sizes = (kv_len, blocks, blocks) if mixed else (0, 0, 0)
-    scores, top, total = (torch.empty(rows, group, size, dtype=torch.float32, device=query.device) for size in sizes)
-    code_stride = 0 if codes.shape[0] == 1 else codes.stride(0)
-    overlap, launch = overlapping(query.device)
-    score_keys[(blocks, rows)](
-        query, dims, packed, codes if scales is None else scales, codes, scores, top, total, order, maxima,
-        order.stride(0), maxima.stride(0), kv_len, code_stride, packed.stride(1), blocks, scaling, group, group_pad,
-        dim, width, power_of_two(width, 16), block, scales is not None,
-        how if mixed or how == "mean" else "max", kv_heads, overlap, num_warps=SCORE_WARPS, **launch,
-    )  # fmt: skip
-    if mixed:
-        mix_group[(covered // MIX_BLOCK, rows)](
-            scores, top, total, codes, order, maxima, order.stride(0), maxima.stride(0), kv_len, code_stride, blocks,
-            group, power_of_two(group), MIX_BLOCK, kv_heads, overlap, num_warps=MIX_WARPS, **launch,
-        )  # fmt: skip
-    return order, maxima
-
-
 class _Search(NamedTuple):
     """What `select_keys` is handed."""
 
@@ -236,7 +201,8 @@ class _Search(NamedTuple):
     GUESS: bool
 
 
-def _search(order: Tensor, maxima: Tensor, kv_len: int, n_fac: int) -> _Search:
+def _search(ranking: Ranking, kv_len: int, n_fac: int) -> _Search:
+    order, maxima = ranking.order, ranking.maxima
     rows, tiles, wanted = order.shape[0], parts_of(kv_len, TILE.value), min(n_fac, kv_len)
     wanted_pad = power_of_two(wanted, 16)
     return _Search(
@@ -247,23 +213,17 @@ def _search(order: Tensor, maxima: Tensor, kv_len: int, n_fac: int) -> _Search:
 
 
 def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    wanted: int,
-    scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> tuple[Tensor, tuple[Any, ...]]:
-    """A result [B, Hq, 1, Dv] and what `attend_rows` is handed for it, but the slots."""
+    query: Tensor, key: Tensor, value: Tensor, wanted: int, scaling: float, softcap: float | None
+) -> tuple[tuple[Tensor, Tensor], tuple[Any, ...]]:
+    """Room for what `attend_slots` returns, and what `attend_rows` is handed for it, but the slots."""
     kv_heads, dim, value_dim = key.shape[1], key.shape[3], value.shape[3]
     group = query.shape[1] // kv_heads
-    out = result_of(query, value)
+    result = _room_of_result(query, key, value)
     block = min(ATTEND_BLOCK if key.element_size() == 2 else 32, power_of_two(wanted, 16))
-    return out, (
-        query, key, value, query if sinks is None else sinks, out, *head_strides(key, value), scaling, softcap or 1.0,
+    return result, (
+        query, key, value, *result, *head_strides(key, value), scaling, softcap or 1.0,
         key.stride(2), value.stride(2), group, power_of_two(group, 16), dim, power_of_two(dim, 16),
-        value_dim, power_of_two(value_dim, 16), block, kv_heads, softcap is not None, sinks is not None,
+        value_dim, power_of_two(value_dim, 16), block, kv_heads, softcap is not None,
     )  # fmt: skip
 
 

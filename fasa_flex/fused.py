@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from fasa_flex.budget import Budget
+from fasa_flex.completion import Completion, completed
 from fasa_flex.config import FasaConfig, GroupReduce
 from fasa_flex.held_rows import HeldRows
 from fasa_flex.packing import PackedKeys
 from fasa_flex.scoring import DominantChunks, Scorer
-from fasa_flex.selection import forced_keys
+from fasa_flex.selection import Marks
 from fasa_flex.softmax import Softmax
 
 MOST_SELECTED = 1024
@@ -115,33 +116,64 @@ def decode_by_kernels(
     group_reduce: GroupReduce,
     softmax: Softmax,
     packed: PackedKeys,
-    held: HeldRows | None = None,
+    held: HeldRows | None,
+    marks: Marks,
+    completion: Completion | None,
 ) -> Tensor:
     """`sparse_attention` of one query a row, [B, Hq, 1, Dv], where `why_no_kernels` finds no reason against it."""
     from fasa_flex.decode import attend_slots, hold_slots, select_slots, sparse_decode  # Triton is there with CUDA only
 
-    codes, query = codes_of(valid), query.contiguous()
-    forced = forced_keys(valid, budget)
-    if forced is not None:
-        codes = codes + forced
+    query = query.contiguous()
     assert isinstance(budget.n_fac, int)
-    ranked_by = (
+    tip = (
         scorer.dims.contiguous(),
+        None if scorer.weights is None else scorer.weights.contiguous(),
         packed.tiles.squeeze(4),
         None if packed.scales is None else packed.scales.squeeze(3),
-        codes.flatten(1),
+        _shift(query, key, scorer, group_reduce, softmax),
+        codes_of(valid, marks).flatten(1),
         budget.n_fac,
         "max" if group_reduce == "none" else group_reduce,
         softmax.scaling,
+        softmax.softcap,
+        completion is not None,
     )
-    if held is None or held.count != min(budget.n_fac, codes.shape[-1]):
-        return sparse_decode(query, key, value, *ranked_by, softmax.softcap, softmax.sinks)
-    slots = select_slots(query, *ranked_by)
-    places = hold_slots(key, value, slots, held.slots, held.places, held.keys, held.values, held.length)
-    return attend_slots(query, held.keys, held.values, places, softmax.scaling, softmax.softcap, softmax.sinks)
+    if held is None or held.count != min(budget.n_fac, valid.shape[-1]):
+        out, lse, share = sparse_decode(query, key, value, *tip)
+    else:
+        slots, share = select_slots(query, *tip)
+        places = hold_slots(key, value, slots, held.slots, held.places, held.keys, held.values, held.length)
+        out, lse = attend_slots(query, held.keys, held.values, places, softmax.scaling, softmax.softcap)
+    return completed(out, lse, share, completion, softmax, query, key, value, valid)
 
 
-def codes_of(valid: Tensor) -> Tensor:
-    """What the kernels read of bool ``valid``: uint8, 1 where a key is valid."""
+def _shift(
+    query: Tensor, key: Tensor, scorer: DominantChunks, group_reduce: GroupReduce, softmax: Softmax
+) -> Tensor | None:
+    """`DominantChunks.shift` where it matters, float32 [B * Hq]; elsewhere all scores of a query head are as well less.
+
+    It matters to a soft cap, and where scores of several query heads are compared.
+    """
+    compares = group_reduce in ("max", "mean") and query.shape[1] != key.shape[1]
+    shift = scorer.shift(query) if compares or softmax.softcap is not None else None
+    return None if shift is None else shift.flatten().contiguous()
+
+
+def codes_of(valid: Tensor, marks: Marks | None = None) -> Tensor:
+    """What the kernels read of bool ``valid`` and its marks: uint8, bits as `fasa_flex.kernels.scoring` has them."""
+    codes = _bits(valid)
+    if marks is None:
+        return codes
+    if marks.forced is not None:
+        codes = torch.add(codes, _bits(marks.forced), alpha=2)
+    if marks.sample is not None:
+        kv_len = valid.shape[-1]
+        slots = torch.where(marks.sample < 0, kv_len, marks.sample)
+        sampled = codes.new_zeros(*slots.shape[:-1], kv_len + 1).scatter(-1, slots, 4)
+        codes = codes + sampled[..., :kv_len]
+    return codes
+
+
+def _bits(marked: Tensor) -> Tensor:
     # eagerly a conversion would be a launch; in a graph it costs nothing, and torch 2.11's Inductor knows no such view
-    return valid.to(torch.uint8) if torch.compiler.is_compiling() else valid.view(torch.uint8)
+    return marked.to(torch.uint8) if torch.compiler.is_compiling() else marked.view(torch.uint8)

@@ -298,12 +298,13 @@ def _write_token(
 ) -> bool:
     """Write a decoded token behind ``length`` others by one kernel; False where it cannot, and nothing is written."""
     dims = scorer.dims
-    if scorer.mean_key is not None or not writes_at_once(key, value, keys, values, packed, dims):
+    if not writes_at_once(key, value, keys, values, packed, dims):
         return False
     from fasa_flex.writing import write_token  # Triton is there with CUDA only
 
     scales = None if packed.scales is None else packed.scales.squeeze(3)
-    write_token(key, value, keys, values, packed.tiles.squeeze(4), scales, dims.contiguous(), length)
+    mean_key = None if scorer.mean_key is None else scorer.mean_key.contiguous()
+    write_token(key, value, keys, values, packed.tiles.squeeze(4), scales, dims.contiguous(), mean_key, length)
     return True
 
 

@@ -16,9 +16,11 @@ from fasa_flex import kernels
 TARGET = GPUTarget("cuda", 90, 32)
 SHAPE = {"GROUP": 4, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "VALUE_DIM": 128, "VALUE_PAD": 128}
 SHAPE |= {"KV_HEADS": 8, "KEY_STRIDE": 256, "VALUE_STRIDE": 256}
-SHAPE |= {"WIDTH": 32, "WIDTH_PAD": 32, "WANTED_PAD": 256, "BLOCK": 128, "OVERLAP": True}
+SHAPE |= {"WIDTH": 32, "PART": 32, "PART_PAD": 32, "WANTED_PAD": 256, "BLOCK": 128, "OVERLAP": True}
 POINTERS = dict.fromkeys(("query", "key", "value", "keys", "values", "packed", "sinks", "out"), "*bf16")
-POINTERS |= dict.fromkeys(("scores", "top", "total", "bests", "totals", "results"), "*fp32")
+POINTERS |= dict.fromkeys(("logits", "masses", "sample", "share", "shift", "weights", "mean_key"), "*fp32")
+POINTERS |= dict.fromkeys(("bests", "totals", "results", "key_sum", "value_sum", "product"), "*fp32")
+POINTERS |= {"mean_value": "*bf16", "covariance": "*bf16", "covered": "*i64", "number": "*i64", "valid": "*u8"}
 POINTERS |= dict.fromkeys(("held_keys", "held_values"), "*bf16")
 POINTERS |= dict.fromkeys(
     ("order", "maxima", "tiles", "slots", "held", "held_at", "places", "absent", "scratch"), "*i32"
@@ -27,39 +29,63 @@ POINTERS |= {"dims": "*i64", "scales": "*fp16", "codes": "*u8", "length": "*i64"
 NUMBERS = {"scaling": "fp32", "softcap": "fp32", "key_batch": "i64", "value_batch": "i64"}
 
 
-def compiles(kernel: Any, int8: str = "", number: str = "", asserts: bool = False, **constants: Any) -> None:
+FOUR_BITS = {"PART": 16, "PART_PAD": 16, "SCALED": True}
+
+
+def compiles(
+    kernel: Any,
+    other: tuple[str, str] = ("", ""),
+    number: str = "",
+    asserts: bool = False,
+    warps: int = 4,
+    **constants: Any,
+) -> None:
     """Compile to machine code, with a check in it or none; raises where that fails.
 
-    An argument named by ``int8`` or ``number`` has another type than in `POINTERS`.
+    An argument named by ``other``, with its type, or by ``number`` has another type than in `POINTERS`.
     """
     chosen = {name: value for name, value in {**SHAPE, **constants}.items() if name in kernel.arg_names}
-    types = {**dict.fromkeys(kernel.arg_names, "i32"), **NUMBERS, **POINTERS, int8: "*i8", number: "i32"}
+    others = {other[0]: other[1], number: "i32"}
+    types = {**dict.fromkeys(kernel.arg_names, "i32"), **NUMBERS, **POINTERS, **others}
     signature = {name: "constexpr" if name in chosen else types[name] for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in chosen.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places)
-    built = triton.compile(source, target=TARGET, options={"debug": asserts})
+    built = triton.compile(source, target=TARGET, options={"debug": asserts, "num_warps": warps, "num_stages": 2})
     assert built.asm["cubin"]
     assert ("__assertfail" in built.asm["ptx"]) == asserts
 
 
 def main() -> None:
-    for how in ("softmax", "max", "mean"):
-        compiles(kernels.score_keys, HOW=how, SCALED=False)
-    compiles(kernels.score_keys, int8="keys", HOW="softmax", SCALED=True)
-    compiles(kernels.mix_group, GROUP_PAD=4, BLOCK=1024)
+    plain = {"SCALED": False, "WEIGHTED": False, "SHIFTED": False, "CAPPED": False}
+    for how, sums in (("softmax", False), ("softmax_exact", True), ("max", False), ("mean", True)):
+        compiles(kernels.score_keys, HOW=how, SUMS=sums, **plain)
+    all_of_it = {"WEIGHTED": True, "SHIFTED": True, "CAPPED": True, "HOW": "softmax", "SUMS": True}
+    compiles(kernels.score_keys, other=("keys", "*i8"), SCALED=True, **all_of_it)
+    compiles(kernels.score_keys, other=("keys", "*u8"), **FOUR_BITS, **all_of_it)
+    for how in ("softmax", "softmax_exact"):
+        compiles(kernels.mix_group, GROUP_PAD=4, BLOCK=1024, HOW=how)
+    compiles(kernels.share_kept, GROUP_PAD=4)
     for search in (False, True):
         chosen = {"TILES_PAD": 1024 if search else 128, "SEARCH": search, "GUESS": search}
         compiles(kernels.select_keys, **chosen)
-        compiles(kernels.focus_rows, SUNK=search, CAPPED=search, **chosen)
+        compiles(kernels.focus_rows, CAPPED=search, **chosen)
     for sunk, capped in ((False, False), (True, True)):
-        compiles(kernels.attend_rows, SUNK=sunk, CAPPED=capped)
+        compiles(kernels.attend_rows, CAPPED=capped)
         compiles(kernels.attend_part, CAPPED=capped)
         compiles(kernels.merge_parts, SUNK=sunk, PARTS_PAD=64)
     for bounded in (False, True):
         compiles(kernels.find_rows, BOUNDED=bounded)
     compiles(kernels.fetch_rows, BLOCK=16)
-    compiles(kernels.write_states, asserts=True, SCALED=False, COUNTED=True)
-    compiles(kernels.write_states, int8="packed", number="length", asserts=True, SCALED=True, COUNTED=False)
+    for dim, parts in ((128, 1), (256, 4), (0, 1)):
+        sizes = {"DIM": dim, "PART": 128 // parts, "PARTS": parts, "VALUE_DIM": dim or 64, "VALUE_PAD": dim or 64}
+        compiles(kernels.cover_rows, COVERED=64, SKIPPED=4, **{**sizes, "BLOCK": 64}, warps=8)
+    mixed = {"DIM": 64, "PART": 64, "PARTS": 1, "VALUE_DIM": 64, "VALUE_PAD": 64, "BLOCK": 64}
+    compiles(kernels.cover_rows, ("values", "*fp32"), COVERED=64, SKIPPED=4, **mixed)
+    for centred in (False, True):
+        written = {"asserts": True, "CENTRED": centred}
+        compiles(kernels.write_states, SCALED=False, COUNTED=True, **written)
+        compiles(kernels.write_states, ("packed", "*i8"), "length", SCALED=True, COUNTED=False, **written)
+        compiles(kernels.write_states, ("packed", "*u8"), "length", **FOUR_BITS, COUNTED=False, **written)
 
 
 if __name__ == "__main__":

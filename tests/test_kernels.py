@@ -22,9 +22,14 @@ from torch._inductor.utils import run_and_get_code
 from transformers import PreTrainedModel
 
 from fasa_flex import FasaCache, FasaConfig, enable, fasa_attention
+from fasa_flex.budget import Budget
+from fasa_flex.completion import Completion, CompletionState
+from fasa_flex.fused import codes_of, decode_by_kernels
 from fasa_flex.held_rows import HeldRows
 from fasa_flex.packing import PackedKeys
 from fasa_flex.scoring import DominantChunks
+from fasa_flex.selection import Marks
+from fasa_flex.softmax import Softmax
 
 pytest.importorskip("triton")
 ops, dense = (pytest.importorskip(f"fasa_flex.{name}") for name in ("decode", "dense"))
@@ -45,33 +50,71 @@ class Step:
     dim: int = 16
     n_tip: int = 2
     n_fac: int = 6
-    how: str = "max"
+    how: Any = "max"
     softcap: float | None = None
     sinks: bool = False
     forced: int = 0
     masked: float = 0.0
     limit: int = 2
+    packed: Any = None
+    mean: bool = False
+    weighted: bool = False
+    strength: float | None = None
 
 
-STEPS = {
+PLAIN = {
     "a search over tiles": Step(1100, n_fac=16),
     "no more tiles than budget": Step(200),
     "more budget than keys": Step(5, n_fac=16),
     "a single key": Step(1),
-    "softmax": Step(700, batch=2, group=4, how="softmax"),
+    "exact softmax": Step(700, batch=2, group=4, how="softmax_exact"),
+    "softmax": Step(700, batch=2, group=3, how="softmax"),
+    "softmax, a single key": Step(1, how="softmax"),
     "mean": Step(300, group=3, how="mean", n_fac=16),
     "one query head": Step(90, group=1, how="softmax"),
     "all scores equal": Step(600, limit=0),
+    "all weights equal": Step(600, limit=0, how="softmax"),
     "padding and an empty row": Step(130, batch=2, masked=0.4),
+    "softmax, padding and an empty row": Step(130, batch=2, masked=0.4, how="softmax"),
     "sinks and recent": Step(90, forced=2, masked=0.3, how="softmax"),
     "softcap": Step(100, softcap=2.0, group=4),
     "learned sinks": Step(100, sinks=True, how="softmax"),
+    "learned sinks and an empty row": Step(70, batch=2, masked=0.3, sinks=True, softcap=2.0),
     "an odd width": Step(70, dim=24, n_tip=3, n_fac=7),
 }
+FULL: dict[str, Any] = {"packed": "int4", "mean": True, "how": "softmax", "strength": 0.75}
+WHOLE = {
+    "the defaults": Step(301, batch=2, group=3, n_fac=24, forced=3, **FULL),
+    "four bits, an odd count": Step(99, dim=24, n_tip=3, packed="int4"),
+    "four bits, one chunk": Step(99, n_tip=1, packed="int4", mean=True),
+    "four bits, exact softmax": Step(99, packed="int4", how="softmax_exact", weighted=True),
+    "eight bits": Step(99, packed="int8", mean=True, weighted=True, how="softmax"),
+    "a mean key under max": Step(99, group=4, mean=True),
+    "a mean key under mean": Step(99, group=4, mean=True, how="mean", packed="int4"),
+    "a mean key under a cap": Step(99, group=4, mean=True, how="softmax", packed="int8", softcap=1.5),
+    "completed": Step(200, group=4, how="softmax_exact", strength=0.5),
+    "completed, max": Step(200, how="max", strength=0.75, mean=True, packed="int4"),
+    "completed, mean": Step(200, how="mean", strength=0.75),
+    "completed, one query head": Step(200, group=1, **FULL),
+    "completed by the mean value": Step(200, **{**FULL, "strength": 0.0}),
+    "completed under a cap": Step(200, softcap=1.5, group=3, **FULL),
+    "completed beside learned sinks": Step(200, sinks=True, weighted=True, **FULL),
+    "completed, padding and an empty row": Step(200, batch=3, masked=0.4, sinks=True, **FULL),
+    "completed where nothing is covered": Step(60, **FULL),
+    "completed with all selected": Step(80, n_fac=90, **FULL),
+}
+STEPS = {**PLAIN, **WHOLE}
 
 
+@pytest.fixture(autouse=True)
+def rows_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed keys as on a GPU."""
+    monkeypatch.setattr("fasa_flex.packing.tile_of", lambda device: 1)
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["at once", "FASA-M"])
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
-def test_decode_equals_the_oracle(step: Step) -> None:
+def test_decode_equals_the_oracle(step: Step, held: bool) -> None:
     heads = step.kv_heads * step.group
     q = integers(step.batch, heads, 1, step.dim, seed=1, limit=step.limit)
     k = integers(step.batch, step.kv_heads, step.length, step.dim, seed=2, limit=step.limit)
@@ -81,15 +124,22 @@ def test_decode_equals_the_oracle(step: Step) -> None:
     real = torch.rand(step.batch, step.length, generator=generator(5)) >= step.masked
     if step.masked:
         real[0] = step.batch == 1
-    scorer = DominantChunks.from_chunks(chunks)
-    packed, real_codes = scorer.pack(k), codes(real, step.forced)
-    scaling = step.dim**-0.5
-    ranked = (scorer.dims, packed, None, real_codes, step.n_fac, step.how, scaling)
-    slots = ops.select_slots(q, *ranked)
-    outs = {
-        "apart": ops.attend_slots(q, k, v, slots, scaling, step.softcap, sinks),
-        "at once": ops.sparse_decode(q, k, v, *ranked, step.softcap, sinks),
-    }
+    mean = torch.randn(step.kv_heads, step.dim, generator=generator(6)) if step.mean else None
+    weights = 0.5 + torch.rand(step.kv_heads, step.n_tip, generator=generator(7)) if step.weighted else None
+    by_dim = None if weights is None else weights.repeat_interleave(2, 1)
+    scorer = DominantChunks(chunks.flatten(1), mean, by_dim, step.packed)
+    packed = PackedKeys.of(scorer.pack(k), step.packed, step.length + 3)
+    valid, budget = real[:, None, None, None], Budget(step.n_fac, step.forced, step.forced)
+    softmax, completion = Softmax(step.dim**-0.5, step.softcap, sinks), None
+    if step.strength is not None:
+        state = CompletionState.empty(k, v, step.strength != 0.0)
+        state.advance(k, v, real, real.cumsum(-1), step.length)
+        completion = Completion(step.strength, state)
+    rows = HeldRows.empty(k, v, min(step.n_fac, step.length)) if held else None
+    marks = Marks.of(valid, budget, step.how)
+    out = decode_by_kernels(
+        q, k, v, scorer, valid, budget, step.how, softmax, packed, rows, marks, completion
+    )  # fmt: skip
     expected = oracle.fasa(
         *(x.double().numpy() for x in (q, k, v)),
         chunks.numpy(),
@@ -100,14 +150,17 @@ def test_decode_equals_the_oracle(step: Step) -> None:
         key_mask=real.numpy(),
         softcap=step.softcap,
         sinks=None if sinks is None else sinks.double().numpy(),
+        mean_key=None if mean is None else mean.double().numpy(),
+        weights=None if weights is None else weights.double().numpy(),
+        bits={"int4": 4, "int8": 8}.get(step.packed),
+        strength=step.strength,
     )
-    for how, out in outs.items():
-        np.testing.assert_allclose(out.numpy(), expected.out, atol=1e-5, err_msg=how)
+    np.testing.assert_allclose(out.numpy(), expected.out, atol=1e-5)
 
 
 @pytest.mark.parametrize("limit", ["MOST_COUNTED", "MOST_FOCUSED"])
 @pytest.mark.parametrize(
-    "step", [STEPS["a search over tiles"], STEPS["softmax"], Step(90, forced=2, masked=0.9)], ids=str
+    "step", [STEPS["a search over tiles"], STEPS["the defaults"], Step(90, forced=2, masked=0.9)], ids=str
 )
 def test_long_rows_select_the_same(step: Step, limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From 2048 tiles on the search guesses, from 4096 on it is a kernel of its own.
@@ -115,14 +168,7 @@ def test_long_rows_select_the_same(step: Step, limit: str, monkeypatch: pytest.M
     The last step's orders span 32 bits, from keys of no use to those that are forced.
     """
     monkeypatch.setattr(ops, limit, 1)
-    test_decode_equals_the_oracle(step)
-
-
-def codes(real: Tensor, forced: int) -> Tensor:
-    """0 for padding, 1 for a key, 2 for one of the first or last real ones."""
-    nth = real.cumsum(-1)
-    ends = (nth <= forced) | (nth > nth[:, -1:] - forced)
-    return (real.int() + (real & ends).int() * bool(forced)).to(torch.uint8)
+    test_decode_equals_the_oracle(step, held=False)
 
 
 def test_int8_keys_are_scored_with_their_scales() -> None:
@@ -130,11 +176,10 @@ def test_int8_keys_are_scored_with_their_scales() -> None:
     q, k = integers(1, 2, 1, 16, seed=1), integers(1, 1, 80, 16, seed=2)
     k = k * torch.logspace(-2, 2, 80)[None, None, torch.randperm(80, generator=generator(3)), None]
     v, chunks = torch.randn(1, 1, 80, 16, generator=generator(4)), pick_chunks(1, 3)
-    scorer = DominantChunks.from_chunks(chunks)
-    packed = PackedKeys.of(scorer.pack(k), "int8")
-    rows, scales = packed.tiles.transpose(3, 4).flatten(2, 3).contiguous(), packed.scales.flatten(2)
-    everyone = torch.ones(1, 80, dtype=torch.uint8)
-    out = ops.sparse_decode(q, k, v, scorer.dims, rows, scales, everyone, 5, "max", 0.25, None, None)
+    scorer = DominantChunks(chunks.flatten(1), dtype="int8")
+    packed, everyone = PackedKeys.of(scorer.pack(k), "int8"), torch.ones(1, 1, 1, 1, 80, dtype=torch.bool)
+    call = (everyone, Budget(5), "max", Softmax(0.25), packed, None, Marks(None, None), None)
+    out = decode_by_kernels(q, k, v, scorer, *call)
     held = k.clone()
     held[..., scorer.dims[0]] = packed.rows(80)
     ranked = oracle.fasa(*(x.double().numpy() for x in (q, held, v)), chunks.numpy(), n_fac=5)
@@ -142,6 +187,28 @@ def test_int8_keys_are_scored_with_their_scales() -> None:
     for head in range(2):
         expected = oracle.attend(*(x.double().numpy() for x in (q[0, head, 0], k[0, 0], v[0, 0])), rows_of, 0.25)
         np.testing.assert_allclose(out[0, head, 0].numpy(), expected, atol=1e-5)
+
+
+def test_a_key_far_above_the_sample_is_ranked() -> None:
+    """Its weight would overflow; the ranking is in the log domain."""
+    q, k = torch.ones(1, 2, 1, 16), integers(1, 1, 400, 16, seed=2)
+    k[0, 0, 5], k[0, 0, 6] = 200.0, 201.0
+    scorer, valid = DominantChunks(pick_chunks(1, 2).flatten(1)), torch.ones(1, 1, 1, 1, 400, dtype=torch.bool)
+    marks, packed = Marks.of(valid, Budget(1), "softmax"), PackedKeys.of(scorer.pack(k))
+    assert marks.sampled is not None
+    assert not marks.sampled[..., 5:7].any()
+    call = (valid, Budget(1), "softmax", Softmax(1.0), packed, None, marks, None)
+    out = decode_by_kernels(q, k, k, scorer, *call)
+    assert torch.equal(out, k[:, :, 6:7].expand_as(out))
+
+
+@pytest.mark.parametrize("how", ["softmax", "softmax_exact", "max"])
+def test_a_key_that_is_no_number_shows(how: Any) -> None:
+    q, k = torch.ones(1, 2, 1, 16), integers(1, 1, 400, 16, seed=2)
+    k[0, 0, 5] = torch.nan
+    scorer, valid = DominantChunks(pick_chunks(1, 2).flatten(1)), torch.ones(1, 1, 1, 1, 400, dtype=torch.bool)
+    call = (valid, Budget(3), how, Softmax(1.0), PackedKeys.of(scorer.pack(k)), None)
+    assert decode_by_kernels(q, k, k, scorer, *call, Marks.of(valid, Budget(3), how), None).isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -159,7 +226,7 @@ def test_dense_decode_equals_the_oracle_with_a_budget_for_all_keys(step: Step, m
     real = torch.rand(step.batch, step.length, generator=generator(5)) >= step.masked
     if step.masked:
         real[0] = False
-    out = dense.dense_decode(q, k, v, codes(real, 0), step.dim**-0.5, step.softcap, sinks)
+    out = dense.dense_decode(q, k, v, codes_of(real), step.dim**-0.5, step.softcap, sinks)
     expected = oracle.fasa(
         *(x.double().numpy() for x in (q, k, v)),
         pick_chunks(step.kv_heads, step.n_tip, dim=step.dim).numpy(),
@@ -244,10 +311,10 @@ def test_a_compiled_model_decodes_by_kernels_without_copying_its_cache(
     monkeypatch.setattr("fasa_flex.packing.tile_of", lambda device: 1)
     monkeypatch.setattr("fasa_flex.attention.why_no_kernels", lambda *call: None)
     profile, length = profile_of(llama), 777
-    prompt, tokens = ids(40, rows=2), [ids(1, seed=step, rows=2) for step in range(3)]
+    prompt, tokens = ids(70, rows=2), [ids(1, seed=step, rows=2) for step in range(3)]
 
     def decode(backend: Any, run: Any) -> Tensor:
-        config = FasaConfig(n_fac=8, n_tip=3, dense_layers=(0,), group_reduce="max", backend=backend)
+        config = FasaConfig(n_fac=8, n_tip=3, dense_layers=(0,), backend=backend)
         cache = FasaCache(llama, profile, config, placement=placement, max_cache_len=length)
         with torch.no_grad(), enable(llama, profile, config):
             llama(prompt, past_key_values=cache)
@@ -259,6 +326,7 @@ def test_a_compiled_model_decodes_by_kernels_without_copying_its_cache(
     graph = max(code, key=len)
     called = [name for name in FUNCTIONS if graph.count(f"= torch.ops.fasa_flex.{name}.default(") == 2]
     assert called == (["sparse_decode"] if placement == "device" else ["select_slots", "hold_slots", "attend_slots"])
+    assert graph.count("torch.ops.fasa_flex.cover_blocks.default(") == 2
     shapes = re.findall(r"= empty_strided_cpu\(\(([\d, ]+)\)", graph)
     sizes = [math.prod(int(size) for size in shape.split(",") if size.strip()) for shape in shapes]
     assert sizes

@@ -17,7 +17,7 @@ class Reads:
 
     Attributes:
         dense: all keys and values.
-        sparse: packed keys, and the selected rows of keys and values.
+        sparse: packed keys, the selected rows of keys and values, and what completes them.
     """
 
     dense: int
@@ -38,6 +38,7 @@ def attention_reads(
     n_fac: int,
     itemsize: int,
     packed_token_bytes: float | None = None,
+    state_bytes: int = 0,
 ) -> Reads:
     """Bytes of one decode query for each of ``batch`` rows in one layer.
 
@@ -47,6 +48,7 @@ def attention_reads(
         n_fac: tokens a query attends to.
         itemsize: bytes of a number in the cache.
         packed_token_bytes: bytes of one token's packed key in one head, scales included; None: the cache's dtype.
+        state_bytes: what a sparse call reads of the completion's state, in all rows and heads.
     """
     token = 2 * n_tip * itemsize if packed_token_bytes is None else packed_token_bytes
     taken = min(n_fac, context)
@@ -54,7 +56,7 @@ def attention_reads(
     dense = batch * kv_heads * context * row
     if taken == context:
         return Reads(dense, dense)
-    return Reads(dense, round(batch * kv_heads * (context * token + taken * row)))
+    return Reads(dense, round(batch * kv_heads * (context * token + taken * row)) + state_bytes)
 
 
 def amdahl(step: float, attention: float, limit: float, sparse_share: float = 1.0) -> float:

@@ -36,7 +36,8 @@ def reads_of(x: Inputs, shape: Shape, settings: Settings) -> Reads:
     batch, heads, context, dim = x.k.shape
     token = x.packed.n_bytes / (batch * heads * context)
     n_tip = settings.chunks_of(shape)
-    return attention_reads(context, batch, heads, dim, n_tip, settings.n_fac, x.k.element_size(), token)
+    state = 0 if x.state is None else x.state.mean_value.nbytes + x.state.covariance.nbytes
+    return attention_reads(context, batch, heads, dim, n_tip, settings.n_fac, x.k.element_size(), token, state)
 
 
 def bytes_needed(shape: Shape, batch: int, context: int, settings: Settings) -> int:

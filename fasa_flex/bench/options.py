@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from fasa_flex.choices import Backend, GroupReduce, PackedDtype
+from fasa_flex.choices import Backend, Completion, GroupReduce, PackedDtype
 
 PARTS = ("op", "step")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", type=_numbers, help="rows (default: 1,8; for a step on CPU 1)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="(default: float32 on CPU, bfloat16 on CUDA)")
-    parser.add_argument("--packed-dtype", choices=get_args(PackedDtype), help="of packed keys (default: the cache's)")
+    packed = (*get_args(PackedDtype), "cache")
+    parser.add_argument("--packed-dtype", choices=packed, default="int4", help="of packed keys (default: int4)")
+    parser.add_argument("--completion", choices=get_args(Completion), default="first_order")
     parser.add_argument("--n-tip", type=int, help="dominant chunks (default: as FasaConfig)")
     parser.add_argument("--n-fac", type=int, default=256, help="tokens a query attends to (default: 256)")
     parser.add_argument("--group-reduce", choices=get_args(GroupReduce), help="(default: as in FasaConfig)")

@@ -17,13 +17,13 @@ from torch.nn.attention.flex_attention import flex_attention
 from fasa_flex.attention import sparse_attention
 from fasa_flex.bench.settings import BACKENDS, Settings
 from fasa_flex.bench.shapes import Shape, random_chunks
-from fasa_flex.budget import Budget
+from fasa_flex.completion import Completion, CompletionState
 from fasa_flex.config import Backend
 from fasa_flex.held_rows import HeldRows
 from fasa_flex.host_memory import host_rows, split_rows
 from fasa_flex.packing import PackedKeys, dot_products
 from fasa_flex.scoring import DominantChunks
-from fasa_flex.selection import valid_keys
+from fasa_flex.selection import Marks, valid_keys
 from fasa_flex.softmax import Softmax
 
 HALF_HELD = "half the rows held"
@@ -37,9 +37,11 @@ _NUMBERS = itertools.count()
 class Inputs:
     """One layer's query [B, Hq, 1, D], keys and values [B, Hkv, T, D], packed keys and chunks.
 
-    ``valid`` says which keys count, bool [1, 1, 1, 1, T]: a decode step finds that out once for all its layers.
+    ``valid`` says which keys count, bool [1, 1, 1, 1, T], and ``marks`` which of them all layers treat alike: a decode
+    step finds that out once. ``state`` is the completion's, None where there is none.
     ``host`` holds keys and values in pinned memory, where there is an accelerator, of which ``held`` are on the device,
-    and ``permuted`` the keys with each head's dominant dimensions in front, in the order of ``front`` int64 [Hkv, D].
+    and ``permuted`` the keys with each head's dominant dimensions in front, in the order of ``front`` int64 [Hkv, D],
+    whose completion's state is ``front_state``.
     """
 
     q: Tensor
@@ -48,10 +50,13 @@ class Inputs:
     packed: PackedKeys
     chunks: Tensor
     valid: Tensor
+    marks: Marks | None = None
+    state: CompletionState | None = None
     host: tuple[Tensor, Tensor] | None = None
     held: HeldRows | None = None
     permuted: Tensor | None = None
     front: Tensor | None = None
+    front_state: CompletionState | None = None
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +84,12 @@ class Inputs:
             for theirs, states in zip(host, (k, v), strict=True):
                 theirs.copy_(states)
         valid = valid_keys(1, context, None, device)
-        x = cls(draw(shape.query_heads, 1), k, v, packed, chunks, valid, host, held)
+        marks, state = Marks.of(valid, settings.budget, settings.group_reduce), None
+        if settings.completion != "none":
+            state = CompletionState.empty(k, v, settings.strength != 0.0)
+            everyone = valid[0, 0, 0]
+            state.advance(k, v, everyone, everyone.cumsum(-1), context)
+        x = cls(draw(shape.query_heads, 1), k, v, packed, chunks, valid, marks, state, host, held)
         return x.with_permuted() if "permuted" in settings.backends else x
 
     def with_permuted(self) -> Inputs:
@@ -87,14 +97,21 @@ class Inputs:
         dims = self.chunks.flatten(1)
         behind = torch.ones(len(dims), self.k.shape[3], device=dims.device).scatter_(1, dims, 0.0)
         front = torch.cat([dims, behind.argsort(dim=1, descending=True, stable=True)[:, : -dims.shape[1]]], dim=1)
-        return replace(self, permuted=self.k.gather(3, front[None, :, None].expand_as(self.k)), front=front)
+        state = self.state
+        if state is not None and state.key_sum.shape[2]:
+            rows = front[None, :, :, None].expand_as(state.covariance)
+            state = replace(state, covariance=state.covariance.gather(2, rows))
+        permuted = self.k.gather(3, front[None, :, None].expand_as(self.k))
+        return replace(self, permuted=permuted, front=front, front_state=state)
 
     def clone(self) -> Inputs:
         """The same elsewhere in memory."""
         packed = self.packed.change(Tensor.clone)
         permuted = None if self.permuted is None else self.permuted.clone()
         held = None if self.held is None else self.held.change(Tensor.clone)
-        return replace(self, k=self.k.clone(), v=self.v.clone(), packed=packed, permuted=permuted, held=held)
+        state = None if self.state is None else self.state.change(Tensor.clone)
+        copies: dict[str, Any] = {"packed": packed, "permuted": permuted, "held": held, "state": state}
+        return replace(self, k=self.k.clone(), v=self.v.clone(), **copies)
 
 
 Call = Callable[[Inputs], Tensor]
@@ -198,6 +215,8 @@ class LeadingDims:
 
     width: int
 
+    estimates_logits = True
+
     def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
         """As `fasa_flex.scoring.Scorer`."""
         (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = query.shape, key.shape
@@ -215,10 +234,9 @@ def _permuted(settings: Settings) -> Call:
         grouped = x.q.view(batch, x.k.shape[1], -1, dim)
         query = grouped.gather(3, x.front[None, :, None].expand_as(grouped)).view_as(x.q)
         scorer, softmax = LeadingDims(2 * x.chunks.shape[1]), Softmax(dim**-0.5)
-        budget = Budget(settings.n_fac)
-        return sparse_attention(
-            query, x.permuted, x.v, scorer, x.valid, budget, settings.group_reduce, softmax, "gather"
-        )
+        completion = None if x.front_state is None else Completion(settings.strength, x.front_state)
+        call = (query, x.permuted, x.v, scorer, x.valid, settings.budget, settings.group_reduce, softmax)
+        return sparse_attention(*call, "gather", marks=x.marks, completion=completion)
 
     return run
 
@@ -235,11 +253,10 @@ def _fasa(settings: Settings, backend: Backend, new_rows: float | None = None) -
         if new_rows is not None and x.host is not None and x.held is not None:
             (key, value), held = x.host, x.held
             held.forget(new_rows)
-        scorer, softmax = DominantChunks.from_chunks(x.chunks), Softmax(x.q.shape[-1] ** -0.5)
-        budget = Budget(settings.n_fac)
-        return sparse_attention(
-            x.q, key, value, scorer, x.valid, budget, settings.group_reduce, softmax, backend, x.packed, held
-        )
+        scorer = DominantChunks(x.chunks.flatten(1), dtype=settings.packed_dtype)
+        call = (scorer, x.valid, settings.budget, settings.group_reduce, Softmax(x.q.shape[-1] ** -0.5), backend)
+        completion = None if x.state is None else Completion(settings.strength, x.state)
+        return sparse_attention(x.q, key, value, *call, x.packed, held, x.marks, completion)
 
     return run
 
@@ -252,13 +269,19 @@ def _compiled(call: Call, settings: Settings) -> Call:
         packed: PackedKeys,
         chunks: Tensor,
         valid: Tensor,
+        marks: Marks | None,
+        state: CompletionState | None,
         permuted: Tensor | None,
         front: Tensor | None,
+        front_state: CompletionState | None,
     ) -> Tensor:
-        return call(Inputs(q, k, v, packed, chunks, valid, permuted=permuted, front=front))
+        there: dict[str, Any] = {"permuted": permuted, "front": front, "front_state": front_state}
+        return call(Inputs(q, k, v, packed, chunks, valid, marks, state, **there))
 
     # a code object of its own: dynamo counts recompilations by code object and gives up after a few
     code = unpacked.__code__.replace(co_name=f"rival_{next(_NUMBERS)}")
     own = types.FunctionType(code, unpacked.__globals__, code.co_name, None, unpacked.__closure__)
     run: Callable[..., Tensor] = torch.compile(own, fullgraph=True, dynamic=settings.dynamic)
-    return lambda x: run(x.q, x.k, x.v, x.packed, x.chunks, x.valid, x.permuted, x.front)
+    return lambda x: run(
+        x.q, x.k, x.v, x.packed, x.chunks, x.valid, x.marks, x.state, x.permuted, x.front, x.front_state
+    )

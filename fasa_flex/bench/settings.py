@@ -10,8 +10,8 @@ import torch
 from fasa_flex.bench.options import BACKENDS as BACKENDS
 from fasa_flex.bench.options import MODES as MODES
 from fasa_flex.bench.shapes import SHAPES, Shape
-from fasa_flex.budget import check_count
-from fasa_flex.config import FasaConfig, GroupReduce
+from fasa_flex.budget import Budget, check_count
+from fasa_flex.config import Completion, FasaConfig, GroupReduce
 from fasa_flex.packing import PackedDtype
 
 
@@ -25,10 +25,11 @@ class Settings:
         shapes: names in `SHAPES`.
         contexts: keys of a row, the one being decoded included.
         batches: rows.
-        n_tip: dominant chunks a head scores with; None: an eighth of the head's dimensions.
+        n_tip: dominant chunks a head scores with; None: as in `FasaConfig`.
         n_fac: tokens a query attends to.
         group_reduce: how a GQA group ranks as one.
         packed_dtype: of the packed keys, None: the cache's.
+        completion: what stands for the unselected keys.
         modes: "eager", "compiled" or both.
         backends: FASA's, of `BACKENDS`; in the op part also "permuted", which packs nothing (`Inputs.permuted`).
         repeats: rounds at most.
@@ -51,7 +52,8 @@ class Settings:
     n_tip: int | None = None
     n_fac: int = 256
     group_reduce: GroupReduce = FasaConfig().group_reduce
-    packed_dtype: PackedDtype | None = None
+    packed_dtype: PackedDtype | None = FasaConfig().packed_dtype
+    completion: Completion = "first_order"
     modes: tuple[str, ...] = MODES
     backends: tuple[str, ...] = BACKENDS
     repeats: int = 15
@@ -100,9 +102,19 @@ class Settings:
         """What `torch.compile` is told about lengths."""
         return False if self.static_lengths else None
 
+    @property
+    def budget(self) -> Budget:
+        """``n_fac``, with as many forced tokens as in `FasaConfig`."""
+        return FasaConfig(n_fac=self.n_fac).budget
+
+    @property
+    def strength(self) -> float:
+        """Of the completion."""
+        return FasaConfig().completion_strength if self.completion == "first_order" else 0.0
+
     def chunks_of(self, shape: Shape) -> int:
         """``n_tip`` for a shape."""
-        return FasaConfig(n_tip=self.n_tip).chunks_of(shape.head_dim)
+        return FasaConfig().chunks_of(shape.head_dim) if self.n_tip is None else self.n_tip
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values: all that a row's number depends on."""

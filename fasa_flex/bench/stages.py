@@ -1,4 +1,4 @@
-"""Where the time of one sparse attention call goes: its four stages, each alone.
+"""Where the time of one sparse attention call goes: its stages, each alone.
 
 What a compiled call fuses is apart here, so the stages take longer together than the call; their shares are what
 counts.
@@ -16,12 +16,12 @@ from fasa_flex.attention import gather_focused
 from fasa_flex.bench.rivals import Inputs
 from fasa_flex.bench.settings import Settings
 from fasa_flex.bench.timing import interleave
-from fasa_flex.budget import Budget
+from fasa_flex.completion import Completion, completed, kept_share
 from fasa_flex.scoring import DominantChunks, reduce_group
-from fasa_flex.selection import Selection, select
+from fasa_flex.selection import Marks, Selection, select
 from fasa_flex.softmax import Softmax
 
-STAGES = ("scores", "group ranking", "selection", "attention")
+STAGES = ("scores", "group ranking", "selection", "attention", "completion")
 
 
 def stage_seconds(layers: Sequence[Inputs], settings: Settings) -> dict[str, float]:
@@ -44,7 +44,7 @@ def stage_seconds(layers: Sequence[Inputs], settings: Settings) -> dict[str, flo
 
 def _stages(settings: Settings) -> dict[str, tuple[Callable[..., Any], Callable[[Inputs], tuple[Any, ...]]]]:
     """Each stage, and what it starts from."""
-    budget = Budget(settings.n_fac)
+    budget = settings.budget
 
     def softmax(x: Inputs) -> Softmax:
         return Softmax(x.q.shape[-1] ** -0.5)
@@ -53,24 +53,39 @@ def _stages(settings: Settings) -> dict[str, tuple[Callable[..., Any], Callable[
         return DominantChunks.from_chunks(x.chunks)(x.q, x.k, x.packed)
 
     def ranking(found: Tensor, x: Inputs) -> Tensor:
-        return reduce_group(found, x.valid, settings.group_reduce, softmax(x).scaling)
+        return reduce_group(found, x.valid, settings.group_reduce, softmax(x), _marks(x).sampled)
 
     def selection(ranked: Tensor, x: Inputs) -> tuple[Tensor, Tensor]:
-        chosen = select(ranked, x.valid, budget)
+        chosen = select(ranked, x.valid, budget, _marks(x).forced)
         return chosen.slots, chosen.taken
 
     def attention(slots: Tensor, taken: Tensor, x: Inputs) -> Tensor:
         chosen = Selection(slots, taken, slots)  # no mask is asked of it, so no order is needed
-        return gather_focused(x.q, x.k, x.v, chosen, softmax(x))
+        return gather_focused(x.q, x.k, x.v, chosen, softmax(x))[0]
 
-    stages = (scores, ranking, selection, attention)
+    def completion(out: Tensor, found: Tensor, slots: Tensor, taken: Tensor, x: Inputs) -> Tensor:
+        if x.state is None:
+            return out
+        share = kept_share(softmax(x).logits(found), x.valid, Selection(slots, taken, slots))
+        asked = Completion(settings.strength, x.state)
+        return completed(out, None, share, asked, softmax(x), x.q, x.k, x.v, x.valid)
+
+    def chosen(x: Inputs) -> tuple[Tensor, Tensor]:
+        return selection(ranking(scores(x), x), x)
+
+    stages = (scores, ranking, selection, attention, completion)
     starts: tuple[Callable[[Inputs], tuple[Any, ...]], ...] = (
         lambda x: (x,),
         lambda x: (scores(x), x),
         lambda x: (ranking(scores(x), x), x),
-        lambda x: (*selection(ranking(scores(x), x), x), x),
+        lambda x: (*chosen(x), x),
+        lambda x: (attention(*chosen(x), x), scores(x), *chosen(x), x),
     )
     return dict(zip(STAGES, zip(stages, starts, strict=True), strict=True))
+
+
+def _marks(x: Inputs) -> Marks:
+    return Marks(None, None) if x.marks is None else x.marks
 
 
 def _over(

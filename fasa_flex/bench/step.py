@@ -1,6 +1,7 @@
 """A whole decode step of a model with random weights: dense attention and FASA on the same weights and buffers.
 
-Every rival decodes the last token of a context whose cache is a buffer of exactly that length, and sets the cache's
+Every rival decodes the last token of a context, one less where a block of 64 ends with it, whose cache is a buffer of
+exactly that length, and sets the cache's
 counters back first. Dense rivals attend without a mask, all slots being valid; one does what transformers does by
 itself. Layers are cut where the model does not fit, and a row says so; what the whole model would take is then
 projected from the time of a layer.
@@ -28,6 +29,7 @@ from fasa_flex.bench.shapes import Shape, random_profile
 from fasa_flex.bench.timing import free_memory, graphed, interleave, peak_of
 from fasa_flex.bench.variants import Variant, config_of, variants
 from fasa_flex.cache import FasaCache
+from fasa_flex.completion import BLOCK
 from fasa_flex.config import FasaConfig
 from fasa_flex.expectations import cache_argument
 from fasa_flex.handle import Fasa
@@ -71,7 +73,8 @@ class Stage:
         self, model: PreTrainedModel, shape: Shape, batch: int, context: int, layers: int, settings: Settings
     ) -> None:
         self.model, self.shape, self.layers, self.settings = model, shape, layers, settings
-        self.batch, self.context = batch, context
+        # one step in so many brings the completion's state up to date, which is not the one that is measured
+        self.batch, self.context = batch, context - (context % BLOCK == 0)
         chosen = (0,) if 1 < layers == shape.layers else ()
         self.dense_layers = chosen if settings.dense_layers is None else settings.dense_layers
         self.caches: dict[str, Any] = {}

@@ -88,7 +88,5 @@ def _flex_region(settings: Settings) -> rivals.Call:
 def config_of(variant: Variant, settings: Settings, dense_layers: tuple[int, ...]) -> FasaConfig:
     """The variant's `FasaConfig`."""
     fields: dict[str, Any] = {"n_tip": settings.n_tip, "n_fac": settings.n_fac, "group_reduce": settings.group_reduce}
-    fields["backend"] = variant.backend
-    if settings.packed_dtype is not None:
-        fields["packed_dtype"] = settings.packed_dtype
+    fields |= {"packed_dtype": settings.packed_dtype, "completion": settings.completion, "backend": variant.backend}
     return FasaConfig(dense_layers=dense_layers, **fields)

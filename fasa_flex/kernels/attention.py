@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from fasa_flex.kernels.launching import begin
+from fasa_flex.kernels.scoring import capped
 from fasa_flex.kernels.selection import select_keys
 
 
@@ -20,7 +21,7 @@ def _attend_block(
     key = tl.load(keys + slot[:, None] * KEY_STRIDE + dim[None, :], mask=real[:, None] & (dim < DIM)[None, :], other=0)
     logits = tl.dot(asked, tl.trans(key), input_precision="ieee") * scaling
     if CAPPED:
-        logits = softcap * (1.0 - 2.0 / (tl.exp(2.0 * logits / softcap) + 1.0))
+        logits = capped(logits, softcap)
     logits = tl.where(real[None, :], logits, float("-inf"))
     higher = tl.maximum(best, tl.max(logits, 1))
     shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -43,43 +44,33 @@ def _queries(query, row, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.c
 
 
 @triton.jit
-def _begin(sinks, row, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, SUNK: tl.constexpr):
-    """A group's running softmax before any key: its maximum and its sum, of a learned sink or of nothing."""
-    head = tl.arange(0, GROUP_PAD)
-    best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PAD], tl.float32)
-    if SUNK:
-        best = tl.load(sinks + (row % KV_HEADS) * GROUP + head, mask=head < GROUP, other=0.0).to(tl.float32)
-        total += 1.0
-    return best, total
-
-
-@triton.jit
 def _finish(
-    out, row, total, result,
+    out, masses, row, best, total, result,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Write a group's result; 0 where no key was real."""
+    """Write a group's result, 0 where no key was real, and the log-sum-exps of its logits."""
     head, value_dim = tl.arange(0, GROUP_PAD), tl.arange(0, VALUE_PAD)
     result /= tl.where(total == 0.0, 1.0, total)[:, None]
     place = out + (row * GROUP + head[:, None]) * VALUE_DIM + value_dim[None, :]
     inside = (head < GROUP)[:, None] & (value_dim < VALUE_DIM)[None, :]
     tl.store(place, result.to(out.dtype.element_ty), mask=inside)
+    tl.store(masses + row * GROUP + head, best + tl.log(total), mask=head < GROUP)
 
 
 @triton.jit
 def attend_rows(
     slots, wanted, WANTED_PAD: tl.constexpr,
-    query, keys, values, sinks, out, key_batch, key_head, value_batch, value_head, scaling, softcap,
+    query, keys, values, out, masses, key_batch, key_head, value_batch, value_head, scaling, softcap,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, CAPPED: tl.constexpr, SUNK: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, CAPPED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """FAC for the query heads of one key/value head."""
     begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     asked = _queries(query, row, GROUP, GROUP_PAD, DIM, DIM_PAD)
-    best, total = _begin(sinks, row, GROUP, GROUP_PAD, KV_HEADS, SUNK)
+    best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PAD], tl.float32)
     result = tl.zeros([GROUP_PAD, VALUE_PAD], tl.float32)
     keys += (row // KV_HEADS) * key_batch + (row % KV_HEADS) * key_head
     values += (row // KV_HEADS) * value_batch + (row % KV_HEADS) * value_head
@@ -90,17 +81,17 @@ def attend_rows(
             asked, keys, values, slot, slot >= 0, best, total, result, scaling, softcap,
             KEY_STRIDE, VALUE_STRIDE, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, CAPPED,
         )  # fmt: skip
-    _finish(out, row, total, result, GROUP, GROUP_PAD, VALUE_DIM, VALUE_PAD)
+    _finish(out, masses, row, best, total, result, GROUP, GROUP_PAD, VALUE_DIM, VALUE_PAD)
 
 
 @triton.jit
 def focus_rows(
     order, maxima, tiles, slots, order_stride, maxima_stride, wanted,
     TILES_PAD: tl.constexpr, WANTED_PAD: tl.constexpr, SEARCH: tl.constexpr, GUESS: tl.constexpr,
-    query, keys, values, sinks, out, key_batch, key_head, value_batch, value_head, scaling, softcap,
+    query, keys, values, out, masses, key_batch, key_head, value_batch, value_head, scaling, softcap,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, CAPPED: tl.constexpr, SUNK: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, CAPPED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The selection of one key/value head and FAC for its query heads: `select_keys`, then `attend_rows`."""
     begin(OVERLAP)
@@ -109,9 +100,9 @@ def focus_rows(
     )
     tl.debug_barrier()  # the slots are read by other threads than wrote them
     attend_rows(
-        slots, wanted, WANTED_PAD, query, keys, values, sinks, out, key_batch, key_head, value_batch, value_head,
+        slots, wanted, WANTED_PAD, query, keys, values, out, masses, key_batch, key_head, value_batch, value_head,
         scaling, softcap, KEY_STRIDE, VALUE_STRIDE, GROUP, GROUP_PAD, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, BLOCK,
-        KV_HEADS, CAPPED, SUNK, False,
+        KV_HEADS, CAPPED, False,
     )  # fmt: skip
 
 
