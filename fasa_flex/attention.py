@@ -183,9 +183,9 @@ def _with_room(
     keys, values = whole_buffer(key), whole_buffer(value)
     if not keys.shape[2] == values.shape[2] <= packed.capacity:
         return key, value, valid, marks
-    room = (0, keys.shape[2] - key.shape[2])
-    marked = (None if mark is None else F.pad(mark, room) for mark in marks)
-    return keys, values, F.pad(valid, room), Marks(*marked)
+    free = (0, keys.shape[2] - key.shape[2])
+    forced = None if marks.forced is None else F.pad(marks.forced, free)
+    return keys, values, F.pad(valid, free), Marks(forced, marks.sample)
 
 
 def _check_flex(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> None:

@@ -236,8 +236,9 @@ def kept_share(logits: Tensor, weights: Weights, selection: Selection) -> Tensor
 
 def complete(out: Tensor, share: Tensor, remainder: Tensor) -> Tensor:
     """Focused attention ``out`` [B, Hq, Q, Dv], completed by a remainder [B, Hkv, G, Q, Dv] of 1 - share."""
-    kept = share[..., None]
-    return (kept * out.unflatten(1, share.shape[1:3]).float() + (1.0 - kept) * remainder).flatten(1, 2).to(out.dtype)
+    kept, grouped = share[..., None], out.unflatten(1, share.shape[1:3]).float()
+    whole: Tensor = kept * grouped + (1.0 - kept) * remainder
+    return whole.flatten(1, 2).to(out.dtype)
 
 
 def completed(

@@ -88,7 +88,7 @@ def _sample(number: Tensor) -> Tensor:
     """`Marks.sample` from how many valid keys there are up to each slot."""
     count, kv_len = number[..., -1:], number.shape[-1]
     first = torch.arange(1, SAMPLE_FIRST + 1, device=number.device).expand(*number.shape[:-1], -1)
-    strided = torch.arange(SAMPLE_STRIDE + 1, kv_len + 1, SAMPLE_STRIDE, device=number.device)
+    strided = SAMPLE_STRIDE * torch.arange(1, (kv_len - 1) // SAMPLE_STRIDE + 1, device=number.device) + 1
     last = count - torch.arange(SAMPLE_LAST, device=number.device)
     again = (last <= SAMPLE_FIRST) | ((last - 1) % SAMPLE_STRIDE == 0)
     wanted = torch.cat([first, strided.expand(*number.shape[:-1], -1), torch.where(again, 0, last)], dim=-1)

@@ -84,8 +84,9 @@ class Inputs:
             for theirs, states in zip(host, (k, v), strict=True):
                 theirs.copy_(states)
         valid = valid_keys(1, context, None, device)
-        marks, state = Marks.of(valid, settings.budget, settings.group_reduce), None
-        if settings.completion != "none":
+        completes = settings.completion != "none"
+        marks, state = Marks.of(valid, settings.budget, settings.group_reduce == "softmax" or completes), None
+        if completes:
             state = CompletionState.empty(k, v, settings.strength != 0.0)
             everyone = valid[0, 0, 0]
             state.advance(k, v, everyone, everyone.cumsum(-1), context)

@@ -17,7 +17,7 @@ from fasa_flex.bench.rivals import Inputs
 from fasa_flex.bench.settings import Settings
 from fasa_flex.bench.timing import interleave
 from fasa_flex.completion import Completion, completed, kept_share
-from fasa_flex.scoring import DominantChunks, reduce_group
+from fasa_flex.scoring import DominantChunks, reduce_group, weigh
 from fasa_flex.selection import Marks, Selection, select
 from fasa_flex.softmax import Softmax
 
@@ -53,7 +53,7 @@ def _stages(settings: Settings) -> dict[str, tuple[Callable[..., Any], Callable[
         return DominantChunks.from_chunks(x.chunks)(x.q, x.k, x.packed)
 
     def ranking(found: Tensor, x: Inputs) -> Tensor:
-        return reduce_group(found, x.valid, settings.group_reduce, softmax(x), _marks(x).sampled)
+        return reduce_group(found, x.valid, settings.group_reduce, softmax(x), _marks(x).sample)
 
     def selection(ranked: Tensor, x: Inputs) -> tuple[Tensor, Tensor]:
         chosen = select(ranked, x.valid, budget, _marks(x).forced)
@@ -66,7 +66,9 @@ def _stages(settings: Settings) -> dict[str, tuple[Callable[..., Any], Callable[
     def completion(out: Tensor, found: Tensor, slots: Tensor, taken: Tensor, x: Inputs) -> Tensor:
         if x.state is None:
             return out
-        share = kept_share(softmax(x).logits(found), x.valid, Selection(slots, taken, slots))
+        logits, sample = softmax(x).logits(found), _marks(x).sample
+        assert sample is not None
+        share = kept_share(logits, weigh(logits, x.valid, sample), Selection(slots, taken, slots))
         asked = Completion(settings.strength, x.state)
         return completed(out, None, share, asked, softmax(x), x.q, x.k, x.v, x.valid)
 
