@@ -102,8 +102,8 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
         query, tip.dims, _or(tip.weights, query), packed, _or(tip.scales, query), _or(tip.shift, query), codes, logits,
         masses, sample, order, maxima, order.stride(0), maxima.stride(0), kv_len, code_stride, packed.stride(1),
         blocks, tip.scaling, tip.softcap or 1.0, group, power_of_two(group, 16), dim, width, part,
-        power_of_two(part, 16), block, tip.scales is not None, tip.weights is not None, tip.shift is not None, tip.softcap is not None,
-        how, sums, kv_heads, overlap, num_warps=SCORE_WARPS, **launch,
+        power_of_two(part, 16), block, tip.scales is not None, tip.weights is not None, tip.shift is not None,
+        tip.softcap is not None, how, sums, kv_heads, overlap, num_warps=SCORE_WARPS, **launch,
     )  # fmt: skip
     if mixed:
         mix_group[(covered // MIX_BLOCK, rows)](
