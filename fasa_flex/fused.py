@@ -150,9 +150,9 @@ def decode_by_kernels(
 def _shift(
     query: Tensor, key: Tensor, scorer: DominantChunks, group_reduce: GroupReduce, softmax: Softmax
 ) -> Tensor | None:
-    """`DominantChunks.shift` where it matters, float32 [B * Hq]; elsewhere all scores of a query head are as well less.
+    """`DominantChunks.shift`, float32 [B * Hq], where scores are capped or compared between query heads; else None.
 
-    It matters to a soft cap, and where scores of several query heads are compared.
+    Elsewhere it cancels: it is the same for all keys of a query head.
     """
     compares = group_reduce in ("max", "mean") and query.shape[1] != key.shape[1]
     shift = scorer.shift(query) if compares or softmax.softcap is not None else None

@@ -2,7 +2,7 @@
 
 The reference is written here from the paper's definitions with plain torch operations in float64, one head at a time;
 nothing of fasa_flex is in it. Rows whose last key taken and first key left score within rounding of each other are not
-compared, and counted.
+compared, and counted. The state of a completion has its reference in the operators that a CPU runs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from fasa_flex import RotaryLayout, fasa_attention
+from fasa_flex.completion import CompletionState
 from fasa_flex.packing import PackedKeys
 from fasa_flex.scoring import DominantChunks
 
@@ -26,6 +27,9 @@ TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 """Of a head's output, relative to its norm."""
 MARGIN = 1e-4
 """Of the spread of a row's scores: nearer ones may be ranked otherwise in float32."""
+LEVELS = {"int8": 127, "int4": 7}
+FIRST, LAST = 4, 32
+"""The tokens that are always selected, by default."""
 SOFTCAP = 3.0
 """Of the cases that have one: below their largest logits."""
 
@@ -45,10 +49,28 @@ class Case:
     group_reduce: str
     padded: bool
     softer: bool = False  # the logits are capped, and there are learned sinks
+    centred: bool = False  # the keys are scored less a mean key
+    strength: float | None = None  # of the completion
+
+
+def rounded(rows: Tensor, packed: str) -> Tensor:
+    """Keys [T, D] as packed keys hold them."""
+    if packed not in LEVELS:
+        return rows
+    rows, most = rows.float(), LEVELS[packed]
+    scales = (rows.abs().amax(-1, keepdim=True) / most).clamp(min=2**-14).half().float()
+    return (rows / scales).round().clamp(-most, most) * scales
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, chunks: Tensor, case: Case, key_mask: Tensor | None, sinks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunks: Tensor,
+    case: Case,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    mean_key: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The method in float64: outputs [B, Hq, D], and each row's margin [B, Hkv], relative to the spread of its scores.
 
@@ -61,20 +83,44 @@ def reference(
         rows = slice(h * case.group, (h + 1) * case.group)
         queries = q[b, rows].double()
         valid = torch.arange(context, device=q.device) if key_mask is None else key_mask[b].nonzero()[:, 0]
-        scores = torch.zeros(case.group, len(valid), dtype=torch.float64, device=q.device)
-        for pair in chunks[h].tolist():
-            scores += queries[:, pair] @ k[b, h][:, pair][valid].double().T
-        weights = (scale * scores).softmax(-1)
-        ranking = scores.amax(0) if case.group_reduce == "max" else weights.mean(0).log()
+        dims, keys, values = chunks[h].flatten(), k[b, h][valid], v[b, h][valid].double()
+        mean = torch.zeros_like(keys[0]) if mean_key is None else mean_key[h].to(keys.dtype)
+        parts = rounded(keys[:, dims] - mean[dims], case.packed).double()
+        scores = queries @ mean.double()[:, None] + queries[:, dims] @ parts.T
+        keys = keys.double()
+
+        def logits_of(products: Tensor) -> Tensor:
+            logits = scale * products
+            return logits if sinks is None else SOFTCAP * (logits / SOFTCAP).tanh()
+
+        logits, number = logits_of(scores), torch.arange(len(valid), device=q.device)
+        sampled = (number < 4) | (number % 32 == 0) | (number >= len(valid) - 64)
+        ranking = {"max": scores.amax(0), "mean": scores.mean(0)}.get(case.group_reduce)
+        if ranking is None:
+            over = logits[:, sampled] if case.group_reduce == "softmax" else logits
+            ranking = (logits - over.logsumexp(-1, keepdim=True)).logsumexp(0)
+        if case.group == 1:
+            ranking = scores[0]
+        spread = ranking.std()
+        forced = (number < FIRST) | (number >= len(valid) - LAST)
+        ranking = torch.where(forced, torch.inf, ranking)
         order = ranking.argsort(descending=True)
-        chosen = valid[order[: case.n_fac]]
+        chosen = order[: case.n_fac]
         if len(valid) > case.n_fac:
             last, first = ranking[order[case.n_fac - 1]], ranking[order[case.n_fac]]
-            margins[b, h] = float((last - first) / ranking.std())
-        logits = scale * queries @ k[b, h, chosen].double().T
+            margins[b, h] = float((last - first) / spread)
+        exact = logits_of(queries @ keys[chosen].T)
+        result, mass = exact.softmax(-1) @ values[chosen], exact.logsumexp(-1)
+        covered = slice(4, len(valid) // 64 * 64)
+        if case.strength is not None and len(valid) >= 64:
+            share = (logits[:, chosen].logsumexp(-1) - logits.logsumexp(-1)).exp()[:, None]
+            centre = keys[covered] - keys[covered].mean(0)
+            tilt = centre.T @ values[covered] / len(centre)
+            rest = values[covered].mean(0) + case.strength * scale * queries @ tilt
+            result, mass = share * result + (1 - share) * rest, mass - share[:, 0].log()
         if sinks is not None:
-            logits = torch.cat([SOFTCAP * (logits / SOFTCAP).tanh(), sinks[rows, None].double()], dim=-1)
-        out[b, rows] = logits.softmax(-1)[:, : case.n_fac] @ v[b, h, chosen].double()
+            result = result * torch.sigmoid(mass - sinks[rows].double())[:, None]
+        out[b, rows] = result
     return out, margins
 
 
@@ -96,9 +142,17 @@ def check(case: Case, device: torch.device) -> dict[str, Any]:
         lengths = torch.arange(case.batch, device=device) * (case.context // (2 * case.batch))
         key_mask = torch.arange(case.context, device=device) >= lengths[:, None]
     sinks = torch.linspace(-2, 4, q.shape[1], device=device) if case.softer else None
-    expected, margins = reference(q[:, :, 0], k, v, chunks, case, key_mask, sinks)
-    rows = DominantChunks.from_chunks(chunks).pack(k)
-    packed: Any = {"none": None, "rows": rows, "tiles": PackedKeys.of(rows)}[case.packed]
+    mean_key = torch.linspace(-1, 1, KV_HEADS * case.head_dim, device=device).view(KV_HEADS, -1)
+    mean_key = mean_key if case.centred else None
+    expected, margins = reference(q[:, :, 0], k, v, chunks, case, key_mask, sinks, mean_key)
+    rows, state = DominantChunks(chunks.flatten(1), mean_key).pack(k), None
+    packed: Any = {"none": None, "rows": rows}.get(case.packed)
+    if case.packed not in ("none", "rows"):
+        packed = PackedKeys.of(rows, None if case.packed == "tiles" else case.packed)  # type: ignore[arg-type] # a name
+    if case.strength is not None:
+        valid = torch.ones(1, case.context, dtype=torch.bool, device=device) if key_mask is None else key_mask
+        state = CompletionState.empty(k, v, case.strength != 0)
+        state.advance(k, v, valid, valid.cumsum(-1), case.context)
     with torch.no_grad():
         got = fasa_attention(
             q,
@@ -112,6 +166,9 @@ def check(case: Case, device: torch.device) -> dict[str, Any]:
             backend=case.backend,
             softcap=SOFTCAP if case.softer else None,
             sinks=sinks,
+            mean_key=mean_key,
+            state=state,
+            completion_strength=case.strength or 0.0,
         )[:, :, 0].double()
     clear = (margins > MARGIN).to(device).repeat_interleave(case.group, dim=1)
     errors = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
@@ -141,15 +198,60 @@ def cases(small: bool, kernels: bool) -> Iterator[Case]:
             )
     groups, batches = ((1, 4), (2,)) if small else ((1, 4, 7, 8), (1, 8))
     every = itertools.product(dtypes, (64, 128), groups, batches, contexts)
+    rankings = ("softmax", "max", "softmax", "mean", "softmax_exact")
     for number, (dtype, head_dim, group, batch, context) in enumerate(every):
-        reduce = "softmax" if number % 2 == 0 else "max"
         fields = dtype, head_dim, group, batch, context, n_fac
-        flags = reduce, batch > 1 and number % 3 == 0, number % 4 == 1
-        yield Case("gather", *fields, packed[number % 3], *flags)
+        flags = rankings[number % 5], batch > 1 and number % 3 == 0, number % 4 == 1
+        whole: dict[str, Any] = {"centred": number % 7 < 4, "strength": (None, 0.75, 0.0, 0.75)[number // 3 % 4]}
+        yield Case("gather", *fields, (*packed, "int4")[number % 4], *flags, **whole)
         if kernels:
-            yield Case("triton", *fields, "tiles", *flags)
+            yield Case("triton", *fields, ("int4", "tiles", "int8")[number % 3], *flags, **whole)
     for dtype, group in itertools.product(dtypes, groups):
         yield Case("reference", dtype, 64, group, 1, contexts[0], n_fac, "none", "softmax", False)
+
+
+def check_state(dtype: str, head_dim: int, first_order: bool, device: torch.device) -> dict[str, Any]:
+    """A completion's state on the device against a CPU's, through a prompt, its answer, and a crop."""
+    length, batch = 1000, 3
+    generator = torch.Generator().manual_seed(head_dim)
+    size = (batch, KV_HEADS, length, head_dim)
+    k, v = (torch.randn(size, generator=generator).to(getattr(torch, dtype)) for _ in range(2))
+    valid = torch.rand(batch, length, generator=generator) > 0.2
+    theirs, ours = (CompletionState.empty(k, v, first_order, at) for at in (torch.device("cpu"), device))
+    there = [states.to(device) for states in (k, v, valid)]
+    worst = 0.0
+    for end, written in [(500, 500), *((end, 1) for end in range(501, 640)), (800, 160), (300, 20), (1000, 700)]:
+        for state, (key, value, real) in ((theirs, (k, v, valid)), (ours, there)):
+            counted = real[:, :end].cumsum(-1)
+            state.advance(key[:, :, :end], value[:, :, :end], real[:, :end], counted, written)
+        for mine, other in zip(ours.tensors, theirs.tensors, strict=True):
+            if other.numel():
+                away = (mine.cpu().double() - other.double()).norm() / other.double().norm().clamp(min=1e-3)
+                worst = max(worst, float(away))
+    return {"error": worst, "ok": worst <= 1e-2 if dtype != "float32" else worst <= 1e-4}
+
+
+def check_writing(dtype: str, packed: str, centred: bool, device: torch.device) -> dict[str, Any]:
+    """A decoded token by the kernel against PyTorch's operators, bit by bit."""
+    from fasa_flex.writing import write_token  # Triton is there with CUDA only
+
+    held, kind = (4, KV_HEADS, 100, 64), getattr(torch, dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    k, v = (torch.randn(held, generator=generator, device=device).to(kind) for _ in range(2))
+    new = [(3 * torch.randn(4, KV_HEADS, 1, 64, generator=generator, device=device)).to(kind) for _ in range(2)]
+    dims = torch.stack([torch.randperm(64, generator=torch.Generator().manual_seed(h))[:20] for h in range(KV_HEADS)])
+    mean_key = torch.randn(KV_HEADS, 64, generator=generator, device=device) if centred else None
+    scorer = DominantChunks(dims.to(device), mean_key)
+    chosen: Any = None if packed == "tiles" else packed
+    ours = PackedKeys.of(scorer.pack(k), chosen)
+    theirs = ours.change(Tensor.clone)
+    theirs.write(scorer.pack(new[0]), 50)
+    scales = None if ours.scales is None else ours.scales.squeeze(3)
+    write_token(*new, k, v, ours.tiles.squeeze(4), scales, scorer.dims, mean_key, 50)
+    pairs = [(ours.tiles, theirs.tiles), (k[:, :, 50], new[0][:, :, 0]), (v[:, :, 50], new[1][:, :, 0])]
+    if ours.scales is not None and theirs.scales is not None:
+        pairs.append((ours.scales, theirs.scales))
+    return {"ok": all(torch.equal(mine, other) for mine, other in pairs)}
 
 
 def flex_by_its_decode_kernel(*arguments: Any, **named: Any) -> Any:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from evals.bench.calls import Case, cases, check, check_decode_kernel
+from evals.bench.calls import Case, cases, check, check_decode_kernel, check_state, check_writing
 from fasa_flex import FasaCache, FasaConfig, FasaProfile, calibrate, enable
 from fasa_flex.bench.record import Ledger, command_line, provenance, reason_of
 from fasa_flex.expectations import cache_argument
@@ -35,7 +35,7 @@ NEAR_TIE = 1e-3
 
 
 def decoding_model(device: torch.device) -> tuple[PreTrainedModel, FasaProfile]:
-    """A random model with attention far from uniform, and a random profile that fits."""
+    """A random model with attention far from uniform, and a profile of it."""
     torch.manual_seed(0)
     fields = {"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
     config = LlamaConfig(
@@ -51,7 +51,7 @@ def decoding_model(device: torch.device) -> tuple[PreTrainedModel, FasaProfile]:
     )
     model = LlamaForCausalLM(config).eval().to(device)
     made = calibrate(model, [torch.randint(3, 512, (64,))], top_k=8, max_new_tokens=1, progress=False)
-    return model, FasaProfile(torch.rand(made.agreement.shape), made.layout, made.provenance)
+    return model, made
 
 
 @torch.no_grad()
@@ -112,6 +112,10 @@ def perform(key: dict[str, Any], device: str, steps: int) -> dict[str, Any]:
     try:
         if named.pop("decoding", False):
             return check_decoding(at, steps=steps, **named)
+        if named.pop("state", False):
+            return check_state(**named, device=at)
+        if named.pop("writing", False):
+            return check_writing(**named, device=at)
         run = check_decode_kernel if named.pop("decode_kernel", False) else check
         return run(Case(**named), at)
     except Exception as error:
@@ -130,6 +134,18 @@ def keys(small: bool, cuda: bool) -> list[dict[str, Any]]:
     if cuda:
         by_group = (Case("flex", "bfloat16", 128, group, 1, 4096, 256, "none", "max", False) for group in (1, 4, 7, 8))
         found += [{"decode_kernel": True, **asdict(case)} for case in by_group]
+        found += [
+            {"writing": True, "dtype": dtype, "packed": packed, "centred": centred}
+            for dtype in ("float32", "bfloat16", "float16")
+            for packed in ("tiles", "int8", "int4")
+            for centred in (False, True)
+        ]
+    found += [
+        {"state": True, "dtype": dtype, "head_dim": dim, "first_order": first_order}
+        for dtype in ("float32", "bfloat16")
+        for dim in (64, 128, 256)
+        for first_order in (True, False)
+    ]
     random.Random(0).shuffle(found)
     decoding = ({"decoding": True, "backend": b, "placement": p} for b, p in ways)
     return [*decoding, *found]
@@ -140,7 +156,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for check_<device>.json (default: runs)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="a dry run in float32")
-    parser.add_argument("--seconds", type=float, default=240, help="begin no check after so long (default: 240)")
+    parser.add_argument("--seconds", type=float, default=130, help="begin no check after so long (default: 130)")
     parser.add_argument("--workers", type=int, help="processes (default: half the cores, 8 at most; 1 without CUDA)")
     options = parser.parse_args()
     device, begun = torch.device(options.device), time.monotonic()
@@ -162,16 +178,16 @@ def main() -> int:
             key, result = running[done], done.result()
             ledger.data["left_out"] = [left for left in ledger.data["left_out"] if not key.items() <= left.items()]
             ledger.add({**key, **result})
-            if not result["ok"] or key.get("decoding"):
-                print(
-                    f"[{time.monotonic() - begun:.0f} s] {'ok' if result['ok'] else 'WRONG'}: {key} {result}",
-                    flush=True,
-                )
+            if not result["ok"]:
+                print(f"[{time.monotonic() - begun:.0f} s] WRONG: {key} {result}", flush=True)
             if time.monotonic() - begun > options.seconds:
                 pool.shutdown(wait=False, cancel_futures=True)
     ledger.data["seconds"] = round(time.monotonic() - begun)  # of this run
     ledger.write()
     wrong = [row for row in ledger.rows if not row["ok"]]
+    for row in ledger.rows:  # behind the failures, which were printed as they came
+        if row.get("decoding") and row["ok"]:
+            print(f"ok: {row}")
     print(
         f"{len(ledger.rows)} checks on {device.type}, {len(wrong)} wrong, {len(ledger.data['left_out'])} left "
         f"out; {time.monotonic() - begun:.0f} s; written to {ledger.path}"

@@ -69,13 +69,13 @@ def test_a_rival_that_computes_something_else_or_fails_is_left_out() -> None:
     assert "differs" in left_out["wrong"]
 
 
-@pytest.mark.parametrize("packed_dtype", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("packed_dtype", [None, "bfloat16", "int8", "int4"])
 def test_the_limit_of_a_call_counts_the_packed_keys_that_are_there(packed_dtype: str | None) -> None:
     chosen = settings(n_fac=16, packed_dtype=packed_dtype)
     x = rivals.Inputs.random(TINY, 1, 64, chosen)
-    least = {None: 4, "bfloat16": 2, "int8": 1}[packed_dtype] * 2 * 64 * 2 * 2
+    least = {None: 4, "bfloat16": 2, "int8": 1, "int4": 0.5}[packed_dtype] * 2 * 64 * 2 * chosen.chunks_of(TINY)
     assert least <= x.packed.n_bytes <= 2 * least
-    assert op.reads_of(x, TINY, chosen).sparse == x.packed.n_bytes + 2 * 16 * 2 * 16 * 4
+    assert op.reads_of(x, TINY, chosen).sparse == x.packed.n_bytes + 2 * 16 * 2 * 16 * 4 + 2 * 17 * 16 * 4
 
 
 def test_shapes_state_their_weights() -> None:
@@ -140,7 +140,7 @@ def test_as_many_layers_as_fit_beside_what_transformers_repeats(monkeypatch: pyt
 
 
 def test_permuted_keys_give_what_packed_ones_give() -> None:
-    chosen = settings(modes=("eager",), backends=("gather", "permuted"), n_fac=16)
+    chosen = settings(modes=("eager",), backends=("gather", "permuted"), n_fac=16, packed_dtype=None)
     x = rivals.Inputs.random(TINY, 2, 80, chosen)
     sparse = rivals.sparse_rivals(chosen)
     packed, permuted = sparse["FASA-C gather"], sparse["FASA permuted keys"]
