@@ -150,7 +150,8 @@ def cover_blocks(
         values = value[row].index_select(1, slots.to(value.device)).to(covered.device).float()
         key_sum[row] += keys.sum(1)
         value_sum[row] += values.sum(1)
-        product[row] += keys.mT @ values
+        with torch.autocast(covered.device.type, enabled=False):  # the covariance is a difference of large sums
+            product[row] += keys.mT @ values
         covered[row] = target
         mean = value_sum[row] / (target - SINKS)
         mean_value[row] = mean
@@ -191,30 +192,33 @@ class Completion:
             float32 [B, Hkv, G, Q, Dv], and bool that broadcasts to its first four dimensions.
         """
         grouped = query.unflatten(1, (key.shape[1], -1))
-        if self.state is None:
-            return _of_keys(grouped, key, value, valid, scaling * self.strength)
-        state = self.state
-        value_of = state.mean_value[:, :, None, None].float()
-        if self.strength:
-            asked = grouped.flatten(2, 3).float() * (
-                scaling * self.strength
-            )  # first: half precision holds what is left
-            tilt = asked.to(state.covariance.dtype) @ state.covariance
-            value_of = value_of + tilt.unflatten(2, grouped.shape[2:4]).float()
-        return value_of, state.covered[:, :, None, None] > 0
+        with torch.autocast(query.device.type, enabled=False):
+            if self.state is None:
+                return _of_keys(grouped, key, value, valid, scaling * self.strength)
+            return _of_state(self.state, grouped, scaling * self.strength)
+
+
+def _of_state(state: CompletionState, query: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """`Completion.remainder` of a state, for queries [B, Hkv, G, 1, D]."""
+    value_of = state.mean_value[:, :, None, None].float()
+    if factor:  # of the query, since float16 may not hold its product with the covariance
+        asked = (query.flatten(2, 3).float() * factor).to(state.covariance.dtype)
+        value_of = value_of + (asked @ state.covariance).unflatten(2, query.shape[2:4]).float()
+    return value_of, state.covered[:, :, None, None] > 0
 
 
 def _of_keys(query: Tensor, key: Tensor, value: Tensor, valid: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     """`Completion.remainder` without a state: ``u = sum_j (1 + factor (q . k_j - mean(q . k))) v_j / n``, j covered."""
     number = valid.cumsum(-1)
     count = number[..., -1:] // BLOCK * BLOCK
-    covered = (valid & (number > SINKS) & (number <= count)).float()
+    covered = valid & (number > SINKS) & (number <= count)
     weights = covered / (count - SINKS).clamp(min=1)
     if factor:
-        scores = query.float() @ key.float().mT[:, :, None]
+        scores = torch.where(covered, query.float() @ key.float().mT[:, :, None], 0.0)
         mean = (scores * weights).sum(-1, keepdim=True)
         weights = weights * (1.0 + factor * (scores - mean))
-    return weights @ value.float()[:, :, None], count[..., 0] > 0
+    values = torch.where(covered.any(3).mT, value, 0.0)  # padding may hold anything, which weights of 0 do not undo
+    return weights @ values.float()[:, :, None], count[..., 0] > 0
 
 
 def kept_share(logits: Tensor, weights: Weights, selection: Selection) -> Tensor:

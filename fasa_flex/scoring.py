@@ -287,8 +287,8 @@ def weigh(logits: Tensor, valid: Tensor, sample: Tensor) -> Weights:
     best = torch.where(best == -torch.inf, 0.0, best)
     near = [(member - best).exp() for member in members]
     ranking = best + functools.reduce(torch.add, near).log()
-    factor = torch.where(read_as_floats(valid)[:, :, 0], best.clamp(max=MOST).exp(), 0.0)
-    total = torch.stack([(member * factor).sum(-1) for member in near], dim=2)
+    real, factor = read_as_floats(valid)[:, :, 0], best.clamp(max=MOST).exp()
+    total = torch.stack([torch.where(real, member * factor, 0.0).sum(-1) for member in near], dim=2)
     return Weights(ranking[:, :, None], total, unit)
 
 

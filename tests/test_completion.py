@@ -231,10 +231,10 @@ def test_the_order_of_covered_unselected_tokens_does_not_matter(with_state: bool
 def test_padding_never_enters_and_a_batch_is_its_rows_alone(
     sides: tuple[tuple[int, int], tuple[int, int]], with_state: bool
 ) -> None:
-    """Padding holds keys that would win and values that would show; the query stays behind all of it."""
+    """Padding holds what would spoil every sum."""
     q, k, v, chunks = tensors()
     mask = padding(*sides)
-    loud_k, loud_v = (torch.where(mask[:, None, :, None], x, 100.0) for x in (k, v))
+    loud_k, loud_v = (torch.where(mask[:, None, :, None], x, spoils) for x, spoils in ((k, torch.inf), (v, torch.nan)))
     state = state_of(loud_k, loud_v, mask) if with_state else None
     out = attend(q, loud_k, loud_v, chunks, key_mask=mask, state=state)
     for row in range(2):
@@ -303,6 +303,17 @@ def test_half_precision_stays_finite_and_near(dtype: torch.dtype, size: float, w
     exact = attend(*(x.double() if x.is_floating_point() else x for x in calls), softmax=softmax, backend="reference")
     near = size * (0.03 if dtype == torch.bfloat16 else 4e-3)
     torch.testing.assert_close(out.double(), exact, atol=near, rtol=0)
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+def test_autocast_rounds_no_state(with_state: bool) -> None:
+    """A covariance is a small difference of large sums; queries and keys are handed over in single precision here."""
+    q, k, v, chunks = tensors(dtype=torch.float32)
+    k, v = k + 20, v + 20
+    expected = attend(q, k, v, chunks, state=state_of(k, v) if with_state else None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attend(q, k, v, chunks, state=state_of(k, v) if with_state else None)
+    torch.testing.assert_close(out.float(), expected, atol=0.2, rtol=0)  # of values of 20, rounded by attention itself
 
 
 @pytest.mark.parametrize("scaled", [1e2, 1e6])
