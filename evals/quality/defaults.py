@@ -196,7 +196,7 @@ def summary(found: dict[str, list[dict[str, float]]]) -> Rows:
                 "task": task,
                 "budget": budget,
                 "documents": len(figures),
-                **{name: made[name]["mean"] for name in ("dense",)},
+                "dense": made["dense"]["mean"],
                 **{name: made[f"{name}, {budget}"]["mean"] for name in ("former", "default")},
                 "better": [made["better", budget][name] for name in ("mean", "low", "high")],
             }
@@ -223,7 +223,13 @@ def main() -> None:
 
 def run(trial: Trial, name: str, ledger: Ledger) -> None:
     """Measure what is not in the ledger, and say where the defaults are worse."""
-    settings = {**vars(trial.settings), "former": FORMER, "default": FasaConfig().to_dict()}
+    on_cuda = trial.model.device.type == "cuda"
+    settings = {
+        **vars(trial.settings),
+        "device": torch.cuda.get_device_name() if on_cuda else "cpu",
+        "former": FORMER,
+        "default": FasaConfig().to_dict(),
+    }
     found: dict[str, list[dict[str, float]]] = {task: [] for task in TASKS}
     for task, figures in found.items():
         for piece in trial.pieces(task):
@@ -234,7 +240,7 @@ def run(trial: Trial, name: str, ledger: Ledger) -> None:
             print(f"{part}: {ledger.parts[part]['seconds']} s", flush=True)
     ledger.keep(f"{name}: summary", settings, 0, summary(found))
     for row in ledger.parts[f"{name}: summary"]["rows"]:
-        print(row, "WORSE" if row["better"][2] < 0 else "", flush=True)
+        print(row, "WORSE" if row["better"][0] < 0 else "", flush=True)
 
 
 if __name__ == "__main__":

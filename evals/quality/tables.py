@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from evals.marked import fill
 from evals.quality.agreement_tables import calibration, compound, held, large_compound, transfer
-from evals.quality.arms import ROOT
+from evals.quality.arms import RESULTS, ROOT
 from evals.quality.budgets import MEANS, in_all_layers
 from evals.quality.committed import DECODED, LARGE, NEEDLE, TEXT, markdown, parts_of, row_of, rows_of, score_of
 from evals.quality.methods import BUDGETS, BY_SHARE, METHODS, SHARES
@@ -18,6 +18,22 @@ from evals.quality.sweep import difference
 README = ROOT / "evals" / "README.md"
 LIMITS = (0.10, 0.20, 0.35)
 """Shares of the bytes of keys and values at which methods are compared."""
+
+
+def defaults() -> str:
+    """The former defaults and today's, at the same tokens."""
+    parts = parts_of("defaults", RESULTS)
+    rows = [(name.split(":")[0], row) for name in parts if name.endswith("summary") for row in parts[name]["rows"]]
+    budgets = sorted({row["budget"] for _, row in rows})
+    cells = {(model, row["task"], row["budget"]): f"{row['former']:.3f} / {row['default']:.3f}" for model, row in rows}
+    dense = {(model, row["task"]): f"{row['dense']:.3f}" for model, row in rows}
+    return markdown(
+        ["former / today's", "dense", *(f"{budget} tokens" for budget in budgets)],
+        (
+            [f"{model.replace('_', ' ')}: {task}", dense[model, task], *(cells[model, task, b] for b in budgets)]
+            for model, task in dense
+        ),
+    )
 
 
 def tokens() -> str:
@@ -170,6 +186,7 @@ TABLES: dict[str, Callable[[], str]] = {
         held,
         calibration,
         zero_setup,
+        defaults,
         tokens,
         same_bytes,
         shares,
