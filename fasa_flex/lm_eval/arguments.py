@@ -109,21 +109,12 @@ def check_method(method: object) -> None:
 def scorer_of(
     method: Literal["fasa"] | Method, calibration: Calibration, config: FasaConfig, head_dim: int
 ) -> Callable[[int], Scorer | SequenceScorer] | None:
-    """`enable`'s scorer for a method; None for FASA itself, which needs a profile."""
-    if method != "fasa":
-        return scorer_factory(
-            method,
-            calibration.profile,
-            n_tip=config.chunks_of(head_dim),
-            per=config.per,
-            channels=calibration.channels,
-        )
-    if calibration.profile is None and calibration.record is None:
-        raise ValueError(
-            "fasa_hf needs the profile of the model, got none: calibrate the model once and pass profile=<folder>, or "
-            "profile=prompt to let the model calibrate itself on the first prompt"
-        )
-    return None
+    """`enable`'s scorer for a method; None for FASA itself, which has a profile or finds one in a prompt."""
+    if method == "fasa":
+        return None
+    return scorer_factory(
+        method, calibration.profile, n_tip=config.chunks_of(head_dim), per=config.per, channels=calibration.channels
+    )
 
 
 def check_batch_size(batch_size: int | str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import weakref
@@ -40,12 +41,13 @@ from fasa_flex.lm_eval.arguments import (
     scorer_of,
 )
 from fasa_flex.lm_eval.passes import Answer, Passes
-from fasa_flex.lm_eval.profiles import FACTS, calibration_for, default_cache, preserved_rng
+from fasa_flex.lm_eval.profiles import AUTO, FACTS, calibration_for, default_cache, preserved_rng
 from fasa_flex.lm_eval.report import loaded_as, parameters_of, report_of
 from fasa_flex.lm_eval.windows import Window
 from fasa_flex.loading import explained_gguf
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -60,8 +62,9 @@ class FasaHFLM(HFLM):
 
     Args:
         pretrained: Folder, repository or model object, as for ``hf``.
-        profile: Folder or repository of the model's `FasaProfile`, or the profile; ``auto`` calibrates before the tasks
-            and keeps the profile for the next time; with ``prompt`` the first long prompt calibrates (`enable`).
+        profile: Folder or repository of the model's `FasaProfile`, or the profile; ``auto``, the default, calibrates
+            before the tasks and keeps the profile for the next time; with ``prompt`` the first long prompt calibrates
+            (`enable`).
         method: ``fasa``, or a baseline at the same budget (`fasa_flex.baselines`): ``streaming_llm`` (sinks and recent
             tokens), ``oracle`` (exact scores), ``random_chunks``, ``adjacent_pairs``, ``snapkv``, ``h2o``, ``rkv``,
             ``quest``, ``sparq`` or ``double_sparsity``. ``adjacent_pairs`` and ``double_sparsity`` are calibrated
@@ -106,6 +109,9 @@ class FasaHFLM(HFLM):
         check_parallel(tp_plan)
         check_unknown(hf_args, loads=isinstance(pretrained, str))
         profile = folder_or_profile(profile)
+        if profile is None and method in ("fasa", "random_chunks"):
+            profile = AUTO
+            _log.warning("no profile was given: calibrating before the tasks (profile=auto).")
         check_source(calibration_source, profile, method)
         if on_truncation not in ("count", "error"):
             raise ValueError(f"on_truncation={on_truncation!r} is not an option; write count or error.")

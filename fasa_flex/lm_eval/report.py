@@ -16,6 +16,7 @@ def parameters_of(lm: FasaHFLM) -> dict[str, Any]:
     return {
         "method": lm.method,
         **lm.fasa_config.to_dict(),
+        **lm.fasa.settings,  # what the defaults come to here
         "n_tip": lm.fasa_config.chunks_of(attention_shape(lm.model)[3]),
         "profile": lm.calibration.fingerprint,
         "sparse_tail": lm.sparse_tail,

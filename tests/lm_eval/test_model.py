@@ -248,7 +248,6 @@ def test_hf_never_reads_sparse_answers_nor_the_other_way_round(
         ({"calibration_source": "/nope"}, "calibration_source=/nope is not heard where nothing is calibrated"),
         ({"method": "random_chunks", "n_tip": 64}, r"n_tip must lie in 1\.\.8, the chunks of a head, got 64"),
         ({"method": "pyramidkv"}, "method='pyramidkv' is not one of fasa, streaming_llm"),
-        ({"profile": None}, "needs the profile of the model"),
         ({"on_truncation": "ignore"}, "on_truncation='ignore' is not an option"),
         ({"n_fac": 0}, "n_fac must be an integer of at least 1, got 0"),
         ({"n_fac": 1.5}, "n_fac as a share must lie in"),

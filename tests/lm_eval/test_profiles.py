@@ -80,6 +80,19 @@ def test_other_weights_sources_and_formats_are_calibrated_anew(
     assert profiles.auto_profile(lm.model, lm.tokenizer, str(text), 768, cache)[1]["cached"] is False
 
 
+def test_without_a_profile_it_calibrates_and_says_so(
+    sparse: Load, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Plain ``--model_args pretrained=X``; results name the criterion and the completion that ran."""
+    lm = sparse(profile=None, profile_cache=str(tmp_path))
+    assert "no profile was given: calibrating before the tasks (profile=auto)." in caplog.messages
+    assert lm.calibration.record["cached"] is False
+    told = lm.get_model_info()["fasa"]
+    assert told["profile"] == lm.profile.fingerprint
+    assert (told["criterion"], told["packed_dtype"], told["completion"]) == ("variance", "int4", "first_order")
+    assert sparse(profile="auto", profile_cache=str(tmp_path)).calibration.record["cached"] is True
+
+
 def test_adjacent_pairs_have_a_profile_of_their_own(
     sparse: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
