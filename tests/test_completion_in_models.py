@@ -205,17 +205,20 @@ def test_beams_and_proposed_tokens_go_by_the_same_attention(model: PreTrainedMod
 
 
 def test_a_cache_filled_while_dense_is_completed_from_the_first_step(model: PreTrainedModel, fasa: Fasa) -> None:
+    """Other covered tokens, too, that came while no attention of ours saw them."""
     rows, cache = token_ids(LENGTH, rows=1), DynamicCache(config=model.config)
-    expected = at_once(model, fasa, rows)
+    other = torch.cat([rows[:, :50], token_ids(LENGTH - 50, seed=3, rows=1)], dim=1)
+    first = at_once(model, fasa, rows)[:, PROMPT:]
+    with fasa.sparse_from(torch.tensor([130])):
+        second = model(other).logits[:, 130:]
     fasa.disable()
     model(rows[:, :PROMPT], past_key_values=cache)
     with enable(model, fasa.profile, CONFIG):
-        same(read(model, cache, rows[:, PROMPT:], ()), expected[:, PROMPT:])
-        cache.crop(122 - LENGTH)
-    read(model, cache, token_ids(30, seed=3, rows=1), (30,))  # dense, and unseen by a state
-    cache.crop(-30)
+        same(read(model, cache, rows[:, PROMPT:], ()), first)
+    cache.crop(50 - LENGTH)
+    model(other[:, 50:130], past_key_values=cache)
     with enable(model, fasa.profile, CONFIG):
-        same(read(model, cache, rows[:, 122:], ()), expected[:, 122:])
+        same(read(model, cache, other[:, 130:], ()), second)
 
 
 def test_a_strength_of_zero_is_the_mean_value(model: PreTrainedModel, profile: FasaProfile) -> None:

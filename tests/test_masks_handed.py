@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from fasa_flex import FasaConfig, enable
 from fasa_flex.expectations import cache_argument
+from fasa_flex.masking import last_valid, valid_numbers
 
 CONFIG = FasaConfig(n_fac=6, n_tip=2, dense_layers=())
 
@@ -93,3 +94,14 @@ def test_weights_of_one_forward_with_a_boundary_are_those_of_its_steps(llama: Pr
         for at, step in zip((38, 39), steps, strict=True):
             expected = step.attentions[layer][:, :, 0]
             torch.testing.assert_close(weights[:, :, at, : at + 1], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_keys_of_a_forwards_last_query_written_out() -> None:
+    """Without a mask a first prefill has as many as it has tokens, in a buffer of any length; one token has all."""
+    device = torch.device("cpu")
+    assert last_valid(None, (1, 3, 5), device).int().tolist() == [[1, 1, 1, 0, 0]]
+    assert last_valid(None, (1, 1, 5), device).int().tolist() == [[1] * 5]
+    mask = torch.tensor([[[0, 1, 0, 0, 0, 1], [0, 1, 1, 0, 0, 1]], [[1, 0, 0, 0, 0, 1], [1, 0, 1, 1, 0, 1]]]).bool()
+    for given in (mask[:, None], torch.where(mask[:, None], 0.0, torch.finfo(torch.float32).min)):
+        assert last_valid(given, (2, 2, 5), device).int().tolist() == [[0, 1, 1, 0, 0], [1, 0, 1, 1, 0]]
+        assert valid_numbers(given, (2, 2, 5), device).tolist() == [[0, 1, 2, 2, 2], [1, 1, 2, 3, 3]]
