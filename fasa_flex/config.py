@@ -54,8 +54,8 @@ class FasaConfig:
             for each key); None: the cache's. They only rank: a lower one changes a few selected keys, never their
             attention. Chunk sets per query head are not packed and read the cache's keys.
         completion: what stands for the unselected keys (`fasa_flex.completion`): ``"first_order"``, ``"mean"`` (their
-            mean value, as SparQ) or ``"none"`` (weight 0, as the paper); None: first_order where the method's scores
-            estimate logits, none elsewhere.
+            mean value, as SparQ) or ``"none"`` (weight 0, as the paper); None: first_order for chunk sets per
+            key/value head, none for other methods, whose caches keep no state for it.
         completion_strength: lambda, the factor of the first-order term.
 
     Raises:

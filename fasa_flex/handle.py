@@ -484,4 +484,6 @@ def _completion_of(config: FasaConfig, scorers: dict[int, Scorer | SequenceScore
             f"completion={config.completion!r} needs scores that estimate logits, which {other} does not give; "
             "use completion=None or 'none'."
         )
-    return config.completion or ("first_order" if able else "none")
+    # without one chunk set per key/value head no layer keeps a state, and a step would read every key and value for it
+    keeps = all(isinstance(scorer, DominantChunks) for scorer in scorers.values()) and config.per == "kv_head"
+    return config.completion or ("first_order" if keeps else "none")
