@@ -144,7 +144,8 @@ def sparse_attention(
         if backend == "triton":
             raise ValueError(f"backend 'triton' cannot serve this call: {obstacle}; use backend='auto'.")
         compiles = backend == "fastest" and key.device == query.device
-        backend = "flex" if query.is_cuda and not compiles else "gather"
+        # flex has no kernel for blocks of 16 keys in float32 (torch 2.11, CUDA)
+        backend = "flex" if query.is_cuda and not compiles and query.dtype != torch.float32 else "gather"
     else:
         compiles = False
     if key.device != query.device:  # FASA-M: only the selected rows leave the host

@@ -206,7 +206,9 @@ def _routed(
     **kwargs: Any,
 ) -> AttentionResult:
     """Attend by a module's route, or by its own attention."""
-    attend: DenseAttention | None = getattr(module, _ROUTE, None) or _own_attention(module, former)
+    attend: DenseAttention | None = getattr(module, _ROUTE, None)
+    if attend is None:  # not `or`: torch 2.11's Dynamo does not know whether a partial function is true
+        attend = _own_attention(module, former)
     assert attend is not None  # it has just looked our name up
     return attend(module, query, key, value, attention_mask, **kwargs)
 
