@@ -13,6 +13,7 @@ from ways import support_table
 
 from evals.bench.tables import TABLES
 from evals.marked import block
+from evals.quality import real_tables
 from fasa_flex import FasaConfig, enable
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +29,12 @@ def test_the_table_is_that_of_the_committed_results() -> None:
 def test_the_support_table_is_the_matrix_of_the_tests() -> None:
     """`python tests/ways.py` prints it."""
     assert block(README, "support table") == support_table()
+
+
+@pytest.mark.parametrize("table", real_tables.TABLES)
+def test_the_tables_of_the_real_model_are_those_of_the_committed_results(table: str) -> None:
+    """`python -m evals.quality.real_tables` writes them."""
+    assert block(README, table) == real_tables.TABLES[table]()
 
 
 @pytest.mark.parametrize(("readme", "table"), [(readme, name) for readme in TABLES for name in TABLES[readme]])

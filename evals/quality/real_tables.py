@@ -1,0 +1,84 @@
+"""README's tables of the real model, made of the committed results.
+
+python -m evals.quality.real_tables          # writes them between the README's markers
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from evals.marked import fill
+from evals.quality.arms import RESULTS, ROOT
+from evals.quality.committed import markdown
+
+README = ROOT / "README.md"
+ARMS = {
+    "dense": "dense",
+    "oracle 256 completion=none": "exact scores, 256 tokens, no completion",
+    "paper 256": "the paper's settings, 256 tokens",
+    "fasa 256": "**default, 256 tokens**",
+    "fasa 128": "default, 128 tokens",
+    "fasa 64": "default, 64 tokens",
+    "fasa 128 n_tip=0.25 criterion=explained_variance": "a quarter of the chunks by explained variance, 128 tokens",
+}
+SETTINGS: tuple[tuple[str, str, str, str, str], ...] = (
+    ("completion", "none", "first order", "fasa 128 completion=none", "what is not selected has weight and value, too"),
+    ("completion", "SparQ's mean value", "first order", "fasa 128 completion=mean", "the value depends on the query"),
+    ("strength", "0.5", "0.75", "fasa 128 completion_strength=0.5", "the best of 0.25, 0.5, 0.75 and 1 on these novels"),
+    ("criterion", "agreement", "variance", "fasa 128 criterion=agreement", "fast chunks hold much of the variance"),
+    ("chunks", "a quarter", "half", "fasa 128 n_tip=0.25", "more chunks in fewer bits rank better"),
+    ("precision", "int8", "int4", "fasa 128 packed_dtype=int8", "eight bits add nothing that shows"),
+)
+"""Setting, the other value, the default, the arm with the other value, and why the default."""
+
+
+def _results() -> dict[str, Any]:
+    results: dict[str, Any] = json.loads((RESULTS / "real_smollm2.json").read_text())
+    return results
+
+
+def _perplexity(results: dict[str, Any], arm: str) -> str:
+    """Over dense attention's, with its standard error over windows."""
+    differences = torch.tensor(
+        [window[arm] - window["dense"] for window in results["windows"].values() if arm in window]
+    )
+    error = float(differences.std()) / len(differences) ** 0.5
+    return f"{math.exp(differences.mean()):.3f} ± {error:.3f}"
+
+
+def defaults() -> str:
+    """Perplexity over dense attention's, and needles found of the prompts that every arm answered."""
+    results = _results()
+    answered = [hits for hits in results["needles"].values() if ARMS.keys() <= hits.keys()]
+    return markdown(
+        ["", "perplexity", f"needles of {len(answered)}"],
+        (
+            [
+                name,
+                "1" if arm == "dense" else _perplexity(results, arm),
+                f"{sum(hits[arm] for hits in answered):.0f}",
+            ]
+            for arm, name in ARMS.items()
+        ),
+    )
+
+
+def settings() -> str:
+    """One setting at a time at another value, the others at their defaults, 128 tokens."""
+    results = _results()
+    default = _perplexity(results, "fasa 128")
+    return markdown(
+        ["setting", "instead of", "perplexity", "default", "perplexity of the default", "why"],
+        ([name, other, _perplexity(results, arm), ours, default, why] for name, other, ours, arm, why in SETTINGS),
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {"defaults table": defaults, "settings table": settings}
+
+if __name__ == "__main__":
+    fill(README, TABLES)
