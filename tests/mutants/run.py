@@ -53,6 +53,8 @@ TESTS = {
     "packing": ("test_packing", "test_cache"),
     "selection": (*SELECTION, *WHOLE, CALLS),
     "masks": ("test_masks", "properties/test_mask_properties", "test_flex_eager"),
+    "completion": ("test_completion", "test_completion_in_models", "properties/test_completion_properties"),
+    "criteria": ("test_criteria", "test_tables"),
     "attention": (*WHOLE, "test_flex_eager", "test_packing", CALLS),
 }
 
