@@ -184,9 +184,8 @@ def _with_room(
     keys, values = whole_buffer(key), whole_buffer(value)
     if not keys.shape[2] == values.shape[2] <= packed.capacity:
         return key, value, valid, marks
-    free = (0, keys.shape[2] - key.shape[2])
-    forced = None if marks.forced is None else F.pad(marks.forced, free)
-    return keys, values, F.pad(valid, free), Marks(forced, marks.sample)
+    free = keys.shape[2] - key.shape[2]
+    return keys, values, F.pad(valid, (0, free)), marks.with_room(key.shape[2], free)
 
 
 def _check_flex(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> None:

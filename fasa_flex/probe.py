@@ -7,9 +7,10 @@ linear layers and so costs the calls alone, whatever the model's size.
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -287,12 +288,20 @@ def _pattern(width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.arange(width, device=device, dtype=torch.float32).cos().to(dtype)
 
 
-def _uncompiled() -> AbstractContextManager[Any]:
-    """Run what the user had compiled without compiling it for a probe; nothing is where Dynamo was never loaded."""
+_stance_lock = threading.RLock()
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Run what the user had compiled without compiling it for a probe; nothing is where Dynamo was never loaded.
+
+    The stance is the process's: threads that probe take turns, so that none restores what another one had set.
+    """
     if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
+        yield
+        return
+    with _stance_lock, torch.compiler.set_stance("force_eager"):  # set as soon as it is made, before it is entered
+        yield
 
 
 @contextmanager

@@ -194,7 +194,7 @@ class FasaProfile(
         for name in ("model_id", "model_type", "config_hash"):
             if not isinstance(provenance[name], str):
                 raise TypeError(f"{name} must be a text, got {provenance[name]!r}")
-        check_count("max_new_tokens", provenance["max_new_tokens"], 1)
+        check_count("max_new_tokens", provenance["max_new_tokens"], 0)
         check_count("n_rotated", fields["layout"]["n_rotated"], 1)
         layout = RotaryLayout.from_dict(fields["layout"])
         profile = cls(layout=layout, provenance=Provenance(**provenance), **load(data))

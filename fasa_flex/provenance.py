@@ -25,7 +25,7 @@ class Provenance:
         config_hash: SHA-256 of the config fields that decide queries and keys (`config_hash`).
         kv_heads: key/value heads of the model.
         top_k: K of contextual agreement.
-        max_new_tokens: decode steps a sample contributed at most.
+        max_new_tokens: decode steps a sample contributed at most; 0: its prompt alone was measured.
         queries: decode queries averaged, over all samples.
         sample_hashes: SHA-256 of each sample's token ids.
         versions: of fasa_flex, torch and transformers.

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fasa_flex.budget import Budget
 from fasa_flex.ranking import INVALID, largest, rank_keys, slot_of
@@ -83,12 +84,23 @@ class Marks(NamedTuple):
             forced = valid & ((number <= first) | (number > number[..., -1:] - last))
         return cls(forced, _sample(number) if samples else None)
 
+    def with_room(self, kv_len: int, free: int) -> Marks:
+        """The same keys of T = ``kv_len``, with ``free`` slots behind them that are not valid; sizes are T + free's."""
+        more = _strides(kv_len + free) - _strides(kv_len)
+        forced = None if self.forced is None else F.pad(self.forced, (0, free))
+        return Marks(forced, None if self.sample is None else F.pad(self.sample, (0, more), value=-1))
+
+
+def _strides(kv_len: int) -> int:
+    """Sampled slots of a stride, behind the first one."""
+    return (kv_len - 1) // SAMPLE_STRIDE
+
 
 def _sample(number: Tensor) -> Tensor:
     """`Marks.sample` from how many valid keys there are up to each slot."""
     count, kv_len = number[..., -1:], number.shape[-1]
     first = torch.arange(1, SAMPLE_FIRST + 1, device=number.device).expand(*number.shape[:-1], -1)
-    strided = SAMPLE_STRIDE * torch.arange(1, (kv_len - 1) // SAMPLE_STRIDE + 1, device=number.device) + 1
+    strided = SAMPLE_STRIDE * torch.arange(1, _strides(kv_len) + 1, device=number.device) + 1
     last = count - torch.arange(SAMPLE_LAST, device=number.device)
     again = (last <= SAMPLE_FIRST) | ((last - 1) % SAMPLE_STRIDE == 0)
     wanted = torch.cat([first, strided.expand(*number.shape[:-1], -1), torch.where(again, 0, last)], dim=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from fasa_flex import RotaryLayout, rotary
+from fasa_flex.layers import attention_shape
+from fasa_flex.probe import glance
 
 PAIRS = torch.tensor([[0, 2], [1, 3], [4, 5]])
 
@@ -153,15 +156,28 @@ POSITIONS = torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
 HALF, PAIRED = [[0, 4], [1, 5], [2, 6], [3, 7]], [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
-def probe(monkeypatch: pytest.MonkeyPatch, *queries: torch.Tensor) -> None:
-    """Let detection see these queries, one tensor a layer."""
-    monkeypatch.setattr(rotary, "_probe", lambda model: (POSITIONS, dict(enumerate(queries))))
+@pytest.fixture
+def narrow(make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """A model of heads of 8 dimensions, as many as `turned` has."""
+    return make_model("Llama", head_dim=8)
 
 
-def test_planes_and_frequencies_of_given_rotations(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def probe(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, *queries: torch.Tensor) -> None:
+    """Let detection see these queries [rows, P, D] arrive, one tensor a layer."""
+    _, heads, kv_heads, _ = attention_shape(model)
+    arrivals = {}
+    for layer, arrived in glance(model).items():
+        if layer < len(queries):
+            query = queries[layer].unflatten(0, (-1, heads))
+            keys = torch.Size([len(query), kv_heads, *query.shape[2:]])
+            arrivals[layer] = dataclasses.replace(arrived, query=query, key_shape=keys, value_shape=keys)
+    monkeypatch.setattr(rotary, "_probe", lambda _: (POSITIONS, arrivals))
+
+
+def test_planes_and_frequencies_of_given_rotations(narrow: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     for pairs in (HALF, PAIRED, [[0, 7], [1, 3]]):
-        probe(monkeypatch, turned([]), turned(pairs), turned(pairs, size=1e-3))
-        layout = RotaryLayout.detect(llama)
+        probe(monkeypatch, narrow, turned([]), turned(pairs), turned(pairs, size=1e-3))
+        layout = RotaryLayout.detect(narrow)
         assert layout.chunks[: layout.n_rotated].tolist() == pairs
         assert layout.frequencies is not None
         torch.testing.assert_close(layout.frequencies, 0.3 ** torch.arange(len(pairs), dtype=torch.float64))
@@ -170,19 +186,19 @@ def test_planes_and_frequencies_of_given_rotations(llama: PreTrainedModel, monke
 
 @pytest.mark.parametrize("order", [(HALF, PAIRED), (PAIRED, HALF)])
 def test_layers_that_rotate_different_planes_are_refused(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, order: tuple[list[list[int]], ...]
+    narrow: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, order: tuple[list[list[int]], ...]
 ) -> None:
-    probe(monkeypatch, *map(turned, order))
+    probe(monkeypatch, narrow, *map(turned, order))
     with pytest.raises(ValueError, match="rotate different planes"):
-        RotaryLayout.detect(llama)
+        RotaryLayout.detect(narrow)
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 def test_what_is_no_rotation_is_refused_whatever_its_size(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, size: float
+    narrow: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, size: float
 ) -> None:
-    probe(monkeypatch, turned(HALF, noise=0.02, size=size))
+    probe(monkeypatch, narrow, turned(HALF, noise=0.02, size=size))
     with pytest.raises(ValueError, match="does not rotate its queries"):
-        RotaryLayout.detect(llama)
-    probe(monkeypatch, turned(HALF, noise=1e-5, size=size))
-    assert RotaryLayout.detect(llama).n_rotated == 4
+        RotaryLayout.detect(narrow)
+    probe(monkeypatch, narrow, turned(HALF, noise=1e-5, size=size))
+    assert RotaryLayout.detect(narrow).n_rotated == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -128,3 +129,41 @@ def test_enable_checks_once_and_probes_for_a_layout_where_it_is_given_none(llama
             enable(llama, given).disable()
             assert len(forwards) == (1 if given else 2)
             forwards.clear()
+
+
+def test_probes_in_two_threads_leave_compilation_as_it_was(llama: PreTrainedModel) -> None:
+    """The first to begin ends first: the other one must not restore what the first had set."""
+    begun, go, second = threading.Event(), threading.Event(), tiny("Llama", seed=1)
+    inside, finished = threading.Event(), threading.Event()
+
+    def first_waits(*_: object) -> None:
+        begun.set()
+        assert go.wait(60)
+
+    def second_waits(*_: object) -> None:
+        inside.set()
+        assert finished.wait(60)
+
+    llama.model.register_forward_pre_hook(first_waits)
+    second.model.register_forward_pre_hook(second_waits)
+
+    def end_first() -> None:
+        glance(llama)
+        finished.set()
+
+    threads = [threading.Thread(target=end_first), threading.Thread(target=glance, args=(second,))]
+    threads[0].start()
+    assert begun.wait(60)
+    threads[1].start()
+    inside.wait(1)  # without turns the second has begun by now
+    go.set()
+    for thread in threads:
+        thread.join(60)
+    compiled: list[object] = []
+
+    def backend(graph: Any, inputs: list[Tensor]) -> Any:
+        compiled.append(graph)
+        return graph
+
+    torch.compile(lambda states: states + 1, backend=backend)(torch.ones(2))
+    assert compiled

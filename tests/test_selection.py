@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fasa_flex.budget import Budget
-from fasa_flex.selection import select, valid_keys
+from fasa_flex.selection import Marks, select, valid_keys
 
 CPU = torch.device("cpu")
 
@@ -115,3 +115,19 @@ def test_compiled_it_selects_the_same() -> None:
 
     assert torch.equal(torch.compile(mask_of, fullgraph=True)(scores, valid), mask_of(scores, valid))
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("kv_len", "free"), [(1, 0), (5, 95), (33, 31), (64, 200), (100, 156)])
+def test_marks_with_room_are_those_of_keys_with_free_slots(kv_len: int, free: int) -> None:
+    """Of one size whatever part of a buffer is written, so that a step is compiled for the buffer alone."""
+    mask = torch.arange(kv_len)[None] >= kv_len // 4
+    valid = valid_keys(1, kv_len, mask, CPU)
+    expected = Marks.of(torch.nn.functional.pad(valid, (0, free)), Budget(8, n_sink=2, n_recent=1), samples=True)
+    got = Marks.of(valid, Budget(8, n_sink=2, n_recent=1), samples=True).with_room(kv_len, free)
+    assert got.forced is not None
+    assert expected.forced is not None
+    assert got.sample is not None
+    assert expected.sample is not None
+    assert torch.equal(got.forced, expected.forced)
+    assert torch.equal(got.sample.sort().values, expected.sample.sort().values)
+    assert Marks(None, None).with_room(kv_len, free) == (None, None)
