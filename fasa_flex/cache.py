@@ -165,11 +165,10 @@ class FasaCache(Cache):
 
     def reset(self) -> None:
         """Empty the cache; transformers 5.17 by itself would fill growing layers with zeros and keep their length."""
-        super().reset()
         for layer in self.layers:
-            if isinstance(layer, DynamicLayer) and layer.is_initialized:
+            if isinstance(layer, DynamicLayer):  # dropped first: zeros cannot be written to what inference mode made
                 layer.is_initialized, layer.keys, layer.values = False, None, None
-                layer.reset()
+        super().reset()
 
     @property
     def size(self) -> CacheSize:

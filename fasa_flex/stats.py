@@ -163,10 +163,15 @@ class FasaStats:
         read = sum((layer.kv_bytes_share or 0.0) * layer.mean_valid * layer.sparse_queries for layer in layers)
         return read / valid if valid else 1.0
 
+    @property
+    def settings(self) -> dict[str, str | None]:
+        """Which criterion, packed dtype and completion run, as far as is known."""
+        return dict(self._settings())
+
     def as_dict(self) -> dict[str, Any]:
         """Totals, and by which settings, as JSON-ready values."""
         names = ("dense_queries", "sparse_queries", "kv_share", "kv_bytes_share")
-        return {**{name: getattr(self, name) for name in names}, **self._settings()}
+        return {**{name: getattr(self, name) for name in names}, **self.settings}
 
     def __repr__(self) -> str:
         return f"FasaStats({', '.join(f'{name}={value}' for name, value in self.as_dict().items())})"

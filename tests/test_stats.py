@@ -142,7 +142,8 @@ def test_what_completes_a_query_is_read_in_every_step(
 
 def test_completion_without_a_state_reads_every_key(llama: PreTrainedModel, ids: Ids) -> None:
     """As chunks of each query head's own, which are not packed, have none."""
-    with enable(llama, profile_of(llama), FasaConfig(n_fac=4, per="query_head")) as fasa, torch.no_grad():
+    config = FasaConfig(n_fac=4, per="query_head", completion="first_order")
+    with enable(llama, profile_of(llama), config) as fasa, torch.no_grad():
         generate(llama, ids(PROMPT, rows=1), max_new_tokens=2)
         assert fasa.stats.kv_bytes_share == 1.0
 

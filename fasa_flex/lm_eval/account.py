@@ -26,11 +26,15 @@ class Run:
         dense_answers: Log-likelihood requests all of whose tokens are predicted by dense queries.
         truncated: Inputs that lost tokens on the left.
         unfinished: Generations that ran into ``max_gen_toks``.
-        stats: Every number of `FasaStats.as_dict`: integers add up, others are means weighted by sparse queries. Rows
-            of a batch go on until its last answer ends, and count.
+        dense_queries: Queries that attended to all keys, over all layers.
+        sparse_queries: Queries that attended to a selection, over all layers. Rows of a batch go on until its last
+            answer ends, and count.
+        settings: Which criterion, packed dtype and completion ran (`FasaStats.settings`); None for what does not apply
+            or was not yet known. A sum names every value that ran.
         selected: Keys that sparse queries attended to.
         valid: Keys that sparse queries chose from.
-        bytes_read: Keys and values that sparse queries read, ranking included (`fasa_flex.reads`); None if not stated.
+        bytes_read: Keys and values that sparse queries read, ranking included (`fasa_flex.reads`); None if not stated,
+            and then in a sum, too.
     """
 
     task: str
@@ -39,32 +43,27 @@ class Run:
     dense_answers: int = 0
     truncated: int = 0
     unfinished: int = 0
-    stats: dict[str, Any] = field(default_factory=dict)
+    dense_queries: int = 0
+    sparse_queries: int = 0
+    settings: dict[str, str | None] = field(default_factory=dict)
     selected: float = 0.0
     valid: float = 0.0
     bytes_read: float | None = 0.0
 
     def read(self, stats: FasaStats) -> None:
         """Take over what the model counted."""
-        self.stats = stats.as_dict()
+        self.settings = stats.settings
         for layer in stats.per_layer:
+            self.dense_queries += layer.dense_queries
+            self.sparse_queries += layer.sparse_queries
             self.selected += layer.mean_selected * layer.sparse_queries
             self.valid += layer.mean_valid * layer.sparse_queries
         share = stats.kv_bytes_share
         self.bytes_read = None if share is None else share * self.valid
 
     def __add__(self, other: Run) -> Run:
-        """Both, under this one's name."""
-        mine, theirs = self.stats.get("sparse_queries", 0), other.stats.get("sparse_queries", 0)
-        merged: dict[str, Any] = {}
-        for name in self.stats | other.stats:
-            a, b = (stats.get(name) for stats in (self.stats, other.stats))
-            if a is None or b is None or not _is_number(a) or not _is_number(b):
-                merged[name] = b if a is None else a
-            elif isinstance(a, float) or isinstance(b, float):
-                merged[name] = (a * mine + b * theirs) / (mine + theirs) if mine + theirs else a
-            else:
-                merged[name] = a + b
+        """Both, under this one's name: counts add up, settings that differ are all named."""
+        names = self.settings | other.settings
         return Run(
             self.task,
             self.kind,
@@ -72,24 +71,21 @@ class Run:
             self.dense_answers + other.dense_answers,
             self.truncated + other.truncated,
             self.unfinished + other.unfinished,
-            merged,
+            self.dense_queries + other.dense_queries,
+            self.sparse_queries + other.sparse_queries,
+            {name: _named(self.settings.get(name), other.settings.get(name)) for name in names},
             self.selected + other.selected,
             self.valid + other.valid,
             None if self.bytes_read is None or other.bytes_read is None else self.bytes_read + other.bytes_read,
         )
 
-    @property
-    def sparse_queries(self) -> int:
-        """Queries that attended to a selection, over all layers."""
-        count: int = self.stats.get("sparse_queries", 0)
-        return count
-
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready; ``kv_share`` is what sparse queries attend to, ``kv_bytes_share`` what they read in all."""
         share = self.selected / self.valid if self.valid else None
         read = self.bytes_read / self.valid if self.valid and self.bytes_read is not None else None
-        counts = {name: getattr(self, name) for name in ("requests", "dense_answers", "truncated", "unfinished")}
-        return {"kind": self.kind, **counts, **self.stats, "kv_share": share, "kv_bytes_share": read}
+        names = ("requests", "dense_answers", "truncated", "unfinished", "dense_queries", "sparse_queries")
+        counts = {name: getattr(self, name) for name in names}
+        return {"kind": self.kind, **counts, "kv_share": share, "kv_bytes_share": read, **self.settings}
 
     def warnings(self) -> list[str]:
         """What a reader of the score has to know, in sentences."""
@@ -170,5 +166,6 @@ class Account:
         return [warning for run in runs for warning in run.warnings()]
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _named(*values: str | None) -> str | None:
+    """Each of the values once; None: none is known."""
+    return ", ".join(dict.fromkeys(one for value in values if value for one in value.split(", "))) or None

@@ -88,18 +88,42 @@ def test_any_of_a_models_own_ends_ends_an_answer(
 
 
 def test_runs_add_up_and_shares_are_weighted() -> None:
-    one = Run("t", "k", 1, 0, 1, 0, {"sparse_queries": 10, "kv_share": 0.5, "note": "a"}, 5.0, 10.0, 6.0)
-    other = Run("t", "k", 2, 1, 0, 3, {"sparse_queries": 30, "kv_share": 0.1, "new_bytes": 7}, 3.0, 30.0, 7.0)
-    both = one + other
-    assert (both.requests, both.dense_answers, both.truncated, both.unfinished) == (3, 1, 1, 3)
-    assert both.stats["sparse_queries"] == 40
-    assert both.stats["kv_share"] == pytest.approx(0.2)
-    assert (both.stats["note"], both.stats["new_bytes"]) == ("a", 7)
-    described = both.as_dict()
-    assert described["kv_share"] == pytest.approx(8 / 40)  # of keys, not of queries
-    assert described["kv_bytes_share"] == pytest.approx(13 / 40)
+    settings = {"criterion": None, "packed_dtype": "int4", "completion": "mean"}
+    one = Run("t", "k", 1, 0, 1, 0, 4, 10, settings, 5.0, 10.0, 6.0)
+    other = Run("t", "k", 2, 1, 0, 3, 5, 30, {**settings, "criterion": "variance"}, 3.0, 30.0, 7.0)
+    described = (one + other).as_dict()
+    assert described.pop("kv_share") == pytest.approx(8 / 40)  # of keys, not of queries
+    assert described.pop("kv_bytes_share") == pytest.approx(13 / 40)
+    assert described == {
+        "kind": "k",
+        "requests": 3,
+        "dense_answers": 1,
+        "truncated": 1,
+        "unfinished": 3,
+        "dense_queries": 9,
+        "sparse_queries": 40,
+        "criterion": "variance",  # not known before the first prompt has calibrated
+        "packed_dtype": "int4",
+        "completion": "mean",
+    }
     unknown = Run("t", "k", valid=30.0, bytes_read=None)
-    assert (one + unknown).as_dict()["kv_bytes_share"] is None
+    for both in (one + unknown, unknown + one):
+        assert both.as_dict()["kv_bytes_share"] is None
+        assert both.settings == settings
+
+
+def test_a_sum_names_every_setting_that_ran() -> None:
+    runs = [Run("t", "k", settings={"packed_dtype": each, "criterion": None}) for each in ("int4", "float32", "int4")]
+    assert (runs[0] + runs[1] + runs[2]).settings == {"packed_dtype": "int4, float32", "criterion": None}
+
+
+def test_a_task_says_what_ran(sparse: Load) -> None:
+    lm = sparse()
+    lm.loglikelihood(asked("t", "loglikelihood", (heldout_text()[:200], " return x")), disable_tqdm=True)
+    counted, account = lm.fasa.stats.as_dict(), lm.get_model_info()["fasa"]["tasks"]["t"]
+    assert counted["sparse_queries"] > 0
+    assert {name: account[name] for name in counted} == pytest.approx(counted)
+    assert (account["packed_dtype"], account["completion"]) == ("int4", "first_order")
 
 
 def test_gathering_twice_counts_once(sparse: Load) -> None:
@@ -126,29 +150,48 @@ def test_copies_that_even_out_processes_do_not_run(sparse: Load) -> None:
     assert one_of_two.account.export() == alone.account.export()
 
 
+def packed(n_bytes: float) -> float:
+    """In units of a token's key and value in one head: 2 x 16 numbers of float32."""
+    return n_bytes / (2 * 16 * 4)
+
+
+INT4 = packed(4 * 4 / 8 + 2)  # 4 dimensions of 4 bits and a float16 scale, which are 2 chunks
+STATE = (1 + 16) / 2  # a mean value and a covariance of 16 x 16, halves of a key and value of 16
+PLAIN = {"packed_dtype": None, "completion": "none"}
+
+
 @pytest.mark.parametrize(
-    ("options", "ranking", "rows"),
+    ("options", "ranking", "rows", "state"),
     [
-        ({"n_tip": 2}, 2 / 16, 1.0),
-        ({"n_tip": 2, "per": "query_head"}, 4 / 16, 2.0),
-        ({"n_tip": 2, "group_reduce": "none"}, 2 / 16, 2.0),
-        ({"method": "random_chunks", "n_tip": 4}, 4 / 16, 1.0),
-        ({"method": "streaming_llm"}, 0.0, 1.0),
-        ({"method": "oracle"}, 0.5, 0.5),
-        ({"method": "snapkv"}, 0.0, 1.5),
-        ({"method": "h2o"}, 0.0, 1.0),
-        ({"method": "rkv"}, 0.0, 1.5),
-        ({"method": "quest"}, 1 / 16, 1.0),
-        ({"method": "sparq", "n_tip": 4}, 4 / 16, 1.0),
-        ({"method": "double_sparsity", "n_tip": 1}, 1 / 16, 1.0),
-        ({"method": "adjacent_pairs", "n_tip": 4}, 4 / 16, 1.0),
+        ({"n_tip": 2}, INT4, 1.0, STATE),
+        ({"n_tip": 2, "completion": "mean"}, INT4, 1.0, 0.5),
+        ({"n_tip": 2, "completion": "none"}, INT4, 1.0, 0.0),
+        ({"n_tip": 2, "packed_dtype": "int8"}, packed(4 + 2), 1.0, STATE),
+        ({"n_tip": 2, **PLAIN}, 2 / 16, 1.0, 0.0),
+        ({"n_tip": 2, "per": "query_head"}, 4 / 16, 2.0, 0.0),
+        ({"n_tip": 2, "group_reduce": "none"}, INT4, 2.0, STATE),
+        ({"method": "random_chunks", "n_tip": 4}, packed(8 * 4 / 8 + 2), 1.0, STATE),
+        ({"method": "random_chunks", "n_tip": 4, **PLAIN}, 4 / 16, 1.0, 0.0),
+        ({"method": "streaming_llm"}, 0.0, 1.0, 0.0),
+        ({"method": "oracle"}, 0.5, 0.5, 0.0),
+        ({"method": "snapkv"}, 0.0, 1.5, 0.0),
+        ({"method": "h2o"}, 0.0, 1.0, 0.0),
+        ({"method": "rkv"}, 0.0, 1.5, 0.0),
+        ({"method": "quest"}, 1 / 16, 1.0, 0.0),
+        ({"method": "sparq", "n_tip": 4}, 4 / 16, 1.0, 0.0),
+        ({"method": "double_sparsity", "n_tip": 1}, packed(2 * 4 / 8 + 2), 1.0, STATE),
+        ({"method": "adjacent_pairs", "n_tip": 4}, packed(8 * 4 / 8 + 2), 1.0, STATE),
     ],
 )
-def test_bytes_read_are_ranking_and_rows(
-    sparse: Load, tmp_path: Path, options: dict[str, Any], ranking: float, rows: float
+def test_bytes_read_are_ranking_rows_and_state(
+    sparse: Load, tmp_path: Path, options: dict[str, Any], ranking: float, rows: float, state: float
 ) -> None:
-    lm = sparse(profile_cache=str(tmp_path), **options)
-    lm.loglikelihood(asked("t", "loglikelihood", (heldout_text()[:400], " return x")), disable_tqdm=True)
+    """One answer: the query of its i-th token chooses from the context and i keys more; the first token's is dense."""
+    lm, context, answer = sparse(profile_cache=str(tmp_path), **options), heldout_text()[:400], " return x"
+    lm.loglikelihood(asked("t", "loglikelihood", (context, answer)), disable_tqdm=True)
     account = lm.get_model_info()["fasa"]["tasks"]["t"]
-    assert 0 < account["kv_share"] < 0.5
-    assert account["kv_bytes_share"] == pytest.approx(min(1.0, ranking + rows * account["kv_share"]))
+    given, answered = map(len, lm._encode_pair(context, answer))
+    n_valid = given + answered / 2  # the mean of given + 1 .. given + answered - 1
+    assert account["sparse_queries"] == SPARSE_LAYERS * (answered - 1) > 0
+    assert account["kv_share"] == pytest.approx(16 / n_valid)
+    assert account["kv_bytes_share"] == pytest.approx(min(1.0, ranking + (rows * 16 + state) / n_valid))

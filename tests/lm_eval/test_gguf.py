@@ -31,8 +31,12 @@ def test_answers_are_those_of_the_same_model_in_its_other_form(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text(heldout_text()[:1500])
-    how: dict[str, Any] = {"folder": str(profile)}.get(source, source)
-    given = {**SETTINGS, "profile": how, "calibration_source": str(text), "profile_cache": str(tmp_path / "cache")}
+    how: dict[str, Any] = {
+        "folder": {"profile": str(profile)},
+        "prompt": {"profile": "prompt"},
+        "auto": {"profile": "auto", "calibration_source": str(text), "profile_cache": str(tmp_path / "cache")},
+    }
+    given = {**SETTINGS, **how[source]}
     folder, file = gguf_checkpoint
     asked = requests("loglikelihood", (heldout_text()[2000:3000], heldout_text()[3000:3060]))
     scores = []
