@@ -29,7 +29,13 @@ ARMS = {
 SETTINGS: tuple[tuple[str, str, str, str, str], ...] = (
     ("completion", "none", "first order", "fasa 128 completion=none", "what is not selected has weight and value, too"),
     ("completion", "SparQ's mean value", "first order", "fasa 128 completion=mean", "the value depends on the query"),
-    ("strength", "0.5", "0.75", "fasa 128 completion_strength=0.5", "the best of 0.25, 0.5, 0.75 and 1 on these novels"),
+    (
+        "strength",
+        "0.5",
+        "0.75",
+        "fasa 128 completion_strength=0.5",
+        "the best of 0.25, 0.5, 0.75 and 1 on these novels",
+    ),
     ("criterion", "agreement", "variance", "fasa 128 criterion=agreement", "fast chunks hold much of the variance"),
     ("chunks", "a quarter", "half", "fasa 128 n_tip=0.25", "more chunks in fewer bits rank better"),
     ("precision", "int8", "int4", "fasa 128 packed_dtype=int8", "eight bits add nothing that shows"),
