@@ -167,8 +167,11 @@ def probe(
     handed: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     arrivals: dict[int, Arrival] = {}
 
+    thread = threading.get_ident()
+
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        handed[module] = args, kwargs
+        if threading.get_ident() == thread:  # another one may be generating
+            handed[module] = args, kwargs
 
     def capture(
         dense: DenseAttention,

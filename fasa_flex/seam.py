@@ -63,7 +63,7 @@ class AttentionSeam:
         self._kind, self._owner, self._token = type(model).__name__, owner, next(_tokens)
         self._check_free(modules)
         self._configs: list[PreTrainedConfig] = []
-        self._routes: list[tuple[weakref.ref[nn.Module], Callable[..., AttentionResult]]] = []
+        self._routes: list[tuple[weakref.ref[nn.Module], functools.partial[AttentionResult]]] = []
         for module in modules:
             config = _config_of(model, module)
             former = _former(config)
@@ -132,6 +132,9 @@ class AttentionSeam:
                     delattr(module, _ROUTE)
 
     def __enter__(self) -> AttentionSeam:
+        """Open it for the calls of this thread alone: another one may be generating, and is not to be measured."""
+        thread = threading.get_ident()
+        self._routes = [(module, _of_thread(thread, route)) for module, route in self._routes]
         self.open()
         return self
 
@@ -145,6 +148,16 @@ class AttentionSeam:
         owner = next((owner for owner, routed, _ in _open.values() if ids & routed), None)
         if owner is not None:
             raise ValueError(f"{self._kind} is under FASA already, by {owner}; disable() it first.")
+
+
+def _of_thread(thread: int, route: functools.partial[AttentionResult]) -> functools.partial[AttentionResult]:
+    """A route for the calls of one thread; those of others attend by the model's own function."""
+    (dense,) = route.args
+
+    def attend(dense: DenseAttention, module: nn.Module, *args: Any, **kwargs: Any) -> AttentionResult:
+        return (route if threading.get_ident() == thread else dense)(module, *args, **kwargs)
+
+    return functools.partial(attend, dense)
 
 
 def implementation_of(model: PreTrainedModel, module: nn.Module) -> str:
