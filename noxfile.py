@@ -45,7 +45,7 @@ def oldest(session: nox.Session) -> None:
     models = ("test_transformers.py", "test_enable.py", "test_rotary.py", "test_grouped.py", "test_mixed_pass.py")
     probed = ("test_expectations.py", "test_probe.py", "test_zero_setup.py")
     whole = ("families", "oracle_decode", "awkward_use")
-    harness = ("passes", "model", "tasks")
+    harness = ("passes", "model", "tasks", "account")
     folders = (
         "properties/test_cache_machine.py",
         *(f"integration/test_{name}.py" for name in whole),

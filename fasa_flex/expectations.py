@@ -60,9 +60,10 @@ GATHER = {"gather_object": ("obj", "dst")}
 """Overridden likewise, for runs of several processes; since lm-eval 0.4.12, with which such runs begin."""
 
 
-def unmet(package: str, what: str) -> ValueError:
-    """The refusal: ``what`` the installed release of ``package`` does, and which releases do what is expected."""
+def unmet(package: str, what: str, since: str | None = None) -> ValueError:
+    """The refusal: ``what`` the installed release of ``package`` does, and which releases (from ``since``) do not."""
     oldest, newest = TESTED[package]
+    oldest = since or oldest
     return ValueError(
         f"{package} {metadata.version(package)} {what}; fasa_flex is tested with {package} {oldest} to {newest}, "
         "install one of these."
@@ -201,10 +202,11 @@ def check_lm_eval(model_class: type) -> None:
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # as torchrun and accelerate say it
     for name, arguments in {**LM_EVAL_HOOKS, **(GATHER if several else {})}.items():
+        since = "0.4.12" if name in GATHER else None
         method = getattr(model_class, name, None)
         if not callable(method):
-            raise unmet("lm_eval", f"has no method {name} in {model_class.__name__}, which fasa_hf overrides")
+            raise unmet("lm_eval", f"has no method {name} in {model_class.__name__}, which fasa_hf overrides", since)
         known = inspect.signature(method).parameters
         missing = [argument for argument in arguments if argument not in known]
         if missing:
-            raise unmet("lm_eval", f"has no argument {' and '.join(missing)} in {model_class.__name__}.{name}")
+            raise unmet("lm_eval", f"has no argument {' and '.join(missing)} in {model_class.__name__}.{name}", since)
