@@ -130,12 +130,12 @@ def test_disabling_while_another_thread_generates_says_so_and_counts(llama: PreT
         assert again.stats.interrupted == 0
 
 
-def test_a_thread_that_generates_is_not_measured(llama: PreTrainedModel, token_ids: Ids) -> None:
+def test_a_thread_that_generates_is_not_measured(llama: PreTrainedModel, ids: Ids) -> None:
     """`enable` probes the model while another thread is in a forward, whose answer stays the dense one."""
-    prompt, profile, answers = token_ids(20, rows=1), profile_of(llama), list[Any]()
-    dense = generate(llama, prompt)
+    prompt, profile, answers = ids(20, rows=1), profile_of(llama), list[Any]()
+    dense = generate(llama, prompt)[1]
     pause = Pause(llama.model.layers[0])
-    thread = start(lambda: generate(llama, prompt), answers)
+    thread = start(lambda: generate(llama, prompt)[1], answers)
     assert pause.reached.wait(60)
     with enable(llama, profile, FasaConfig(n_fac=400, n_tip=2)) as fasa:
         assert fasa.dense_layers.keys() == {0}
