@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fasa_flex import FasaConfig, enable
+from fasa_flex.seam import AttentionSeam
 
 CONFIG = FasaConfig(n_fac=16, n_tip=2)
 
@@ -131,13 +132,17 @@ def test_disabling_while_another_thread_generates_says_so_and_counts(llama: PreT
 
 
 def test_a_thread_that_generates_is_not_measured(llama: PreTrainedModel, ids: Ids) -> None:
-    """`enable` probes the model while another thread is in a forward, whose answer stays the dense one."""
-    prompt, profile, answers = ids(20, rows=1), profile_of(llama), list[Any]()
+    """While this thread probes the model, whose attention gives zeros then, another one's answer is the dense one."""
+    prompt, answers, probed = ids(20, rows=1), list[Any](), list[int]()
     dense = generate(llama, prompt)[1]
-    pause = Pause(llama.model.layers[0])
-    thread = start(lambda: generate(llama, prompt)[1], answers)
-    assert pause.reached.wait(60)
-    with enable(llama, profile, FasaConfig(n_fac=400, n_tip=2)) as fasa:
-        assert fasa.dense_layers.keys() == {0}
-        pause.finish(thread)
+
+    def zeros(dense: Any, module: Any, query: Any, *_: Any, **__: Any) -> Any:
+        probed.append(threading.get_ident())
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    with AttentionSeam(llama, zeros):
+        start(lambda: generate(llama, prompt)[1], answers).join(60)
+        assert not probed
+        llama(prompt)
     assert torch.equal(answers[0], dense)
+    assert set(probed) == {threading.get_ident()}

@@ -59,6 +59,17 @@ OPTIONS = tuple(field.name for field in dataclasses.fields(FasaConfig))
 _WORDS: dict[str, Callable[[Any], Any]] = {"layer_budgets": budget_weights, "dense_layers": layer_set}
 
 
+_AS_PUBLISHED: dict[str, Any] = {
+    "n_tip": 0.25,
+    "n_sink": 0,
+    "n_recent": 0,
+    "group_reduce": "softmax_exact",
+    "packed_dtype": None,
+    "completion": "none",
+}
+"""Defaults of the baselines: their papers force, round and complete nothing that is not named."""
+
+
 def config_of(method: str, **options: Any) -> FasaConfig:
     """The configuration that the words of the command line mean.
 
@@ -66,7 +77,7 @@ def config_of(method: str, **options: Any) -> FasaConfig:
     default.
 
     Args:
-        method: As `FasaHFLM` knows it; it decides the sinks where ``n_sink`` does not.
+        method: As `FasaHFLM` knows it; a baseline's defaults are its paper's.
         options: Of `OPTIONS`.
     """
     if options.get("backend") == "fastest":
@@ -84,8 +95,10 @@ def config_of(method: str, **options: Any) -> FasaConfig:
             meant[name] = "none"
         elif getattr(FasaConfig, name) is not None and type(None) in get_args(hints[name]):
             meant[name] = None  # of packed_dtype: the cache's precision
-    if method == "streaming_llm":
-        meant.setdefault("n_sink", sinks(meant.get("n_fac", FasaConfig.n_fac)))
+    if method != "fasa":
+        meant = {**_AS_PUBLISHED, **meant}
+    if method == "streaming_llm" and options.get("n_sink") is None:
+        meant["n_sink"] = sinks(meant.get("n_fac", FasaConfig.n_fac))
     return FasaConfig(**meant)
 
 

@@ -174,8 +174,13 @@ PLAIN = {"packed_dtype": None, "completion": "none"}
         ({"n_tip": 2, **PLAIN}, 2 / 16, 1.0, 0.0),
         ({"n_tip": 2, "per": "query_head"}, 4 / 16, 2.0, 0.0),
         ({"n_tip": 2, "group_reduce": "none"}, INT4, 2.0, STATE),
-        ({"method": "random_chunks", "n_tip": 4}, packed(8 * 4 / 8 + 2), 1.0, STATE),
-        ({"method": "random_chunks", "n_tip": 4, **PLAIN}, 4 / 16, 1.0, 0.0),
+        ({"method": "random_chunks", "n_tip": 4}, 4 / 16, 1.0, 0.0),
+        (
+            {"method": "random_chunks", "n_tip": 4, "packed_dtype": "int4", "completion": "first_order"},
+            packed(8 * 4 / 8 + 2),
+            1.0,
+            STATE,
+        ),
         ({"method": "streaming_llm"}, 0.0, 1.0, 0.0),
         ({"method": "oracle"}, 0.5, 0.5, 0.0),
         ({"method": "snapkv"}, 0.0, 1.5, 0.0),
@@ -183,8 +188,8 @@ PLAIN = {"packed_dtype": None, "completion": "none"}
         ({"method": "rkv"}, 0.0, 1.5, 0.0),
         ({"method": "quest"}, 1 / 16, 1.0, 0.0),
         ({"method": "sparq", "n_tip": 4}, 4 / 16, 1.0, 0.0),
-        ({"method": "double_sparsity", "n_tip": 1}, packed(2 * 4 / 8 + 2), 1.0, STATE),
-        ({"method": "adjacent_pairs", "n_tip": 4}, packed(8 * 4 / 8 + 2), 1.0, STATE),
+        ({"method": "double_sparsity", "n_tip": 1}, 1 / 16, 1.0, 0.0),
+        ({"method": "adjacent_pairs", "n_tip": 4}, 4 / 16, 1.0, 0.0),
     ],
 )
 def test_bytes_read_are_ranking_rows_and_state(

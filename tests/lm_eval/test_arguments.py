@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,14 +37,23 @@ def test_streaming_llm_has_eight_sinks_or_half_the_budget() -> None:
     assert [sinks(budget) for budget in (256, 16, 10, 0.1)] == [8, 8, 5, 8]
     assert config_of("streaming_llm", n_fac=10).n_sink == 5
     assert config_of("streaming_llm", n_sink=None).n_sink == 8
-    assert config_of("snapkv", n_fac=10).n_sink == FasaConfig().n_sink
+    assert config_of("snapkv", n_fac=10).n_sink == 0
+    assert config_of("fasa", n_fac=10).n_sink == FasaConfig().n_sink
+
+
+def test_a_baseline_is_as_published_where_nothing_else_is_said() -> None:
+    config = config_of("random_chunks", completion="mean")
+    assert (config.n_tip, config.n_sink, config.n_recent, config.packed_dtype) == (0.25, 0, 0, None)
+    assert (config.group_reduce, config.completion) == ("softmax_exact", "mean")
 
 
 def test_a_configuration_in_words() -> None:
     written = config_of("streaming_llm", n_fac=64, layer_budgets="1+2+1.5", dense_layers="0+2", n_tip=3)
-    assert written == FasaConfig(n_tip=3, n_fac=64, n_sink=8, layer_budgets=(1.0, 2.0, 1.5), dense_layers=(0, 2))
+    plain: dict[str, Any] = {"n_recent": 0, "group_reduce": "softmax_exact", "packed_dtype": None, "completion": "none"}
+    weights = (1.0, 2.0, 1.5)
+    assert written == FasaConfig(n_tip=3, n_fac=64, n_sink=8, layer_budgets=weights, dense_layers=(0, 2), **plain)
     pyramid = config_of("streaming_llm", n_fac=64, n_sink=1, layer_budgets="pyramid", dense_layers="none")
-    assert pyramid == FasaConfig(n_fac=64, n_sink=1, layer_budgets="pyramid", dense_layers=())
+    assert pyramid == FasaConfig(0.25, 64, 1, layer_budgets="pyramid", dense_layers=(), **plain)
 
 
 def test_every_field_of_the_configuration_is_an_option() -> None:
