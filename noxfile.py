@@ -5,6 +5,8 @@ the tool, as in ``nox -s tests -- tests/test_selection.py -x``. On Linux without
 PyTorch's own index of CPU builds, which saves the download of the CUDA libraries.
 """
 
+import shutil
+import sys
 from pathlib import Path
 
 import nox
@@ -104,6 +106,27 @@ def mutants(session: nox.Session) -> None:
     install(session, "dev")
     session.install("cosmic-ray==8.7.0")
     session.run("python", "tests/mutants/run.py", *session.posargs)
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Build wheel and sdist, check what they hold, install the wheel in an empty environment and use it there."""
+    session.install("--constraint", "constraints.txt", "build", "twine")
+    work = Path(session.create_tmp()).resolve()
+    built, fresh = work / "dist", work / "fresh"
+    shutil.rmtree(built, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(built))  # the wheel is built from the sdist
+    (wheel,), (sdist,) = built.glob("*.whl"), built.glob("*.tar.gz")
+    session.run("twine", "check", "--strict", str(wheel), str(sdist))
+    session.run("python", "tests/package/contents.py", str(wheel), str(sdist))
+    session.run("python", "-m", "venv", "--clear", str(fresh))
+    tools = fresh / ("Scripts" if sys.platform == "win32" else "bin")
+    pinned = ("--quiet", "--constraint", "constraints.txt")
+    session.run(str(tools / "python"), "-m", "pip", "install", *pinned, str(wheel), external=True)
+    smoke = Path("tests/package/smoke.py").resolve()
+    with session.chdir(work):  # where no fasa_flex/ lies beside
+        session.run(str(tools / "fasa-flex"), "env", external=True)
+        session.run(str(tools / "python"), str(smoke), external=True)
 
 
 @nox.session

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fasa_flex.ranking import INVALID, rank_keys
 from fasa_flex.rotary import RotaryLayout
+from fasa_flex.shapes import check_heads
 
 _BYTES = 1 << 26
 
@@ -52,24 +53,6 @@ def contextual_agreement(query: Tensor, key: Tensor, layout: RotaryLayout, top_k
     )
     assert isinstance(hits, Tensor)
     return (hits / (query.shape[0] * (q_len - first) * top_k)).float()
-
-
-def check_heads(query: Tensor, key: Tensor) -> None:
-    """Refuse queries and keys whose batch, heads, lengths or dimensions do not fit each other."""
-    fits = (
-        query.dim() == 4
-        and key.dim() == 4
-        and query.shape[0] == key.shape[0] > 0
-        and query.shape[3] == key.shape[3]
-        and key.shape[1] > 0
-        and query.shape[1] % key.shape[1] == 0
-        and 0 < query.shape[2] <= key.shape[2]
-    )
-    if not fits:
-        raise ValueError(
-            f"query {tuple(query.shape)} and key {tuple(key.shape)} do not fit; "
-            "expected [B, Hq, Q, D] and [B, Hkv, T, D] with at least one row, Hq a multiple of Hkv and 1 <= Q <= T."
-        )
 
 
 def _hits(query: Tensor, key: Tensor, first_slot: int, layout: RotaryLayout, top_k: int) -> Tensor:

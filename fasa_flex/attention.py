@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from fasa_flex.agreement import check_heads
 from fasa_flex.budget import Budget
 from fasa_flex.compiling import Step, beyond_the_limit, padded_to_power_of_two, situation
 from fasa_flex.completion import Completion, CompletionState, completed, kept_share
@@ -27,6 +26,7 @@ from fasa_flex.reference import reference_attention
 from fasa_flex.rows import dot_rows, take_rows, weigh_rows, whole_buffer
 from fasa_flex.scoring import DominantChunks, Scorer, check_scores, reduce_group, weigh
 from fasa_flex.selection import Marks, Selection, select, valid_keys
+from fasa_flex.shapes import check_heads
 from fasa_flex.softmax import Softmax
 
 

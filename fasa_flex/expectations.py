@@ -12,16 +12,14 @@ import inspect
 import os
 from collections.abc import Mapping
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from fasa_flex.arrival import Arrival
 from fasa_flex.wrappers import unwrapped
-
-if TYPE_CHECKING:
-    from fasa_flex.probe import Arrival
 
 TESTED = {"transformers": ("5.17", "5.24"), "lm_eval": ("0.4.10", "0.4.13")}
 """The oldest and the newest release that all tests have passed on; pyproject.toml allows these."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fasa_flex.arrival import Arrival
 from fasa_flex.layers import NO_ROPE, attention_shape, check_supported
-from fasa_flex.probe import Arrival, farthest_position, probe, why_dense
+from fasa_flex.probe import farthest_position, probe, why_dense
 from fasa_flex.wrappers import unwrapped
 
 _TOLERANCE = 1e-6

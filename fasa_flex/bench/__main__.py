@@ -1,8 +1,17 @@
-"""``python -m fasa_flex.bench``: see `fasa_flex.bench.command`."""
+"""``python -m fasa_flex.bench``: the command ``fasa-flex bench``; see `fasa_flex.bench.command`."""
+
+from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from fasa_flex import cli
 
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``fasa-flex bench``; returns the exit code."""
+    return cli.main(["bench", *(sys.argv[1:] if arguments is None else arguments)])
+
+
 if __name__ == "__main__":
-    sys.exit(cli.main(["bench", *sys.argv[1:]]))
+    sys.exit(main())

@@ -11,13 +11,12 @@ import argparse
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
-from fasa_flex import cli
 from fasa_flex.bench import op, rivals, step
 from fasa_flex.bench.options import BACKENDS, PARTS
 from fasa_flex.bench.record import Ledger, command_line, provenance, reason_of
@@ -188,8 +187,3 @@ def _draw(ledger: Ledger, part: str) -> None:
         return
     with replacing(ledger.path.parent) as beside:
         drawn.savefig(beside / ledger.path.with_suffix(".png").name, dpi=150)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """``fasa-flex bench``; returns the exit code."""
-    return cli.main(["bench", *(sys.argv[1:] if arguments is None else arguments)])

@@ -11,7 +11,7 @@ import torch
 
 from fasa_flex import cli
 from fasa_flex.bench import op, stages
-from fasa_flex.bench.command import main
+from fasa_flex.bench.__main__ import main
 from fasa_flex.bench.record import Ledger, command_line, hardware, provenance, reason_of
 from fasa_flex.bench.settings import Settings, quick
 

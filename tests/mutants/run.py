@@ -59,6 +59,11 @@ TESTS = {
 }
 
 
+def source_of(tree: Path, module: str) -> Path:
+    """The file of a module, ``a.b`` below fasa_flex."""
+    return tree.joinpath("fasa_flex", *module.split(".")).with_suffix(".py")
+
+
 class _Mutated(SourceFileLoader):
     """Loads one module from the mutant's source; a finder for it, too."""
 
@@ -97,7 +102,7 @@ def _test(tree: Path, module: str, source: str, show: bool) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     os.chdir(tree)
     sys.path.insert(0, str(tree))
-    sys.meta_path.insert(0, _Mutated(module, tree / "fasa_flex" / f"{module}.py", source))
+    sys.meta_path.insert(0, _Mutated(module, source_of(tree, module), source))
     first, *others = [path for name in TESTS[module] if Path(path := f"tests/{name}.py").exists()]
     options = ["-x", "-q", "-m", "not slow", "--hypothesis-profile=mutants"]
     options += ["-pno:cacheprovider", "-pno:unraisableexception", "-pno:logging"]  # unraisable: collects garbage thrice
@@ -131,7 +136,7 @@ def read_log(folder: Path) -> dict[str, dict[str, Any]]:
 
 def pending(tree: Path, module: str, done: dict[str, dict[str, Any]]) -> Iterator[tuple[Mutant, str, str]]:
     """Mutants without an outcome, or that survived other tests than those of now."""
-    path = tree / "fasa_flex" / f"{module}.py"
+    path = source_of(tree, module)
     tests = _hash(*(test for name in TESTS[module] if (test := tree / "tests" / f"{name}.py").exists()))
     source = path.read_text()
     for mutant in mutants_of(module, source):
@@ -145,7 +150,7 @@ def test_modules(folder: Path, modules: list[str]) -> None:
     """Try all pending mutants of the modules."""
     tree = snapshot(folder)
     for module in modules:
-        source = (tree / "fasa_flex" / f"{module}.py").read_text()
+        source = (source_of(tree, module)).read_text()
         todo = list(pending(tree, module, read_log(folder)))
         print(f"{module}: {len(todo)} mutants to try", flush=True)
         if not todo:
@@ -166,7 +171,7 @@ def test_modules(folder: Path, modules: list[str]) -> None:
 def show_mutant(folder: Path, name: str) -> None:
     """Run the tests of one mutant in the open."""
     tree, module = snapshot(folder), name.split("/")[0]
-    source = (tree / "fasa_flex" / f"{module}.py").read_text()
+    source = (source_of(tree, module)).read_text()
     mutant = next(mutant for mutant in mutants_of(module, source) if mutant.name == name)
     print(f"{mutant.line}: {mutant.before}  ->  {mutant.after}", flush=True)
     print(run_tests(tree, module, mutant.source, show=True))
@@ -178,7 +183,7 @@ def report(folder: Path) -> dict[str, Any]:
     known = {(e["module"], e["before"], e["after"]): e["reason"] for e in json.loads(EQUIVALENT.read_text())}
     per_module, sources, equivalent, survivors = {}, {}, [], []
     for module in TESTS:
-        source = (tree / "fasa_flex" / f"{module}.py").read_text()
+        source = (source_of(tree, module)).read_text()
         code = code_hash(source)
         every = mutants_of(module, source)
         outcomes = [(m, done.get(f"{code} {m.name}", {}).get("outcome")) for m in every]
@@ -189,7 +194,7 @@ def report(folder: Path) -> dict[str, Any]:
         tried = sum(outcome is not None for _, outcome in outcomes)
         per_module[module] = _counts(len(every), tried, len(alive), len(excused))
         sources[module] = code
-    total = {name: sum(counts[name] for counts in per_module.values()) for name in per_module["budget"]}
+    total = {name: sum(counts[name] for counts in per_module.values()) for name in next(iter(per_module.values()))}
     return {
         "tool": f"cosmic-ray {version('cosmic-ray')} (its operators), tests/mutants/run.py",
         "command": "nox -s mutants",
