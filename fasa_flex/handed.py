@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from fasa_flex.boundary import Boundary
 from fasa_flex.masking import check_mask
@@ -66,7 +67,13 @@ def mask_of(
 
 
 def check_forward(
-    batch: int, q_len: int, held: Tensor | int, options: dict[str, Any], boundary: Boundary | None, limit: int | None
+    batch: int,
+    q_len: int,
+    cache: Cache | None,
+    layer: int,
+    options: dict[str, Any],
+    boundary: Boundary | None,
+    limit: int | None,
 ) -> None:
     """Refuse a forward that cannot end well; asked before a cache is written to.
 
@@ -75,21 +82,28 @@ def check_forward(
     Args:
         batch: rows.
         q_len: tokens that each adds.
-        held: tokens in the cache, padding included.
+        cache: to be written to; None: the forward has none.
+        layer: the first that is written to.
         options: keyword arguments of the attention module.
         boundary: of `Fasa.sparse_from`.
         limit: the longest sequence that the model takes; None: it states none.
 
     Raises:
-        ValueError: a boundary for other rows, an attention mask that is more than a mask, or too long a sequence.
+        ValueError: a boundary for other rows, an attention mask that is more than a mask or of other queries and keys
+            than the forward's, or too long a sequence.
     """
     if boundary is not None:
         boundary.check_rows(batch)
-    check_mask(options.get("attention_mask"))
-    if limit is None or q_len == 1 or torch.compiler.is_compiling() or int(held) + q_len <= limit:
+    mask: Tensor | None = options.get("attention_mask")
+    if mask is not None:
+        check_mask(mask, (batch, q_len, q_len if cache is None else cache.get_mask_sizes(q_len, layer)[0]))
+    if limit is None or q_len == 1 or torch.compiler.is_compiling():
+        return
+    end = q_len if cache is None else int(cache.get_seq_length(layer)) + q_len
+    if end <= limit:
         return
     positions: Tensor | None = options.get("position_ids")  # which do not count padding
-    longest = int(held) + q_len if positions is None else int(positions.max()) + 1
+    longest = end if positions is None else int(positions.max()) + 1
     if longest > limit:
         raise ValueError(f"the sequence has {longest} tokens and the model takes at most {limit}; shorten the prompt.")
 
