@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from lm_eval.models.huggingface import HFLM
 
 from fasa_flex import FasaConfig, FasaProfile
-from fasa_flex.baselines import Method, scorer_factory
+from fasa_flex.baselines import RANKING_OPTIONS, Method, scorer_factory, unheard
 from fasa_flex.lm_eval.profiles import AUTO, Calibration
 from fasa_flex.scoring import Scorer, SequenceScorer
 
@@ -79,11 +79,22 @@ def config_of(method: str, **options: Any) -> FasaConfig:
     Args:
         method: As `FasaHFLM` knows it; a baseline's defaults are its paper's.
         options: Of `OPTIONS`.
+
+    Raises:
+        ValueError: An option that the method does not hear, or that is out of its range.
     """
     if options.get("backend") == "fastest":
         raise ValueError(
             "backend='fastest' is dense where that is faster, which would be evaluated in FASA's stead; write auto."
         )
+    deaf = unheard(method)
+    for name in deaf:
+        if options.get(name) is not None:
+            heard = ", ".join(known for known in RANKING_OPTIONS if known not in deaf) or "none of them"
+            raise ValueError(
+                f"method={method} does not hear {name}={options[name]}: remove it (of {', '.join(RANKING_OPTIONS)} it "
+                f"hears {heard})"
+            )
     hints = get_type_hints(FasaConfig)
     meant = {}
     for name, value in options.items():
@@ -125,9 +136,8 @@ def scorer_of(
     """`enable`'s scorer for a method; None for FASA itself, which has a profile or finds one in a prompt."""
     if method == "fasa":
         return None
-    return scorer_factory(
-        method, calibration.profile, n_tip=config.chunks_of(head_dim), per=config.per, channels=calibration.channels
-    )
+    n_tip = None if "n_tip" in unheard(method) else config.chunks_of(head_dim)
+    return scorer_factory(method, calibration.profile, n_tip=n_tip, per=config.per, channels=calibration.channels)
 
 
 def check_batch_size(batch_size: int | str | None) -> None:

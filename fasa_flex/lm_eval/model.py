@@ -81,7 +81,8 @@ class FasaHFLM(HFLM):
         tp_plan: Refused; see `fasa_flex.lm_eval.arguments.check_parallel`.
         options: Every field of `fasa_flex.FasaConfig`, with its meaning and default there, and everything else ``hf``
             understands, such as ``gguf_file``, a file of ``pretrained`` (extra ``gguf``). ``n_sink`` is 8 by default
-            under ``streaming_llm``; ``sparq`` and ``double_sparsity`` score with twice as many dimensions as ``n_tip``.
+            under ``streaming_llm``; ``sparq`` and ``double_sparsity`` score with twice as many dimensions as ``n_tip``,
+            and an option that a method does not hear is refused.
             ``dense_layers`` is written ``0``, ``0+1`` or ``none``, and ``layer_budgets`` ``uniform``, ``pyramid``, or a
             weight for every layer as ``2+1+0.5``, and of its heads as ``2:1+1:1+1:1``. ``packed_dtype=none`` is the
             cache's precision. With ``prefill=sparse`` every query of a prompt is sparse, of log-likelihoods, too.

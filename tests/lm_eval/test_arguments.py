@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from fasa_flex import FasaConfig
+from fasa_flex.baselines import Method
 from fasa_flex.lm_eval.arguments import (
     OPTIONS,
     LayerSet,
@@ -48,12 +49,27 @@ def test_a_baseline_is_as_published_where_nothing_else_is_said() -> None:
 
 
 def test_a_configuration_in_words() -> None:
-    written = config_of("streaming_llm", n_fac=64, layer_budgets="1+2+1.5", dense_layers="0+2", n_tip=3)
+    written = config_of("streaming_llm", n_fac=64, layer_budgets="1+2+1.5", dense_layers="0+2")
     plain: dict[str, Any] = {"n_recent": 0, "group_reduce": "softmax_exact", "packed_dtype": None, "completion": "none"}
     weights = (1.0, 2.0, 1.5)
-    assert written == FasaConfig(n_tip=3, n_fac=64, n_sink=8, layer_budgets=weights, dense_layers=(0, 2), **plain)
+    assert written == FasaConfig(0.25, 64, n_sink=8, layer_budgets=weights, dense_layers=(0, 2), **plain)
     pyramid = config_of("streaming_llm", n_fac=64, n_sink=1, layer_budgets="pyramid", dense_layers="none")
     assert pyramid == FasaConfig(0.25, 64, 1, layer_budgets="pyramid", dense_layers=(), **plain)
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_an_option_that_a_method_does_not_hear_is_refused_by_name(method: str) -> None:
+    """Every baseline hears each of the three or refuses it; what lm-eval makes of ``none`` says nothing."""
+    hears = {"sparq": ("n_tip",), "random_chunks": ("n_tip", "packed_dtype")}
+    hears |= dict.fromkeys(("adjacent_pairs", "double_sparsity"), ("n_tip", "packed_dtype"))
+    for name, value in (("n_tip", 3), ("criterion", "agreement"), ("packed_dtype", "int8")):
+        assert config_of(method, **{name: None}) == config_of(method)
+        if name in hears.get(method, ()):
+            assert getattr(config_of(method, **{name: value}), name) == value
+        else:
+            named = ", ".join(hears.get(method, ("none of them",)))
+            with pytest.raises(ValueError, match=f"method={method} does not hear {name}={value}.* hears {named}\\)$"):
+                config_of(method, **{name: value})
 
 
 def test_every_field_of_the_configuration_is_an_option() -> None:
