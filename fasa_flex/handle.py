@@ -164,9 +164,10 @@ class Fasa:
             interrupted = generating(self._threads - {threading.get_ident()})
             if interrupted:
                 self.stats.interrupted += interrupted
+                several = "s generate, whose answers are" if interrupted > 1 else " generates, whose answer is"
                 warnings.warn(
-                    f"{self!r} is disabled while {interrupted} other threads generate, whose answers are dense from "
-                    "here on; wait for them first.",
+                    f"{self!r} is disabled while {interrupted} other thread{several} dense from here on; "
+                    "wait for generation to end first.",
                     stacklevel=2,
                 )
         self._seam.close()
@@ -258,7 +259,7 @@ class Fasa:
                 self._threads.add(threading.get_ident())
                 self._forward.reads_prompt = states.shape[1] == 1 and reads_prompt()
                 self._forward.cache = None if cache is None else weakref.ref(cache)
-            check_forward(*states.shape[:2], cache, layer, kwargs, self._boundary, self._limit)
+            check_forward(len(states), states.shape[1], cache, layer, kwargs, self._boundary, self._limit)
             if cache is not None:
                 make_room(cache, states.shape[1])
         if cache is not None and layer in self._budgets and self._packs:

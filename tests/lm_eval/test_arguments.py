@@ -22,6 +22,7 @@ from fasa_flex.lm_eval.arguments import (
     folder_or_profile,
     layer_set,
     own_names,
+    path_as_written,
     sinks,
 )
 
@@ -99,6 +100,19 @@ def test_a_profile_is_named_by_text_path_or_a_number(given: object, meant: str |
     assert folder_or_profile(given) == meant
 
 
+def test_a_path_of_digits_is_found_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval makes 12 of ``profile=012``; where 12 is there, too, nobody knows which was meant."""
+    monkeypatch.chdir(tmp_path)
+    assert folder_or_profile(12) == path_as_written("calibration_source", 12) == "12"
+    Path("012").mkdir()
+    Path("0123").mkdir()
+    assert folder_or_profile(12) == path_as_written("profile_cache", 12) == "012"
+    Path("12").mkdir()
+    with pytest.raises(ValueError, match=r"^profile=12 may be any of 012, 12: write \./012 for the first of them$"):
+        folder_or_profile(12)
+    assert folder_or_profile("./12") == "./12"
+
+
 @pytest.mark.parametrize("given", [True, 1.5, ["a"], {"a": 1}])
 def test_what_is_no_profile_is_refused(given: object) -> None:
     with pytest.raises(ValueError, match=rf"^profile={re.escape(repr(given))} is no profile; pass its folder .*\.$"):
@@ -116,6 +130,9 @@ def test_a_text_for_a_calibration_that_does_not_take_place_is_refused() -> None:
 
 def test_arguments_of_from_pretrained_pass_unless_the_model_is_loaded() -> None:
     check_unknown(["attn_implementation", "device_map", "max_length"], loads=True)
+    for other, meant in (("budget", "n_fac"), ("chunks", "n_tip")):
+        with pytest.raises(ValueError, match=f"no argument '{other}'; did you mean '{meant}'"):
+            check_unknown([other], loads=True)
     with pytest.raises(ValueError, match=r"no argument 'attn_implementation'; remove it, or take one of .* n_fac, .*"):
         check_unknown(["attn_implementation"], loads=False)
 
