@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from fasa_flex.boundary import Boundary
-from fasa_flex.masking import check_mask
+from fasa_flex.masking import check_mask, valid_from_mask
 from fasa_flex.softmax import Softmax
 
 
@@ -108,16 +108,39 @@ def check_forward(
         raise ValueError(f"the sequence has {longest} tokens and the model takes at most {limit}; shorten the prompt.")
 
 
-def check_keys(layer: int, key: Tensor, q_len: int) -> None:
-    """Refuse NaN; in decode a check would stall the device, NaN keys rank first there and show.
+def check_keys(
+    layer: int, key: Tensor, q_len: int, mask: Tensor | None, spoilt: Tensor | None, begins: bool
+) -> Tensor | None:
+    """Refuse NaN in a forward of several tokens, but in padding.
+
+    In decode a check would stall the device; NaN keys rank first there and show.
+
+    Dense attention adds a mask to logits, so NaN in the padding of a row spoils all that follows in this row, and no
+    other. That is let be: neither the model's weights nor its dtype are to blame.
 
     Args:
         layer: its number.
         key: float [B, Hkv, T, D].
-        q_len: queries.
+        q_len: queries, Q.
+        mask: of the forward, as for `valid_from_mask`.
+        spoilt: bool [B], what this returned for the forward's first layer; None before it.
+        begins: whether this is the first.
+
+    Returns:
+        bool [B], the rows whose padding holds NaN; None: none does.
 
     Raises:
-        ValueError: NaN in the keys of a forward of several tokens.
+        ValueError: other NaN in the keys.
     """
-    if q_len > 1 and not torch.compiler.is_compiling() and key.isnan().any():
+    if not key.isnan().any():
+        return spoilt
+    found = key.isnan().any(-1).any(1)
+    if begins:
+        attended = valid_from_mask(mask, (key.shape[0], q_len, key.shape[2]), key.device)[:, 0, 0].any(1)
+        spoilt = (found & ~attended).any(1)
+        found = found & attended
+    elif spoilt is not None:
+        found = found & ~spoilt.to(found.device)[:, None]
+    if found.any():
         raise ValueError(f"the keys of layer {layer} hold NaN; check the model's weights, its dtype and its inputs.")
+    return spoilt

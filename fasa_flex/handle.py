@@ -57,11 +57,13 @@ class _Forward(threading.local):
     Attributes:
         reads_prompt: whether a forward of one token reads the last of a prompt, and decodes nothing.
         cache: which the forward writes to.
+        spoilt: the rows whose padding holds NaN, bool [B] (`check_keys`); None: none does.
         boundary: as in `_boundaries`, for Dynamo, which traces no `ContextVar`.
     """
 
     reads_prompt: bool = False
     cache: weakref.ref[Cache] | None = None
+    spoilt: Tensor | None = None
     boundary: Boundary | None = None
 
 
@@ -259,6 +261,7 @@ class Fasa:
                 self._threads.add(threading.get_ident())
                 self._forward.reads_prompt = states.shape[1] == 1 and reads_prompt()
                 self._forward.cache = None if cache is None else weakref.ref(cache)
+                self._forward.spoilt = None
             check_forward(len(states), states.shape[1], cache, layer, kwargs, self._boundary, self._limit)
             if cache is not None:
                 make_room(cache, states.shape[1])
@@ -319,7 +322,9 @@ class Fasa:
         seen = mask_of(module, attention_mask, kwargs, self._former[layer], (q_len, kv_len), query.device)
         once = self._step.of(seen, (batch, q_len, kv_len), query.device, begins=layer == self._first)
         n_valid = once("n_valid", count_valid)
-        check_keys(layer, key, q_len)
+        if q_len > 1 and not torch.compiler.is_compiling():
+            spoilt, begins = self._forward.spoilt, layer == self._first
+            self._forward.spoilt = check_keys(layer, key, q_len, seen, spoilt, begins)
         self._calibrate(layer, query, key, seen, n_valid, first_slot, cache, softmax.scaling)
         scorer: Any = self._scorer(layer)
         boundary = self._boundary
@@ -395,6 +400,9 @@ class Fasa:
         if boundary is not None and first_slot + q_len + 1 < boundary.lowest:
             return  # a part of a prompt, and not the last (but for a token that may come with its continuation)
         sparse = None if boundary is None else boundary.behind(first_slot, q_len, device)
+        if self._forward.spoilt is not None:  # rows of NaN agree with nothing
+            spoilt = self._forward.spoilt.to(device)[:, None].expand(-1, q_len)
+            sparse = spoilt if sparse is None else sparse | spoilt
         measured = self._source.measure(layer, query, key, mask, n_valid, sparse, scaling)
         if measured and layer in self._budgets and cache is not None:
             self._pack(cache, layer, device)

@@ -131,6 +131,42 @@ def test_a_refusal_in_a_later_layer_leaves_the_cache_as_it_was(llama: PreTrained
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("config", [CONFIG, FasaConfig(n_fac=8, n_tip=2), FasaConfig(n_fac=8, prefill="sparse")])
+def test_nan_in_the_padding_of_a_row_spoils_this_row_alone(
+    llama: PreTrainedModel, ids: Ids, config: FasaConfig
+) -> None:
+    """As under dense attention, where a masked logit of NaN is NaN; NaN elsewhere is refused."""
+    mask = torch.ones(2, 42, dtype=torch.long)
+    mask[1, :5] = 0
+    sound = llama.get_input_embeddings()(ids(42, rows=2))
+    spoilt = torch.where(mask[..., None] == 0, torch.nan, sound)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def logits(states: torch.Tensor) -> torch.Tensor:
+        cache, parts = DynamicCache(config=llama.config), []
+        for start, stop in ((0, 40), (40, 41), (41, 42)):
+            given = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+            parts.append(llama(inputs_embeds=states[:, start:stop], **given, **cache_argument(llama, cache)).logits)
+        return torch.cat(parts, 1)
+
+    assert logits(spoilt)[1].isnan().all()
+    with enable(llama, profile_of(llama), config):
+        expected, got = logits(sound), logits(spoilt)
+        torch.testing.assert_close(got[0], expected[0])
+        assert got[1].isnan().all()
+        with pytest.raises(ValueError, match="keys of layer 0 hold NaN"):
+            logits(torch.where(torch.arange(42)[:, None] == 20, torch.nan, sound))
+    with enable(llama, config=CONFIG) as fasa:  # which calibrates on the other row
+        long = torch.cat([ids(150, rows=2), ids(42, rows=2)], 1)
+        real = torch.ones_like(long)
+        real[1, :5] = 0
+        states = torch.where(real[..., None] == 0, torch.nan, llama.get_input_embeddings()(long))
+        llama(inputs_embeds=states, attention_mask=real, **cache_argument(llama, DynamicCache(config=llama.config)))
+        assert fasa.profile is not None
+        assert all(table.isfinite().all() for table in fasa.profile.tables().values())
+
+
+@torch.no_grad()
 def test_where_a_cache_cannot_be_cropped_a_refusal_says_what_it_holds(ids: Ids) -> None:
     model = tiny("Gemma 2")
     cache = DynamicCache(config=model.config)
