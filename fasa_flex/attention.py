@@ -91,9 +91,7 @@ def fasa_attention(
     check_heads(q, k)
     _check_call(q, k, v, chunks, key_mask, packed_keys)
     _check_completion(q, k, v, chunks, mean_key, state)
-    budget = Budget(n_fac, n_sink, n_recent)
-    if budget.heads not in (1, k.shape[1]):
-        raise ValueError(f"n_fac counts for {budget.heads} key/value heads, k has {k.shape[1]}; give one for each.")
+    budget = Budget.stated(n_fac, n_sink, n_recent)
     if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
         raise ValueError(f"sinks must be one number for each of {q.shape[1]} query heads, got {tuple(sinks.shape)}.")
     check_choice("group_reduce", group_reduce, GroupReduce)

@@ -60,6 +60,19 @@ class Budget:
                     "forced tokens count inside the budget, so raise n_fac or force fewer."
                 )
 
+    @classmethod
+    def stated(cls, n_fac: int | float, n_sink: int | None, n_recent: int | None) -> Budget:
+        """The budget that a user states: one number, which `fasa_flex.spread` spreads over layers and heads.
+
+        Raises:
+            ValueError: as of the class, or counts of heads.
+        """
+        if not isinstance(plain_number(n_fac), int | float):
+            raise ValueError(
+                f"n_fac must be one number, got {n_fac!r}; FasaConfig(layer_budgets=...) weighs layers and heads."
+            )
+        return cls(n_fac, n_sink, n_recent)
+
     @property
     def _counts(self) -> tuple[Any, ...]:
         return self.n_fac if isinstance(self.n_fac, tuple) else (self.n_fac,)

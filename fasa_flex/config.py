@@ -89,10 +89,6 @@ class FasaConfig:
             raise ValueError(f"n_tip as a share of a head's chunks must lie in (0, 1], got {self.n_tip}.")
         if not isinstance(self.completion_strength, int | float) or not math.isfinite(self.completion_strength):
             raise ValueError(f"completion_strength must be a finite number, got {self.completion_strength!r}.")
-        if not isinstance(self.n_fac, int | float):
-            raise ValueError(
-                f"n_fac must be one number, got {self.n_fac!r}; weigh layers and heads with layer_budgets."
-            )
         _ = self.budget
         try:
             object.__setattr__(self, "dense_layers", tuple(map(plain_number, self.dense_layers)))
@@ -137,7 +133,7 @@ class FasaConfig:
     @property
     def budget(self) -> Budget:
         """``n_fac``, ``n_sink`` and ``n_recent`` as one."""
-        return Budget(self.n_fac, self.n_sink, self.n_recent)
+        return Budget.stated(self.n_fac, self.n_sink, self.n_recent)
 
     def chunks_of(self, head_dim: int) -> int:
         """``n_tip`` of the ``head_dim // 2`` chunks of a head, as a count."""

@@ -31,7 +31,7 @@ IMPLEMENTATIONS = ("sdpa", "eager")
 """Attention implementations that a model may have; their masks are registered under these names."""
 
 CACHE_METHODS: dict[type, tuple[str, ...]] = {
-    Cache: ("get_seq_length", "update", "reset", "crop", "reorder_cache"),
+    Cache: ("get_seq_length", "get_mask_sizes", "update", "reset", "crop", "reorder_cache"),
     DynamicLayer: (
         *("get_seq_length", "lazy_initialization", "update", "reset", "crop", "reorder_cache", "offload", "prefetch"),
         *("batch_repeat_interleave", "batch_select_indices"),

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from fasa_flex.boundary import Boundary
-from fasa_flex.masking import check_mask
+from fasa_flex.masking import check_mask, valid_from_mask
 from fasa_flex.softmax import Softmax
 
 
@@ -66,7 +67,13 @@ def mask_of(
 
 
 def check_forward(
-    batch: int, q_len: int, held: Tensor | int, options: dict[str, Any], boundary: Boundary | None, limit: int | None
+    batch: int,
+    q_len: int,
+    cache: Cache | None,
+    layer: int,
+    options: dict[str, Any],
+    boundary: Boundary | None,
+    limit: int | None,
 ) -> None:
     """Refuse a forward that cannot end well; asked before a cache is written to.
 
@@ -75,35 +82,65 @@ def check_forward(
     Args:
         batch: rows.
         q_len: tokens that each adds.
-        held: tokens in the cache, padding included.
+        cache: to be written to; None: the forward has none.
+        layer: the first that is written to.
         options: keyword arguments of the attention module.
         boundary: of `Fasa.sparse_from`.
         limit: the longest sequence that the model takes; None: it states none.
 
     Raises:
-        ValueError: a boundary for other rows, an attention mask that is more than a mask, or too long a sequence.
+        ValueError: a boundary for other rows, an attention mask that is more than a mask or of other queries and keys
+            than the forward's, or too long a sequence.
     """
     if boundary is not None:
         boundary.check_rows(batch)
-    check_mask(options.get("attention_mask"))
-    if limit is None or q_len == 1 or torch.compiler.is_compiling() or int(held) + q_len <= limit:
+    mask: Tensor | None = options.get("attention_mask")
+    if mask is not None:
+        check_mask(mask, (batch, q_len, q_len if cache is None else cache.get_mask_sizes(q_len, layer)[0]))
+    if limit is None or q_len == 1 or torch.compiler.is_compiling():
+        return
+    end = q_len if cache is None else int(cache.get_seq_length(layer)) + q_len
+    if end <= limit:
         return
     positions: Tensor | None = options.get("position_ids")  # which do not count padding
-    longest = int(held) + q_len if positions is None else int(positions.max()) + 1
+    longest = end if positions is None else int(positions.max()) + 1
     if longest > limit:
         raise ValueError(f"the sequence has {longest} tokens and the model takes at most {limit}; shorten the prompt.")
 
 
-def check_keys(layer: int, key: Tensor, q_len: int) -> None:
-    """Refuse NaN; in decode a check would stall the device, NaN keys rank first there and show.
+def check_keys(
+    layer: int, key: Tensor, q_len: int, mask: Tensor | None, spoilt: Tensor | None, begins: bool
+) -> Tensor | None:
+    """Refuse NaN in a forward of several tokens, but in padding.
+
+    In decode a check would stall the device; NaN keys rank first there and show.
+
+    Dense attention adds a mask to logits, so NaN in the padding of a row spoils all that follows in this row, and no
+    other. That is let be: neither the model's weights nor its dtype are to blame.
 
     Args:
         layer: its number.
         key: float [B, Hkv, T, D].
-        q_len: queries.
+        q_len: queries, Q.
+        mask: of the forward, as for `valid_from_mask`.
+        spoilt: bool [B], what this returned for the forward's first layer; None before it.
+        begins: whether this is the first.
+
+    Returns:
+        bool [B], the rows whose padding holds NaN; None: none does.
 
     Raises:
-        ValueError: NaN in the keys of a forward of several tokens.
+        ValueError: other NaN in the keys.
     """
-    if q_len > 1 and not torch.compiler.is_compiling() and key.isnan().any():
+    if not key.isnan().any():
+        return spoilt
+    found = key.isnan().any(-1).any(1)
+    if begins:
+        attended = valid_from_mask(mask, (key.shape[0], q_len, key.shape[2]), key.device)[:, 0, 0].any(1)
+        spoilt = (found & ~attended).any(1)
+        found = found & attended
+    elif spoilt is not None:
+        found = found & ~spoilt.to(found.device)[:, None]
+    if found.any():
         raise ValueError(f"the keys of layer {layer} hold NaN; check the model's weights, its dtype and its inputs.")
+    return spoilt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -34,7 +35,7 @@ from fasa_flex.packed_layers import advance_state, pack_layer, packed_keys, pack
 from fasa_flex.packing import PackedKeys
 from fasa_flex.profile import FasaProfile
 from fasa_flex.prompt_calibration import PromptCalibration
-from fasa_flex.room import make_room
+from fasa_flex.room import make_room, partly_written, take_back
 from fasa_flex.scoring import DominantChunks, Forward, Given, Scorer, SequenceScorer, estimates_logits
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention, implementation_of
 from fasa_flex.selection import Marks
@@ -55,10 +56,14 @@ class _Forward(threading.local):
 
     Attributes:
         reads_prompt: whether a forward of one token reads the last of a prompt, and decodes nothing.
+        cache: which the forward writes to.
+        spoilt: the rows whose padding holds NaN, bool [B] (`check_keys`); None: none does.
         boundary: as in `_boundaries`, for Dynamo, which traces no `ContextVar`.
     """
 
     reads_prompt: bool = False
+    cache: weakref.ref[Cache] | None = None
+    spoilt: Tensor | None = None
     boundary: Boundary | None = None
 
 
@@ -161,9 +166,10 @@ class Fasa:
             interrupted = generating(self._threads - {threading.get_ident()})
             if interrupted:
                 self.stats.interrupted += interrupted
+                several = "s generate, whose answers are" if interrupted > 1 else " generates, whose answer is"
                 warnings.warn(
-                    f"{self!r} is disabled while {interrupted} other threads generate, whose answers are dense from "
-                    "here on; wait for them first.",
+                    f"{self!r} is disabled while {interrupted} other thread{several} dense from here on; "
+                    "wait for generation to end first.",
                     stacklevel=2,
                 )
         self._seam.close()
@@ -250,12 +256,13 @@ class Fasa:
         layer = layer_of(module)
         states: Tensor = args[0] if args else kwargs["hidden_states"]
         if layer == self._first:  # before any layer of the cache is written to
-            held = 0 if cache is None else cache.get_seq_length(layer)
             self._seam.check()
             if not torch.compiler.is_compiling():
                 self._threads.add(threading.get_ident())
                 self._forward.reads_prompt = states.shape[1] == 1 and reads_prompt()
-            check_forward(states.shape[0], states.shape[1], held, kwargs, self._boundary, self._limit)
+                self._forward.cache = None if cache is None else weakref.ref(cache)
+                self._forward.spoilt = None
+            check_forward(len(states), states.shape[1], cache, layer, kwargs, self._boundary, self._limit)
             if cache is not None:
                 make_room(cache, states.shape[1])
         if cache is not None and layer in self._budgets and self._packs:
@@ -281,7 +288,31 @@ class Fasa:
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> AttentionResult:
-        """The attention function: [B, Q, Hq, D] from query [B, Hq, Q, D] and the whole cache's key and value."""
+        """The attention function: [B, Q, Hq, D] from query [B, Hq, Q, D] and the whole cache's key and value.
+
+        Where it refuses, the cache is as before the forward, or the error says that it is not.
+        """
+        if torch.compiler.is_compiling():
+            return self._attended(dense, module, query, key, value, attention_mask, **kwargs)
+        try:
+            return self._attended(dense, module, query, key, value, attention_mask, **kwargs)
+        except ValueError as error:
+            cache, layer = self._forward.cache and self._forward.cache(), layer_of(module)
+            if cache is None or take_back(cache, layer, query.shape[2]):
+                raise
+            raise partly_written(error, layer) from error
+
+    def _attended(
+        self,
+        dense: DenseAttention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> AttentionResult:
+        """What `_attend` does."""
         cache: Cache | None = kwargs.pop("fasa_cache", None)
         layer = layer_of(module)
         batch, _, q_len, _ = query.shape
@@ -291,7 +322,9 @@ class Fasa:
         seen = mask_of(module, attention_mask, kwargs, self._former[layer], (q_len, kv_len), query.device)
         once = self._step.of(seen, (batch, q_len, kv_len), query.device, begins=layer == self._first)
         n_valid = once("n_valid", count_valid)
-        check_keys(layer, key, q_len)
+        if q_len > 1 and not torch.compiler.is_compiling():
+            spoilt, begins = self._forward.spoilt, layer == self._first
+            self._forward.spoilt = check_keys(layer, key, q_len, seen, spoilt, begins)
         self._calibrate(layer, query, key, seen, n_valid, first_slot, cache, softmax.scaling)
         scorer: Any = self._scorer(layer)
         boundary = self._boundary
@@ -367,6 +400,9 @@ class Fasa:
         if boundary is not None and first_slot + q_len + 1 < boundary.lowest:
             return  # a part of a prompt, and not the last (but for a token that may come with its continuation)
         sparse = None if boundary is None else boundary.behind(first_slot, q_len, device)
+        if self._forward.spoilt is not None:  # rows of NaN agree with nothing
+            spoilt = self._forward.spoilt.to(device)[:, None].expand(-1, q_len)
+            sparse = spoilt if sparse is None else sparse | spoilt
         measured = self._source.measure(layer, query, key, mask, n_valid, sparse, scaling)
         if measured and layer in self._budgets and cache is not None:
             self._pack(cache, layer, device)

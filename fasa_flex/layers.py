@@ -36,7 +36,10 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     found = [module for module in numbered if attention_lookup(module) is not None] or numbered
     found = [module for module in found if getattr(module, "config", None) is text] or found
     inner = [m for m in found if not any(child is not m and hasattr(child, "layer_idx") for child in m.modules())]
-    return {layer_of(module): module for module in inner}
+    modules: dict[int, nn.Module] = {}
+    for module in inner:  # a layer's attention to its own text comes before that to an encoder's output
+        modules.setdefault(layer_of(module), module)
+    return modules
 
 
 def _numbered(model: nn.Module) -> list[nn.Module]:
@@ -115,7 +118,7 @@ def maximum_positions(model: PreTrainedModel) -> int | None:
     or not, and dynamic RoPE stretches as it goes.
     """
     text = model.config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_target_positions", None)  # Whisper's
     if not isinstance(limit, int):
         return None
     stated = getattr(text, "rope_parameters", None) or {}

@@ -22,19 +22,22 @@ def valid_from_mask(attention_mask: Tensor | None, shape: Shape, device: torch.d
     """Which keys each query may attend to, from the mask that transformers hands to the attention function.
 
     Args:
-        attention_mask: bool (True = attend) or additive float [B, 1, Q, >= T], or None: all keys for one query,
+        attention_mask: bool (True = attend) or additive float [B or 1, 1, Q, T], or None: all keys for one query,
             otherwise upper-left causal (a first prefill, whatever the length of the buffer).
         shape: B, Q and T.
 
     Returns:
         bool [B or 1, 1, 1, Q, T].
+
+    Raises:
+        ValueError: a mask of another shape.
     """
     _, q_len, kv_len = shape
     if attention_mask is None:
         slots = torch.arange(kv_len, device=device)
         last = slots[:q_len, None] if q_len > 1 else slots[-1:, None]
         return (slots <= last)[None, None, None]
-    _check_shape(attention_mask)
+    _check_shape(attention_mask, shape)
     mask = attention_mask[..., :kv_len]
     if mask.dtype is not torch.bool:
         mask = mask > MASKED
@@ -54,26 +57,36 @@ def valid_numbers(attention_mask: Tensor | None, shape: Shape, device: torch.dev
     return last_valid(attention_mask, shape, device).cumsum(-1)
 
 
-def _check_shape(attention_mask: Tensor) -> None:
+def _check_shape(attention_mask: Tensor, shape: Shape) -> None:
     if attention_mask.dim() != 4 or attention_mask.shape[1] != 1:
         raise ValueError(
             f"FASA selects one set of valid keys for all heads, got an attention mask of shape "
             f"{tuple(attention_mask.shape)}; pass [batch, length], or [batch, 1, queries, keys]."
         )
+    if torch.compiler.is_compiling():  # a graph would be guarded on the comparison
+        return
+    rows, _, q_len, kv_len = attention_mask.shape
+    if rows not in (1, shape[0]) or (q_len, kv_len) != shape[1:]:
+        raise ValueError(
+            f"the attention mask has the shape {tuple(attention_mask.shape)}, the forward {shape[1]} queries and "
+            f"{shape[2]} keys, with those of the cache; pass {(shape[0], 1, *shape[1:])}, or [batch, length]."
+        )
 
 
-def check_mask(attention_mask: Tensor | None) -> None:
-    """Refuse a mask that differs between heads, or an additive one that is more than a mask.
+def check_mask(attention_mask: Tensor, shape: Shape) -> None:
+    """Refuse a mask of another shape, one that differs between heads, or an additive one that is more than a mask.
 
     A bias has no place in a selection of keys. For it a forward of one token is not checked on a GPU, where asking
     would stall it.
 
+    Args:
+        attention_mask: bool or float.
+        shape: B, Q and T of the forward.
+
     Raises:
-        ValueError: the mask is not [B, 1, Q, T], or adds something else to logits than 0 and what masks.
+        ValueError: the mask is not [B or 1, 1, Q, T], or adds something else to logits than 0 and what masks.
     """
-    if attention_mask is None:
-        return
-    _check_shape(attention_mask)
+    _check_shape(attention_mask, shape)
     if not attention_mask.is_floating_point() or torch.compiler.is_compiling():
         return
     if attention_mask.is_cuda and attention_mask.shape[-2] == 1:

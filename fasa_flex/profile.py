@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from transformers import PreTrainedModel
 
-from fasa_flex.budget import check_count
 from fasa_flex.config import FasaConfig
+from fasa_flex.described import field
 from fasa_flex.layers import attention_shape
 from fasa_flex.provenance import Provenance, known_hashes
 from fasa_flex.rotary import RotaryLayout
@@ -124,8 +124,10 @@ class FasaProfile(
                 f"{pretrained_model_name_or_path} {reason} ({type(error).__name__}); "
                 "pass a folder that save_pretrained wrote."
             ) from error
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, AttributeError) as error:
-            raise _damaged(pretrained_model_name_or_path, error) from error
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise _damaged(pretrained_model_name_or_path, f"{_JSON} is no JSON") from error
+        except AttributeError as error:
+            raise _damaged(pretrained_model_name_or_path, f"{_JSON} is no table of names") from error
         return profile
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -173,11 +175,11 @@ class FasaProfile(
             data = (folder / _TENSORS).read_bytes()
             description = (folder / _JSON).read_bytes()
         try:
-            fields = json.loads(description)["fasa_profile"]
-            later = isinstance(fields["format"], int) and fields["format"] > FORMAT
+            fields = field(json.loads(description), "fasa_profile", dict)
+            later = field(fields, "format", int) > FORMAT
             profile = None if later else cls._of(fields, data)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-            raise _damaged(folder, error) from error
+            raise _damaged(folder, str(error)) from error
         if profile is None:
             raise ValueError(f"the profile in {folder} has format {fields['format']}; upgrade fasa_flex to read it.")
         return profile
@@ -186,18 +188,11 @@ class FasaProfile(
     def _of(cls, fields: dict[str, Any], data: bytes) -> FasaProfile:
         if fields["format"] not in range(1, FORMAT + 1):
             raise ValueError(f"format {fields['format']!r} is none of 1 to {FORMAT}")
-        if hashlib.sha256(data).hexdigest() != fields["tensors_sha256"]:
+        if hashlib.sha256(data).hexdigest() != field(fields, "tensors_sha256", str):
             raise ValueError(f"{_TENSORS} is not the file that {_JSON} describes")
-        provenance = fields["provenance"]
-        provenance["sample_hashes"] = tuple(map(str, provenance["sample_hashes"]))
-        provenance["versions"] = {str(name): str(version) for name, version in provenance["versions"].items()}
-        for name in ("model_id", "model_type", "config_hash"):
-            if not isinstance(provenance[name], str):
-                raise TypeError(f"{name} must be a text, got {provenance[name]!r}")
-        check_count("max_new_tokens", provenance["max_new_tokens"], 0)
-        check_count("n_rotated", fields["layout"]["n_rotated"], 1)
-        layout = RotaryLayout.from_dict(fields["layout"])
-        profile = cls(layout=layout, provenance=Provenance(**provenance), **load(data))
+        layout = RotaryLayout.from_dict(field(fields, "layout", dict))
+        provenance = Provenance.from_dict(field(fields, "provenance", dict))
+        profile = cls(layout=layout, provenance=provenance, **load(data))
         layers = len(profile.agreement)
         if not layers or not set(layout.unrotated_layers) <= set(range(layers)):
             raise ValueError(f"layers without RoPE {layout.unrotated_layers} are none of {layers} layers")
@@ -257,5 +252,5 @@ def check_kinds(profile: object, config: object) -> None:
         raise ValueError(f"config must be a FasaConfig, got {config!r}; make one with FasaConfig(n_fac=...).")
 
 
-def _damaged(folder: str | Path, error: Exception) -> ValueError:
-    return ValueError(f"the profile in {folder} is damaged or altered ({error}); save it again.")
+def _damaged(folder: str | Path, reason: str) -> ValueError:
+    return ValueError(f"the profile in {folder} is damaged or altered ({reason.removesuffix('.')}); save it again.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from fasa_flex.budget import check_count
+from fasa_flex.described import check_names, field
 from fasa_flex.layers import attention_shape
 
 _ROPE_FIELDS = ("rope_parameters", "partial_rotary_factor", "qk_norm", "use_qk_norm", "sliding_window", "layer_types")
@@ -40,6 +43,22 @@ class Provenance:
     queries: int
     sample_hashes: tuple[str, ...]
     versions: dict[str, str]
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Provenance:
+        """The inverse of `dataclasses.asdict`, through JSON.
+
+        Raises:
+            ValueError: a field that is missing, of another type or unknown.
+        """
+        check_names("provenance", fields, {known.name for known in dataclasses.fields(cls)})
+        for name in ("model_id", "model_type", "config_hash"):
+            field(fields, name, str)
+        for name in ("kv_heads", "top_k", "queries", "max_new_tokens"):
+            check_count(name, field(fields, name, int), 0 if name == "max_new_tokens" else 1)
+        hashes = tuple(map(str, field(fields, "sample_hashes", list)))
+        versions = {name: str(version) for name, version in field(fields, "versions", dict).items()}
+        return cls(**{**fields, "sample_hashes": hashes, "versions": versions})
 
 
 def config_hash(model: PreTrainedModel) -> str:

@@ -110,6 +110,27 @@ def counted(plain: StaticLayer) -> CountedStaticLayer:
     return made
 
 
+def take_back(cache: Cache, last: int, length: int) -> bool:
+    """Drop the ``length`` tokens that a failed forward wrote into the layers up to ``last``; False: it cannot.
+
+    A layer with a sliding window has dropped others for them, and recurrent states have taken them in.
+    """
+    written: list[Any] = cache.layers[: last + 1]
+    if not all(getattr(layer, "is_croppable", False) and not layer.is_sliding for layer in written):
+        return False
+    for layer in written:
+        layer.crop(-length)
+    return True
+
+
+def partly_written(error: ValueError, last: int) -> ValueError:
+    """The error of a forward that `take_back` cannot undo, which layers up to ``last`` hold."""
+    return ValueError(
+        f"{str(error).removesuffix('.')}; layers 0 to {last} of the cache hold this forward already and cannot be "
+        "cropped, so go on with a new cache."
+    )
+
+
 def make_room(cache: Cache, length: int) -> None:
     """Make room for ``length`` more tokens in every layer, before the first one is written to.
 

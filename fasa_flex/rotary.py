@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fasa_flex.arrival import Arrival
+from fasa_flex.budget import check_count
+from fasa_flex.described import field
 from fasa_flex.layers import NO_ROPE, attention_shape, check_supported
 from fasa_flex.probe import farthest_position, probe, why_dense
 from fasa_flex.wrappers import unwrapped
@@ -138,14 +140,20 @@ class RotaryLayout:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> RotaryLayout:
-        """The inverse of `to_dict`."""
-        frequencies = fields["frequencies"]
-        return cls(
-            torch.tensor(fields["chunks"]),
-            fields["n_rotated"],
-            None if frequencies is None else torch.tensor(frequencies, dtype=torch.float64),
-            tuple(fields["unrotated_layers"]),
-        )
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a field that is missing or not what `to_dict` makes.
+        """
+        chunks, frequencies = field(fields, "chunks", list), field(fields, "frequencies", list, type(None))
+        check_count("n_rotated", field(fields, "n_rotated", int), 1)
+        unrotated = tuple(field(fields, "unrotated_layers", list))
+        try:
+            pairs = torch.tensor(chunks)
+            angles = None if frequencies is None else torch.tensor(frequencies, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError("chunks and frequencies must be lists of numbers") from error
+        return cls(pairs, fields["n_rotated"], angles, unrotated)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RotaryLayout) and self.n_rotated == other.n_rotated and self.chunks.equal(other.chunks)

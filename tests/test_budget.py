@@ -154,5 +154,5 @@ def test_the_operator_takes_any_number_as_its_budget(backend: Any) -> None:
     def attend(n_fac: Any) -> torch.Tensor:
         return fasa_attention(q, k, v, chunks, n_fac, backend=backend)
 
-    for given, number in ((np.int64(20), 20), (np.float64(0.1), 0.1), ((20,), 20), ((np.int64(9), 20), (9, 20))):
+    for given, number in ((np.int64(20), 20), (np.float64(0.1), 0.1)):
         assert torch.equal(attend(given), attend(number))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import pytest
+import torch
 
-from fasa_flex import FasaConfig
+from fasa_flex import FasaConfig, fasa_attention
 
 
 def test_defaults_are_the_documented_ones() -> None:
@@ -153,3 +155,11 @@ def test_forced_tokens_must_fit_in_the_budget(n_sink: int, n_recent: int) -> Non
 def test_unknown_fields_are_refused() -> None:
     with pytest.raises(TypeError, match="n_face"):
         FasaConfig(n_face=1)
+
+
+@pytest.mark.parametrize("n_fac", [(20,), (20, 10), [20, 10], (0.5,), "20"])
+def test_a_budget_is_one_number_for_a_config_and_for_a_call(n_fac: Any) -> None:
+    q, k, chunks = torch.zeros(1, 4, 1, 16), torch.zeros(1, 2, 30, 16), torch.tensor([[[0, 8]], [[0, 8]]])
+    for stated in (lambda: FasaConfig(n_fac=n_fac), lambda: fasa_attention(q, k, k, chunks, n_fac=n_fac)):
+        with pytest.raises(ValueError, match=f"n_fac must be one number, got {re.escape(repr(n_fac))}"):
+            stated()

@@ -6,16 +6,16 @@ import pytest
 import torch
 from families import tiny
 from generation import Ids, profile_of
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
-from fasa_flex import FasaConfig, enable
+from fasa_flex import FasaCache, FasaConfig, FasaProfile, enable
 from fasa_flex.expectations import cache_argument
 from fasa_flex.masking import last_valid, valid_numbers
 
 CONFIG = FasaConfig(n_fac=6, n_tip=2, dense_layers=())
 
 
-def lengths(cache: DynamicCache) -> list[int]:
+def lengths(cache: Cache) -> list[int]:
     return [int(layer.get_seq_length()) for layer in cache.layers]
 
 
@@ -61,6 +61,122 @@ def test_a_mask_by_head_is_refused_before_the_cache_is_written(llama: PreTrained
         assert lengths(cache) == [41, 41, 41]
 
 
+def caches(model: PreTrainedModel, profile: FasaProfile) -> dict[str, Cache]:
+    return {
+        "growing": DynamicCache(config=model.config),
+        "growing packed": FasaCache(model, profile, CONFIG),
+        "static": StaticCache(config=model.config, max_cache_len=60),
+        "static packed": FasaCache(model, profile, CONFIG, max_cache_len=60),
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "keys"), [("growing", 42), ("growing packed", 42), ("static", 60), ("static packed", 60)]
+)
+def test_a_mask_of_other_queries_or_keys_is_refused_before_the_cache_is_written(
+    llama: PreTrainedModel, ids: Ids, kind: str, keys: int
+) -> None:
+    """A mask without the cache's keys, as long as the other kind of cache has it, or that would be broadcast."""
+    profile, prompt = profile_of(llama), ids(42, rows=1)
+    with enable(llama, profile, CONFIG):
+        cache = caches(llama, profile)[kind]
+        llama(prompt[:, :40], **cache_argument(llama, cache))
+        others = [(1, 1, 2, length) for length in (2, 102 - keys, 41, 1)]
+        for shape in (*others, (1, 1, 1, keys), (2, 1, 2, keys)):
+            mask = torch.ones(shape, dtype=torch.bool)
+            with pytest.raises(ValueError, match=rf"shape \({shape[0]}, 1, .*pass \(1, 1, 2, {keys}\)"):
+                llama(prompt[:, 40:], attention_mask=mask, **cache_argument(llama, cache))
+            assert lengths(cache) == [40, 40, 40]
+        causal = (torch.arange(keys) <= torch.tensor([[40], [41]]))[None, None]
+        both = llama(prompt[:, 40:], attention_mask=causal, **cache_argument(llama, cache)).logits
+        torch.testing.assert_close(both, llama(prompt).logits[:, 40:], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_layers_with_a_sliding_window_have_masks_of_their_own(ids: Ids) -> None:
+    """Layer 0's, which is what a forward is checked by, ends where the window does; a user's is as long as that."""
+    model = tiny("Gemma 2")
+    prompt = ids(40, rows=1)
+    with enable(model, profile_of(model), CONFIG):
+        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=60)):
+            mask = torch.ones(1, 40, dtype=torch.long)
+            model(prompt, attention_mask=mask, **cache_argument(model, cache))
+            padded = torch.ones(1, 42, dtype=torch.long)
+            model(prompt[:, :2], attention_mask=padded, **cache_argument(model, cache))
+            assert lengths(cache) == [42, 42, 42]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["growing", "growing packed", "static", "static packed"])
+def test_a_refusal_in_a_later_layer_leaves_the_cache_as_it_was(llama: PreTrainedModel, ids: Ids, kind: str) -> None:
+    """NaN in the keys of layer 1, when layer 0 is written: the same forward is right as soon as its cause is mended."""
+    profile, prompt = profile_of(llama), ids(45, rows=1)
+    weight = llama.model.layers[1].self_attn.k_proj.weight
+    with enable(llama, profile, CONFIG):
+        cache, untouched = caches(llama, profile)[kind], caches(llama, profile)[kind]
+        for held, stop in ((cache, 0), (untouched, 0), (cache, 40), (untouched, 40)):
+            if stop:
+                llama(prompt[:, :stop], **cache_argument(llama, held))
+            if held is cache:
+                sound = weight.clone()
+                weight.fill_(torch.nan)
+                with pytest.raises(ValueError, match="keys of layer 1 hold NaN"):
+                    llama(prompt[:, stop : stop + 4], **cache_argument(llama, held))
+                weight.copy_(sound)
+                assert lengths(held) == [stop] * 3 or (not stop and sum(lengths(held)) == 0)
+        for part in (prompt[:, 40:44], prompt[:, 44:]):
+            expected = llama(part, **cache_argument(llama, untouched)).logits
+            torch.testing.assert_close(llama(part, **cache_argument(llama, cache)).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [CONFIG, FasaConfig(n_fac=8, n_tip=2), FasaConfig(n_fac=8, prefill="sparse")])
+def test_nan_in_the_padding_of_a_row_spoils_this_row_alone(
+    llama: PreTrainedModel, ids: Ids, config: FasaConfig
+) -> None:
+    """As under dense attention, where a masked logit of NaN is NaN; NaN elsewhere is refused."""
+    mask = torch.ones(2, 42, dtype=torch.long)
+    mask[1, :5] = 0
+    sound = llama.get_input_embeddings()(ids(42, rows=2))
+    spoilt = torch.where(mask[..., None] == 0, torch.nan, sound)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def logits(states: torch.Tensor) -> torch.Tensor:
+        cache, parts = DynamicCache(config=llama.config), []
+        for start, stop in ((0, 40), (40, 41), (41, 42)):
+            given = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+            parts.append(llama(inputs_embeds=states[:, start:stop], **given, **cache_argument(llama, cache)).logits)
+        return torch.cat(parts, 1)
+
+    assert logits(spoilt)[1].isnan().all()
+    with enable(llama, profile_of(llama), config):
+        expected, got = logits(sound), logits(spoilt)
+        torch.testing.assert_close(got[0], expected[0])
+        assert got[1].isnan().all()
+        with pytest.raises(ValueError, match="keys of layer 0 hold NaN"):
+            logits(torch.where(torch.arange(42)[:, None] == 20, torch.nan, sound))
+    with enable(llama, config=CONFIG) as fasa:  # which calibrates on the other row
+        long = torch.cat([ids(150, rows=2), ids(42, rows=2)], 1)
+        real = torch.ones_like(long)
+        real[1, :5] = 0
+        states = torch.where(real[..., None] == 0, torch.nan, llama.get_input_embeddings()(long))
+        llama(inputs_embeds=states, attention_mask=real, **cache_argument(llama, DynamicCache(config=llama.config)))
+        assert fasa.profile is not None
+        assert all(table.isfinite().all() for table in fasa.profile.tables().values())
+
+
+@torch.no_grad()
+def test_where_a_cache_cannot_be_cropped_a_refusal_says_what_it_holds(ids: Ids) -> None:
+    model = tiny("Gemma 2")
+    cache = DynamicCache(config=model.config)
+    with enable(model, profile_of(model), CONFIG):
+        model(ids(40, rows=1), **cache_argument(model, cache))
+        model.model.layers[1].self_attn.k_proj.weight.fill_(torch.nan)
+        with pytest.raises(ValueError, match=r"layer 1 hold NaN.*; layers 0 to 1 of the cache hold .* new cache\.$"):
+            model(ids(4, rows=1), **cache_argument(model, cache))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("backend", ["gather", "reference"])
 def test_every_layer_of_a_sparse_step_returns_its_weights(llama: PreTrainedModel, ids: Ids, backend: str) -> None:
@@ -101,7 +217,7 @@ def test_the_keys_of_a_forwards_last_query_written_out() -> None:
     device = torch.device("cpu")
     assert last_valid(None, (1, 3, 5), device).int().tolist() == [[1, 1, 1, 0, 0]]
     assert last_valid(None, (1, 1, 5), device).int().tolist() == [[1] * 5]
-    mask = torch.tensor([[[0, 1, 0, 0, 0, 1], [0, 1, 1, 0, 0, 1]], [[1, 0, 0, 0, 0, 1], [1, 0, 1, 1, 0, 1]]]).bool()
+    mask = torch.tensor([[[0, 1, 0, 0, 0], [0, 1, 1, 0, 0]], [[1, 0, 0, 0, 0], [1, 0, 1, 1, 0]]]).bool()
     for given in (mask[:, None], torch.where(mask[:, None], 0.0, torch.finfo(torch.float32).min)):
         assert last_valid(given, (2, 2, 5), device).int().tolist() == [[0, 1, 1, 0, 0], [1, 0, 1, 1, 0]]
         assert valid_numbers(given, (2, 2, 5), device).tolist() == [[0, 1, 2, 2, 2], [1, 1, 2, 3, 3]]

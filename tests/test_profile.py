@@ -288,6 +288,31 @@ def test_a_later_format_is_not_damaged(profile: FasaProfile, tmp_path: Path) -> 
         FasaProfile.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda fields: fields.pop("layout"), "layout is missing"),
+        (lambda fields: fields.update(format=None), "format must be a whole number, got None"),
+        (lambda fields: fields.update(provenance=[]), r"provenance must be a table of names, got \[\]"),
+        (lambda fields: fields["provenance"].pop("kv_heads"), "kv_heads is missing"),
+        (lambda fields: fields["provenance"].update(versions=3), "versions must be a table of names, got 3"),
+        (lambda fields: fields["provenance"].update(sample_hashes=None), "sample_hashes must be a list, got None"),
+        (lambda fields: fields["provenance"].update(colour=1), "provenance has a field 'colour'"),
+        (lambda fields: fields["provenance"].update(max_new_tokens=-1), "integer of at least 0, got -1"),
+        (lambda fields: fields["layout"].update(chunks="x"), "chunks must be a list, got 'x'"),
+        (lambda fields: fields["layout"].update(chunks=["x"]), "chunks and frequencies must be lists of numbers"),
+        (lambda fields: fields["layout"].update(frequencies={}), r"frequencies must be a list or null, got \{\}"),
+        (lambda fields: fields["layout"].update(unrotated_layers=3), "unrotated_layers must be a list, got 3"),
+    ],
+)
+def test_what_is_wrong_in_a_description_is_said_in_plain_words(
+    profile: FasaProfile, tmp_path: Path, edit: Callable[[dict[str, Any]], object], said: str
+) -> None:
+    edited(profile, tmp_path, edit)
+    with pytest.raises(ValueError, match=rf"is damaged or altered \(.*{said}[^.]*\); save it again\.$"):
+        FasaProfile.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("suffix", ["json", "safetensors"])
 def test_an_oversized_file_is_refused_unread(
     profile: FasaProfile, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
@@ -303,13 +328,23 @@ def test_an_oversized_file_is_refused_unread(
 
 
 @pytest.mark.parametrize(
-    "content", ["[" * 100_000, "[]", '{"fasa_profile": []}', b"\xff\xfe\x00", '{"fasa_profile": {"format": 1}}']
+    ("content", "said"),
+    [
+        ("[" * 100_000, "config.json is no JSON"),
+        ("[]", "config.json is no table of names"),
+        ('{"fasa_profile": []}', "fasa_profile must be a table of names"),
+        (b"\xff\xfe\x00", "config.json is no JSON"),
+        ('{"fasa_profile": {"format": 1}}', "tensors_sha256 is missing"),
+        ("{}", "fasa_profile is missing"),
+    ],
 )
-def test_json_that_is_no_profile_is_a_clear_error(profile: FasaProfile, tmp_path: Path, content: str | bytes) -> None:
+def test_json_that_is_no_profile_is_a_clear_error(
+    profile: FasaProfile, tmp_path: Path, content: str | bytes, said: str
+) -> None:
     profile.save_pretrained(tmp_path)
     (file,) = tmp_path.glob("*.json")
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match="damaged") as error:
+    with pytest.raises(ValueError, match=rf"damaged or altered \({said}") as error:
         FasaProfile.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
 

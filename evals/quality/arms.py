@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evals.reference_model.corpus import training_text
 from fasa_flex import FasaProfile, RotaryLayout, calibrate
-from fasa_flex.baselines import adjacent_pairs
+from fasa_flex.baselines import adjacent_pairs, unheard
 from fasa_flex.calibration import version_of
 from fasa_flex.lm_eval import TASKS_PATH
 from fasa_flex.lm_eval.haystack import Document, document
@@ -192,7 +192,7 @@ def evaluate(arm: Arm, counts: Mapping[str, int], length: int = LENGTH) -> dict[
     metadata = {"max_seq_lengths": [length], "tokenizer": str(MODEL), "num_docs": max(counts.values())}
     results = simple_evaluate(
         model=arm.model,
-        model_args={"pretrained": str(MODEL), **arm.arguments},
+        model_args={"pretrained": str(MODEL), **heard(arm.arguments)},
         tasks=list(counts),
         samples={task: list(range(count)) for task, count in counts.items()},
         batch_size=4,
@@ -202,6 +202,12 @@ def evaluate(arm: Arm, counts: Mapping[str, int], length: int = LENGTH) -> dict[
     )
     assert results is not None, "only the first process of several has results; run the study in one"
     return results
+
+
+def heard(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of ``fasa_hf`` without those of `FORMER` that its method does not hear."""
+    deaf = unheard(arguments.get("method", "fasa"))
+    return {name: value for name, value in arguments.items() if name not in deaf}
 
 
 def rows_of(arm: Arm, results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -23,6 +23,7 @@ from fasa_flex.scoring import DominantChunks, Scorer, SequenceScorer
 
 __all__ = [
     "H2O",
+    "RANKING_OPTIONS",
     "RKV",
     "AllDimensions",
     "Method",
@@ -33,6 +34,7 @@ __all__ = [
     "adjacent_pairs",
     "channel_weights",
     "scorer_factory",
+    "unheard",
 ]
 
 Method = Literal[
@@ -58,6 +60,23 @@ _AS_THEY_ARE: dict[str, Callable[[], Scorer | SequenceScorer]] = {
 }
 
 
+RANKING_OPTIONS = ("n_tip", "criterion", "packed_dtype")
+"""Fields of `FasaConfig` that say how FASA ranks keys, and mean nothing to many a baseline."""
+
+_HEARD: dict[str, tuple[str, ...]] = {
+    "fasa": RANKING_OPTIONS,
+    "random_chunks": ("n_tip", "packed_dtype"),
+    "adjacent_pairs": ("n_tip", "packed_dtype"),
+    "double_sparsity": ("n_tip", "packed_dtype"),
+    "sparq": ("n_tip",),
+}
+
+
+def unheard(method: str) -> tuple[str, ...]:
+    """Which of `RANKING_OPTIONS` a method, ``"fasa"`` or a baseline, does not go by."""
+    return tuple(name for name in RANKING_OPTIONS if name not in _HEARD.get(method, ()))
+
+
 def scorer_factory(
     method: Method,
     profile: FasaProfile | None = None,
@@ -76,20 +95,22 @@ def scorer_factory(
             ``"quest"``, ``"sparq"`` or ``"double_sparsity"``.
         profile: the model's: ``"random_chunks"`` takes its shape; of ``"adjacent_pairs"``, one calibrated with that
             layout (`adjacent_pairs`).
-        n_tip: as in `FasaConfig`: ``"sparq"`` and ``"double_sparsity"`` take ``2 * n_tip`` dimensions, as many as FASA
-            reads; by default all read a quarter of a key.
+        n_tip: chunks, for methods that score by some dimensions: ``"sparq"`` and ``"double_sparsity"`` take
+            ``2 * n_tip`` of them, as many as FASA reads; by default all read a quarter of a key.
         per: as in `FasaConfig`, for chunks.
         seed: of the private generator that draws the chunks.
         channels: what `channel_weights` makes, for ``"double_sparsity"``.
 
     Raises:
-        ValueError: an unknown method, or one without what it needs.
+        ValueError: an unknown method, one without what it needs, or ``n_tip`` for one that takes none.
     """
     check_choice("method", method, Method)
+    if n_tip is not None and "n_tip" in unheard(method):
+        raise ValueError(f"method {method!r} scores by no chunks, so it takes no n_tip, got {n_tip}; leave it out.")
     if method in _AS_THEY_ARE:
         return lambda layer: _AS_THEY_ARE[method]()
     if method == "sparq":
-        return lambda layer: SparQ(n_tip and 2 * n_tip)
+        return lambda layer: SparQ(n_tip=n_tip)
     if method == "double_sparsity":
         if channels is None:
             raise ValueError("method 'double_sparsity' is calibrated; pass channels=channel_weights(model, samples).")

@@ -23,16 +23,21 @@ class SparQ:
     for with the mean value. The paper keeps the keys twice, once by dimension, which costs memory and no reading.
 
     Args:
-        r: dimensions; None is a quarter of the head's.
+        r: dimensions; None is ``2 * n_tip``, or a quarter of the head's.
+        n_tip: half as many, as FASA counts them.
     """
 
     r: int | None = None
+    n_tip: int | None = None
 
     estimates_logits = True
 
     def __post_init__(self) -> None:
-        if self.r is not None:
-            check_count("r", self.r, 1)
+        for name in ("r", "n_tip"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), 1)
+        if self.r is not None and self.n_tip is not None:
+            raise ValueError(f"r = {self.r} and n_tip = {self.n_tip} say the same thing; give one of them.")
 
     def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
         """As `Scorer`."""
@@ -52,7 +57,8 @@ class SparQ:
         return ReadShare(ranking=self._dims(head_dim) / (2 * head_dim))
 
     def _dims(self, head_dim: int) -> int:
-        r = max(1, head_dim // 4) if self.r is None else self.r
-        if r > head_dim:
-            raise ValueError(f"r must not exceed the {head_dim} dimensions of a head, got {r}.")
-        return r
+        if self.n_tip is not None and 2 * self.n_tip > head_dim:
+            raise ValueError(f"n_tip must lie in 1..{head_dim // 2}, the chunks of a head, got {self.n_tip}.")
+        if self.r is not None and self.r > head_dim:
+            raise ValueError(f"r must not exceed the {head_dim} dimensions of a head, got {self.r}.")
+        return self.r or 2 * (self.n_tip or 0) or max(1, head_dim // 4)

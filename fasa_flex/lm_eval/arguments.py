@@ -9,12 +9,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from lm_eval.models.huggingface import HFLM
 
 from fasa_flex import FasaConfig, FasaProfile
-from fasa_flex.baselines import Method, scorer_factory
+from fasa_flex.baselines import RANKING_OPTIONS, Method, scorer_factory, unheard
 from fasa_flex.lm_eval.profiles import AUTO, Calibration
 from fasa_flex.scoring import Scorer, SequenceScorer
 
@@ -59,6 +60,9 @@ OPTIONS = tuple(field.name for field in dataclasses.fields(FasaConfig))
 _WORDS: dict[str, Callable[[Any], Any]] = {"layer_budgets": budget_weights, "dense_layers": layer_set}
 
 
+_MEANT = {"budget": ["n_fac"], "token_budget": ["n_fac"], "chunks": ["n_tip"], "n_chunks": ["n_tip"]}
+"""What other words for our options mean."""
+
 _AS_PUBLISHED: dict[str, Any] = {
     "n_tip": 0.25,
     "n_sink": 0,
@@ -79,11 +83,22 @@ def config_of(method: str, **options: Any) -> FasaConfig:
     Args:
         method: As `FasaHFLM` knows it; a baseline's defaults are its paper's.
         options: Of `OPTIONS`.
+
+    Raises:
+        ValueError: An option that the method does not hear, or that is out of its range.
     """
     if options.get("backend") == "fastest":
         raise ValueError(
             "backend='fastest' is dense where that is faster, which would be evaluated in FASA's stead; write auto."
         )
+    deaf = unheard(method)
+    for name in deaf:
+        if options.get(name) is not None:
+            heard = ", ".join(known for known in RANKING_OPTIONS if known not in deaf) or "none of them"
+            raise ValueError(
+                f"method={method} does not hear {name}={options[name]}: remove it (of {', '.join(RANKING_OPTIONS)} it "
+                f"hears {heard})"
+            )
     hints = get_type_hints(FasaConfig)
     meant = {}
     for name, value in options.items():
@@ -125,9 +140,8 @@ def scorer_of(
     """`enable`'s scorer for a method; None for FASA itself, which has a profile or finds one in a prompt."""
     if method == "fasa":
         return None
-    return scorer_factory(
-        method, calibration.profile, n_tip=config.chunks_of(head_dim), per=config.per, channels=calibration.channels
-    )
+    n_tip = None if "n_tip" in unheard(method) else config.chunks_of(head_dim)
+    return scorer_factory(method, calibration.profile, n_tip=n_tip, per=config.per, channels=calibration.channels)
 
 
 def check_batch_size(batch_size: int | str | None) -> None:
@@ -162,7 +176,7 @@ def check_unknown(given: Iterable[str], *, loads: bool) -> None:
             those it does not know (`refusals_named`); with a model object nothing would.
     """
     for name in sorted(set(given) - set(inspect.signature(HFLM.__init__).parameters)):
-        close = get_close_matches(name, own_names(), n=1, cutoff=0.8)
+        close = _MEANT.get(name) or get_close_matches(name, own_names(), n=1, cutoff=0.8)
         if close or not loads:
             raise ValueError(_unknown(name, f"did you mean {close[0]!r}?" if close else ""))
 
@@ -193,12 +207,26 @@ def _unknown(name: str, hint: str = "") -> str:
     return f"fasa_hf knows no argument {name!r}; {hint}"
 
 
+def path_as_written(name: str, path: str | os.PathLike[str] | int) -> str:
+    """A path as the command line had it, where lm-eval makes 12 of ``12`` and of ``012``.
+
+    Raises:
+        ValueError: Several of the names that it may have been are there.
+    """
+    if not isinstance(path, int):
+        return os.fsdecode(path)
+    there = sorted(entry.name for entry in Path().iterdir() if entry.name.isdecimal() and int(entry.name) == path)
+    if len(there) > 1:
+        raise ValueError(f"{name}={path} may be any of {', '.join(there)}: write ./{there[0]} for the first of them")
+    return there[0] if there else str(path)
+
+
 def folder_or_profile(profile: object) -> str | FasaProfile | None:
-    """What ``profile=`` means: a profile, a word or the path of one; lm-eval makes an int of a folder named ``12``."""
+    """What ``profile=`` means: a profile, a word or the path of one."""
     if profile is None or isinstance(profile, FasaProfile):
         return profile
     if isinstance(profile, str | os.PathLike | int) and not isinstance(profile, bool):
-        return os.fsdecode(profile) if isinstance(profile, os.PathLike) else str(profile)
+        return path_as_written("profile", profile)
     raise ValueError(
         f"profile={profile!r} is no profile; pass its folder (as ./1.5 where the name is a number), auto, prompt or a "
         "FasaProfile."

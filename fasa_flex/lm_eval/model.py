@@ -37,6 +37,7 @@ from fasa_flex.lm_eval.arguments import (
     check_unknown,
     config_of,
     folder_or_profile,
+    path_as_written,
     refusals_named,
     scorer_of,
 )
@@ -81,7 +82,8 @@ class FasaHFLM(HFLM):
         tp_plan: Refused; see `fasa_flex.lm_eval.arguments.check_parallel`.
         options: Every field of `fasa_flex.FasaConfig`, with its meaning and default there, and everything else ``hf``
             understands, such as ``gguf_file``, a file of ``pretrained`` (extra ``gguf``). ``n_sink`` is 8 by default
-            under ``streaming_llm``; ``sparq`` and ``double_sparsity`` score with twice as many dimensions as ``n_tip``.
+            under ``streaming_llm``; ``sparq`` and ``double_sparsity`` score with twice as many dimensions as ``n_tip``,
+            and an option that a method does not hear is refused.
             ``dense_layers`` is written ``0``, ``0+1`` or ``none``, and ``layer_budgets`` ``uniform``, ``pyramid``, or a
             weight for every layer as ``2+1+0.5``, and of its heads as ``2:1+1:1+1:1``. ``packed_dtype=none`` is the
             cache's precision. With ``prefill=sparse`` every query of a prompt is sparse, of log-likelihoods, too.
@@ -95,8 +97,8 @@ class FasaHFLM(HFLM):
         sparse_tail: int = 0,
         dense_prefix: int = 0,
         on_truncation: Literal["count", "error"] = "count",
-        calibration_source: str | os.PathLike[str] | None = None,
-        profile_cache: str | os.PathLike[str] | None = None,
+        calibration_source: str | os.PathLike[str] | int | None = None,
+        profile_cache: str | os.PathLike[str] | int | None = None,
         batch_size: int | str | None = 1,
         tp_plan: str | dict[str, str] | None = None,
         **options: Any,
@@ -122,8 +124,8 @@ class FasaHFLM(HFLM):
             super().__init__(pretrained, backend="causal", batch_size=batch_size, **hf_args)
         if hasattr(self, "accelerator"):  # lm-eval reads these only where several GPUs are visible
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        cache = default_cache() if profile_cache is None else Path(str(profile_cache))
-        source = FACTS if calibration_source is None else str(calibration_source)
+        cache = default_cache() if profile_cache is None else Path(path_as_written("profile_cache", profile_cache))
+        source = FACTS if calibration_source is None else path_as_written("calibration_source", calibration_source)
         with preserved_rng():
             self.calibration = self._main_first(
                 lambda: calibration_for(method, profile, self.model, self.tokenizer, source, self.max_length, cache)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -171,3 +172,20 @@ def test_adjacent_pairs_are_calibrated_as_pairs(llama: PreTrainedModel, ids: Cal
 def test_what_a_method_needs_is_asked_for(method: str, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         scorer_factory(method)
+
+
+@pytest.mark.parametrize("method", ["streaming_llm", "oracle", "snapkv", "h2o", "rkv", "quest"])
+def test_chunks_for_a_method_that_scores_by_none_are_refused(method: Any) -> None:
+    with pytest.raises(ValueError, match=f"method '{method}' scores by no chunks, so it takes no n_tip, got 4"):
+        scorer_factory(method, n_tip=4)
+
+
+def test_the_dimensions_of_sparq_are_named_as_they_were_given() -> None:
+    """As chunks or as dimensions, 8 or 16 of a head here."""
+    query, key = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 5, 16)
+    assert torch.equal(SparQ(r=6)(query, key), scorer_factory("sparq", n_tip=3)(0)(query, key))
+    for scorer, reason in ((SparQ(r=17), r"r must not exceed the 16"), (SparQ(n_tip=9), r"n_tip must lie in 1\.\.8")):
+        with pytest.raises(ValueError, match=reason):
+            scorer(query, key)
+    with pytest.raises(ValueError, match="r = 6 and n_tip = 3 say the same thing"):
+        SparQ(6, 3)

@@ -228,6 +228,22 @@ def test_what_cannot_be_served_is_refused_before_anything_changes(name: str, dty
     assert model.config.get_text_config()._attn_implementation == former
 
 
+@pytest.mark.parametrize("name", ["Whisper", "Bart"])
+def test_a_decoder_taken_from_an_encoder_decoder_is_refused_for_its_positions(name: str) -> None:
+    """They are learned; its attention to an encoder, of the same layer numbers, is not what is looked at."""
+    sizes = {f"{part}_{of}": 2 for part in ("encoder", "decoder") for of in ("layers", "attention_heads")}
+    limit = {"Whisper": "max_target_positions", "Bart": "max_position_embeddings"}[name]
+    special: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = getattr(transformers, f"{name}Config")(vocab_size=64, d_model=32, **sizes, **special, **{limit: 60})
+    with pytest.raises(ValueError, match="is an encoder-decoder"):
+        enable(getattr(transformers, f"{name}Model")(config).eval())
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    sample = torch.arange(3, 43)
+    for call in (lambda: enable(model), lambda: calibrate(model, [sample], top_k=8, max_new_tokens=2)):
+        with pytest.raises(ValueError, match=rf"^{name}ForCausalLM does not rotate its queries .*\(no RoPE\)"):
+            call()
+
+
 def test_a_model_that_continues_no_text_says_so(ids: Ids) -> None:
     with pytest.raises(ValueError, match=r"CsmFor.*does not continue a text.*enable without a profile") as error:
         calibrate(build("csm"), [ids(40)], top_k=8, max_new_tokens=2, progress=False)

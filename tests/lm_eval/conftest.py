@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fasa_flex import calibrate
+from fasa_flex.baselines import unheard
 from fasa_flex.lm_eval.haystack import heldout_text
 from fasa_flex.lm_eval.model import FasaHFLM
 
@@ -65,7 +66,8 @@ def sparse(checkpoint: Path, profile: Path) -> Callable[..., FasaHFLM]:
     """`sparse(n_fac=16, ...)`: the checkpoint as `fasa_hf`, with 2 chunks of 8 and 16 tokens unless told otherwise."""
 
     def load(**arguments: object) -> FasaHFLM:
-        defaults = {"profile": str(profile), "n_tip": 2, "n_fac": 16, "device": "cpu", "batch_size": 1}
+        defaults = {"profile": str(profile), "n_fac": 16, "device": "cpu", "batch_size": 1}
+        defaults |= {} if "n_tip" in unheard(str(arguments.get("method", "fasa"))) else {"n_tip": 2}
         return FasaHFLM(str(checkpoint), **{**defaults, **arguments})
 
     return load

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from fasa_flex import FasaConfig
+from fasa_flex.baselines import Method
 from fasa_flex.lm_eval.arguments import (
     OPTIONS,
     LayerSet,
@@ -21,6 +22,7 @@ from fasa_flex.lm_eval.arguments import (
     folder_or_profile,
     layer_set,
     own_names,
+    path_as_written,
     sinks,
 )
 
@@ -48,12 +50,27 @@ def test_a_baseline_is_as_published_where_nothing_else_is_said() -> None:
 
 
 def test_a_configuration_in_words() -> None:
-    written = config_of("streaming_llm", n_fac=64, layer_budgets="1+2+1.5", dense_layers="0+2", n_tip=3)
+    written = config_of("streaming_llm", n_fac=64, layer_budgets="1+2+1.5", dense_layers="0+2")
     plain: dict[str, Any] = {"n_recent": 0, "group_reduce": "softmax_exact", "packed_dtype": None, "completion": "none"}
     weights = (1.0, 2.0, 1.5)
-    assert written == FasaConfig(n_tip=3, n_fac=64, n_sink=8, layer_budgets=weights, dense_layers=(0, 2), **plain)
+    assert written == FasaConfig(0.25, 64, n_sink=8, layer_budgets=weights, dense_layers=(0, 2), **plain)
     pyramid = config_of("streaming_llm", n_fac=64, n_sink=1, layer_budgets="pyramid", dense_layers="none")
     assert pyramid == FasaConfig(0.25, 64, 1, layer_budgets="pyramid", dense_layers=(), **plain)
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_an_option_that_a_method_does_not_hear_is_refused_by_name(method: str) -> None:
+    """Every baseline hears each of the three or refuses it; what lm-eval makes of ``none`` says nothing."""
+    hears = {"sparq": ("n_tip",), "random_chunks": ("n_tip", "packed_dtype")}
+    hears |= dict.fromkeys(("adjacent_pairs", "double_sparsity"), ("n_tip", "packed_dtype"))
+    for name, value in (("n_tip", 3), ("criterion", "agreement"), ("packed_dtype", "int8")):
+        assert config_of(method, **{name: None}) == config_of(method)
+        if name in hears.get(method, ()):
+            assert getattr(config_of(method, **{name: value}), name) == value
+        else:
+            named = ", ".join(hears.get(method, ("none of them",)))
+            with pytest.raises(ValueError, match=f"method={method} does not hear {name}={value}.* hears {named}\\)$"):
+                config_of(method, **{name: value})
 
 
 def test_every_field_of_the_configuration_is_an_option() -> None:
@@ -83,6 +100,19 @@ def test_a_profile_is_named_by_text_path_or_a_number(given: object, meant: str |
     assert folder_or_profile(given) == meant
 
 
+def test_a_path_of_digits_is_found_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval makes 12 of ``profile=012``; where 12 is there, too, nobody knows which was meant."""
+    monkeypatch.chdir(tmp_path)
+    assert folder_or_profile(12) == path_as_written("calibration_source", 12) == "12"
+    Path("012").mkdir()
+    Path("0123").mkdir()
+    assert folder_or_profile(12) == path_as_written("profile_cache", 12) == "012"
+    Path("12").mkdir()
+    with pytest.raises(ValueError, match=r"^profile=12 may be any of 012, 12: write \./012 for the first of them$"):
+        folder_or_profile(12)
+    assert folder_or_profile("./12") == "./12"
+
+
 @pytest.mark.parametrize("given", [True, 1.5, ["a"], {"a": 1}])
 def test_what_is_no_profile_is_refused(given: object) -> None:
     with pytest.raises(ValueError, match=rf"^profile={re.escape(repr(given))} is no profile; pass its folder .*\.$"):
@@ -100,6 +130,9 @@ def test_a_text_for_a_calibration_that_does_not_take_place_is_refused() -> None:
 
 def test_arguments_of_from_pretrained_pass_unless_the_model_is_loaded() -> None:
     check_unknown(["attn_implementation", "device_map", "max_length"], loads=True)
+    for other, meant in (("budget", "n_fac"), ("chunks", "n_tip")):
+        with pytest.raises(ValueError, match=f"no argument '{other}'; did you mean '{meant}'"):
+            check_unknown([other], loads=True)
     with pytest.raises(ValueError, match=r"no argument 'attn_implementation'; remove it, or take one of .* n_fac, .*"):
         check_unknown(["attn_implementation"], loads=False)
 
