@@ -67,8 +67,8 @@ class FasaHFLM(HFLM):
             (`enable`).
         method: ``fasa``, or a baseline at the same budget (`fasa_flex.baselines`): ``streaming_llm`` (sinks and recent
             tokens), ``oracle`` (exact scores), ``random_chunks``, ``adjacent_pairs``, ``snapkv``, ``h2o``, ``rkv``,
-            ``quest``, ``sparq``, ``double_sparsity`` or ``vattention`` (a random sample in half of the budget; ranked by
-            exact scores without a profile). ``adjacent_pairs`` and ``double_sparsity`` are calibrated
+            ``quest``, ``sparq``, ``double_sparsity`` or ``vattention`` (half of the budget a random sample; exact
+            scores where there is no profile). ``adjacent_pairs`` and ``double_sparsity`` are calibrated
             before the tasks on ``calibration_source``, whatever ``profile`` is.
         sparse_tail: How many of a prompt's last queries are sparse, too. With 0, the first token of every answer comes
             from a dense query, and a one-token continuation says nothing about the method.
