@@ -152,7 +152,7 @@ def test_arms_of_all_kinds_run_and_methods_that_evict_see_the_prefix(run: Run, m
     assert made["calibrated_on"] == ["topics, calibration"]
     reads = {name.split(" @")[0]: share for name, share in made["bytes_read_share"].items()}
     valid = 300 - 16 / 2 + 0.5  # keys of the mean query of the tail
-    dim, packed = 8, (8 * 4 / 8 + 2) / (2 * 8 * 2)  # of a 16-bit cache: half of the chunks in four bits and a scale
+    dim, packed = 8, (4 * 4 / 8 + 2) / (2 * 8 * 2)  # of a 16-bit cache: half of the chunks in four bits and a scale
     assert reads["vattention 64 n_recent=4"] == pytest.approx(packed + 64 / valid, abs=1e-3)
     assert reads["sparq 64 published"] == pytest.approx(2 / (2 * dim) + (64 + 0.5) / valid, abs=1e-3)
 
