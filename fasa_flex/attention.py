@@ -146,7 +146,7 @@ def sparse_attention(
         backend = "flex" if query.is_cuda and not compiles and query.dtype != torch.float32 else "gather"
     else:
         compiles = False
-    if key.device != query.device:  # FASA-M: only the selected rows leave the host
+    if key.device != query.device or hasattr(scorer, "attend"):  # FASA-M: only the selected rows leave the host
         backend = "gather"
     if backend == "flex":
         _check_flex(query, key, value, softmax)
@@ -224,7 +224,7 @@ def _score_select_attend(
     if backend == "reference":
         return reference_attention(query, key, value, ranking, valid, budget, softmax, scores, completion)
     selection = select(ranking, valid, budget, marks.forced)
-    attend = flex_focused if backend == "flex" else gather_focused
+    attend = getattr(scorer, "attend", None) or (flex_focused if backend == "flex" else gather_focused)
     out, lse = attend(query, key, value, selection, softmax)
     share = None
     if logits is not None and weights is not None:
@@ -289,9 +289,17 @@ def flex_focused(
 
 
 def gather_focused(
-    query: Tensor, key: Tensor, value: Tensor, selection: Selection, softmax: Softmax
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Selection,
+    softmax: Softmax,
+    log_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over the selected rows of K and V, fetched into a dense buffer [.., K, D]; on CPU those of K alone.
+
+    Args:
+        log_weights: float32 [B, H, G, Q, K], how many keys each selected one stands for, as a logarithm; None: itself.
 
     Returns:
         as `flex_focused`.
@@ -307,12 +315,15 @@ def gather_focused(
     some = selection.taken.any(-1, keepdim=True)
     # a query without a key attends to anything, and is set to zero below: a softmax over nothing has NaN gradients
     taken = (selection.taken | ~some).reshape(batch, -1, 1, width)
+    weigh_by = None if log_weights is None else log_weights.reshape(batch, -1, 1, width)
     lse = None
     if softmax.plain and query.device.type != "cpu":
         values = take_rows(value, slots)
-        out = F.scaled_dot_product_attention(grouped, rows, values, attn_mask=taken, scale=softmax.scaling)
+        mask = taken if weigh_by is None else torch.where(taken, weigh_by.to(query.dtype), -torch.inf)
+        out = F.scaled_dot_product_attention(grouped, rows, values, attn_mask=mask, scale=softmax.scaling)
     else:
-        logits = softmax.cap(dot_rows(grouped, rows) * softmax.scaling).masked_fill(~taken, -torch.inf)
+        logits = softmax.cap(dot_rows(grouped, rows) * softmax.scaling)
+        logits = (logits if weigh_by is None else logits + weigh_by).masked_fill(~taken, -torch.inf)
         out = weigh_rows(logits.softmax(-1).to(value.dtype), value, slots)
         if softmax.sinks is not None:
             by_member = logits.logsumexp(-1).view(batch, kv_heads, shared, q_len, members).transpose(3, 4)

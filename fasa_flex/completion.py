@@ -171,10 +171,12 @@ class Completion:
         strength: lambda; 0 for the mean value alone.
         state: that of the cache layer, for one query a row; None: mean and covariance are taken from the keys and
             values themselves, for each query its own.
+        by_all: whether these are of all valid keys in place of the covered ones; there is no state then.
     """
 
     strength: float
     state: CompletionState | None = None
+    by_all: bool = False
 
     def remainder(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, scaling: float
@@ -194,7 +196,7 @@ class Completion:
         grouped = query.unflatten(1, (key.shape[1], -1))
         with torch.autocast(query.device.type, enabled=False):
             if self.state is None:
-                return _of_keys(grouped, key, value, valid, scaling * self.strength)
+                return _of_keys(grouped, key, value, valid, scaling * self.strength, self.by_all)
             return _of_state(self.state, grouped, scaling * self.strength)
 
 
@@ -207,12 +209,15 @@ def _of_state(state: CompletionState, query: Tensor, factor: float) -> tuple[Ten
     return value_of, state.covered[:, :, None, None] > 0
 
 
-def _of_keys(query: Tensor, key: Tensor, value: Tensor, valid: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+def _of_keys(
+    query: Tensor, key: Tensor, value: Tensor, valid: Tensor, factor: float, by_all: bool
+) -> tuple[Tensor, Tensor]:
     """`Completion.remainder` without a state: ``u = sum_j (1 + factor (q . k_j - mean(q . k))) v_j / n``, j covered."""
     number = valid.cumsum(-1)
-    count = number[..., -1:] // BLOCK * BLOCK
-    covered = valid & (number > SINKS) & (number <= count)
-    weights = covered / (count - SINKS).clamp(min=1)
+    count = number[..., -1:] if by_all else number[..., -1:] // BLOCK * BLOCK
+    first = 0 if by_all else SINKS
+    covered = valid & (number > first) & (number <= count)
+    weights = covered / (count - first).clamp(min=1)
     if factor:
         scores = torch.where(covered, query.float() @ key.float().mT[:, :, None], 0.0)
         mean = (scores * weights).sum(-1, keepdim=True)

@@ -416,7 +416,8 @@ class Fasa:
         strength = self.config.completion_strength if self.completion == "first_order" else 0.0
         counted = (once("last_valid", last_valid), once("number", valid_numbers), query.shape[2])
         state = advance_state(cache, layer, scorer, key, value, strength != 0.0, *counted)
-        return Completion(strength, state if query.shape[2] == 1 else None)
+        by_all = getattr(scorer, "completes_by_all", False)
+        return Completion(strength, state if query.shape[2] == 1 else None, by_all)
 
     def _sparse_queries(
         self, layer: int, once: Once, n_valid: Tensor, kv_len: int, first_slot: int, boundary: Boundary | None

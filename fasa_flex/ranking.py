@@ -47,6 +47,11 @@ def rank_keys(scores: Tensor, first: Tensor | None = None) -> Tensor:
     return (ordered.long() << 32) | last_first
 
 
+def is_first(order: Tensor) -> Tensor:
+    """Which of `rank_keys`' integers are of slots that rank ``first``: bool; a key whose score is NaN is not."""
+    return (order >> 32) == _FIRST
+
+
 def slot_of(order: Tensor, kv_len: int) -> Tensor:
     """The slots that `rank_keys` packed into its integers, int64; of INVALID: the last one."""
     return kv_len - 1 - (order & 0xFFFFFFFF)

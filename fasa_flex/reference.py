@@ -55,7 +55,8 @@ def reference_attention(
                 if completion is not None and scores is not None:
                     estimates = softmax.logits(scores[b, kv_head, member, q]).to(wide)
                     share = (estimates[slots].logsumexp(0) - estimates[candidates].logsumexp(0)).exp()
-                    left = reference_remainder(asked, keys, values, candidates, softmax.scaling * completion.strength)
+                    factor = softmax.scaling * completion.strength
+                    left = reference_remainder(asked, keys, values, candidates, factor, completion.by_all)
                     if left is not None:
                         out, mass = share * out + (1 - share) * left, mass - share.log()
                 if softmax.sinks is not None:
@@ -64,7 +65,9 @@ def reference_attention(
     return torch.stack(rows).view(batch, query_heads, q_len, value.shape[-1])
 
 
-def reference_remainder(query: Tensor, key: Tensor, value: Tensor, valid: Tensor, factor: float) -> Tensor | None:
+def reference_remainder(
+    query: Tensor, key: Tensor, value: Tensor, valid: Tensor, factor: float, by_all: bool = False
+) -> Tensor | None:
     """The value of one query's unselected keys to first order (`fasa_flex.completion`): [Dv]; None: none is covered.
 
     Args:
@@ -73,9 +76,10 @@ def reference_remainder(query: Tensor, key: Tensor, value: Tensor, valid: Tensor
         value: [T, Dv].
         valid: bool [T].
         factor: lambda * scaling.
+        by_all: whether all valid keys are covered.
     """
     candidates = valid.nonzero().flatten()
-    covered = candidates[SINKS : len(candidates) // BLOCK * BLOCK]
+    covered = candidates if by_all else candidates[SINKS : len(candidates) // BLOCK * BLOCK]
     if not len(covered):
         return None
     keys, values = key[covered].to(query.dtype), value[covered].to(query.dtype)

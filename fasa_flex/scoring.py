@@ -27,7 +27,9 @@ class Scorer(Protocol):
     """Importance of keys to queries; it ranks them and is no attention weight.
 
     One whose scores estimate the dot products ``q . k`` says so by an attribute ``estimates_logits = True``: then what
-    they say of the unselected keys' mass completes attention (`fasa_flex.completion`).
+    they say of the unselected keys' mass completes attention (`fasa_flex.completion`). One whose mean value is that of
+    all valid keys, and not of the covered ones alone, says so by ``completes_by_all = True``. One with a method
+    ``attend`` has that in place of a softmax over the selected keys (`fasa_flex.baselines.sampled`).
     """
 
     def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:

@@ -58,7 +58,12 @@ def tally(n_valid: Tensor, sparse: Tensor | None, budget: Budget) -> Tensor:
 
 
 def read_share(
-    scorer: object, model: PreTrainedModel, config: FasaConfig, packs: bool, completion: Completion
+    scorer: object,
+    model: PreTrainedModel,
+    config: FasaConfig,
+    packs: bool,
+    completion: Completion,
+    dtype: torch.dtype | None = None,
 ) -> ReadShare | None:
     """What a sparse query of a layer reads, where the scorer states it.
 
@@ -67,18 +72,23 @@ def read_share(
         model: whose layer it is.
         config: of `enable`.
         packs: whether caches hold packed keys, which are then what is ranked, and the completion's state.
-        completion: what stands for the unselected keys; without a state all keys and values are read for it.
+        completion: what stands for the unselected keys; without a state all keys and values are read for it, but for
+            a mean value of all valid keys, which takes no more than a running sum.
+        dtype: of the cache; None: the model's.
     """
     if not isinstance(scorer, StatesReads):
         return None
     _, query_heads, kv_heads, head_dim = attention_shape(model)
-    reads, keeps = scorer.reads(head_dim, query_heads, kv_heads), isinstance(scorer, DominantChunks) and packs
-    if isinstance(scorer, DominantChunks) and keeps:
-        packed = packed_bytes(scorer.dims.shape[1], scorer.dtype, model.dtype)
-        reads = replace(reads, ranking=packed / (2 * head_dim * model.dtype.itemsize))
+    reads, keeps = scorer.reads(head_dim, query_heads, kv_heads), packs
+    ranker, dtype = getattr(scorer, "ranker", scorer), dtype or model.dtype
+    if isinstance(ranker, DominantChunks) and keeps:
+        packed = packed_bytes(ranker.dims.shape[1], ranker.dtype, dtype)
+        reads = replace(reads, ranking=packed / (2 * head_dim * dtype.itemsize))
     if completion != "none":
         first_order = completion == "first_order" and config.completion_strength != 0
-        reads = reads.completed(head_dim, first_order) if keeps else replace(reads, ranking=1.0)
+        sums = isinstance(scorer, DominantChunks) and keeps
+        sums = sums or (not first_order and getattr(scorer, "completes_by_all", False))
+        reads = reads.completed(head_dim, first_order) if sums else replace(reads, ranking=1.0)
     by_head = config.per == "query_head" or config.group_reduce == "none"
     return reads.by_head(query_heads // kv_heads) if by_head else reads
 

@@ -13,13 +13,17 @@ from torch import Tensor
 
 from fasa_flex.baselines.calibrated import adjacent_pairs, channel_weights, heavy_channels
 from fasa_flex.baselines.h2o import H2O
+from fasa_flex.baselines.published import as_published
 from fasa_flex.baselines.quest import Quest
+from fasa_flex.baselines.sampled import Sampled
 from fasa_flex.baselines.scorers import AllDimensions, Recency
 from fasa_flex.baselines.sparq import SparQ
 from fasa_flex.baselines.windowed import RKV, SnapKV
-from fasa_flex.config import Sharing, check_choice
+from fasa_flex.choices import PackedDtype
+from fasa_flex.config import FasaConfig, Sharing, check_choice
 from fasa_flex.profile import FasaProfile
 from fasa_flex.scoring import DominantChunks, Scorer, SequenceScorer
+from fasa_flex.tip import dominant_chunks
 
 __all__ = [
     "H2O",
@@ -29,9 +33,11 @@ __all__ = [
     "Method",
     "Quest",
     "Recency",
+    "Sampled",
     "SnapKV",
     "SparQ",
     "adjacent_pairs",
+    "as_published",
     "channel_weights",
     "scorer_factory",
     "unheard",
@@ -48,6 +54,7 @@ Method = Literal[
     "quest",
     "sparq",
     "double_sparsity",
+    "vattention",
 ]
 
 _AS_THEY_ARE: dict[str, Callable[[], Scorer | SequenceScorer]] = {
@@ -69,6 +76,7 @@ _HEARD: dict[str, tuple[str, ...]] = {
     "adjacent_pairs": ("n_tip", "packed_dtype"),
     "double_sparsity": ("n_tip", "packed_dtype"),
     "sparq": ("n_tip",),
+    "vattention": ("n_tip", "packed_dtype"),
 }
 
 
@@ -85,6 +93,7 @@ def scorer_factory(
     per: Sharing = "kv_head",
     seed: int = 0,
     channels: Tensor | None = None,
+    packed_dtype: PackedDtype | None = None,
 ) -> Callable[[int], Scorer | SequenceScorer]:
     """The ``scorer=`` argument of `enable` for a baseline; a new one for every `enable`.
 
@@ -92,14 +101,16 @@ def scorer_factory(
         method: ``"streaming_llm"`` (most recent; force sinks with ``FasaConfig(n_sink=8)``), ``"oracle"`` (the full dot
             product), ``"random_chunks"`` (as FASA, with chunks drawn at random), ``"adjacent_pairs"`` (as FASA's
             released code, with chunks (2i, 2i + 1)), ``"snapkv"``, ``"h2o"``, ``"rkv"`` (these three evict for good),
-            ``"quest"``, ``"sparq"`` or ``"double_sparsity"``.
+            ``"quest"``, ``"sparq"``, ``"double_sparsity"`` or ``"vattention"`` (half of the budget a random sample of
+            the other keys, `Sampled`; the best by exact scores, or as FASA ranks where there is a profile).
         profile: the model's: ``"random_chunks"`` takes its shape; of ``"adjacent_pairs"``, one calibrated with that
             layout (`adjacent_pairs`).
         n_tip: chunks, for methods that score by some dimensions: ``"sparq"`` and ``"double_sparsity"`` take
             ``2 * n_tip`` of them, as many as FASA reads; by default all read a quarter of a key.
         per: as in `FasaConfig`, for chunks.
-        seed: of the private generator that draws the chunks.
+        seed: of the private generator that draws the chunks, or of what ``"vattention"`` draws.
         channels: what `channel_weights` makes, for ``"double_sparsity"``.
+        packed_dtype: as in `FasaConfig`, for ``"vattention"``; chunks of the other methods follow the config's.
 
     Raises:
         ValueError: an unknown method, one without what it needs, or ``n_tip`` for one that takes none.
@@ -116,6 +127,12 @@ def scorer_factory(
             raise ValueError("method 'double_sparsity' is calibrated; pass channels=channel_weights(model, samples).")
         heavy = heavy_channels(channels, 2 * n_tip if n_tip else max(1, channels.shape[-1] // 4))
         return lambda layer: DominantChunks(heavy[layer])
+    if method == "vattention":
+        if profile is None:
+            return lambda layer: Sampled(AllDimensions(), seed=1_000 * seed + layer)
+        n_chunks = n_tip or max(1, profile.layout.head_dim // 8)
+        ranker = dominant_chunks(profile, FasaConfig(n_tip=n_chunks, per=per, packed_dtype=packed_dtype))
+        return lambda layer: Sampled(ranker(layer), seed=1_000 * seed + layer)
     if profile is None:
         raise ValueError(f"method {method!r} takes its chunks from a profile, got None; pass profile=.")
     n_tip = n_tip or max(1, profile.layout.head_dim // 8)

@@ -19,8 +19,12 @@ class SparQ:
 
     As in the paper's code (appendix B), a group's query heads share their dimensions, by the sum of ``|q|`` over them,
     and every head's softmax has the temperature ``sqrt(D * |q_r|_1 / |q|_1)``; it matters where the heads rank as one
-    with ``group_reduce="softmax"``, which is the paper's sum. Left out: what the unselected keys hold is not made up
-    for with the mean value. The paper keeps the keys twice, once by dimension, which costs memory and no reading.
+    with ``group_reduce="softmax_exact"``, which is the paper's sum. The mean value (section 3, algorithm 1) is
+    ``FasaConfig(completion="mean")``: the selected keys' share of the approximate softmax weighs exact attention to
+    them, the rest of it the mean of all valid values. The paper's evaluation always takes the latest quarter of the
+    budget, ``n_recent=n_fac // 4``. Both are what ``method=sparq`` is evaluated with (`as_published`). The paper keeps
+    the keys twice, once by dimension, and a running mean of the values, which cost memory; a step reads r dimensions
+    of every key, the selected rows and the mean value, as is counted. Here the mean is taken anew in each step.
 
     Args:
         r: dimensions; None is ``2 * n_tip``, or a quarter of the head's.
@@ -31,6 +35,7 @@ class SparQ:
     n_tip: int | None = None
 
     estimates_logits = True
+    completes_by_all = True
 
     def __post_init__(self) -> None:
         for name in ("r", "n_tip"):

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from lm_eval.models.huggingface import HFLM
 
 from fasa_flex import FasaConfig, FasaProfile
-from fasa_flex.baselines import RANKING_OPTIONS, Method, scorer_factory, unheard
+from fasa_flex.baselines import RANKING_OPTIONS, Method, as_published, scorer_factory, unheard
 from fasa_flex.lm_eval.profiles import AUTO, Calibration
 from fasa_flex.scoring import Scorer, SequenceScorer
 
@@ -63,16 +63,6 @@ _WORDS: dict[str, Callable[[Any], Any]] = {"layer_budgets": budget_weights, "den
 _MEANT = {"budget": ["n_fac"], "token_budget": ["n_fac"], "chunks": ["n_tip"], "n_chunks": ["n_tip"]}
 """What other words for our options mean."""
 
-_AS_PUBLISHED: dict[str, Any] = {
-    "n_tip": 0.25,
-    "n_sink": 0,
-    "n_recent": 0,
-    "group_reduce": "softmax_exact",
-    "packed_dtype": None,
-    "completion": "none",
-}
-"""Defaults of the baselines: their papers force, round and complete nothing that is not named."""
-
 
 def config_of(method: str, **options: Any) -> FasaConfig:
     """The configuration that the words of the command line mean.
@@ -111,20 +101,13 @@ def config_of(method: str, **options: Any) -> FasaConfig:
         elif getattr(FasaConfig, name) is not None and type(None) in get_args(hints[name]):
             meant[name] = None  # of packed_dtype: the cache's precision
     if method != "fasa":
-        meant = {**_AS_PUBLISHED, **meant}
-    if method == "streaming_llm" and options.get("n_sink") is None:
-        meant["n_sink"] = sinks(meant.get("n_fac", FasaConfig.n_fac))
+        meant = {**as_published(method, meant.get("n_fac", FasaConfig.n_fac)), **meant}
     return FasaConfig(**meant)
 
 
 def _choices(hint: object) -> set[object]:
     """What a Literal names, also one within a union."""
     return {choice for part in get_args(hint) for choice in (get_args(part) or (part,))}
-
-
-def sinks(n_fac: int | float) -> int:
-    """StreamingLLM's 8 sinks, or half of a budget below 16."""
-    return min(8, n_fac // 2) if isinstance(n_fac, int) else 8
 
 
 def check_method(method: object) -> None:
@@ -140,8 +123,14 @@ def scorer_of(
     """`enable`'s scorer for a method; None for FASA itself, which has a profile or finds one in a prompt."""
     if method == "fasa":
         return None
-    n_tip = None if "n_tip" in unheard(method) else config.chunks_of(head_dim)
-    return scorer_factory(method, calibration.profile, n_tip=n_tip, per=config.per, channels=calibration.channels)
+    return scorer_factory(
+        method,
+        calibration.profile,
+        n_tip=None if "n_tip" in unheard(method) else config.chunks_of(head_dim),
+        per=config.per,
+        channels=calibration.channels,
+        packed_dtype=config.packed_dtype,
+    )
 
 
 def check_batch_size(batch_size: int | str | None) -> None:

@@ -68,7 +68,8 @@ class FasaHFLM(HFLM):
             (`enable`).
         method: ``fasa``, or a baseline at the same budget (`fasa_flex.baselines`): ``streaming_llm`` (sinks and recent
             tokens), ``oracle`` (exact scores), ``random_chunks``, ``adjacent_pairs``, ``snapkv``, ``h2o``, ``rkv``,
-            ``quest``, ``sparq`` or ``double_sparsity``. ``adjacent_pairs`` and ``double_sparsity`` are calibrated
+            ``quest``, ``sparq``, ``double_sparsity`` or ``vattention`` (half of the budget a random sample; exact
+            scores where there is no profile). ``adjacent_pairs`` and ``double_sparsity`` are calibrated
             before the tasks on ``calibration_source``, whatever ``profile`` is.
         sparse_tail: How many of a prompt's last queries are sparse, too. With 0, the first token of every answer comes
             from a dense query, and a one-token continuation says nothing about the method.
@@ -82,8 +83,9 @@ class FasaHFLM(HFLM):
         tp_plan: Refused; see `fasa_flex.lm_eval.arguments.check_parallel`.
         options: Every field of `fasa_flex.FasaConfig`, with its meaning and default there, and everything else ``hf``
             understands, such as ``gguf_file``, a file of ``pretrained`` (extra ``gguf``). ``n_sink`` is 8 by default
-            under ``streaming_llm``; ``sparq`` and ``double_sparsity`` score with twice as many dimensions as ``n_tip``,
-            and an option that a method does not hear is refused.
+            under ``streaming_llm``, ``n_recent`` a quarter of the budget under ``sparq``, which completes by the mean
+            value; ``sparq`` and ``double_sparsity`` score with twice as many dimensions as ``n_tip``, and an option
+            that a method does not hear is refused.
             ``dense_layers`` is written ``0``, ``0+1`` or ``none``, and ``layer_budgets`` ``uniform``, ``pyramid``, or a
             weight for every layer as ``2+1+0.5``, and of its heads as ``2:1+1:1+1:1``. ``packed_dtype=none`` is the
             cache's precision. With ``prefill=sparse`` every query of a prompt is sparse, of log-likelihoods, too.

@@ -144,6 +144,7 @@ READS = {
     "quest": ReadShare(2 * 16 / (32 * 16)),
     "sparq": ReadShare(4 / 32),
     "double_sparsity": ReadShare(4 / 32),
+    "vattention": ReadShare(4 / 32),
 }
 """In numbers of a key and value of 2 * 16 dimensions; a quarter of a key where dimensions are chosen."""
 

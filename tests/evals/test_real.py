@@ -13,7 +13,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from evals.quality import real
+from evals.quality import real, real_documents, real_results
+from evals.quality.real_arms import DEFAULTS, SETS, Arm, Lengths, arms_of
 from fasa_flex import FasaConfig
 from fasa_flex.lm_eval.haystack import heldout_text
 
@@ -73,9 +74,9 @@ def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
             **options,
         }
         words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-        monkeypatch.setattr(real, "FIRST_TOKEN", 1_000)
+        monkeypatch.setattr(real_documents, "FIRST_TOKEN", 1_000)
         monkeypatch.setattr(sys, "argv", ["real.py", *words, *(word for arm in arms for word in ("--arm", arm))])
-        real.main()
+        real.run(real.parser().parse_args())
         return json.loads((tmp_path / "results.json").read_text())
 
     return run
@@ -92,13 +93,19 @@ def test_results_grow_by_documents_and_arms(run: Run, monkeypatch: pytest.Monkey
     assert 0 < made["bytes_read_share"]["fasa 16 @ 300"] < made["bytes_read_share"]["fasa 1.0 @ 300"]
     assert str(tmp_path) not in json.dumps(made)
     asked = []
-    tail = real.Evaluation._tail
+    tail, enabled = real.Evaluation._tail, real.Evaluation._enabled
+    under = []
 
-    def watched(self: Any, arm: str, document: real.Document, *args: Any) -> float:
-        asked.append((document.kind, document.name, arm))
-        return tail(self, arm, document, *args)
+    def watched(self: Any, document: real_documents.Document, *args: Any) -> Any:
+        asked.append((document.kind, document.name, under[-1]))
+        return tail(self, document, *args)
+
+    def entered(self: Any, arm: Arm) -> Any:
+        under.append(next(name for name, other in self.arms.items() if other == arm))
+        return enabled(self, arm)
 
     monkeypatch.setattr(real.Evaluation, "_tail", watched)
+    monkeypatch.setattr(real.Evaluation, "_enabled", entered)
     oracle = "oracle 16 completion=none"
     more = run("fasa 16", oracle, windows=2)
     new = [("windows", "300/1", arm) for arm in ("dense", "fasa 16", oracle)]
@@ -118,8 +125,108 @@ def test_a_summary_pairs_arms_with_dense() -> None:
         "windows": {"300/0": {"dense": 1.0, "fasa 16": 1.1}, "300/1": {"dense": 2.0, "fasa 16": 2.1}, "300/2": {}},
         "needles": {"512/0": {"dense": True, "fasa 16": False}, "256/0": {"dense": True}},
     }
-    dense, fasa = real.summary(results)
-    assert "ppl x1.0000" in dense
+    dense, fasa = real_results.summary(results)
+    assert "ppl @300 x1.0000" in dense
     assert "256: 1/1  512: 1/1" in dense
-    assert "ppl x1.1052 +-0.0000 (2)" in fasa
+    assert "ppl @300 x1.1052 [1.1052, 1.1052] (2)" in fasa
     assert "512: 0/1" in fasa
+
+
+@pytest.mark.slow
+def test_arms_of_all_kinds_run_and_methods_that_evict_see_the_prefix(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that evicts and keeps everything is dense, and one that was shown the tail alone would not run."""
+    seen = []
+    whole = real.Evaluation._whole
+    monkeypatch.setattr(real.Evaluation, "_whole", lambda *given: seen.append(given[1].name) or whole(*given))
+    names = ["snapkv 0.99 n_sink=0 n_recent=0", "h2o 64 published", "quest 64 published"]
+    names += ["double_sparsity 64 published", "sparq 64 published", "sparq 64 n_tip=0.5 published"]
+    names += ["vattention 64 n_recent=4", "vattention 64 n_recent=4 sample=0.25", "vattention_oracle 64 n_recent=4"]
+    names += ["fasa 64 only=1", "random_chunks 64 completion=first_order", "paper 64"]
+    made = run(*names, text="topics", calibrate="topics", prompts=0)
+    window = made["windows"]["300/0"]
+    assert window.keys() == {"dense", *names}
+    assert seen == ["300/0"] * 2
+    assert window["snapkv 0.99 n_sink=0 n_recent=0"] == pytest.approx(window["dense"], abs=0.05)
+    assert len({round(loss, 6) for loss in window.values()}) == len(window)
+    assert made["reported_on"] == ["topics, report"]
+    assert made["calibrated_on"] == ["topics, calibration"]
+    reads = {name.split(" @")[0]: share for name, share in made["bytes_read_share"].items()}
+    valid = 300 - 16 / 2 + 0.5  # keys of the mean query of the tail
+    dim, packed = 8, (4 * 4 / 8 + 2) / (2 * 8 * 2)  # of a 16-bit cache: half of the chunks in four bits and a scale
+    assert reads["vattention 64 n_recent=4"] == pytest.approx(packed + 64 / valid, abs=1e-3)
+    assert reads["sparq 64 published"] == pytest.approx(2 / (2 * dim) + (64 + 0.5) / valid, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_processes_share_the_documents_of_a_run(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each writes its own file from what is held already; joined they are as of one process."""
+    alone = run("fasa 64", "h2o 64", windows=3, prompts=0)
+    (tmp_path / "results.json").rename(tmp_path / "alone.json")
+    ran = []
+
+    def inside(words: list[str]) -> Any:
+        ran.append(words[-1])
+        monkeypatch.setattr(sys, "argv", ["real.py", *words[3:]])
+        real.run(real.parser().parse_args())
+        return type("Done", (), {"wait": lambda self: 0, "args": words})()
+
+    monkeypatch.setattr(real.subprocess, "Popen", inside)
+    shared = run("fasa 64", "h2o 64", windows=3, prompts=0, processes=2)
+    assert ran == ["--shard=0/2", "--shard=1/2"]
+    assert shared["windows"] == alone["windows"]
+    assert shared["bytes_read_share"] == alone["bytes_read_share"]
+    assert sorted(path.name for path in tmp_path.glob("results*")) == ["results.json"]
+
+
+def test_sets_of_arms_reach_as_far_as_they_say() -> None:
+    lengths = Lengths((1024, 8192), (1024, 2048, 4096, 7680))
+    for name, made in SETS.items():
+        arms = arms_of(made(range(4)), layers=range(4))
+        assert len({json.dumps(arm.record()) for arm in arms.values()}) == len(arms), name
+    study = arms_of(SETS["study"](range(4)))
+    assert all(study[name].reaches("needles", 1024, 99, lengths) for name in DEFAULTS)
+    assert study["h2o 256 published"].reaches("windows", 8192, 5, lengths)
+    assert not study["h2o 256 published"].reaches("windows", 8192, 6, lengths)
+    assert not study["h2o 256 published"].reaches("windows", 1024, 0, lengths)
+    assert not study["fasa 1024"].reaches("needles", 1024, 0, Lengths((), (1024,)))
+    assert arms_of(SETS["layers"](range(4)), layers=range(4))["fasa 64 only=2"].config.dense_layers == (0, 1, 3)
+    published = study["sparq 128 published"].config
+    assert (published.completion, published.n_recent, published.group_reduce) == ("mean", 32, "softmax_exact")
+
+
+def test_work_is_shared_evenly_and_whole() -> None:
+    lengths = Lengths((8192,), (1024, 2048, 7680))
+    arms = arms_of(SETS["study"](range(4)))
+    jobs = [("windows", 8192, i, 30) for i in range(30)] + [("needles", 2048, i, 100) for i in range(100)]
+    parts = real.shared(jobs, arms, lengths, 8)
+    assert sorted(job for part in parts for job in part) == sorted(jobs)
+    assert all(part == [job for job in jobs if job in part] for part in parts)
+    assert max(sum(job[0] == "windows" and job[2] < 6 for job in part) for part in parts) == 1
+
+
+def test_windows_of_a_short_text_move_together_until_their_tails_meet() -> None:
+    starts = real_documents.window_starts
+    assert starts(200_000, 8192, 3, 512) == [12_000, 21_000, 30_000]
+    assert starts(200_000, 16_384, 3, 512) == [12_000, 28_384, 44_768]
+    assert starts(20_000, 8192, 3, 512) == [0, 5_904, 11_808]
+    close = starts(9_000, 8192, 30, 512)
+    assert close == [0, 808]
+    assert starts(8_000, 8192, 3, 512) == []
+
+
+def test_intervals_are_those_of_students_t() -> None:
+    mean, low, high, count = real_results.interval([1.0, 2.0, 3.0, 4.0, 5.0, 9.0])
+    assert (mean, count) == (4.0, 6)
+    half = 2.5706 * 2.8284 / 6**0.5
+    assert (low, high) == (pytest.approx(4 - half, abs=0.03), pytest.approx(4 + half, abs=0.03))
+
+
+def test_an_arm_of_other_options_is_not_taken_for_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    arms = arms_of(["vattention 64"])
+    path.write_text(json.dumps(real_results.opened(path, {}, arms)))
+    with pytest.raises(SystemExit, match="other options or defaults"):
+        real_results.opened(path, {}, {"vattention 64": arms["vattention 64"]._replace(sample=0.25)})
+    assert isinstance(arms["dense"], Arm)

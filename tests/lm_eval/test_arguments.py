@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from fasa_flex import FasaConfig
-from fasa_flex.baselines import Method
+from fasa_flex.baselines import Method, as_published
 from fasa_flex.lm_eval.arguments import (
     OPTIONS,
     LayerSet,
@@ -23,7 +23,6 @@ from fasa_flex.lm_eval.arguments import (
     layer_set,
     own_names,
     path_as_written,
-    sinks,
 )
 
 
@@ -36,7 +35,7 @@ def test_layer_sets(given: LayerSet, layers: tuple[int, ...]) -> None:
 
 
 def test_streaming_llm_has_eight_sinks_or_half_the_budget() -> None:
-    assert [sinks(budget) for budget in (256, 16, 10, 0.1)] == [8, 8, 5, 8]
+    assert [as_published("streaming_llm", budget)["n_sink"] for budget in (256, 16, 10, 0.1)] == [8, 8, 5, 8]
     assert config_of("streaming_llm", n_fac=10).n_sink == 5
     assert config_of("streaming_llm", n_sink=None).n_sink == 8
     assert config_of("snapkv", n_fac=10).n_sink == 0
@@ -47,6 +46,11 @@ def test_a_baseline_is_as_published_where_nothing_else_is_said() -> None:
     config = config_of("random_chunks", completion="mean")
     assert (config.n_tip, config.n_sink, config.n_recent, config.packed_dtype) == (0.25, 0, 0, None)
     assert (config.group_reduce, config.completion) == ("softmax_exact", "mean")
+    sparq = config_of("sparq", n_fac=64)
+    assert (sparq.completion, sparq.n_recent, sparq.n_sink) == ("mean", 16, 0)
+    assert config_of("sparq", n_fac=64, completion=None, n_recent=3) == FasaConfig(
+        0.25, 64, 0, 3, group_reduce="softmax_exact", packed_dtype=None, completion="none"
+    )
 
 
 def test_a_configuration_in_words() -> None:

@@ -1,0 +1,217 @@
+"""The arms of the study on real models: ways to attend by name, and named sets of them with their reach.
+
+A name is ``METHOD BUDGET key=value ...``, such as ``oracle 128 completion=none``: fields of `fasa_flex.FasaConfig` that
+are not named have its defaults, so that methods differ in how they rank alone. With the word ``published`` they are as
+in the method's own paper (`fasa_flex.baselines.as_published`). ``only=5`` keeps all other layers dense; of a
+``vattention`` budget ``sample=0.25`` draws a quarter at random, ``vattention_oracle`` has the best by exact scores.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fasa_flex import FasaConfig, FasaProfile
+from fasa_flex.baselines import AllDimensions, Sampled, as_published, scorer_factory
+from fasa_flex.scoring import Scorer, SequenceScorer
+from fasa_flex.tip import dominant_chunks
+
+Factory = Callable[[int], Scorer | SequenceScorer]
+
+
+class Reach(NamedTuple):
+    """Which documents an arm is measured on.
+
+    Attributes:
+        windows: the first so many of a length; None: all.
+        prompts: the first so many of a length; None: all.
+        all_lengths: whether of all lengths, or windows of one and prompts of two alone (`Lengths`).
+    """
+
+    windows: int | None = None
+    prompts: int | None = None
+    all_lengths: bool = True
+
+
+class Lengths(NamedTuple):
+    """Tokens of windows and of prompts."""
+
+    windows: tuple[int, ...]
+    needles: tuple[int, ...]
+
+    def chosen(self, kind: str) -> tuple[int, ...]:
+        """Those that arms of little reach are measured on: windows of 8192 or the longest, prompts of two lengths."""
+        if kind == "windows":
+            return (8192 if 8192 in self.windows else max(self.windows),) if self.windows else ()
+        ordered = sorted(self.needles)
+        return tuple(ordered) if len(ordered) < 3 else (ordered[1], ordered[-1])
+
+
+class Arm(NamedTuple):
+    """One way to attend: its config, None for dense; ``method`` as in `scorer_factory`, or ``fasa``."""
+
+    config: FasaConfig | None
+    method: str = "fasa"
+    n_tip: int | float | None = None
+    reach: Reach = Reach()
+    sample: float = 0.5
+
+    def record(self) -> dict[str, Any] | None:
+        """All that decides its scores, JSON-ready."""
+        if self.config is None:
+            return None
+        own = {"method": self.method, "config": json.loads(json.dumps(self.config.to_dict()))}
+        if self.n_tip is not None and self.method != "fasa":
+            own["n_tip"] = self.n_tip
+        return {**own, "sample": self.sample} if self.method.startswith("vattention") else own
+
+    def reaches(self, kind: str, length: int, number: int, lengths: Lengths) -> bool:
+        """Whether it is measured on a document; its budget is at most half of it."""
+        if self.config is None:
+            return True
+        if self.config.n_fac > length // 2:
+            return False
+        if not self.reach.all_lengths and length not in lengths.chosen(kind):
+            return False
+        most = self.reach.windows if kind == "windows" else self.reach.prompts
+        return most is None or number < most
+
+    @property
+    def sees_prefix(self) -> bool:
+        """Whether it has to be shown the prefix, too, since what it evicts goes by it."""
+        return self.method in ("snapkv", "h2o", "rkv")
+
+    def scorer(self, profile: FasaProfile, channels: Callable[[], Tensor]) -> Factory | None:
+        """`enable`'s scorer; None for FASA."""
+        assert self.config is not None
+        if self.method == "fasa":
+            return None
+        if self.method == "vattention_oracle":
+            return lambda layer: Sampled(AllDimensions(), self.sample, seed=layer)
+        config = self.config
+        if self.method == "vattention":
+            ranker = dominant_chunks(profile, config)
+            return lambda layer: Sampled(ranker(layer), self.sample, seed=layer)
+        chunks = None if self.n_tip is None else FasaConfig(n_tip=self.n_tip).chunks_of(profile.layout.head_dim)
+        return scorer_factory(
+            self.method,  # type: ignore[arg-type]  # a word of the command line, which is checked there
+            profile,
+            n_tip=chunks,
+            per=config.per,
+            channels=channels() if self.method == "double_sparsity" else None,
+        )
+
+
+def arms_of(
+    names: Iterable[str] | Mapping[str, Reach], backend: str = "auto", layers: Iterable[int] = ()
+) -> dict[str, Arm]:
+    """Arms by name, ``dense`` first.
+
+    Args:
+        names: of the others; with a reach, or of all documents.
+        backend: theirs.
+        layers: of the model.
+    """
+    arms = {"dense": Arm(None)}
+    reaches = names if isinstance(names, Mapping) else {name: Reach() for name in names}
+    for name, reach in reaches.items():
+        method, budget, *options = name.split()
+        fields: dict[str, Any] = {"n_fac": json.loads(budget), "backend": backend}
+        if "published" in options:
+            fields |= as_published(method, fields["n_fac"])
+        for option in options:
+            key, _, value = option.partition("=")
+            if option == "published":
+                continue
+            if key == "only":
+                fields["dense_layers"] = tuple(layer for layer in layers if layer != int(value))
+                continue
+            try:
+                fields[key] = json.loads(value)
+            except json.JSONDecodeError:
+                fields[key] = value
+        sample = fields.pop("sample", 0.5)
+        config = FasaConfig.paper(**fields) if method == "paper" else FasaConfig(**fields)
+        arms[name] = Arm(config, "fasa" if method == "paper" else method, fields.get("n_tip"), reach, sample)
+    return arms
+
+
+DEFAULTS = ("fasa 256", "fasa 128", "fasa 64")
+ALL = (
+    *DEFAULTS,
+    "paper 256",
+    "oracle 256 completion=none",
+    "sparq 256 published",
+    "sparq 128 published",
+    "sparq 128 n_tip=0.125 published",
+)
+"""Arms that are measured on all documents."""
+FEW = Reach(windows=12, prompts=25, all_lengths=False)
+FEWER = Reach(windows=6, prompts=10, all_lengths=False)
+"""For methods that evict, whose tail is decoded query by query."""
+
+
+def _of(form: str, *budgets: int) -> list[str]:
+    return [form.format(budget) for budget in budgets]
+
+
+def study(layers: Iterable[int]) -> dict[str, Reach]:
+    """Every method at its budgets, and every completion on every ranking that estimates logits."""
+    few = [
+        *_of("fasa {}", 32, 512, 1024),
+        *_of("paper {}", 64, 128, 512, 1024),
+        *_of("oracle {} completion=none", 32, 64, 128, 512, 1024),
+        *_of("sparq {} published", 32, 64, 512, 1024),
+        *_of("sparq {} n_tip=0.125 published", 32, 64, 256, 512),
+        *_of("sparq {} n_tip=0.125 completion=mean", 64, 128, 256),
+        *_of("quest {} published", 64, 128, 256, 512, 1024),
+        *_of("double_sparsity {} published", 64, 128, 256, 512, 1024),
+        *_of("streaming_llm {} published", 64, 128, 256, 512, 1024),
+        *_of("vattention {}", 128, 256, 512),
+        *_of("vattention {} sample=0.25", 128, 256),
+        *_of("vattention_oracle {}", 128, 256),
+        "vattention 64 n_recent=8",
+        "vattention_oracle 64 n_recent=8",
+        *_of("random_chunks {} published", 64, 128, 256, 512),
+    ]
+    for completion in ("none", "mean", "first_order"):
+        few += [f"oracle {budget} completion={completion}" for budget in (64, 128, 256)]
+        rankings = ("paper", "sparq", "random_chunks", "double_sparsity")[completion == "none" :]
+        few += [f"{ranking} 128 completion={completion}" for ranking in rankings]
+    few += [f"fasa {budget} completion={kind}" for budget in (64, 128, 256) for kind in ("none", "mean")]
+    reaches = dict.fromkeys(few, FEW)
+    reaches |= {f"{method} {budget} published": FEWER for method in ("snapkv", "h2o", "rkv") for budget in (256, 64)}
+    return {**{name: Reach() for name in ALL}, **{name: r for name, r in reaches.items() if name not in ALL}}
+
+
+def defaults(layers: Iterable[int]) -> dict[str, Reach]:
+    """What is measured on all documents."""
+    return {name: Reach() for name in ALL}
+
+
+def grid(layers: Iterable[int]) -> dict[str, Reach]:
+    """One setting of the default at a time, at 128 tokens."""
+    changes = ["completion_strength=0.5", "completion_strength=0.25", "completion_strength=1.0", "completion=none"]
+    changes += ["completion=mean", "criterion=agreement", "criterion=explained_variance", "n_tip=0.25", "n_tip=1.0"]
+    changes += ["n_tip=0.25 criterion=explained_variance", "packed_dtype=int8", "n_sink=0 n_recent=0"]
+    changes += ["group_reduce=softmax_exact", "group_reduce=max", "per=query_head"]
+    names = ["fasa 128", *(f"fasa 128 {change}" for change in changes)]
+    return {name: Reach(windows=24, prompts=25, all_lengths=False) for name in names}
+
+
+def by_layer(layers: Iterable[int]) -> dict[str, Reach]:
+    """One sparse layer at a time: what each loses, as published and by default."""
+    reach = Reach(windows=4, prompts=0, all_lengths=False)
+    arms = ("fasa 64", "fasa 64 completion=none", "paper 64")
+    return {f"{arm} only={layer}": reach for arm in arms for layer in layers}
+
+
+SETS: dict[str, Callable[[Iterable[int]], dict[str, Reach]]] = {
+    "study": study,
+    "defaults": defaults,
+    "grid": grid,
+    "layers": by_layer,
+}

@@ -1,0 +1,132 @@
+"""Which layers and heads lose what: the error of sparse attention where everything before it was dense.
+
+    python -m evals.quality.real_heads --pretrained FOLDER --gguf-file FILE --text BOOK --calibrate BOOK \
+        --profile FOLDER --windows 4 --arm "fasa 128" --arm "paper 128" --out JSON
+
+In each layer the tail's queries attend as the arm has it, beside dense attention, which the model goes on with. The
+error is the norm of the difference over that of the dense output, the root mean square over the tail's queries, for
+each query head; so no layer's error comes from another's. What one sparse layer costs in perplexity is
+``evals.quality.real --arms layers``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evals.quality.arms import provenance
+from evals.quality.real import Run, parser
+from evals.quality.real_arms import Arm
+from fasa_flex.attention import sparse_attention
+from fasa_flex.completion import Completion
+from fasa_flex.layers import dense_layers, layer_of
+from fasa_flex.probe import check_attention
+from fasa_flex.saving import replace_text
+from fasa_flex.scoring import DominantChunks, Scorer
+from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
+from fasa_flex.selection import valid_keys
+from fasa_flex.softmax import Softmax
+from fasa_flex.tip import dominant_chunks
+
+
+def errors_of(loaded: Run, arms: Mapping[str, Arm], windows: int) -> dict[str, dict[str, list[float]]]:
+    """Errors of every query head, by arm and layer: those that cannot be sparse are left out."""
+    squares: dict[str, dict[int, list[Tensor]]] = {name: {} for name in arms}
+    length = loaded.lengths.chosen("windows")[0]
+    unrotated = loaded.profile.layout.unrotated_layers
+    skipped = dense_layers(loaded.model, (), unrotated, check_attention(loaded.model))
+    scorers = {name: _scorers(loaded, arm) for name, arm in arms.items()}
+    prefix = 0
+
+    def measure(
+        dense: DenseAttention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> AttentionResult:
+        out, weights = dense(module, query, key, value, attention_mask, **kwargs)
+        layer = layer_of(module)
+        if layer not in skipped:
+            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            exact = out[:, prefix:].transpose(1, 2).float()
+            for name, arm in arms.items():
+                focused = _focused(arm, scorers[name](layer), query, key, value, prefix, scaling).float()
+                error = (focused - exact).norm(dim=-1) / exact.norm(dim=-1)
+                squares[name].setdefault(layer, []).append(error.square().mean((0, 2)).cpu())
+        return out, weights
+
+    with torch.no_grad(), AttentionSeam(loaded.model, measure):
+        for number in range(windows):
+            document = loaded.documents.make("windows", length, number, windows)
+            prefix = document.prefix
+            loaded.model(document.ids[None].to(loaded.model.device), use_cache=False, logits_to_keep=1)
+    return {
+        name: {str(layer): torch.stack(held).mean(0).sqrt().tolist() for layer, held in by_layer.items()}
+        for name, by_layer in squares.items()
+    }
+
+
+def _scorers(loaded: Run, arm: Arm) -> Any:
+    assert arm.config is not None
+    if arm.method == "fasa":
+        return dominant_chunks(loaded.profile, arm.config)
+    return arm.scorer(loaded.profile, loaded.channels)
+
+
+def _focused(
+    arm: Arm, scorer: Scorer, query: Tensor, key: Tensor, value: Tensor, prefix: int, scaling: float, step: int = 64
+) -> Tensor:
+    """Sparse attention of the queries from ``prefix`` on, a few at a time: [B, Hq, Q, Dv]."""
+    config = arm.config
+    assert config is not None
+    if isinstance(scorer, DominantChunks):
+        scorer = scorer.to(query.device)
+        if scorer.dtype is None and config.per == "kv_head":
+            scorer = replace(scorer, dtype=config.packed_dtype)
+    kind = config.completion or ("first_order" if arm.method == "fasa" and config.per == "kv_head" else "none")
+    strength = config.completion_strength if kind == "first_order" else 0.0
+    by_all = getattr(scorer, "completes_by_all", False)
+    completion = None if kind == "none" else Completion(strength, by_all=by_all)
+    reduce = "none" if config.per == "query_head" else config.group_reduce
+    valid = valid_keys(query.shape[2] - prefix, key.shape[2], None, query.device)
+    parts = [
+        sparse_attention(
+            query[:, :, prefix + at : prefix + at + step],
+            key,
+            value,
+            scorer,
+            valid[:, :, :, at : at + step],
+            config.budget,
+            reduce,
+            Softmax(scaling),
+            "gather",
+            completion=completion,
+        )
+        for at in range(0, query.shape[2] - prefix, step)
+    ]
+    return torch.cat(parts, dim=2)
+
+
+def main() -> None:
+    """Measure, and write the file."""
+    began, options = time.time(), parser(__doc__).parse_args()
+    loaded = Run(options)
+    arms = {name: arm for name, arm in loaded.arms.items() if arm.config is not None}
+    made = errors_of(loaded, arms, options.windows)
+    results = {**provenance(began), **loaded.settings, "windows": options.windows, "errors": made}
+    replace_text(options.out, json.dumps(results, indent=1) + "\n")
+    for name, by_layer in made.items():
+        print(name, *(f"{layer}:{sum(heads) / len(heads):.3f}" for layer, heads in by_layer.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""A random sample of the remainder beside the best keys: vAttention's idea, and a rival of completion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fasa_flex.attention import gather_focused
+from fasa_flex.packing import PackedKeys
+from fasa_flex.ranking import INVALID, is_first
+from fasa_flex.reads import ReadShare, StatesReads
+from fasa_flex.scoring import Scorer
+from fasa_flex.selection import Selection
+from fasa_flex.softmax import Softmax
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """vAttention (Desai et al., 2025, arXiv 2510.05688): the best keys, and a sample that stands for the remainder.
+
+    A part of the budget, forced tokens among it, goes to the best keys; the rest is drawn uniformly, without
+    replacement, from the other valid keys. Their exact logits enter the softmax with the log of |R| / m, the size of
+    the remainder R over that of the sample, so that numerator and denominator of attention are unbiased. Left out: the
+    paper chooses m for each head and query by a bound on the error, here it is a share of the budget; MagicPIG (Chen et
+    al., 2025, arXiv 2410.16179) draws by hashing, near keys more often. A draw depends on the seed, the head and the
+    numbers of the query and the key among valid tokens alone, so that decoding and many queries at once agree.
+
+    Attention is by gathered rows, on any device and whatever the backend.
+
+    Args:
+        ranker: chooses the best keys; it also says what ranking reads.
+        share: of the budget that is drawn at random.
+        seed: of the draws; give each layer another.
+    """
+
+    ranker: Scorer
+    share: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.share < 1.0:
+            raise ValueError(f"share of the budget that is drawn at random must lie in [0, 1), got {self.share}.")
+
+    def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
+        """As `Scorer`: the ranker's."""
+        return self.ranker(query, key, packed_keys)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, selection: Selection, softmax: Softmax
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `fasa_flex.attention.gather_focused`, for a part of the selection and the sample in place of the rest."""
+        order, valid = selection.order, selection.order > INVALID
+        best = order.gather(-1, selection.slots).masked_fill(~selection.taken, INVALID).sort(-1, descending=True)
+        slots, count = selection.slots.gather(-1, best.indices), selection.count[..., None]
+        drawn = (count * self.share).long()
+        kept = torch.maximum(count - drawn, (is_first(order) & valid).sum(-1, keepdim=True))
+        least = best.values.gather(-1, (kept - 1).clamp(min=0))
+        remainder = valid & (order < least)
+        most = max(1, min(int(slots.shape[-1] * self.share), order.shape[-1]))
+        lots = torch.where(remainder, self._lots(valid), -1).topk(most, dim=-1)
+        taken = (lots.values >= 0) & (torch.arange(most, device=order.device) < count - kept)
+        weight = remainder.sum(-1, keepdim=True) / taken.sum(-1, keepdim=True).clamp(min=1)
+        zeros = torch.zeros_like(best.values, dtype=torch.float32)
+        log_weights = torch.cat([zeros, weight.clamp(min=1).log().expand(lots.values.shape)], dim=-1)
+        column = torch.arange(slots.shape[-1], device=order.device)
+        both = Selection(
+            torch.cat([slots, lots.indices], dim=-1), torch.cat([column < kept, taken], dim=-1), selection.order
+        )
+        return gather_focused(query, key, value, both, softmax, log_weights)
+
+    def reads(self, head_dim: int, query_heads: int, kv_heads: int) -> ReadShare:
+        """As the ranker's: a key and value that is drawn is one of the budget."""
+        if not isinstance(self.ranker, StatesReads):
+            raise ValueError(f"{type(self.ranker).__name__} does not state what it reads; give it `reads`.")
+        return self.ranker.reads(head_dim, query_heads, kv_heads)
+
+    def _lots(self, valid: Tensor) -> Tensor:
+        """A random number of every key for every query, by a hash (splitmix64): int64 [B, H, G, Q, T], at least 0."""
+        number, heads = valid.cumsum(-1), torch.arange(valid.shape[1] * valid.shape[2], device=valid.device)
+        own = (self.seed * 1_000_003 + heads.view(valid.shape[1:3])) * 0x2545F4914F6CDD1D
+        mixed = _mix(own[:, :, None, None] + number[..., -1:])
+        return _mix(mixed + number * 0x1E3779B97F4A7C15) & ((1 << 62) - 1)
+
+
+def _mix(number: Tensor) -> Tensor:
+    """Well mixed bits of int64; products wrap."""
+    for shift, factor in ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB)):
+        number = (number ^ ((number >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return number ^ ((number >> 31) & ((1 << 33) - 1))
