@@ -39,8 +39,9 @@ from fasa_flex import FasaProfile, calibrate, enable
 from fasa_flex.baselines import channel_weights
 from fasa_flex.expectations import cache_argument
 from fasa_flex.handle import Fasa
-from fasa_flex.layers import attention_modules
+from fasa_flex.layers import attention_modules, dense_layers
 from fasa_flex.loading import load_model
+from fasa_flex.probe import check_attention
 from fasa_flex.saving import replace_text
 from fasa_flex.stats import read_share
 
@@ -186,7 +187,10 @@ class Run:
         )
         self.lengths = Lengths(windows, needles)
         layers = sorted(attention_modules(self.model))
-        reaches = SETS[options.arms](layers) if options.arms else {}
+        unrotated = self.profile.layout.unrotated_layers
+        self.dense_layers = dense_layers(self.model, (), unrotated, check_attention(self.model))
+        able = [layer for layer in layers if layer not in self.dense_layers]
+        reaches = SETS[options.arms](able) if options.arms else {}
         reaches |= {name: Reach() for name in options.arm}
         self.arms = arms_of(reaches, options.backend, layers)
         self.settings = {
@@ -228,11 +232,11 @@ class Run:
 def run(options: argparse.Namespace) -> None:
     """Calibrate, measure what the file does not hold, and keep every document's results at once."""
     began = time.monotonic()
+    if options.processes > 1:
+        share_documents(options)
+        return
     loaded = Run(options)
     print(f"ready after {time.monotonic() - began:.0f} s", flush=True)
-    if options.processes > 1:
-        share_documents(options, loaded)
-        return
     number, of = map(int, options.shard.split("/")) if options.shard else (0, 1)
     out = shard_file(options.out, number, of) if options.shard else options.out
     results = opened(out if out.exists() else options.out, loaded.settings, loaded.arms)
@@ -281,13 +285,15 @@ def shard_file(out: Path, number: int, of: int) -> Path:
     return out.with_name(f"{out.stem}.{number}of{of}.json")
 
 
-def share_documents(options: argparse.Namespace, loaded: Run) -> None:
+def share_documents(options: argparse.Namespace) -> None:
     """Measure in several processes of this command, and join their files."""
     if options.profile is None:
         sys.exit("--processes needs --profile, the folder from which all of them read the profile.")
     begun, of = time.monotonic(), options.processes
+    loaded = None if (options.profile / "config.json").exists() else Run(options)
     command = [sys.executable, "-m", "evals.quality.real", *sys.argv[1:], "--processes=1"]
     started = [subprocess.Popen([*command, f"--shard={number}/{of}"]) for number in range(of)]
+    loaded = loaded or Run(options)  # beside them
     failed = [process.args for process in started if process.wait()]
     files = [shard_file(options.out, i, of) for i in range(of)]
     held = [file for file in (options.out, *files) if file.exists()]

@@ -25,8 +25,7 @@ from evals.quality.real import Run, parser
 from evals.quality.real_arms import Arm
 from fasa_flex.attention import sparse_attention
 from fasa_flex.completion import Completion
-from fasa_flex.layers import dense_layers, layer_of
-from fasa_flex.probe import check_attention
+from fasa_flex.layers import layer_of
 from fasa_flex.saving import replace_text
 from fasa_flex.scoring import DominantChunks, Scorer
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
@@ -39,8 +38,6 @@ def errors_of(loaded: Run, arms: Mapping[str, Arm], windows: int) -> dict[str, d
     """Errors of every query head, by arm and layer: those that cannot be sparse are left out."""
     squares: dict[str, dict[int, list[Tensor]]] = {name: {} for name in arms}
     length = loaded.lengths.chosen("windows")[0]
-    unrotated = loaded.profile.layout.unrotated_layers
-    skipped = dense_layers(loaded.model, (), unrotated, check_attention(loaded.model))
     scorers = {name: _scorers(loaded, arm) for name, arm in arms.items()}
     prefix = 0
 
@@ -55,7 +52,7 @@ def errors_of(loaded: Run, arms: Mapping[str, Arm], windows: int) -> dict[str, d
     ) -> AttentionResult:
         out, weights = dense(module, query, key, value, attention_mask, **kwargs)
         layer = layer_of(module)
-        if layer not in skipped:
+        if layer not in loaded.dense_layers:
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
             exact = out[:, prefix:].transpose(1, 2).float()
             for name, arm in arms.items():
