@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fasa_flex import FasaConfig, FasaProfile
-from fasa_flex.baselines import AllDimensions, Sampled, as_published, scorer_factory
+from fasa_flex.baselines import AllDimensions, Sampled, as_published, scorer_factory, unheard
 from fasa_flex.scoring import Scorer, SequenceScorer
 from fasa_flex.tip import dominant_chunks
 
@@ -95,7 +95,9 @@ class Arm(NamedTuple):
         if self.method == "vattention":
             ranker = dominant_chunks(profile, config)
             return lambda layer: Sampled(ranker(layer), self.sample, seed=layer)
-        chunks = None if self.n_tip is None else FasaConfig(n_tip=self.n_tip).chunks_of(profile.layout.head_dim)
+        chunks = None
+        if self.n_tip is not None and "n_tip" not in unheard(self.method):
+            chunks = FasaConfig(n_tip=self.n_tip).chunks_of(profile.layout.head_dim)
         return scorer_factory(
             self.method,  # type: ignore[arg-type]  # a word of the command line, which is checked there
             profile,

@@ -66,7 +66,7 @@ def test_a_configuration_in_words() -> None:
 def test_an_option_that_a_method_does_not_hear_is_refused_by_name(method: str) -> None:
     """Every baseline hears each of the three or refuses it; what lm-eval makes of ``none`` says nothing."""
     hears = {"sparq": ("n_tip",), "random_chunks": ("n_tip", "packed_dtype")}
-    hears |= dict.fromkeys(("adjacent_pairs", "double_sparsity"), ("n_tip", "packed_dtype"))
+    hears |= dict.fromkeys(("adjacent_pairs", "double_sparsity", "vattention"), ("n_tip", "packed_dtype"))
     for name, value in (("n_tip", 3), ("criterion", "agreement"), ("packed_dtype", "int8")):
         assert config_of(method, **{name: None}) == config_of(method)
         if name in hears.get(method, ()):
