@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sentences import raises_sentence
 
 from fasa_flex import FasaConfig, fasa_attention
 from fasa_flex.budget import Budget, check_count
@@ -34,9 +35,8 @@ from fasa_flex.selection import forced_keys
     ids=str,
 )
 def test_what_is_no_budget_is_refused(fields: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=named) as error:
+    with raises_sentence(ValueError, match=named):
         Budget(**fields)
-    assert "\n" not in str(error.value)
 
 
 def test_forced_tokens_may_fill_the_budget_or_exceed_a_share() -> None:
@@ -121,9 +121,8 @@ def test_heads_exceed_one_by_one_and_cover_together() -> None:
     ids=str,
 )
 def test_counts_of_heads_that_are_none_are_refused(n_fac: tuple[Any, ...], named: str) -> None:
-    with pytest.raises(ValueError, match=named) as error:
+    with raises_sentence(ValueError, match=named):
         Budget(n_fac, n_sink=1, n_recent=2)
-    assert "\n" not in str(error.value)
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

@@ -7,6 +7,7 @@ import torch
 from cases import unrounded
 from families import tiny
 from generation import Ids, profile_of
+from sentences import raises_sentence
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -148,24 +149,24 @@ def test_the_boundary_ends_with_its_context_even_after_an_error(llama: PreTraine
 
 
 @pytest.mark.parametrize(
-    ("start", "stop"),
+    ("start", "stop", "said"),
     [
-        (torch.tensor([5, 5, 5]), None),  # three boundaries, two rows
-        (torch.tensor(5), None),
-        (torch.tensor([[5], [5]]), None),
-        (torch.tensor([-1, 5]), None),
-        (torch.tensor([5, 5]), torch.tensor([9])),
-        (torch.tensor([5.0, 5.0]), None),
+        (torch.tensor([5, 5, 5]), None, "start names 3 rows, the batch has 2"),
+        (torch.tensor(5), None, "start must be .* got torch.int64 5;"),
+        (torch.tensor([[5], [5]]), None, r"start must be .* got torch.int64 \[\[5\], \[5\]\];"),
+        (torch.tensor([-1, 5]), None, r"start must be .* got torch.int64 \[-1, 5\];"),
+        (torch.tensor([5, 5]), torch.tensor([9]), r"stop must be .* got torch.int64 \[9\];"),
+        (torch.tensor([5.0, 5.0]), None, r"start must be .* got torch.float32 \[5.0, 5.0\];"),
     ],
     ids=["rows", "scalar", "two dimensions", "negative", "stop of another length", "float"],
 )
 def test_boundaries_that_do_not_fit_are_refused(
-    llama: PreTrainedModel, ids: Ids, start: Tensor, stop: Tensor | None
+    llama: PreTrainedModel, ids: Ids, start: Tensor, stop: Tensor | None, said: str
 ) -> None:
     profile = profile_of(llama)
     with (
         enable(llama, profile, unrounded(n_fac=4)) as fasa,
-        pytest.raises((ValueError, TypeError), match=r"start|stop|row"),
+        raises_sentence(ValueError, match=said),
         fasa.sparse_from(start, stop),
         torch.no_grad(),
     ):

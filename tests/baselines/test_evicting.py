@@ -9,6 +9,7 @@ import pytest
 import torch
 from baselines import plain
 from baselines.plain import Rule, forward_of, selected
+from sentences import raises_sentence
 from torch import Tensor
 
 from fasa_flex.baselines import H2O, RKV, SnapKV
@@ -221,9 +222,8 @@ def test_a_forward_that_does_not_continue_is_refused() -> None:
         for change in changes.values():
             scorer = method()
             scorer.follow(forward_of(query[:, :, :20], key[:, :, :20], Budget(5), 20))
-            with pytest.raises(ValueError, match=r"followed 20 slots, the cache.*without beam search") as error:
+            with raises_sentence(ValueError, match=r"followed 20 slots, the cache.*without beam search"):
                 scorer.follow(change())
-            assert "\n" not in str(error.value)
             scorer.follow(forward_of(query[:, :, :20], key[:, :, :20], Budget(5), 9))  # a new sequence may begin
 
 
