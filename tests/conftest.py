@@ -78,6 +78,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", unk_token="<unk>")
 
 
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """The test compiles for itself, and leaves no graph to the next one, whether it passes or not."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 def token_ids(length: int, seed: int = 0, rows: int | None = None) -> Tensor:
     """Random token ids [length], or [rows, length], neither padding nor the first token.
 

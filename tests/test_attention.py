@@ -76,10 +76,10 @@ FLEX_CASES = [
 ]
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.slow
 def test_flex_equals_the_oracle_through_changing_shapes() -> None:
     """One process serves other batches, heads and numbers of queries, as generation and evaluation do in turn."""
-    torch._dynamo.reset()
     for case in FLEX_CASES:
         q, k, v, chunks = case.tensors()
         expected = case.oracle(q, k, v, chunks).out

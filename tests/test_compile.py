@@ -5,8 +5,6 @@ A handful of shapes only: a flex kernel takes tens of seconds to compile on CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import oracle
 import pytest
@@ -20,16 +18,9 @@ from transformers import CompileConfig, PreTrainedModel, StaticCache
 
 from fasa_flex import RotaryLayout, enable
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_compiler")]
 
 DIM, GROWTH = 16, (40, 41, 42, 50, 64, 65, 129)
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def step(length: int, queries: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -30,14 +30,12 @@ def states(queries: int, keys: int, seed: int = 0) -> tuple[Tensor, Tensor, Tens
 
 
 @pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def traced(fresh_compiler: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Traced and guarded as ever, but run without code being made, which takes minutes."""
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda step, **options: compile_(step, backend="eager", **options))
-    torch._dynamo.reset()
     attention._compiled.cache_clear()
     yield
-    torch._dynamo.reset()
     attention._compiled.cache_clear()
 
 
@@ -92,6 +90,7 @@ def test_queries_and_keys_that_both_change_compile_on_a_cpu() -> None:
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_forward_on_a_growing_cache_compiles_no_token_anew(ids: Ids) -> None:
     """transformers' own recipe: a graph for the prompt, one for a token, and one for a token at any length."""
     model, prompt, graphs = tiny("Llama", num_hidden_layers=2), ids(24, rows=1), []
@@ -100,7 +99,6 @@ def test_a_compiled_forward_on_a_growing_cache_compiles_no_token_anew(ids: Ids) 
         graphs.append(graph)
         return graph
 
-    torch._dynamo.reset()
     with enable(model, profile_of(model), FasaConfig(n_fac=6, n_tip=2)) as fasa:
         expected = generate(model, prompt, max_new_tokens=6)[0]
         fasa.stats.reset()

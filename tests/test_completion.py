@@ -363,11 +363,11 @@ def test_what_does_not_fit_is_refused_in_one_sentence(change: dict[str, Any], na
         fasa_attention(**{**call, **change})
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("backend", "compiler"), [("gather", "aot_eager"), ("flex", "eager")])
 @torch.no_grad()
 def test_traced_it_is_the_eager_result(backend: str, compiler: str) -> None:
     """One graph for a growing cache, which brings the state up to date, and two compilations."""
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend(compiler)
 
     @torch.compile(fullgraph=True, backend=counter)
@@ -385,4 +385,3 @@ def test_traced_it_is_the_eager_result(backend: str, compiler: str) -> None:
         given = {"n_fac": 16, "state": state_of(keys, values), "backend": "reference"}
         torch.testing.assert_close(out, fasa_attention(q, keys, values, chunks, **given), atol=2e-5, rtol=0)
     assert counter.frame_count <= 2
-    torch._dynamo.reset()

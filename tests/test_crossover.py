@@ -97,6 +97,7 @@ def test_above_the_crossover_it_is_auto(llama: PreTrainedModel, ids: Ids, monkey
         assert [layer.dense_queries for layer in fasa.stats.per_layer] == [45, 42, 42]
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.slow
 def test_it_compiles_twice_for_a_growing_cache_and_decodes_as_gather(
     llama: PreTrainedModel, ids: Ids, monkeypatch: pytest.MonkeyPatch
@@ -104,7 +105,6 @@ def test_it_compiles_twice_for_a_growing_cache_and_decodes_as_gather(
     """300 steps go beyond the first buffer: the second compilation serves any length."""
     monkeypatch.setitem(fasa_flex.crossover.KV_BYTES, ("cpu", True), 0)
     prompt, profile = ids(100, rows=2), profile_of(llama)
-    torch._dynamo.reset()
     counters.clear()
     results = []
     for backend in ("gather", "fastest"):
@@ -113,7 +113,6 @@ def test_it_compiles_twice_for_a_growing_cache_and_decodes_as_gather(
             assert fasa.stats.sparse_queries == 2 * 2 * 299
     assert torch.equal(*results)
     assert counters["stats"]["unique_graphs"] == 2
-    torch._dynamo.reset()
 
 
 def test_only_an_eager_step_of_a_growing_cache_is_one(

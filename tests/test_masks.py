@@ -65,6 +65,18 @@ def test_lists_off_the_cpu_hold_no_more_than_one_query_can_select(shared: int, w
     assert to_block_mask(selection, 4, 16).kv_indices.shape == (1, 2, 1, 3)
 
 
-def test_blocks_are_single_keys_on_cpu_and_what_triton_compiles_elsewhere() -> None:
-    assert kv_block_size(torch.device("cpu")) == 1
-    assert kv_block_size(torch.device("cuda")) == kv_block_size(torch.device("xpu")) == 16
+def test_on_cpu_no_block_holds_a_key_that_was_not_selected() -> None:
+    """Any size runs there, and a larger one would have keys read for nothing."""
+    scores = torch.zeros(1, 2, 1, 1, 37).index_fill(-1, torch.tensor([3, 11, 30]), 1.0)
+    selection = select(scores, valid_keys(1, 37, None, scores.device), Budget(3))
+    block_mask = to_block_mask(selection, 4, kv_block_size(scores.device))
+    assert block_mask.kv_num_blocks.flatten().tolist() == [3, 3]
+    assert block_mask.kv_indices[..., :3].sort().values.flatten().tolist() == [3, 11, 30] * 2
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_off_the_cpu_a_block_is_no_smaller_than_triton_compiles(device: str) -> None:
+    """Its products of matrices have sides of 16 or more, and flex_attention takes whole blocks of 128 queries."""
+    size = kv_block_size(torch.device(device))
+    assert size >= 16
+    assert 128 % size == 0

@@ -153,6 +153,7 @@ def test_four_bits_are_codes_of_at_most_7_two_in_a_byte(tile: int) -> None:
         np.testing.assert_array_equal(held[b, h, slot].numpy(), oracle.rounded(rows[b, h, slot].double().numpy(), 4))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("dtype", [None, "int8", "int4"])
 def test_a_tracer_sees_the_same_scores(dtype: str | None) -> None:
     """Under the compiler they are sums of products, for one fused pass."""
@@ -160,7 +161,6 @@ def test_a_tracer_sees_the_same_scores(dtype: str | None) -> None:
     packed = PackedKeys.of(rows, dtype)
     traced = torch.compile(lambda packed, query: packed.scores(query, 70), fullgraph=True, backend="eager")
     torch.testing.assert_close(traced(packed, query), packed.scores(query, 70), atol=1e-5, rtol=0)
-    torch._dynamo.reset()
 
 
 def test_they_are_themselves_and_do_not_change() -> None:

@@ -20,6 +20,7 @@ def test_realize_is_a_contiguous_copy() -> None:
     assert (fake.shape, fake.stride()) == (copy.shape, copy.stride())
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.slow
 def test_what_is_computed_once_is_a_buffer_for_what_reads_it_often() -> None:
     """Without it Inductor takes the cosine anew for each of 1000 rows."""
@@ -28,11 +29,9 @@ def test_what_is_computed_once_is_a_buffer_for_what_reads_it_often() -> None:
     def once(angles: Tensor) -> Tensor:
         return (compute_once(angles.cos()) * table).sum(1)
 
-    torch._dynamo.reset()
     out, (code,) = run_and_get_code(torch.compile(once), angles)
     torch.testing.assert_close(out, (angles.cos() * table).sum(1))
     assert "empty_strided_cpu((7, ), (1, )" in code
     torch._dynamo.reset()
     _, (inlined,) = run_and_get_code(torch.compile(lambda angles: (angles.cos() * table).sum(1)), angles)
     assert "empty_strided_cpu((7, ), (1, )" not in inlined
-    torch._dynamo.reset()

@@ -112,11 +112,11 @@ def test_layers_with_a_window_do_not_go_ahead_of_a_full_one(
     assert [int(layer.get_seq_length()) for layer in cache.layers] == [20] * 3
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("kind", MAKE)
 def test_compiled_steps_are_counted(llama: PreTrainedModel, ids: Ids, kind: str) -> None:
     """They count on the device alone; the first eager call after them must know."""
     cache = MAKE[kind](llama, CONFIG)
-    torch._dynamo.reset()
     compiled = torch.compile(llama, fullgraph=True, backend="eager")
     with enable(llama, profile_of(llama), CONFIG), torch.no_grad():
         llama(ids(20, rows=1), past_key_values=cache)

@@ -204,6 +204,7 @@ def test_a_group_of_one_ranks_by_its_scores(how: str) -> None:
     assert reduce_group(TWO, VALID, "none", HALF).equal(TWO)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("how", ["max", "mean", "softmax", "softmax_exact", "none"])
 def test_a_compiled_group_ranks_alike(how: str) -> None:
     """Head by head under the compiler on CPU; rows have keys of their own, and one has none."""
@@ -216,7 +217,6 @@ def test_a_compiled_group_ranks_alike(how: str) -> None:
     assert compiled.shape == expected.shape
     some = valid.expand(expected.shape)
     torch.testing.assert_close(compiled[some], expected[some], atol=1e-6, rtol=1e-5)
-    torch._dynamo.reset()
 
 
 def test_attention_weights_are_the_softmax_and_an_operator() -> None:

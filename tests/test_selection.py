@@ -105,6 +105,7 @@ def test_every_head_takes_its_own_count(n_sink: int, n_recent: int, shared: int)
         assert selection.mask[b, h, g, i].nonzero().flatten().tolist() == expected
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_it_selects_the_same() -> None:
     scores = torch.randint(-4, 5, (2, 3, 1, 2, 43), generator=torch.Generator().manual_seed(2)).float()
     mask = torch.arange(43) >= torch.tensor([[0], [39]])
@@ -114,7 +115,6 @@ def test_compiled_it_selects_the_same() -> None:
         return select(scores, valid, Budget(7, 1, 2)).mask
 
     assert torch.equal(torch.compile(mask_of, fullgraph=True)(scores, valid), mask_of(scores, valid))
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(("kv_len", "free"), [(1, 0), (5, 95), (33, 31), (64, 200), (100, 156)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +51,6 @@ def decode(model: PreTrainedModel, profile: FasaProfile, prompt: Tensor, backend
 def expected(model: PreTrainedModel, profile: FasaProfile, prompt: Tensor) -> Tensor:
     """By the plain loops of the reference."""
     return decode(model, profile, prompt, "reference")
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def way(kind: str, model: PreTrainedModel, profile: FasaProfile) -> dict[str, Any]:

@@ -60,7 +60,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "math-ai/aime25": {"id": "0", "problem": "Find it.", "answer": "70"},
     "EleutherAI/wikitext_document_level": {"page": " = Title = \n Some words , and others . \n" * 300},
 }
-WRITTEN: dict[str, str] = {  # what a model that knows writes, by the task's name
+SUBSETS: dict[str, dict[str, Any]] = {"passage_count": {"answers": ["3"]}}  # what differs by the name of a subset
+WRITTEN: dict[str, str] = {  # what a model that knows writes, by how the task's name begins
+    "longbench_passage_count": "3",
     "longbench": "Paragraph 3",
     "babilong": "The most recent location of John is kitchen.",
     "infinitebench_longbook_choice": "A",
@@ -100,7 +102,7 @@ class Knowing(LM):
 @pytest.fixture
 def stubs(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(path: str, name: str | None = None, *, split: str | None = None, **_: Any) -> Any:
-        rows = datasets.Dataset.from_list([ROWS[path]] * 12)
+        rows = datasets.Dataset.from_list([{**ROWS[path], **SUBSETS.get(name or "", {})}] * 12)
         return rows if split else AnySplit(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -160,21 +162,7 @@ def test_a_model_that_knows_scores_one(name: str, recipe: Callable[[str], Evalua
         if task in results["n-samples"]
     }
     assert best
-    free = (
-        "sum",
-        "qa_en",
-        "qa_chn",
-        "lcc",
-        "repobench",
-        "count",
-        "run",
-        "number_string",
-        "gov",
-        "qmsum",
-        "news",
-        "samsum",
-    )
-    wrong = {task: score for task, score in best.items() if score < 1 and not any(word in task for word in free)}
+    wrong = {task: score for task, score in best.items() if score < 1 - 1e-6}  # ROUGE adds 1e-8 to what it divides by
     assert wrong == {}
 
 

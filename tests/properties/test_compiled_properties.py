@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +16,8 @@ from fasa_flex import RotaryLayout, fasa_attention
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+def fresh(fresh_compiler: None) -> None:
+    """Around each test: hypothesis takes no fixture of the test's own, which would not begin anew with each example."""
 
 
 @cases(0.05)
