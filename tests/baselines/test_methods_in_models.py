@@ -199,9 +199,13 @@ def test_what_is_dropped_is_of_each_cache(llama: PreTrainedModel, ids: Ids, meth
 @pytest.mark.parametrize("method", EVICTING)
 def test_what_is_dropped_is_of_each_thread(llama: PreTrainedModel, ids: Ids, method: str) -> None:
     rows, meeting = [ids(40, rows=1, seed=seed) for seed in (1, 2)], threading.Barrier(2, timeout=20)
+
+    def meet(*_: object) -> None:
+        meeting.wait()
+
     with under(llama, method):
         alone = [generate(llama, row) for row in rows]
-        turns = llama.model.layers[1].mlp.register_forward_hook(lambda *_: None if meeting.wait() else None)
+        turns = llama.model.layers[1].mlp.register_forward_hook(meet)
         with ThreadPoolExecutor(2) as pool:
             together = list(pool.map(lambda row: generate(llama, row), rows))
         turns.remove()
