@@ -20,7 +20,7 @@ from fasa_flex.budget import Budget, check_count
 from fasa_flex.config import FasaConfig, check_choice
 from fasa_flex.host_layers import HostLayer, OnHost, StaticHostLayer
 from fasa_flex.layers import attention_modules, attention_shape, dense_layers, device_of
-from fasa_flex.packed_layers import KeepsPackedKeys, PackedLayer, StaticPackedLayer, packs
+from fasa_flex.packed_layers import KeepsPackedKeys, PackedLayer, StaticPackedLayer, packs, writable
 from fasa_flex.packing import packed_bytes
 from fasa_flex.profile import FasaProfile, check_kinds
 from fasa_flex.room import counted, make_room
@@ -28,6 +28,7 @@ from fasa_flex.scoring import DominantChunks
 from fasa_flex.spread import spread_budget
 from fasa_flex.tip import dominant_chunks
 from fasa_flex.wrappers import unwrapped
+from fasa_flex.written import counting
 
 Placement = Literal["device", "host"]
 
@@ -82,6 +83,9 @@ class FasaCache(Cache):
     and warns of it. Packed keys cost ``n_tip / head_dim`` of the keys and values, less in a lower
     ``config.packed_dtype``. Layers that are dense under ``config``, have no RoPE or a sliding window hold keys and
     values alone, on the device.
+
+    Packed keys follow ``layer.keys`` when they are replaced or written to in place; a write that PyTorch does not count
+    (``keys.data``, NumPy, DLPack) is not seen, so call ``layer.repack(layer.scorer)`` behind one.
 
     A static cache that is full, or a host that has no more memory, is an error before anything is written: what the
     cache holds is as before.
@@ -138,7 +142,8 @@ class FasaCache(Cache):
         scorers = {layer: make(layer).to(devices[layer]) for layer in sparse}
         hold = {layer: _to_hold(budgets[layer], max_cache_len) for layer in sparse if placement == "host"}
         self._new_layers = partial(_new_layers, model.config, max_cache_len, scorers, hold)
-        super().__init__(layers=self._new_layers())
+        with counting():
+            super().__init__(layers=self._new_layers())
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -168,6 +173,9 @@ class FasaCache(Cache):
         for layer in self.layers:
             if isinstance(layer, DynamicLayer):  # dropped first: zeros cannot be written to what inference mode made
                 layer.is_initialized, layer.keys, layer.values = False, None, None
+            for name, held in list(vars(layer).items()):
+                if isinstance(held, Tensor) and not writable(held):
+                    setattr(layer, name, held.clone())
         super().reset()
 
     @property

@@ -341,7 +341,9 @@ class Fasa:
         if layer in self._followers:
             valid = once("valid", valid_from_mask)
             sparse = torch.zeros_like(n_valid, dtype=torch.bool) if chosen is None else chosen
-            forward = Forward(query, key, valid, sparse, first, first_slot, self._budgets[layer], softmax.scaling)
+            whole = self._forward.cache and self._forward.cache()
+            budget = self._budgets[layer]
+            forward = Forward(query, key, valid, sparse, first, first_slot, budget, softmax.scaling, whole)
             scorer = Given(self._followers[layer].follow(forward))
         if chosen is None:  # keys and values of FASA-M may be the host's
             key, value = key.to(query.device), value.to(query.device)

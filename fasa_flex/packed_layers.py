@@ -236,13 +236,13 @@ class StaticPackedLayer(KeepsPackedKeys, CountedStaticLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the buffers."""
-        with counting():
-            super().lazy_initialization(key_states, value_states)
+        super().lazy_initialization(key_states, value_states)
         self.repack(self.scorer)
 
     def repack(self, scorer: DominantChunks) -> None:
         """Pack the keys anew, for other dimensions or in another precision."""
-        super().repack(scorer)
+        with counting():
+            super().repack(scorer)
         if self.packed is not None and not torch.compiler.is_compiling():
             for held in (self.packed.tiles, self.packed.scales):
                 if held is not None:
@@ -254,6 +254,7 @@ class StaticPackedLayer(KeepsPackedKeys, CountedStaticLayer):
         if self.packed is not None:
             self.packed.change(Tensor.zero_)
         if self.state is not None:
+            self.state = self.state if writable(self.state.covered) else self.state.change(Tensor.clone)
             self.state.covered.zero_()
             self._mark_anew()
 

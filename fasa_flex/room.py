@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
+from fasa_flex.written import counting
+
 
 class CountedStaticLayer(StaticLayer):
     """A layer of a fixed length that says when it is full; transformers' own writes past its end.
@@ -26,6 +28,11 @@ class CountedStaticLayer(StaticLayer):
     def __init__(self, max_cache_len: int) -> None:
         super().__init__(max_cache_len)
         self.written, self.captured = None, False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the buffers, in inference mode as tensors that may be written to outside of it."""
+        with counting():
+            super().lazy_initialization(key_states, value_states)
 
     def reserve(self, length: int) -> None:
         """Make sure that ``length`` more tokens fit.

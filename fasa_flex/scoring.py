@@ -77,6 +77,7 @@ class Forward:
         first_slot: the slot of the first query; 0 begins a sequence.
         budget: of the layer.
         scaling: of the softmax.
+        cache: which holds the keys, so that a method may remember sequences by it; None: there is none.
     """
 
     query: Tensor
@@ -87,6 +88,7 @@ class Forward:
     first_slot: int
     budget: Budget
     scaling: float
+    cache: object | None = None
 
 
 @runtime_checkable
@@ -95,7 +97,8 @@ class SequenceScorer(Protocol):
 
     It is shown every forward of its layer, the dense prefill too. One that evicts ranks what it dropped lowest, -inf,
     for good: as it keeps no fewer keys than the budget, none of these is selected. One that remembers nothing of
-    earlier forwards says so by an attribute ``remembers = False``; its cache may be cropped and shared.
+    earlier forwards says so by an attribute ``remembers = False``; its cache may be cropped and shared. One that does
+    keeps it by ``forward.cache``, since sequences are continued in turn, and in several threads at once.
     """
 
     def follow(self, forward: Forward) -> Tensor:

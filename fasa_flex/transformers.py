@@ -38,6 +38,9 @@ def enable(
     which the configs of this model's layers carry, and serves these layers alone, so that models with different
     profiles and budgets live side by side.
 
+    Packed keys follow a cache whose keys are replaced or written to in place, but for writes that PyTorch does not
+    count, as through ``keys.data`` (`FasaCache`).
+
     Where the prompt ends, `generate` knows: its last chunk (``prefill_chunk_size``) or a suffix of one token on an
     earlier cache is still prefill. In a loop of one's own a forward of one token is a decoded one; there
     `Fasa.sparse_from` says where the prompt ends.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Literal
 
 import pytest
 import torch
+from families import tiny
 from filled import assert_packed
 from generation import Ids, profile_of
 from torch import Tensor
@@ -145,3 +147,42 @@ def test_keys_that_are_written_to_in_place_are_packed_anew(
     with enable(llama, profile_of(llama), FasaConfig(n_fac=6, n_tip=2)), mode():
         expected, got = run(prompt[order], token[order]), run(prompt, token, order)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_writes_that_are_not_counted_are_followed_by_repack(llama: PreTrainedModel, ids: Ids) -> None:
+    """As `FasaCache` says of ``.data``: unseen until its layer packs its keys anew."""
+    profile, config = profile_of(llama), FasaConfig(n_fac=6, n_tip=2)
+    with enable(llama, profile, config):
+        cache = FasaCache(llama, profile, config)
+        llama(ids(40, rows=1), **cache_argument(llama, cache))
+        for layer in cache.layers[1:]:
+            layer.keys.data.neg_()
+            layer.repack(layer.scorer)
+        assert_packed(cache)
+        steps(llama, cache, [3])
+        assert_packed(cache)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma 2"])
+@pytest.mark.parametrize("place", ["device", "host"])
+@pytest.mark.parametrize("made_in", [torch.inference_mode, torch.no_grad])
+def test_a_static_cache_of_inference_mode_is_reset_and_cropped_outside(
+    ids: Ids, name: str, place: Literal["device", "host"], made_in: Mode
+) -> None:
+    """Its sliding layers, too; afterwards it fills as it did before."""
+    model, config = tiny(name), FasaConfig(n_fac=6, n_tip=2)
+    profile, prompt = profile_of(model), ids(30, rows=1)
+    with enable(model, profile, config):
+        with made_in():
+            cache = FasaCache(model, profile, config, placement=place, max_cache_len=64)
+        with torch.inference_mode():
+            model(prompt, **cache_argument(model, cache))
+            expected = steps(model, cache, [3, 4])
+        cache.reset()
+        with torch.no_grad():
+            model(prompt, **cache_argument(model, cache))
+            torch.testing.assert_close(steps(model, cache, [3, 4]), expected)
+            if name == "Llama":
+                cache.crop(-1)
+                torch.testing.assert_close(steps(model, cache, [4]), expected[:, 1:])

@@ -6,6 +6,9 @@ between queries a head keeps one key less than the budget, so that with its own 
 
 from __future__ import annotations
 
+import copy
+import itertools
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -24,9 +27,13 @@ ABSENT = -1
 
 _BYTES = 1 << 26
 
+_numbers, _alone = itertools.count(), threading.Lock()
+
 
 class Evicting(ABC):
     """A `SequenceScorer` that keeps what it may attend to, for causal masks with or without padding.
+
+    What it remembers is of each cache by itself (`of`), so that several sequences are continued in turn or in threads.
 
     Forced tokens (``n_sink``, ``n_recent``) are never dropped. One selection for each key/value head. What a query head
     of a group attends to is taken to be a plain softmax, without a cap or learned sinks.
@@ -38,7 +45,7 @@ class Evicting(ABC):
     kept: Tensor
 
     def __init__(self) -> None:
-        self._length = 0
+        self._number, self._length = next(_numbers), 0
         self._last_key: Tensor | None = None
 
     @abstractmethod
@@ -64,6 +71,23 @@ class Evicting(ABC):
             ValueError: a forward that does not continue the former one, forced tokens that fill the budget, or
                 torch.compile, which does not know about memory.
         """
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                f"{type(self).__name__} remembers what it drops and does not compile; run the model eagerly."
+            )
+        if forward.cache is None:
+            with _alone:
+                return self._follow(forward)
+        return self.of(forward.cache)._follow(forward)
+
+    def of(self, cache: object) -> Evicting:
+        """The one that remembers a cache. The cache holds it, so that a copy of the cache has a copy of it."""
+        held: dict[int, Evicting] = vars(cache).setdefault("_fasa_followers", {})
+        if self._number not in held:
+            held[self._number] = copy.deepcopy(self)
+        return held[self._number]
+
+    def _follow(self, forward: Forward) -> Tensor:
         self._continue(forward)
         key, (batch, kv_heads, kv_len, _) = forward.key.contiguous(), forward.key.shape
         q_len = forward.query.shape[2]
@@ -85,10 +109,6 @@ class Evicting(ABC):
         return scores[..., :kv_len]
 
     def _continue(self, forward: Forward) -> None:
-        if torch.compiler.is_compiling():
-            raise ValueError(
-                f"{type(self).__name__} remembers what it drops and does not compile; run the model eagerly."
-            )
         batch, kv_heads = forward.key.shape[:2]
         if forward.first_slot == 0:
             self.kept = torch.empty(batch, kv_heads, 0, dtype=torch.long, device=forward.key.device)

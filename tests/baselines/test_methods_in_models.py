@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import get_args
 
 import pytest
@@ -119,7 +122,7 @@ def test_values_of_dropped_keys_are_never_read_again(llama: PreTrainedModel, ids
                 llama(part[None], past_key_values=cache)
             if spoil:
                 for layer in (1, 2):
-                    kept = fasa._scorers[layer].kept
+                    kept = fasa._scorers[layer].of(cache).kept
                     dropped = torch.ones(1, 2, 26, dtype=torch.bool).scatter_(-1, kept, False)
                     assert dropped.sum(-1).eq(26 - 9).all()
                     cache.layers[layer].values[dropped] = torch.nan
@@ -172,3 +175,40 @@ def test_dimensions_are_on_the_device_of_the_layer(llama: PreTrainedModel, metho
     made = factory(llama, method)
     with enable(llama.to("meta"), None, FasaConfig(n_fac=9), scorer=made) as fasa:
         assert {scorer.dims.device.type for scorer in fasa._scorers.values()} == {"meta"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", EVICTING)
+def test_what_is_dropped_is_of_each_cache(llama: PreTrainedModel, ids: Ids, method: str) -> None:
+    """Two sequences in turn, then a copy of one beside it; each as alone."""
+    rows = ids(40, rows=2)
+    with under(llama, method) as fasa:
+        alone = [decoded(llama, row, 30)[30:] for row in rows]
+        caches = [DynamicCache(config=llama.config) for _ in rows]
+        for row, cache in zip(rows, caches, strict=True):
+            llama(row[None, :30], past_key_values=cache)
+        for at in range(30, 40):
+            if at == 35:
+                caches.append(copy.deepcopy(caches[1]))
+            for number, cache in enumerate(caches):
+                row = min(number, 1)
+                step = llama(rows[row, at].view(1, 1), past_key_values=cache).logits[0, 0]
+                torch.testing.assert_close(step, alone[row][at - 30])
+        assert fasa.stats.sparse_queries
+
+
+@pytest.mark.parametrize("method", EVICTING)
+def test_what_is_dropped_is_of_each_thread(llama: PreTrainedModel, ids: Ids, method: str) -> None:
+    rows, meeting = [ids(40, rows=1, seed=seed) for seed in (1, 2)], threading.Barrier(2, timeout=20)
+
+    def meet(*_: object) -> None:
+        meeting.wait()
+
+    with under(llama, method):
+        alone = [generate(llama, row) for row in rows]
+        turns = llama.model.layers[1].mlp.register_forward_hook(meet)
+        with ThreadPoolExecutor(2) as pool:
+            together = list(pool.map(lambda row: generate(llama, row), rows))
+        turns.remove()
+    for got, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(got, expected)
