@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +33,7 @@ from transformers import DynamicCache, PreTrainedModel
 from evals.quality.arms import provenance
 from evals.quality.real_arms import SETS, Arm, Lengths, Reach, arms_of
 from evals.quality.real_documents import Document, Documents, calibration_samples, read_text
+from evals.quality.real_processes import Job, shard_file, shared
 from evals.quality.real_results import Results, joined, opened, summary
 from fasa_flex import FasaProfile, calibrate, enable
 from fasa_flex.baselines import channel_weights
@@ -44,9 +44,6 @@ from fasa_flex.loading import load_model
 from fasa_flex.probe import check_attention
 from fasa_flex.saving import replace_text
 from fasa_flex.stats import read_share
-
-Job = tuple[Any, int, int, int]
-"""Kind, length and number of a document, and of how many."""
 
 
 class Evaluation:
@@ -262,27 +259,6 @@ def run(options: argparse.Namespace) -> None:
     replace_text(out, json.dumps(results, indent=1) + "\n")
     if not options.shard:
         print("\n".join(summary(results)))
-
-
-def shared(jobs: list[Job], arms: dict[str, Arm], lengths: Lengths, of: int) -> list[list[Job]]:
-    """The jobs of each of several processes, which take about as long: the dearest first, each to who has least."""
-
-    def cost(job: Job) -> int:
-        reached = [arm for arm in arms.values() if arm.reaches(*job[:3], lengths)]
-        each = 3 if job[0] == "windows" else 1
-        return sum(each * (20 if arm.sees_prefix else 1) for arm in reached)
-
-    loads, parts = [0] * of, [set[Job]() for _ in range(of)]
-    for job in sorted(jobs, key=cost, reverse=True):
-        least = loads.index(min(loads))
-        loads[least] += cost(job)
-        parts[least].add(job)
-    return [[job for job in jobs if job in part] for part in parts]
-
-
-def shard_file(out: Path, number: int, of: int) -> Path:
-    """The file of one of several processes."""
-    return out.with_name(f"{out.stem}.{number}of{of}.json")
 
 
 def share_documents(options: argparse.Namespace) -> None:

@@ -1,0 +1,32 @@
+"""How several processes share the documents of a run on one GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from evals.quality.real_arms import Arm, Lengths
+
+Job = tuple[Any, int, int, int]
+"""Kind, length and number of a document, and of how many."""
+
+
+def shared(jobs: list[Job], arms: dict[str, Arm], lengths: Lengths, of: int) -> list[list[Job]]:
+    """The jobs of each of several processes, which take about as long: the dearest first, each to who has least."""
+
+    def cost(job: Job) -> int:
+        reached = [arm for arm in arms.values() if arm.reaches(*job[:3], lengths)]
+        each = 3 if job[0] == "windows" else 1
+        return sum(each * (20 if arm.sees_prefix else 1) for arm in reached)
+
+    loads, parts = [0] * of, [set[Job]() for _ in range(of)]
+    for job in sorted(jobs, key=cost, reverse=True):
+        least = loads.index(min(loads))
+        loads[least] += cost(job)
+        parts[least].add(job)
+    return [[job for job in jobs if job in part] for part in parts]
+
+
+def shard_file(out: Path, number: int, of: int) -> Path:
+    """The file of one of several processes."""
+    return out.with_name(f"{out.stem}.{number}of{of}.json")
