@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from fasa_flex.budget import Budget
-from fasa_flex.completion import Completion, completed
+from fasa_flex.completion import completed
 from fasa_flex.config import FasaConfig, GroupReduce
-from fasa_flex.held_rows import HeldRows
+from fasa_flex.method import Call
 from fasa_flex.packing import PackedKeys
-from fasa_flex.scoring import DominantChunks, Scorer
+from fasa_flex.scoring import DominantChunks
 from fasa_flex.selection import Marks
 from fasa_flex.softmax import Softmax
 
@@ -21,31 +21,24 @@ MOST_KEYS = 65535 * 16
 """The longest cache of the kernels: its tiles are counted in 16 bits."""
 
 
-def why_no_kernels(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scorer: Scorer,
-    budget: Budget,
-    group_reduce: GroupReduce,
-    packed: PackedKeys | Tensor | None,
-) -> str | None:
+def why_no_kernels(call: Call) -> str | None:
     """Why `fasa_flex.kernels` cannot serve a call, or None if they can."""
+    query, packed, n_fac = call.query, call.packed_keys, call.budget.n_fac
     if not query.is_cuda:
         return f"it needs a CUDA device, the query is on {query.device.type}"
     if query.shape[2] != 1:
         return f"it decodes one query a row, got {query.shape[2]}"
-    if not isinstance(scorer, DominantChunks) or not isinstance(packed, PackedKeys):
+    if not isinstance(call.scorer, DominantChunks) or not isinstance(packed, PackedKeys):
         return "it needs the PackedKeys of dominant chunks"
-    if not isinstance(budget.n_fac, int) or budget.n_fac > MOST_SELECTED:
-        return f"n_fac must be an int of at most {MOST_SELECTED}, got {budget.n_fac}"
+    if not isinstance(n_fac, int) or n_fac > MOST_SELECTED:
+        return f"n_fac must be an int of at most {MOST_SELECTED}, got {n_fac}"
     if packed.tiles.shape[4] != 1:
         return f"it needs packed keys in rows, got tiles of {packed.tiles.shape[4]}"
-    if key.shape[2] > MOST_KEYS:
-        return f"it searches at most {MOST_KEYS} keys, got {key.shape[2]}"
-    if group_reduce == "none" and query.shape[1] != key.shape[1]:
+    if call.key.shape[2] > MOST_KEYS:
+        return f"it searches at most {MOST_KEYS} keys, got {call.key.shape[2]}"
+    if call.group_reduce == "none" and query.shape[1] != call.key.shape[1]:
         return "a group's query heads must select together"
-    return why_not_these(query, key, value)
+    return why_not_these(query, call.key, call.value)
 
 
 def check_kernels(
@@ -106,45 +99,36 @@ def writes_at_once(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, pac
     return fit and here and rows and why_not_these(key, key, value) is None
 
 
-def decode_by_kernels(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scorer: DominantChunks,
-    valid: Tensor,
-    budget: Budget,
-    group_reduce: GroupReduce,
-    softmax: Softmax,
-    packed: PackedKeys,
-    held: HeldRows | None,
-    marks: Marks,
-    completion: Completion | None,
-) -> Tensor:
-    """`sparse_attention` of one query a row, [B, Hq, 1, Dv], where `why_no_kernels` finds no reason against it."""
+def decode_by_kernels(call: Call) -> Tensor:
+    """A call of one query a row, [B, Hq, 1, Dv], where `why_no_kernels` finds no reason against it."""
     from fasa_flex.decode import attend_slots, hold_slots, select_slots, sparse_decode  # Triton is there with CUDA only
 
-    query = query.contiguous()
-    assert isinstance(budget.n_fac, int)
+    query, scorer, packed = call.query.contiguous(), call.scorer, call.packed_keys
+    key, value, valid, softmax, held = call.key, call.value, call.valid, call.softmax, call.held
+    n_fac = call.budget.n_fac
+    assert isinstance(scorer, DominantChunks)
+    assert isinstance(packed, PackedKeys)
+    assert isinstance(n_fac, int)
     tip = (
         scorer.dims.contiguous(),
         None if scorer.weights is None else scorer.weights.contiguous(),
         packed.tiles.squeeze(4),
         None if packed.scales is None else packed.scales.squeeze(3),
-        _shift(query, key, scorer, group_reduce, softmax),
-        codes_of(valid, marks).flatten(1),
-        budget.n_fac,
-        "max" if group_reduce == "none" else group_reduce,
+        _shift(query, key, scorer, call.group_reduce, softmax),
+        codes_of(valid, call.known_marks()).flatten(1),
+        n_fac,
+        "max" if call.group_reduce == "none" else call.group_reduce,
         softmax.scaling,
         softmax.softcap,
-        completion is not None,
+        call.completion is not None,
     )
-    if held is None or held.count != min(budget.n_fac, valid.shape[-1]):
+    if held is None or held.count != min(n_fac, valid.shape[-1]):
         out, lse, share = sparse_decode(query, key, value, *tip)
     else:
         slots, share = select_slots(query, *tip)
         places = hold_slots(key, value, slots, held.slots, held.places, held.keys, held.values, held.length)
         out, lse = attend_slots(query, held.keys, held.values, places, softmax.scaling, softmax.softcap)
-    return completed(out, lse, share, completion, softmax, query, key, value, valid)
+    return completed(out, lse, share, call.completion, softmax, query, key, value, valid)
 
 
 def _shift(

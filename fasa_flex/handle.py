@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from fasa_flex.attention import sparse_attention
+from fasa_flex.backends import sparse_attention
 from fasa_flex.boundary import Boundary
 from fasa_flex.completion import Completion
 from fasa_flex.config import Completion as CompletionKind
@@ -27,19 +28,17 @@ from fasa_flex.fused import check_kernels
 from fasa_flex.generating import generating, reads_prompt
 from fasa_flex.grouped import decodes_grouped, grouped_attention
 from fasa_flex.handed import check_forward, check_keys, mask_of, softmax_of
-from fasa_flex.held_rows import HeldRows
 from fasa_flex.host_layers import held_rows
 from fasa_flex.layers import attention_modules, attention_shape, device_of, layer_of, maximum_positions
 from fasa_flex.masking import DecodeStep, Once, count_valid, last_valid, valid_from_mask, valid_numbers
+from fasa_flex.method import Call
 from fasa_flex.packed_layers import advance_state, pack_layer, packed_keys, packs
-from fasa_flex.packing import PackedKeys
 from fasa_flex.profile import FasaProfile
 from fasa_flex.prompt_calibration import PromptCalibration
 from fasa_flex.room import make_room, partly_written, take_back
 from fasa_flex.scoring import DominantChunks, Forward, Given, Scorer, SequenceScorer, estimates_logits
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention, implementation_of
 from fasa_flex.selection import Marks
-from fasa_flex.softmax import Softmax
 from fasa_flex.spread import spread_budget
 from fasa_flex.stats import FasaStats, read_share, tally
 
@@ -368,10 +367,13 @@ class Fasa:
             samples = self._reduce == "softmax" or completion is not None
             marks = once(("marks", budget), lambda *_: Marks.of(valid, budget, samples))
         states = (query[:, :, first:], key, value)
-        focused = self._focused(layer, *states, scorer, valid, softmax, packed, held, marks, completion)
+        call = Call(
+            *states, scorer, valid, self._budgets[layer], self._reduce, softmax, packed, held, marks, completion
+        )
+        focused = self._focused(call)
         weights = None
         if kwargs.get("output_attentions") and self._former[layer] == "eager":
-            weights = self._weights(layer, *states, scorer, valid, softmax)
+            weights = self._weights(call)
         if boundary is None or boundary.highest <= first_slot:  # every query is sparse
             return focused, weights
         out, dense_weights = dense(module, query, key, value, attention_mask, **kwargs)
@@ -442,54 +444,27 @@ class Fasa:
         asked_more = options.get("dropout") or options.get("output_attentions")
         return ours and not asked_more and not self._budget.covers(kv_len)
 
-    def _focused(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scorer: Scorer,
-        valid: Tensor,
-        softmax: Softmax,
-        packed: PackedKeys | None,
-        held: HeldRows | None,
-        marks: Marks | None,
-        completion: Completion | None,
-    ) -> Tensor:
+    def _focused(self, call: Call) -> Tensor:
         """Sparse attention of every query, [B, Q, Hq, D], as many queries at a time as their scores fit in memory."""
-        q_len = query.shape[2]
-        most = _SCORE_BYTES // 8 // query.shape[0] // query.shape[1]
-        step = 1 if q_len == 1 else max(1, most // key.shape[2])  # a graph would be guarded on T, token by token
-        parts = [
-            sparse_attention(
-                query[:, :, at : at + step],
-                key,
-                value,
-                Given(scorer.scores[..., at : at + step, :]) if isinstance(scorer, Given) else scorer,
-                valid[:, :, :, at : at + step],
-                self._budgets[layer],
-                self._reduce,
-                softmax,
-                self.config.backend,
-                packed,
-                held,
-                marks,
-                completion,
-            )
-            for at in range(0, q_len, step)
-        ]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-        return whole.transpose(1, 2).contiguous()
+        q_len, backend = call.query.shape[2], self.config.backend
+        if q_len == 1:  # a graph would be guarded on T, token by token
+            return sparse_attention(call, backend).transpose(1, 2).contiguous()
+        step = max(1, _SCORE_BYTES // 8 // call.query.shape[0] // call.query.shape[1] // call.key.shape[2])
+        scores = call.scorer.scores if isinstance(call.scorer, Given) else None
+        parts = []
+        for at in range(0, q_len, step):
+            part = replace(call, query=call.query[:, :, at : at + step], valid=call.valid[:, :, :, at : at + step])
+            if scores is not None:
+                part.scorer = Given(scores[..., at : at + step, :])
+            parts.append(sparse_attention(part, backend))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2).contiguous()
 
-    def _weights(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scorer: Scorer, valid: Tensor, softmax: Softmax
-    ) -> Tensor:
+    def _weights(self, call: Call) -> Tensor:
         """Attention weights [B, Hq, Q, T] of sparse queries, for ``output_attentions``: values of 1 at one key each."""
-        kv_len = key.shape[2]
-        ones = torch.eye(kv_len, dtype=value.dtype, device=query.device).expand(*key.shape[:2], -1, -1)
-        budget = self._budgets[layer]
-        key = key.to(query.device)
-        return sparse_attention(query, key, ones, scorer, valid, budget, self._reduce, softmax, "gather")
+        key = call.key.to(call.query.device)
+        ones = torch.eye(key.shape[2], dtype=key.dtype, device=key.device).expand(*key.shape[:2], -1, -1)
+        alone = replace(call, key=key, value=ones, packed_keys=None, held=None, marks=None, completion=None)
+        return sparse_attention(alone, "gather")
 
     def _count(self, layer: int, once: Once, n_valid: Tensor, chosen: Tensor | None, first_slot: int) -> None:
         budget = self._budgets.get(layer, self._budget)

@@ -1,4 +1,4 @@
-"""The selected rows of keys and values, fetched from where they are."""
+"""Attention to the selected rows of keys and values, fetched from where they are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,52 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fasa_flex.realize import compute_once
+from fasa_flex.selection import Selection
+from fasa_flex.softmax import Softmax
+
+
+def gather_focused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Selection,
+    softmax: Softmax,
+    log_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over the selected rows of K and V, fetched into a dense buffer [.., K, D]; on CPU those of K alone.
+
+    Args:
+        log_weights: float32 [B, H, G, Q, K], how many keys each selected one stands for, as a logarithm; None: itself.
+
+    Returns:
+        as `fasa_flex.method.Focus`.
+    """
+    batch, query_heads, q_len, head_dim = query.shape
+    kv_heads = key.shape[1]
+    slots = selection.slots
+    shared, width = slots.shape[2], slots.shape[4]
+    members = query_heads // kv_heads // shared
+    rows = take_rows(key, slots)
+    grouped = query.view(batch, kv_heads, shared, members, q_len, head_dim).transpose(3, 4)
+    grouped = grouped.reshape(batch, -1, members, head_dim)
+    some = selection.taken.any(-1, keepdim=True)
+    # a query without a key attends to anything, and is set to zero below: a softmax over nothing has NaN gradients
+    taken = (selection.taken | ~some).reshape(batch, -1, 1, width)
+    weigh_by = None if log_weights is None else log_weights.reshape(batch, -1, 1, width)
+    lse = None
+    if softmax.plain and query.device.type != "cpu":
+        values = take_rows(value, slots)
+        mask = taken if weigh_by is None else torch.where(taken, weigh_by.to(query.dtype), -torch.inf)
+        out = F.scaled_dot_product_attention(grouped, rows, values, attn_mask=mask, scale=softmax.scaling)
+    else:
+        logits = softmax.cap(dot_rows(grouped, rows) * softmax.scaling)
+        logits = (logits if weigh_by is None else logits + weigh_by).masked_fill(~taken, -torch.inf)
+        out = weigh_rows(logits.softmax(-1).to(value.dtype), value, slots)
+        if softmax.sinks is not None:
+            by_member = logits.logsumexp(-1).view(batch, kv_heads, shared, q_len, members).transpose(3, 4)
+            lse = torch.where(some[..., None, :, 0], by_member, -torch.inf).reshape(batch, query_heads, q_len)
+    out = out.view(batch, kv_heads, shared, q_len, members, -1).transpose(3, 4)
+    return torch.where(some[:, :, :, None], out, 0.0).reshape(batch, query_heads, q_len, -1), lse
 
 
 def take_rows(states: Tensor, slots: Tensor) -> Tensor:

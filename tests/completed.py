@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasa_flex.attention import sparse_attention
+from fasa_flex.backends import sparse_attention
 from fasa_flex.budget import Budget
 from fasa_flex.completion import Completion, CompletionState
+from fasa_flex.method import Call
 from fasa_flex.scoring import DominantChunks
 from fasa_flex.selection import valid_keys
 from fasa_flex.softmax import Softmax
@@ -45,7 +46,7 @@ def attend(
 ) -> Tensor:
     """Completed attention of every query, each by its own covered keys unless there is a state."""
     valid = valid_keys(q.shape[2], k.shape[2], key_mask, q.device)
-    return sparse_attention(
+    call = Call(
         q,
         k,
         v,
@@ -54,6 +55,6 @@ def attend(
         Budget(n_fac, *forced),
         group_reduce if len(chunks) == k.shape[1] else "none",
         Softmax(q.shape[-1] ** -0.5) if softmax is None else softmax,
-        backend,
         completion=Completion(strength, state),
     )
+    return sparse_attention(call, backend)

@@ -13,8 +13,10 @@ from cases import DIM, EXACT, Case, generator, integers, pick_chunks
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasa_flex import attention, fasa_attention
+from fasa_flex import compiling, fasa_attention
+from fasa_flex.backends import sparse_attention
 from fasa_flex.budget import Budget
+from fasa_flex.method import Call, Focus, attend
 from fasa_flex.packing import PackedKeys
 from fasa_flex.scoring import DominantChunks
 from fasa_flex.selection import valid_keys
@@ -160,20 +162,20 @@ def test_what_compiles_is_a_growing_caches_whole_buffer(
     seen: list[list[int]] = []
 
     def compile_nothing(*signature: object) -> Callable[..., Tensor]:
-        def step(query: Tensor, key: Tensor, value: Tensor, scorer: Any, valid: Tensor, *rest: Any) -> Tensor:
-            seen.append([key.shape[2], value.shape[2], valid.shape[-1]])
-            return attention._score_select_attend(query, key, value, scorer, valid, *rest)
+        def step(call: Call, focus: Focus) -> Tensor:
+            seen.append([call.key.shape[2], call.value.shape[2], call.valid.shape[-1]])
+            return attend(call, focus)
 
         return step
 
-    monkeypatch.setattr(attention, "_compiled", compile_nothing)
+    monkeypatch.setattr(compiling, "_compiled", compile_nothing)
     scorer = DominantChunks(torch.tensor([[0, 1], [2, 3]]))
     q = integers(1, 4, 1, 8, seed=1)
     k, v = (integers(1, 2, room, 8, seed=room)[:, :, :11] for room in (keys, values))
     held = PackedKeys.of(scorer.pack(k), None, packed)
     call = (q, k, v, scorer, valid_keys(1, 11, None, q.device), Budget(4), "softmax", Softmax(0.3))
-    out = attention.sparse_attention(*call, backend, held)
-    assert torch.equal(out, attention.sparse_attention(*call, "gather"))
+    out = sparse_attention(Call(*call, held), backend)
+    assert torch.equal(out, sparse_attention(Call(*call), "gather"))
     assert seen == ([[compiled] * 3] if backend == "fastest" else [])
 
 

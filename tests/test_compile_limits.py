@@ -12,9 +12,10 @@ from families import tiny
 from generation import Ids, generate, profile_of
 from torch import Tensor
 
-from fasa_flex import FasaConfig, attention, enable, fasa_attention
-from fasa_flex.attention import sparse_attention
+from fasa_flex import FasaConfig, compiling, enable, fasa_attention
+from fasa_flex.backends import sparse_attention
 from fasa_flex.budget import Budget
+from fasa_flex.method import Call
 from fasa_flex.packing import PackedKeys
 from fasa_flex.scoring import DominantChunks
 from fasa_flex.selection import valid_keys
@@ -34,9 +35,9 @@ def traced(fresh_compiler: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     """Traced and guarded as ever, but run without code being made, which takes minutes."""
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda step, **options: compile_(step, backend="eager", **options))
-    attention._compiled.cache_clear()
+    compiling._compiled.cache_clear()
     yield
-    attention._compiled.cache_clear()
+    compiling._compiled.cache_clear()
 
 
 @pytest.mark.usefixtures("traced")
@@ -77,9 +78,9 @@ def test_a_scorer_for_each_of_many_layers(backend: Any) -> None:
     valid, softmax = valid_keys(1, 30, None, q.device), Softmax(0.25)
     scorers = [Weighted((-1) ** layer / (layer + 1)) for layer in range(12)]
     for scorer in scorers * 2:
-        arguments: tuple[Any, ...] = (q, k, v, scorer, valid, Budget(5), "max", softmax)
-        expected = sparse_attention(*arguments, "gather")
-        torch.testing.assert_close(sparse_attention(*arguments, backend), expected, atol=1e-5, rtol=1e-5)
+        call = Call(q, k, v, scorer, valid, Budget(5), "max", softmax)
+        expected = sparse_attention(call, "gather")
+        torch.testing.assert_close(sparse_attention(call, backend), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_queries_and_keys_that_both_change_compile_on_a_cpu() -> None:

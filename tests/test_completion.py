@@ -17,10 +17,10 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
-from fasa_flex import attention, fasa_attention
-from fasa_flex.attention import gather_focused
+from fasa_flex import compiling, fasa_attention
 from fasa_flex.budget import Budget
 from fasa_flex.completion import Completion, CompletionState, complete, kept_share
+from fasa_flex.rows import gather_focused
 from fasa_flex.scoring import Weights, weigh
 from fasa_flex.selection import Marks, select, valid_keys
 from fasa_flex.softmax import Softmax
@@ -57,9 +57,9 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The flex backend without its compiler."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    attention._compiled.cache_clear()
+    compiling._compiled.cache_clear()
     yield
-    attention._compiled.cache_clear()
+    compiling._compiled.cache_clear()
 
 
 WAYS: dict[str, dict[str, Any]] = {

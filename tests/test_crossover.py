@@ -12,8 +12,9 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-import fasa_flex.attention
+import fasa_flex.compiling
 import fasa_flex.crossover
+import fasa_flex.method
 from fasa_flex import FasaConfig, enable
 from fasa_flex.config import Backend
 from fasa_flex.crossover import sparse_is_faster
@@ -133,7 +134,7 @@ def test_where_python_decides_a_growing_layer_is_packed_at_its_first_sparse_step
     llama: PreTrainedModel, ids: Ids, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until then it is the plain one; from then on the logits are those of "auto", which packs from the start."""
-    monkeypatch.setattr(fasa_flex.attention, "_compiled", lambda *_: fasa_flex.attention._score_select_attend)
+    monkeypatch.setattr(fasa_flex.compiling, "_compiled", lambda *_: fasa_flex.method.attend)
     monkeypatch.setitem(fasa_flex.crossover.KV_BYTES, ("cpu", True), 0)
     monkeypatch.setitem(fasa_flex.crossover.GROWING_BYTES, "cpu", 1 << 40)
     tokens, plain = [ids(1, seed, rows=2) for seed in range(3)], DynamicCache(config=llama.config)

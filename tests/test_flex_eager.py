@@ -14,10 +14,10 @@ import pytest
 import torch
 from cases import DIM, Case, integers, pick_chunks
 
-from fasa_flex import attention, fasa_attention
-from fasa_flex.attention import flex_focused
+from fasa_flex import backends, compiling, fasa_attention, method
 from fasa_flex.budget import Budget
 from fasa_flex.completion import with_sinks
+from fasa_flex.method import flex_focused
 from fasa_flex.selection import select, valid_keys
 from fasa_flex.softmax import Softmax
 
@@ -53,9 +53,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
 
     monkeypatch.setattr(torch, "compile", leave)
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    attention._compiled.cache_clear()
+    compiling._compiled.cache_clear()
     yield calls
-    attention._compiled.cache_clear()
+    compiling._compiled.cache_clear()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -166,13 +166,13 @@ def test_the_partition_of_the_cpu_kernel_is_longer_than_any_cache(
 ) -> None:
     """Its template for one query splits longer keys into partitions, and misreads folded queries then."""
     options: list[Any] = []
-    plain = attention.flex_attention
+    plain = method.flex_attention
 
     def note(*tensors: Any, **kwargs: Any) -> Any:
         options.append(kwargs["kernel_options"])
         return plain(*tensors, **{**kwargs, "kernel_options": None})
 
-    monkeypatch.setattr(attention, "flex_attention", note)
+    monkeypatch.setattr(method, "flex_attention", note)
     case = Case("options")
     case.run(*case.tensors(), "flex")
     assert options[0]["PARTITION_SIZE"] >= 1 << 20
@@ -184,12 +184,11 @@ def test_each_backend_is_the_one_that_was_asked_for(
 ) -> None:
     """All are right, so that a result does not tell; on CPU the automatic one gathers."""
     called: list[str] = []
-    for name in ("gather_focused", "flex_focused", "reference_attention"):
-        plain = getattr(attention, name)
-        monkeypatch.setattr(
-            attention, name, lambda *args, name=name, plain=plain: (called.append(name), plain(*args))[1]
-        )
+
+    def noting(name: str, row: backends.Row) -> backends.Row:
+        return row._replace(run=lambda call: (called.append(name), row.run(call))[1])
+
+    monkeypatch.setattr(backends, "BACKENDS", {name: noting(name, row) for name, row in backends.BACKENDS.items()})
     case = Case("backend")
     case.run(*case.tensors(), backend)
-    expected = {"flex": "flex_focused", "reference": "reference_attention"}.get(backend, "gather_focused")
-    assert called == [expected]
+    assert called == ["gather" if backend == "auto" else backend]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fasa_flex.budget import Budget
-from fasa_flex.masks import kv_block_size, to_block_mask
+from fasa_flex.method import kv_block_size, to_block_mask
 from fasa_flex.selection import Selection, select, valid_keys
 
 

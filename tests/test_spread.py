@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from fasa_flex import FasaConfig, enable
-from fasa_flex.attention import sparse_attention
+from fasa_flex.backends import sparse_attention
 from fasa_flex.budget import Budget
 from fasa_flex.config import Backend
 from fasa_flex.fused import MOST_SELECTED, why_no_kernels
+from fasa_flex.method import Call
 from fasa_flex.packing import PackedKeys
 from fasa_flex.scoring import DominantChunks
 from fasa_flex.selection import valid_keys
@@ -183,7 +184,7 @@ def attend(backend: Backend, length: int, compiled: bool = False) -> Tensor:
     q, k, v, chunks, mask = call(length)
     valid, scorer = valid_keys(3, length, mask, q.device), DominantChunks.from_chunks(chunks)
     step = torch.compile(sparse_attention, fullgraph=True) if compiled else sparse_attention
-    return step(q, k, v, scorer, valid, Budget((5, 20), 1, 2), "max", Softmax(DIM**-0.5), backend)
+    return step(Call(q, k, v, scorer, valid, Budget((5, 20), 1, 2), "max", Softmax(DIM**-0.5)), backend)
 
 
 @pytest.mark.parametrize("backend", ["reference", "gather"])

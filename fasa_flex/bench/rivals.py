@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from fasa_flex.attention import sparse_attention
+from fasa_flex import method
+from fasa_flex.backends import sparse_attention
 from fasa_flex.bench.settings import BACKENDS, Settings
 from fasa_flex.bench.shapes import Shape, random_chunks
 from fasa_flex.completion import Completion, CompletionState
@@ -236,8 +237,10 @@ def _permuted(settings: Settings) -> Call:
         query = grouped.gather(3, x.front[None, :, None].expand_as(grouped)).view_as(x.q)
         scorer, softmax = LeadingDims(2 * x.chunks.shape[1]), Softmax(dim**-0.5)
         completion = None if x.front_state is None else Completion(settings.strength, x.front_state)
-        call = (query, x.permuted, x.v, scorer, x.valid, settings.budget, settings.group_reduce, softmax)
-        return sparse_attention(*call, "gather", marks=x.marks, completion=completion)
+        states, budget = (query, x.permuted, x.v), settings.budget
+        call = method.Call(*states, scorer, x.valid, budget, settings.group_reduce, softmax)
+        call.marks, call.completion = x.marks, completion
+        return sparse_attention(call, "gather")
 
     return run
 
@@ -255,9 +258,11 @@ def _fasa(settings: Settings, backend: Backend, new_rows: float | None = None) -
             (key, value), held = x.host, x.held
             held.forget(new_rows)
         scorer = DominantChunks(x.chunks.flatten(1), dtype=settings.packed_dtype)
-        call = (scorer, x.valid, settings.budget, settings.group_reduce, Softmax(x.q.shape[-1] ** -0.5), backend)
         completion = None if x.state is None else Completion(settings.strength, x.state)
-        return sparse_attention(x.q, key, value, *call, x.packed, held, x.marks, completion)
+        softmax, given = Softmax(x.q.shape[-1] ** -0.5), (x.packed, held, x.marks, completion)
+        states, budget = (x.q, key, value), settings.budget
+        call = method.Call(*states, scorer, x.valid, budget, settings.group_reduce, softmax, *given)
+        return sparse_attention(call, backend)
 
     return run
 

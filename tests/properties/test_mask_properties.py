@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from properties.calls import budgets, cases, masks
 
 from fasa_flex.budget import Budget
-from fasa_flex.masks import to_block_mask
+from fasa_flex.method import to_block_mask
 from fasa_flex.selection import select, valid_keys
 
 
