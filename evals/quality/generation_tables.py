@@ -1,24 +1,23 @@
 """Tables of the answers that were generated: RULER's tasks, and long answers beside dense attention's.
 
-python -m evals.quality.generation_tables PAGE          # writes them between the page's markers
+python -m evals.quality.generation_tables          # writes them between the page's markers
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
 from evals.marked import fill
-from evals.quality.arms import RESULTS
+from evals.quality.arms import RESULTS, ROOT
 from evals.quality.committed import markdown
 from evals.quality.ruler_arms import ARMS, TASKS
 
+PAGE = ROOT / "evals" / "generated_answers.md"
 DRAWS = 10_000
 NAMES = {
     "dense": "dense",
@@ -113,4 +112,4 @@ def long_generation() -> str:
 TABLES: dict[str, Callable[[], str]] = {"ruler table": ruler, "long generation table": long_generation}
 
 if __name__ == "__main__":
-    fill(Path(sys.argv[1]), TABLES)
+    fill(PAGE, TABLES)

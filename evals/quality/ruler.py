@@ -5,7 +5,7 @@ r"""RULER's tasks that need no network, by lm-eval's own command: dense attentio
 Every arm and task is one ``lm_eval`` command (`command`) in a process of its own, since RULER draws from generators
 that a process goes on with. A result is kept as soon as it is there; started again, the script measures what the file
 does not hold. Several machines can share the work by ``--arms`` or ``--tasks`` and files of their own: ``--join FILE``
-takes over what another file holds. Needs the extra ``ruler``.
+takes over what another file holds. Needs lm-eval's extra ``ruler``.
 """
 
 from __future__ import annotations
