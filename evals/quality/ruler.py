@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(ARMS), help="default: %(default)s")
     parser.add_argument("--tasks", default=",".join(TASKS), help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=25, help="prompts at a time (default: %(default)s)")
-    parser.add_argument("--dtype", default="float32", help="of the model (default: %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", help="of the model (default: %(default)s)")
     parser.add_argument("--no-chat", action="store_true", help="leave the chat template out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processes", type=int, default=1, help="commands side by side (default: %(default)s)")

@@ -37,7 +37,7 @@ class Model:
     pretrained: str
     gguf_file: str | None
     profile: str
-    dtype: str = "float32"
+    dtype: str = "bfloat16"
 
     def arguments(self, arm: str) -> dict[str, Any]:
         """An arm's ``--model_args``."""

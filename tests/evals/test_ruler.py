@@ -36,7 +36,7 @@ def test_arms_differ_in_the_model_alone() -> None:
     at = dense.index("--model_args")
     assert dense[at + 2 :] == default[at + 2 :]
     assert dense[:2] == ["--model", "hf"]
-    assert dense[at + 1] == "pretrained=folder,dtype=float32,gguf_file=model.gguf"
+    assert dense[at + 1] == "pretrained=folder,dtype=bfloat16,gguf_file=model.gguf"
     assert default[at + 1] == f"{dense[at + 1]},profile=profile,on_truncation=error,n_fac=256"
     samples = json.loads(default[default.index("--samples") + 1])
     assert samples == {"ruler_vt": [0, 1, 500, 501]}
