@@ -73,8 +73,8 @@ _AS_PUBLISHED: dict[str, Any] = {
 def config_of(method: str, **options: Any) -> FasaConfig:
     """The configuration that the words of the command line mean.
 
-    lm-eval makes None of the word ``none``: it is a choice where an option has it or takes None, and otherwise the
-    default.
+    The word ``none``, of which lm-eval makes None in a string of arguments and nothing on its command line, is a choice
+    where an option has it or takes None, and otherwise the default.
 
     Args:
         method: As `FasaHFLM` knows it; a baseline's defaults are its paper's.
@@ -84,6 +84,7 @@ def config_of(method: str, **options: Any) -> FasaConfig:
         raise ValueError(
             "backend='fastest' is dense where that is faster, which would be evaluated in FASA's stead; write auto."
         )
+    options = {name: None if value == "none" else value for name, value in options.items()}
     hints = get_type_hints(FasaConfig)
     meant = {}
     for name, value in options.items():
