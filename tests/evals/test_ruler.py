@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from lm_eval._cli.utils import key_val_to_dict
+from lm_eval.utils import simple_parse_args_string
 
 from evals.quality import generation_tables, ruler
 from evals.quality.arms import Ledger
@@ -24,11 +25,10 @@ def said(arm: str) -> list[str]:
 
 
 def test_the_papers_fields_say_what_the_papers_settings_are() -> None:
-    words = {name: word(value) for name, value in paper(256).items()}
-    typed: dict[str, Any] = {name: None if value == "none" else value for name, value in words.items()}
-    for name in ("n_fac", "n_tip", "n_sink", "n_recent"):
-        typed[name] = json.loads(words[name])
-    assert config_of("fasa", **typed) == FasaConfig.paper(n_fac=256)
+    """Read as lm-eval's command line reads them, and as `simple_evaluate` does."""
+    words = ",".join(f"{name}={word(value)}" for name, value in paper(256).items())
+    for read in (key_val_to_dict, simple_parse_args_string):
+        assert config_of("fasa", **read(words)) == FasaConfig.paper(n_fac=256)
 
 
 def test_arms_differ_in_the_model_alone() -> None:
