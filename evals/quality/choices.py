@@ -28,12 +28,12 @@ from evals.quality.arms import (
     rows_of,
     table,
 )
-from evals.quality.demo import TASKS
 from fasa_flex.config import GroupReduce
 from fasa_flex.saving import replace_text
 
 BUDGETS = (64, 256)
-DOCUMENTS = 32
+COUNTS = {"fasa_needle": 32, "fasa_recall": 32, "fasa_ppl": 4}
+"""How many documents of each task are used."""
 REDUCTIONS: tuple[GroupReduce, ...] = ("max", "mean", "softmax_exact", "none")
 STEPS = (ANSWER_TOKENS, 16)
 
@@ -56,7 +56,7 @@ def main() -> None:
                 name = f"{reduce}, calibrated on {steps} steps"
                 arm = Arm(name, "fasa_hf", budget, arguments)
                 print(f"[{time.time() - begun:.0f} s] {arm}", flush=True)
-                rows += rows_of(arm, evaluate(arm, {task: min(DOCUMENTS, count) for task, (_, count) in TASKS.items()}))
+                rows += rows_of(arm, evaluate(arm, COUNTS))
     made = provenance(begun, profile=profiles[ANSWER_TOKENS].fingerprint, length=LENGTH, n_tip=N_TIP)
     record = {**made, "rows": rows, "table": table(rows)}
     replace_text(RESULTS / "choices.json", json.dumps(record, indent=1) + "\n")
