@@ -84,7 +84,7 @@ def arms(layers: int) -> list[Arm]:
 
 
 def calibrated(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> FasaProfile:
-    """The model's profile, from two texts and from two others with a question, half as long as the texts reported on."""
+    """The model's profile, from two texts and two with a question, half as long as the texts reported on."""
     texts = topics.windows(tokenizer, topics.CALIBRATED, length // 2)[:4]
     asked = topics.needles(tokenizer, texts[2:])[:: topics.QUESTIONS]
     prompts = [

@@ -24,8 +24,8 @@ CITIES = (
     *("Tokyo", "Nairobi", "Oslo", "Cairo", "Lima", "Quito", "Berlin", "Paris", "London", "Rome", "Madrid"),
 )
 INTRODUCTION = (
-    "Some special magic numbers are hidden within the following text. Make sure to memorize them. I will quiz you about "
-    "the numbers afterwards.\n"
+    "Some special magic numbers are hidden within the following text. Make sure to memorize them. I will quiz you "
+    "about the numbers afterwards.\n"
 )
 _DEPTHS = 20  # places in a text where a needle can stand
 
