@@ -17,7 +17,7 @@ import math
 import time
 from pathlib import Path
 from random import Random
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from evals.marked import fill
 from evals.quality import topics
 from evals.quality.arms import RESULTS, ROOT, Ledger, provenance
-from evals.quality.committed import markdown
+from evals.quality.committed import markdown, mean_error
 from evals.quality.smollm2 import load_smollm2
 from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
 from fasa_flex.expectations import cache_argument
@@ -96,18 +96,20 @@ class Windows:
 
 
 def table(path: Path = OUT) -> str:
-    """The committed results in Markdown, by count and length of the samples."""
+    """The committed results in Markdown, by count and length of the samples, means over draws."""
     rows = [part["rows"][0] for part in json.loads(path.read_text())["parts"].values()]
+    (whole,) = (row["over_dense"] for row in rows if row["large"])
     lines = []
     for large, count, length in sorted({(row["large"], row["count"], row["length"]) for row in rows}):
         own = [row for row in rows if (row["large"], row["count"], row["length"]) == (large, count, length)]
-        above = [fmean(row["over_dense"]) for row in own]
-        spread = f" ± {stdev(above):.4f}" if len(above) > 1 else ""
-        shared = "–" if large else f"{fmean(row['shared'] for row in own):.1%}"
-        lines.append([str(count), str(length), shared, f"{math.exp(fmean(above)):.4f}{spread}"])
-    return markdown(
-        ["samples", "tokens of each", "chunks in common with the large one", "perplexity over dense"], lines
-    )
+        by_window = [fmean(draws) for draws in zip(*(row["over_dense"] for row in own), strict=True)]
+        above, error = mean_error(a - b for a, b in zip(by_window, whole, strict=True))
+        shared = f"{fmean(row['shared'] for row in own):.1%}"
+        paired = f"{math.exp(above):.4f} ± {math.exp(above) * error:.4f}"
+        over_dense = f"{math.exp(fmean(by_window)):.4f}"
+        lines.append([str(count), str(length), *(("all", over_dense, "1") if large else (shared, over_dense, paired))])
+    head = ["samples", "tokens of each", "chunks in common with the large one"]
+    return markdown([*head, "perplexity over dense", "over the large one's"], lines)
 
 
 def setting(path: Path = OUT) -> str:
@@ -131,7 +133,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: arg
     """
     longest = max(options.lengths)
     settings = {
-        "model": model.config.name_or_path,
+        "model": Path(model.config.name_or_path).name,
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
         "text_sha256": topics.sha256_of((*topics.CALIBRATED, *LARGE, *REPORTED)),
         "windows": {"count": options.windows, "length": options.window, "tail": options.tail},

@@ -198,7 +198,7 @@ def run(
 
     made = provenance(
         begun,
-        model=model.config.name_or_path,
+        model=Path(model.config.name_or_path).name,
         profile=profile.fingerprint,
         length=length,
         scored=scored,

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from evals.quality.committed import markdown
+from evals.quality.committed import markdown, mean_error
 from fasa_flex.plots import COLOURS
 
 NEEDLES, TEXT = "topics_needles", "topics_text"
 Row = dict[str, Any]
-
-
-def mean_error(values: Iterable[float]) -> tuple[float, float]:
-    """The mean and its standard error; 0 for one value."""
-    values = list(values)
-    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def summary(rows: list[Row]) -> list[Row]:
