@@ -110,8 +110,8 @@ def test_every_arm_is_evaluated_on_the_same_documents(
     assert {row["documents"] for row in needles} == {2 * topics.QUESTIONS}
     dense, *sparse = text
     assert dense["score"] == pytest.approx(sum(dense["texts"]) / 2)
-    assert dense["sparse_queries"] == 0
-    assert all(row["texts"] != dense["texts"] and 0 < row["read"] < 1 for row in sparse)
+    assert (dense["sparse_queries"], dense["attended"], dense["read"]) == (0, 1, 1)
+    assert all(row["texts"] != dense["texts"] and 0 < row["attended"] < 1 for row in sparse)
     assert record["table"].count("\n") == len(text) + 1
     lines = {line["name"]: line for line in demo_tables.summary(record["rows"])}
     own = sparse[-1]["score"] - dense["score"]
