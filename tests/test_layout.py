@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from sentences import raises_sentence
-from transformers import PreTrainedModel
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 from fasa_flex import RotaryLayout, rotary
 from fasa_flex.layers import attention_shape
@@ -202,3 +202,22 @@ def test_what_is_no_rotation_is_refused_whatever_its_size(
         RotaryLayout.detect(narrow)
     probe(monkeypatch, narrow, turned(HALF, noise=1e-5, size=size))
     assert RotaryLayout.detect(narrow).n_rotated == 4
+
+
+def test_norms_that_scale_dimensions_apart_or_to_zero_hide_no_plane() -> None:
+    """As in Gemma 3 270M, whose query norms scale some dimensions by 0.03, some by 8, and both of a plane to zero."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, vocab_size=40, num_hidden_layers=6, head_dim=32)).eval()
+    plain = RotaryLayout.detect(model)
+    with torch.no_grad():
+        for number, layer in enumerate(model.model.layers):
+            scales = torch.logspace(-3, 1, 32)[torch.randperm(32)]
+            scales[[number, number + 16, 15]] = 0.0
+            layer.self_attn.q_norm.weight.copy_(scales - 1)
+    found = RotaryLayout.detect(model)
+    assert found == plain
+    assert found.unrotated_layers == ()
+    assert found.frequencies is not None
+    assert plain.frequencies is not None
+    torch.testing.assert_close(found.frequencies, plain.frequencies, rtol=1e-4, atol=0)

@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_table_is_that_of_the_committed_results() -> None:
-    """`python -m evals.quality.demo --table` prints it."""
+    """`python -m evals.quality.demo --commit-results` writes it."""
     record = json.loads((ROOT / "evals" / "results" / "demo.json").read_text())
     assert block(README, "demo table") == record["table"]
 

@@ -68,8 +68,10 @@ METRICS = {
     "fasa_count": "listed",
     "fasa_ppl": "bits_per_byte",
     "fasa_ppl_position": "token_perplexity",
+    "topics_needles": "acc",
+    "topics_text": "nats",
 }
-"""The metric that stands for each packaged task."""
+"""The metric that stands for each task: the packaged ones, and the demo's."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,9 @@ class Ledger:
 
 
 def quiet() -> None:
-    """Leave the terminal to the study: no warnings of lm-eval, no progress of transformers."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    """Leave the terminal to the study: no warnings of lm-eval and fasa_hf, no progress of transformers."""
+    for name in ("lm_eval", "fasa_flex"):  # an arm without sparse queries is `rows_of`'s to refuse
+        logging.getLogger(name).setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -229,8 +232,8 @@ def rows_of(arm: Arm, results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             "score": scores[f"{metric},none"],
             "stderr": stderr if isinstance(stderr, float) else None,
             "documents": results["n-samples"][task]["effective"],
-            "attended": account.get("kv_share", 1.0),
-            "read": account.get("kv_bytes_share", 1.0),
+            "attended": 1.0 if arm.budget is None else account["kv_share"],
+            "read": 1.0 if arm.budget is None else account["kv_bytes_share"],
             "sparse_queries": account.get("sparse_queries", 0),
         }
 

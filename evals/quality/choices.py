@@ -3,8 +3,8 @@
     python -m evals.quality.choices          # about six minutes on two cores
 
 How should the query heads of a GQA group rank keys as one (``group_reduce``)? And which decode steps should calibration
-look at: the five that answer, or sixteen, eleven of which go on writing source text? Writes ``choices.json`` to
-``evals/results/``.
+look at: the five that answer, or sixteen, eleven of which go on writing source text? Writes ``choices.json`` and
+the profile of five steps, which the study and the recipes take, to ``evals/results/``.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from evals.quality.arms import (
     rows_of,
     table,
 )
-from evals.quality.demo import TASKS
 from fasa_flex.config import GroupReduce
 from fasa_flex.saving import replace_text
 
 BUDGETS = (64, 256)
-DOCUMENTS = 32
+COUNTS = {"fasa_needle": 32, "fasa_recall": 32, "fasa_ppl": 4}
+"""How many documents of each task are used."""
 REDUCTIONS: tuple[GroupReduce, ...] = ("max", "mean", "softmax_exact", "none")
 STEPS = (ANSWER_TOKENS, 16)
 
@@ -43,20 +43,21 @@ def main() -> None:
     begun = time.time()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        profiles = {steps: calibrate_reference(Path(folder) / str(steps), steps) for steps in STEPS}
+        folders = {ANSWER_TOKENS: RESULTS / "profile", STEPS[1]: Path(folder)}
+        profiles = {steps: calibrate_reference(folders[steps], steps) for steps in STEPS}
         choices = [(reduce, ANSWER_TOKENS) for reduce in REDUCTIONS] + [("softmax_exact", STEPS[1])]
         for budget in BUDGETS:
             for reduce, steps in choices:
                 arguments = {
                     **FORMER,
-                    "profile": str(Path(folder) / str(steps)),
+                    "profile": str(folders[steps]),
                     "n_fac": budget,
                     "group_reduce": reduce,
                 }
                 name = f"{reduce}, calibrated on {steps} steps"
                 arm = Arm(name, "fasa_hf", budget, arguments)
                 print(f"[{time.time() - begun:.0f} s] {arm}", flush=True)
-                rows += rows_of(arm, evaluate(arm, {task: min(DOCUMENTS, count) for task, (_, count) in TASKS.items()}))
+                rows += rows_of(arm, evaluate(arm, COUNTS))
     made = provenance(begun, profile=profiles[ANSWER_TOKENS].fingerprint, length=LENGTH, n_tip=N_TIP)
     record = {**made, "rows": rows, "table": table(rows)}
     replace_text(RESULTS / "choices.json", json.dumps(record, indent=1) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from evals.quality.arms import RESULTS
@@ -50,3 +51,9 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A table whose columns are numbers, but the first."""
     ruler = ["---", *("--:" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ruler, *lines))
+
+
+def mean_error(values: Iterable[float]) -> tuple[float, float]:
+    """The mean and its standard error; 0 for one value."""
+    values = list(values)
+    return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0

@@ -36,7 +36,7 @@ _CONTEXTS = {
     ("op", "cuda"): (1024, 4096, 16384, 32768, 65536, 131072),
     ("step", "cuda"): (4096, 16384, 32768, 65536, 131072),
 }
-_QUALITY = "random weights: for quality at n_tip and n_fac see demo.json and choices.json in evals/results"
+_QUALITY = "random weights: for quality at n_tip and n_fac see choices.json in evals/results"
 
 
 def run(options: argparse.Namespace) -> None:

@@ -67,8 +67,8 @@ _MEANT = {"budget": ["n_fac"], "token_budget": ["n_fac"], "chunks": ["n_tip"], "
 def config_of(method: str, **options: Any) -> FasaConfig:
     """The configuration that the words of the command line mean.
 
-    lm-eval makes None of the word ``none``: it is a choice where an option has it or takes None, and otherwise the
-    default.
+    The word ``none``, of which lm-eval makes None in a string of arguments and nothing on its command line, is a choice
+    where an option has it or takes None, and otherwise the default.
 
     Args:
         method: As `FasaHFLM` knows it; a baseline's defaults are its paper's.
@@ -81,6 +81,7 @@ def config_of(method: str, **options: Any) -> FasaConfig:
         raise ValueError(
             "backend='fastest' is dense where that is faster, which would be evaluated in FASA's stead; write auto."
         )
+    options = {name: None if value == "none" else value for name, value in options.items()}
     deaf = unheard(method)
     for name in deaf:
         if options.get(name) is not None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from fasa_flex.calibration import version_of
 from fasa_flex.layers import attention_shape
 
 if TYPE_CHECKING:
@@ -47,5 +47,5 @@ def report_of(lm: FasaHFLM) -> dict[str, Any]:
         "warnings": lm.account.warnings(),
         "shared_prefills": lm.passes.shared_prefills,
         "processes": lm.world_size,
-        "versions": {name: version(name) for name in ("fasa-flex", "lm-eval", "torch", "transformers")},
+        "versions": {name: version_of(name) for name in ("fasa-flex", "lm-eval", "torch", "transformers")},
     }

@@ -83,7 +83,7 @@ def test_tables_and_pictures_are_written(folder: Path, tmp_path: Path) -> None:
     page.write_text(real_page.PAGE.read_text())
     fill(page, real_page.TABLES)
     assert block(page.read_text(), "smollm2 tokens") == real_page.TABLES["smollm2 tokens"]()
-    (folder / "smollm2_profile").symlink_to((real_page.RESULTS / "real_smollm2_profile").resolve())
+    (folder / "smollm2_profile").symlink_to((real_page.RESULTS / "study_real" / "smollm2_profile").resolve())
     drawn = real_page.draw(folder)
     assert [path.name for path in drawn] == ["bytes.png", "smollm2_criteria.png"]
     assert all(path.stat().st_size > 10_000 for path in drawn)

@@ -78,6 +78,14 @@ def test_an_option_that_a_method_does_not_hear_is_refused_by_name(method: str) -
                 config_of(method, **{name: value})
 
 
+@pytest.mark.parametrize(
+    "option", [field.name for field in dataclasses.fields(FasaConfig) if field.name != "layer_budgets"]
+)
+@pytest.mark.parametrize("method", ["fasa", "streaming_llm"])
+def test_none_on_the_command_line_is_none_in_a_string_of_arguments(method: str, option: str) -> None:
+    assert config_of(method, **{option: "none"}) == config_of(method, **{option: None})
+
+
 def test_every_field_of_the_configuration_is_an_option() -> None:
     """Whatever fields it has: those that are new, too."""
     names = {field.name for field in dataclasses.fields(FasaConfig)}

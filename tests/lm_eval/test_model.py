@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import get_args
 
@@ -204,6 +205,19 @@ def test_everything_that_decides_a_score_is_recorded(sparse: Load) -> None:
     assert recorded["dense_prefix"] == 7
     assert recorded["stays_dense"] == dict.fromkeys(("0", "2"), "asked for by dense_layers")
     assert set(recorded["versions"]) == {"fasa-flex", "lm-eval", "torch", "transformers"}
+
+
+def test_a_checkout_that_is_not_installed_reports(sparse: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = metadata.distribution
+
+    def distribution(name: str) -> metadata.Distribution:
+        if name == "fasa-flex":
+            raise metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    lm = sparse()
+    monkeypatch.setattr(metadata, "distribution", distribution)
+    assert lm.get_model_info()["fasa"]["versions"]["fasa-flex"] == "not installed"
 
 
 def test_loading_leaves_the_global_generators_alone(sparse: Load) -> None:

@@ -1,0 +1,102 @@
+"""What is asked of RULER, of whom, and the words of the ``lm_eval`` command that asks it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from fasa_flex import FasaConfig
+
+TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
+"""Of RULER's thirteen, those that make their own text. The others fetch essays, SQuAD or HotpotQA."""
+MADE = 500
+"""Documents of each length that lm-eval's RULER makes, whatever is asked for."""
+SHORTEST = 1024
+
+
+def paper(n_fac: int) -> dict[str, Any]:
+    """The fields in which `FasaConfig.paper` differs from the defaults."""
+    own, defaults = FasaConfig.paper(n_fac=n_fac).to_dict(), FasaConfig().to_dict()
+    return {"n_fac": n_fac, **{name: value for name, value in own.items() if value != defaults[name]}}
+
+
+ARMS: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "fasa 256": {"n_fac": 256},
+    "fasa 128": {"n_fac": 128},
+    "paper 256": paper(256),
+}
+"""Fields of `FasaConfig` by arm; None: lm-eval's own ``hf``."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What every arm loads."""
+
+    pretrained: str
+    gguf_file: str | None
+    profile: str
+    dtype: str = "bfloat16"
+
+    def arguments(self, arm: str) -> dict[str, Any]:
+        """An arm's ``--model_args``."""
+        own = {"pretrained": self.pretrained, "dtype": self.dtype}
+        if self.gguf_file is not None:
+            own["gguf_file"] = self.gguf_file
+        fields = ARMS[arm]
+        return own if fields is None else {**own, "profile": self.profile, "on_truncation": "error", **fields}
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What every arm is asked.
+
+    Attributes:
+        lengths: tokens of a prompt and its answer, as RULER counts them, without the chat template's.
+        documents: the first so many of each length.
+        batch: prompts at a time.
+        chat: whether they are put into the model's chat template.
+    """
+
+    lengths: tuple[int, ...]
+    documents: int
+    batch: int
+    chat: bool
+
+    def samples(self, task: str) -> dict[str, list[int]]:
+        """``--samples``: ``--limit`` would see the first length only."""
+        return {task: [MADE * place + number for place in range(len(self.lengths)) for number in range(self.documents)]}
+
+
+def word(value: object) -> str:
+    """A value in ``--model_args``."""
+    if value is None or value in ((), []):
+        return "none"
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def command(
+    model: Model, asked: Questions, arm: str, task: str, samples: str, tokenizer: str, output: str, device: str
+) -> list[str]:
+    """The words after ``lm_eval``.
+
+    Args:
+        model: of all arms.
+        asked: of all arms.
+        arm: of `ARMS`.
+        task: of `TASKS`.
+        samples: numbers of the documents by task, as JSON.
+        tokenizer: a folder of the model's tokenizer: RULER reads none from a GGUF file.
+        output: folder.
+        device: of torch.
+    """
+    arguments = ",".join(f"{name}={word(value)}" for name, value in model.arguments(arm).items())
+    metadata = {"tokenizer": tokenizer, "max_seq_lengths": list(asked.lengths)}
+    return [
+        *("--model", "hf" if ARMS[arm] is None else "fasa_hf", "--model_args", arguments),
+        *("--tasks", task, "--samples", samples, "--metadata", json.dumps(metadata)),
+        *("--batch_size", str(asked.batch), "--device", device),
+        *(["--apply_chat_template"] if asked.chat else []),
+        *("--output_path", output, "--log_samples"),
+    ]
