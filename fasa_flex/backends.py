@@ -51,7 +51,7 @@ def sparse_attention(call: Call, backend: Backend) -> Tensor:
         ValueError: a backend that was asked for by name cannot serve the call; an argument of the call is wrong.
     """
     reasons = []
-    for name in _ORDER.get((backend, call.query.is_cuda), (backend,)):
+    for name in ORDER.get((backend, call.query.is_cuda), (backend,)):
         row = BACKENDS[name]
         reason = row.why_not(call)
         if reason is None:
@@ -116,7 +116,7 @@ BACKENDS = {
     "compiled": Row(_why_not_compiled, lambda call: attend_compiled(call, gather_focused)),
     "reference": Row(_why_no_reference, _by_loops),
 }
-_ORDER = {
+ORDER = {
     ("auto", True): ("triton", "flex", "gather"),
     ("auto", False): ("gather",),
     ("fastest", True): ("triton", "compiled", "gather"),

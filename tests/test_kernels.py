@@ -24,10 +24,12 @@ from torch._inductor.utils import run_and_get_code
 from transformers import PreTrainedModel
 
 from fasa_flex import FasaCache, FasaConfig, enable, fasa_attention
+from fasa_flex.backends import BACKENDS, ORDER
 from fasa_flex.budget import Budget
 from fasa_flex.completion import Completion, CompletionState
 from fasa_flex.fused import codes_of, decode_by_kernels
 from fasa_flex.held_rows import HeldRows
+from fasa_flex.method import Call
 from fasa_flex.packing import PackedKeys
 from fasa_flex.scoring import DominantChunks
 from fasa_flex.selection import Marks
@@ -137,9 +139,7 @@ def assert_equals_the_oracle(step: Step, held: bool) -> None:
         completion = Completion(step.strength, state)
     rows = HeldRows.empty(k, v, min(step.n_fac, step.length)) if held else None
     marks = Marks.of(valid, budget, samples=step.how == "softmax" or completion is not None)
-    out = decode_by_kernels(
-        q, k, v, scorer, valid, budget, step.how, softmax, packed, rows, marks, completion
-    )  # fmt: skip
+    out = decode_by_kernels(Call(q, k, v, scorer, valid, budget, step.how, softmax, packed, rows, marks, completion))
     expected = oracle.fasa(
         *(x.double().numpy() for x in (q, k, v)),
         chunks.numpy(),
@@ -185,7 +185,7 @@ def test_int8_keys_are_scored_with_their_scales() -> None:
     scorer = DominantChunks(chunks.flatten(1), dtype="int8")
     packed, everyone = PackedKeys.of(scorer.pack(k), "int8"), torch.ones(1, 1, 1, 1, 80, dtype=torch.bool)
     call = (everyone, Budget(5), "max", Softmax(0.25), packed, None, Marks(None, None), None)
-    out = decode_by_kernels(q, k, v, scorer, *call)
+    out = decode_by_kernels(Call(q, k, v, scorer, *call))
     held = k.clone()
     held[..., scorer.dims[0]] = packed.rows(80)
     ranked = oracle.fasa(*(x.double().numpy() for x in (q, held, v)), chunks.numpy(), n_fac=5)
@@ -204,7 +204,7 @@ def test_a_key_far_above_the_sample_is_ranked() -> None:
     assert marks.sample is not None
     assert not set(marks.sample.flatten().tolist()) & {5, 6}
     call = (valid, Budget(1), "softmax", Softmax(1.0), packed, None, marks, None)
-    out = decode_by_kernels(q, k, k, scorer, *call)
+    out = decode_by_kernels(Call(q, k, k, scorer, *call))
     assert torch.equal(out, k[:, :, 6:7].expand_as(out))
 
 
@@ -213,12 +213,8 @@ def test_a_key_that_is_no_number_shows(how: Any) -> None:
     q, k = torch.ones(1, 2, 1, 16), integers(1, 1, 400, 16, seed=2)
     k[0, 0, 5] = torch.nan
     scorer, valid = DominantChunks(pick_chunks(1, 2).flatten(1)), torch.ones(1, 1, 1, 1, 400, dtype=torch.bool)
-    call = (valid, Budget(3), how, Softmax(1.0), PackedKeys.of(scorer.pack(k)), None)
-    assert (
-        decode_by_kernels(q, k, k, scorer, *call, Marks.of(valid, Budget(3), samples=how == "softmax"), None)
-        .isnan()
-        .all()
-    )
+    call = Call(q, k, k, scorer, valid, Budget(3), how, Softmax(1.0), PackedKeys.of(scorer.pack(k)))
+    assert decode_by_kernels(call).isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -317,9 +313,10 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None
 def test_a_compiled_model_decodes_by_kernels_without_copying_its_cache(
     llama: PreTrainedModel, ids: Ids, placement: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, with the kernels interpreted: the reference's logits, and no buffer as long as the cache."""
+    """As on a GPU, with the kernels interpreted: gather's logits, and no buffer as long as the cache."""
     monkeypatch.setattr("fasa_flex.packing.tile_of", lambda device: 1)
-    monkeypatch.setattr("fasa_flex.attention.why_no_kernels", lambda *call: None)
+    monkeypatch.setitem(BACKENDS, "triton", BACKENDS["triton"]._replace(why_not=lambda call: None))
+    monkeypatch.setitem(ORDER, ("auto", False), ORDER["auto", True])
     profile, length = profile_of(llama), 777
     prompt, tokens = ids(70, rows=2), [ids(1, seed=step, rows=2) for step in range(3)]
 
@@ -331,7 +328,7 @@ def test_a_compiled_model_decodes_by_kernels_without_copying_its_cache(
             return torch.cat([run(token, past_key_values=cache).logits for token in tokens])
 
     logits, code = run_and_get_code(decode, "auto", torch.compile(llama, fullgraph=True, dynamic=False))
-    torch.testing.assert_close(logits, decode("reference", llama), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits, decode("gather", llama), atol=1e-4, rtol=1e-4)
     graph = max(code, key=len)
     called = [name for name in FUNCTIONS if graph.count(f"= torch.ops.fasa_flex.{name}.default(") == 2]
     assert called == (["sparse_decode"] if placement == "device" else ["select_slots", "hold_slots", "attend_slots"])

@@ -210,7 +210,8 @@ def test_the_kernels_refuse_budgets_of_heads_and_auto_does_without_them() -> Non
     query = mock.Mock(is_cuda=True, shape=(1, 4, 1, 16))
     scorer = DominantChunks.from_chunks(pick_chunks(2, 2))
     packed = PackedKeys.of(torch.zeros(1, 2, 40, 4))
-    reason = why_no_kernels(query, mock.Mock(), mock.Mock(), scorer, Budget((5, 20)), "max", packed)
+    call = Call(query, mock.Mock(), mock.Mock(), scorer, mock.Mock(), Budget((5, 20)), "max", mock.Mock(), packed)
+    reason = why_no_kernels(call)
     assert reason == f"n_fac must be an int of at most {MOST_SELECTED}, got (5, 20)"
     torch.testing.assert_close(attend("auto", 40), attend("reference", 40))
     with pytest.raises(ValueError, match="backend 'triton' cannot serve this call"):

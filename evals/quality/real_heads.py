@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from evals.quality.arms import provenance
 from evals.quality.real import Run, parser
 from evals.quality.real_arms import Arm
-from fasa_flex.attention import sparse_attention
+from fasa_flex.backends import sparse_attention
 from fasa_flex.completion import Completion
 from fasa_flex.layers import layer_of
+from fasa_flex.method import Call
 from fasa_flex.saving import replace_text
 from fasa_flex.scoring import DominantChunks, Scorer
 from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
@@ -97,16 +98,18 @@ def _focused(
     valid = valid_keys(query.shape[2] - prefix, key.shape[2], None, query.device)
     parts = [
         sparse_attention(
-            query[:, :, prefix + at : prefix + at + step],
-            key,
-            value,
-            scorer,
-            valid[:, :, :, at : at + step],
-            config.budget,
-            reduce,
-            Softmax(scaling),
+            Call(
+                query[:, :, prefix + at : prefix + at + step],
+                key,
+                value,
+                scorer,
+                valid[:, :, :, at : at + step],
+                config.budget,
+                reduce,
+                Softmax(scaling),
+                completion=completion,
+            ),
             "gather",
-            completion=completion,
         )
         for at in range(0, query.shape[2] - prefix, step)
     ]

@@ -259,9 +259,9 @@ def _fasa(settings: Settings, backend: Backend, new_rows: float | None = None) -
             held.forget(new_rows)
         scorer = DominantChunks(x.chunks.flatten(1), dtype=settings.packed_dtype)
         completion = None if x.state is None else Completion(settings.strength, x.state)
-        softmax, given = Softmax(x.q.shape[-1] ** -0.5), (x.packed, held, x.marks, completion)
-        states, budget = (x.q, key, value), settings.budget
-        call = method.Call(*states, scorer, x.valid, budget, settings.group_reduce, softmax, *given)
+        softmax, states, budget = Softmax(x.q.shape[-1] ** -0.5), (x.q, key, value), settings.budget
+        call = method.Call(*states, scorer, x.valid, budget, settings.group_reduce, softmax, x.packed, held)
+        call.marks, call.completion = x.marks, completion
         return sparse_attention(call, backend)
 
     return run

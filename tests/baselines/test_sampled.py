@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasa_flex.attention import sparse_attention
+from fasa_flex.backends import sparse_attention
 from fasa_flex.baselines import AllDimensions, Sampled
 from fasa_flex.budget import Budget
 from fasa_flex.completion import Completion
+from fasa_flex.method import Call
 from fasa_flex.scoring import Given
 from fasa_flex.selection import select, valid_keys
 from fasa_flex.softmax import Softmax
@@ -28,7 +29,8 @@ def states(queries: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 def attended(scorer: Sampled, budget: Budget, *given: Tensor, backend: str = "gather") -> Tensor:
     valid = valid_keys(given[0].shape[2], KEYS, None, given[0].device)
-    return sparse_attention(*given, scorer, valid, budget, "softmax_exact", Softmax(DIM**-0.5), backend)
+    call = Call(*given, scorer, valid, budget, "softmax_exact", Softmax(DIM**-0.5))
+    return sparse_attention(call, backend)
 
 
 def drawn(scorer: Sampled, budget: Budget, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,9 +86,8 @@ def test_a_draw_goes_by_the_query_and_not_by_those_beside_it_or_padding() -> Non
     wide = [torch.cat([torch.full_like(x[:, :, :9], 30.0), x], dim=2) for x in (key, value)]
     mask = (torch.arange(KEYS + 9) >= 9)[None]
     valid = valid_keys(1, KEYS + 9, mask, query.device)
-    padded = sparse_attention(
-        query[:, :, -1:], *wide, scorer, valid, budget, "softmax_exact", Softmax(DIM**-0.5), "gather"
-    )
+    call = Call(query[:, :, -1:], *wide, scorer, valid, budget, "softmax_exact", Softmax(DIM**-0.5))
+    padded = sparse_attention(call, "gather")
     torch.testing.assert_close(padded, alone)
     first, second = (drawn(Sampled(AllDimensions(), seed=seed), budget, query, key)[0] > 0 for seed in (7, 8))
     assert not torch.equal(first, second)
@@ -123,9 +124,9 @@ def test_a_mean_value_by_all_valid_keys(backend: str) -> None:
     valid = valid_keys(3, KEYS, None, query.device)
     scores = AllDimensions()(query, key)
     softmax, completion = Softmax(DIM**-0.5), Completion(0.0, by_all=True)
-    given = (query, key, value, Given(scores), valid, Budget(20), "softmax_exact", softmax, backend)
-    got = sparse_attention(*given, completion=completion)
-    plain = sparse_attention(*given)
+    given = (query, key, value, Given(scores), valid, Budget(20), "softmax_exact", softmax)
+    got = sparse_attention(Call(*given, completion=completion), backend)
+    plain = sparse_attention(Call(*given), backend)
     logits = torch.where(valid, scores * DIM**-0.5, -torch.inf).softmax(-1)
     mask = select(logits.sum(2, keepdim=True), valid, Budget(20)).mask
     share = torch.where(mask, logits, 0.0).sum(-1, keepdim=True)
