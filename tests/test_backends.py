@@ -22,7 +22,7 @@ from fasa_flex.softmax import Softmax
 
 @pytest.fixture
 def call() -> Call:
-    q, k, v = integers(1, 4, 1, 8, seed=1), integers(1, 2, 30, 8, seed=2), integers(1, 2, 30, 8, seed=3)
+    q, k, v = (integers(1, heads, n, 16, seed=heads + n) for heads, n in ((4, 1), (2, 30), (2, 30)))
     scorer = DominantChunks.from_chunks(pick_chunks(2, 2))
     return Call(q, k, v, scorer, valid_keys(1, 30, None, q.device), Budget(5), "softmax", Softmax(0.3))
 
