@@ -72,8 +72,9 @@ def take_rows(states: Tensor, slots: Tensor) -> Tensor:
     if states.device != device:
         slots = slots.to(states.device)
     batch, heads, _, dim = states.shape
-    if _is_buffer(states):
-        table, index = _table(states, slots)
+    found = _table(states, slots)
+    if found is not None:
+        table, index = found
         rows = table.index_select(0, index.flatten())
     else:
         b = torch.arange(batch, device=slots.device).view(-1, 1, 1, 1, 1)
@@ -109,8 +110,9 @@ def weigh_rows(weights: Tensor, states: Tensor, slots: Tensor) -> Tensor:
     if slots.device.type != "cpu":
         return weights @ take_rows(states, slots)
     batch, count, _, width = weights.shape
-    if _is_buffer(states) and states.stride(2) == states.shape[3]:
-        table, index = _table(states, slots)
+    found = _table(states, slots) if states.stride(2) == states.shape[3] else None
+    if found is not None:
+        table, index = found
     else:  # of a table with gaps embedding_bag makes a copy
         table = take_rows(states, slots).flatten(0, 2)
         index = torch.arange(len(table))
@@ -119,21 +121,19 @@ def weigh_rows(weights: Tensor, states: Tensor, slots: Tensor) -> Tensor:
     return sums.view(*weights.shape[:3], -1)
 
 
-def _is_buffer(states: Tensor) -> bool:
-    """Whether states [B, H, T, D] are the first slots of every head in a buffer [B, H, C, ..], at a distance or not."""
-    row = states.stride(2)
-    if row != states.shape[3] and torch.compiler.is_compiling():
-        return False  # the compiler may hold a tensor with gaps as one without, once it was written to
-    return _capacity(states) >= states.shape[2]
+def _table(states: Tensor, slots: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The buffer that states [B, H, T, D] are the first slots of, as rows; None: they lie in none.
 
-
-def _table(states: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """The buffer's rows as they lie, float [.., D], and where in them the slots [B, H, G, Q, K] are: int64."""
+    Returns:
+        float [.., D], the rows as they lie, and int64 [B, H, G, Q, K], where in them the ``slots`` are.
+    """
     batch, heads, kv_len, dim = states.shape
-    capacity = _capacity(states)
+    row, capacity = states.stride(2), _capacity(states)
+    if capacity < kv_len or (row != dim and torch.compiler.is_compiling()):
+        return None  # the compiler may hold a tensor with gaps as one without, once it was written to
     first = torch.arange(batch * heads, device=slots.device).view(batch, heads, 1, 1, 1) * capacity
     count = (batch * heads - 1) * capacity + kv_len
-    return states.as_strided((count, dim), (states.stride(2), 1)), slots + first
+    return states.as_strided((count, dim), (row, 1)), slots + first
 
 
 def whole_buffer(states: Tensor) -> Tensor:
