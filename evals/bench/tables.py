@@ -63,13 +63,13 @@ def _joined(lines: list[list[str]]) -> str:
 
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     MAIN: {
-        "speed cuda": partial(rivals, "op_cuda"),
         "step cuda": partial(rivals, "step_cuda"),
         "generate cuda": partial(generated, "cuda"),
-        "speed cpu": partial(rivals, "op_cpu"),
-        "step cpu": partial(rivals, "step_cpu"),
     },
     DETAILS: {
+        "speed cuda": partial(rivals, "op_cuda"),
+        "speed cpu": partial(rivals, "op_cpu"),
+        "step cpu": partial(rivals, "step_cpu"),
         "rankings cuda": partial(rankings, "cuda", "max, int8 packed keys", "FASA-C triton"),
         "step compiled cuda": partial(rivals, "step_cuda_compiled"),
         "growing cuda": partial(growing, "growing_cuda"),
