@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,3 +53,17 @@ def test_the_scorer_in_the_readme_runs(llama: PreTrainedModel) -> None:
     with enable(llama, None, FasaConfig(n_fac=4), scorer=lambda layer: names["LargestKeys"]()) as fasa:
         llama.generate(torch.arange(1, 21)[None], max_new_tokens=3, do_sample=False, pad_token_id=0)
         assert fasa.stats.sparse_queries == 4
+
+
+@pytest.mark.slow
+def test_the_first_example_runs_as_pasted() -> None:
+    """With the reference model's folder in place of the name on the Hub."""
+    code = re.search(r"```python\n(from pydoc_data.*?)```", README, flags=re.DOTALL)
+    assert code is not None
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in code[1]
+    names: dict[str, Any] = {}
+    model = ROOT / "evals" / "reference_model"
+    exec(code[1].replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(model)), names)
+    stats = names["fasa"].stats
+    assert stats.sparse_queries == 49 * (names["model"].config.num_hidden_layers - 1)
+    assert 0 < stats.kv_share < 0.2

@@ -57,19 +57,34 @@ def generated(device: str) -> str:
     return _joined(lines)
 
 
+def steps(rival: str) -> str:
+    """How many times as fast a step on an H100 is by one of FASA's ways, and how many times Amdahl's law allows."""
+    rows = rows_of("bench_step_cuda")
+    contexts = sorted({row["context"] for row in rows})
+    cells = {
+        (row["batch"], row["context"]): f"{way['speedup']:.2f} of {row['ceiling']:.2f}"
+        for row in rows
+        for way in row["rivals"]
+        if way["name"] == rival
+    }
+    lines = [["batch", *(f"{context // 1024}k tokens" for context in contexts)], ["--:"] * (1 + len(contexts))]
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        lines.append([str(batch), *(cells.get((batch, context), "") for context in contexts)])
+    return _joined(lines)
+
+
 def _joined(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
-    MAIN: {
-        "speed cuda": partial(rivals, "op_cuda"),
+    MAIN: {"step summary": partial(steps, "FASA-C triton")},
+    DETAILS: {
         "step cuda": partial(rivals, "step_cuda"),
         "generate cuda": partial(generated, "cuda"),
+        "speed cuda": partial(rivals, "op_cuda"),
         "speed cpu": partial(rivals, "op_cpu"),
         "step cpu": partial(rivals, "step_cpu"),
-    },
-    DETAILS: {
         "rankings cuda": partial(rankings, "cuda", "max, int8 packed keys", "FASA-C triton"),
         "step compiled cuda": partial(rivals, "step_cuda_compiled"),
         "growing cuda": partial(growing, "growing_cuda"),

@@ -8,23 +8,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from evals.marked import fill
 from evals.quality.arms import RESULTS, ROOT
 from evals.quality.committed import markdown
+from evals.quality.real_page import shown, window_length
+from evals.quality.real_results import Results, bytes_of, perplexity
 
 README = ROOT / "README.md"
+STUDY = RESULTS / "study_real" / "smollm2.json"
 ARMS = {
     "dense": "dense",
-    "oracle 256 completion=none": "exact scores, 256 tokens, no completion",
-    "paper 256": "the paper's settings, 256 tokens",
     "fasa 256": "**default, 256 tokens**",
-    "fasa 128": "default, 128 tokens",
-    "fasa 64": "default, 64 tokens",
-    "fasa 128 n_tip=0.25 criterion=explained_variance": "a quarter of the chunks by explained variance, 128 tokens",
+    "fasa 128": "**default, 128 tokens**",
+    "fasa 64": "**default, 64 tokens**",
+    "paper 256": "FASA with the paper's settings, 256 tokens",
+    "oracle 256 completion=none": "exact scores, 256 tokens",
+    "sparq 256 published": "SparQ as published, 256 tokens",
+    "sparq 128 published": "SparQ as published, 128 tokens",
 }
 SETTINGS: tuple[tuple[str, str, str, str, str], ...] = (
     ("completion", "none", "first order", "fasa 128 completion=none", "what is not selected has weight and value, too"),
@@ -43,12 +46,7 @@ SETTINGS: tuple[tuple[str, str, str, str, str], ...] = (
 """Setting, the other value, the default, the arm with the other value, and why the default."""
 
 
-def _results() -> dict[str, Any]:
-    results: dict[str, Any] = json.loads((RESULTS / "real_smollm2.json").read_text())
-    return results
-
-
-def _perplexity(results: dict[str, Any], arm: str) -> str:
+def _perplexity(results: Results, arm: str) -> str:
     """Over dense attention's, with its standard error over windows."""
     differences = torch.tensor(
         [window[arm] - window["dense"] for window in results["windows"].values() if arm in window]
@@ -58,16 +56,18 @@ def _perplexity(results: dict[str, Any], arm: str) -> str:
 
 
 def defaults() -> str:
-    """Perplexity over dense attention's, and needles found of the prompts that every arm answered."""
-    results = _results()
+    """Perplexity over dense attention's, needles found of the prompts that every arm answered, and bytes read."""
+    results: Results = json.loads(STUDY.read_text())
+    length = window_length(results)
     answered = [hits for hits in results["needles"].values() if ARMS.keys() <= hits.keys()]
     return markdown(
-        ["", "perplexity", f"needles of {len(answered)}"],
+        ["", "perplexity over dense", f"needles of {len(answered)}", "bytes read"],
         (
             [
                 name,
-                "1" if arm == "dense" else _perplexity(results, arm),
+                "1" if arm == "dense" else shown(perplexity(results, arm, length)),
                 f"{sum(hits[arm] for hits in answered):.0f}",
+                f"{bytes_of(results, arm, length):.1%}",
             ]
             for arm, name in ARMS.items()
         ),
@@ -76,7 +76,7 @@ def defaults() -> str:
 
 def settings() -> str:
     """One setting at a time at another value, the others at their defaults, 128 tokens."""
-    results = _results()
+    results: Results = json.loads((RESULTS / "real_smollm2.json").read_text())
     default = _perplexity(results, "fasa 128")
     return markdown(
         ["setting", "instead of", "perplexity", "default", "perplexity of the default", "why"],
