@@ -3,21 +3,24 @@
 A name is imported when it is first asked for, so that ``fasa-flex --help`` waits for neither torch nor transformers.
 """
 
+import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from fasa_flex.former_names import FormerNames
+
 if TYPE_CHECKING:
-    from fasa_flex.agreement import contextual_agreement
-    from fasa_flex.attention import fasa_attention
-    from fasa_flex.cache import CacheSize, FasaCache
-    from fasa_flex.calibration import calibrate
-    from fasa_flex.config import FasaConfig
-    from fasa_flex.handle import Fasa
-    from fasa_flex.profile import FasaProfile
-    from fasa_flex.rotary import RotaryLayout
-    from fasa_flex.scoring import Scorer, SequenceScorer
-    from fasa_flex.transformers import enable
+    from fasa_flex.backends.attention import fasa_attention
+    from fasa_flex.caches.fasa_cache import CacheSize, FasaCache
+    from fasa_flex.calibration.agreement import contextual_agreement
+    from fasa_flex.calibration.from_texts import calibrate
+    from fasa_flex.calibration.profile import FasaProfile
+    from fasa_flex.calibration.rotary import RotaryLayout
+    from fasa_flex.core.config import FasaConfig
+    from fasa_flex.core.scoring import Scorer, SequenceScorer
+    from fasa_flex.model.enable import enable
+    from fasa_flex.model.handle import Fasa
 
 __all__ = [
     "CacheSize",
@@ -36,18 +39,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CacheSize": "cache",
-    "Fasa": "handle",
-    "FasaCache": "cache",
-    "FasaConfig": "config",
-    "FasaProfile": "profile",
-    "RotaryLayout": "rotary",
-    "Scorer": "scoring",
-    "SequenceScorer": "scoring",
-    "calibrate": "calibration",
-    "contextual_agreement": "agreement",
-    "enable": "transformers",
-    "fasa_attention": "attention",
+    "CacheSize": "caches.fasa_cache",
+    "Fasa": "model.handle",
+    "FasaCache": "caches.fasa_cache",
+    "FasaConfig": "core.config",
+    "FasaProfile": "calibration.profile",
+    "RotaryLayout": "calibration.rotary",
+    "Scorer": "core.scoring",
+    "SequenceScorer": "core.scoring",
+    "calibrate": "calibration.from_texts",
+    "contextual_agreement": "calibration.agreement",
+    "enable": "model.enable",
+    "fasa_attention": "backends.attention",
 }
 
 
@@ -55,6 +58,10 @@ try:
     __version__ = version(__name__)
 except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
+
+
+if not any(isinstance(finder, FormerNames) for finder in sys.meta_path):
+    sys.meta_path.append(FormerNames())
 
 
 def __getattr__(name: str) -> Any:

@@ -15,8 +15,8 @@ from typing import Any, get_args
 
 from fasa_flex.bench.options import DTYPES
 from fasa_flex.bench.options import add_arguments as _bench_options
-from fasa_flex.choices import Backend, Criterion, GroupReduce, Sharing
-from fasa_flex.commands.texts import texts_of
+from fasa_flex.commands.text_files import texts_of
+from fasa_flex.core.option_types import Backend, Criterion, GroupReduce, Sharing
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from fasa_flex import compare
-    from fasa_flex.commands import drawing
+    from fasa_flex.commands import plots as drawing
+    from fasa_flex.report import compare
 
     drawing.check(options.plot)
     runs = [compare.Run.load(folder) for folder in options.runs]
@@ -59,7 +59,7 @@ def _compare(options: argparse.Namespace) -> None:
     for warning in compare.warnings(runs):
         print(f"warning: {warning}", file=sys.stderr)
     if options.plot is not None:
-        from fasa_flex.plots import score_curves
+        from fasa_flex.report.plots import score_curves
 
         drawing.draw(score_curves(compare.curve_rows(rows)), options.plot)
 
@@ -79,16 +79,16 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from fasa_flex import inspection
-    from fasa_flex.commands import drawing
-    from fasa_flex.profile import FasaProfile
+    from fasa_flex.calibration.profile import FasaProfile
+    from fasa_flex.commands import plots as drawing
+    from fasa_flex.report import inspection
 
     profiles = [FasaProfile.from_pretrained(name) for name in options.profiles]
     drawing.check(options.plot)
     n_tip = inspection.default_n_tip(profiles[0]) if options.n_tip is None else options.n_tip
     print(inspection.report(options.profiles, profiles, n_tip, options.per, options.criterion))
     if options.plot is not None:
-        from fasa_flex.plots import inspection as drawn
+        from fasa_flex.report.plots import inspection as drawn
 
         drawing.draw(drawn(options.profiles, profiles, n_tip, options.per, options.criterion), options.plot)
 
@@ -100,7 +100,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
-    """What every command that loads a model has: the arguments of `fasa_flex.loading.load_model`."""
+    """What every command that loads a model has: the arguments of `fasa_flex.hf.loading.load_model`."""
     parser.add_argument("model", metavar="MODEL", help="a folder, or a Hub repository")
     parser.add_argument("--gguf-file", metavar="NAME", help="the file of MODEL that holds it in GGUF")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they were saved)")
@@ -108,7 +108,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _loaded(options: argparse.Namespace) -> tuple[Any, Any]:
-    from fasa_flex.loading import load_model
+    from fasa_flex.hf.loading import load_model
 
     return load_model(options.model, gguf_file=options.gguf_file, dtype=options.dtype, device=options.device)
 
@@ -126,7 +126,7 @@ def _calibrate_options(parser: argparse.ArgumentParser) -> None:
 
 def _calibrate(options: argparse.Namespace) -> None:
     texts = None if options.text is None else texts_of(options.text)
-    from fasa_flex.commands.calibrating import calibrate_into
+    from fasa_flex.commands.calibrate import calibrate_into
 
     calibrate_into(options.out, lambda: _loaded(options), texts, options.length, options.top_k, options.max_new_tokens)
 
@@ -157,9 +157,9 @@ def _count_or_share(text: str) -> int | float:
 
 def _generate(options: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if str(options.prompt) == "-" else texts_of([options.prompt])[0]
-    from fasa_flex.commands.generating import encoded, generate
-    from fasa_flex.config import FasaConfig
-    from fasa_flex.profile import FasaProfile
+    from fasa_flex.calibration.profile import FasaProfile
+    from fasa_flex.commands.generate import encoded, generate
+    from fasa_flex.core.config import FasaConfig
 
     given = {name: getattr(options, name) for name in ("n_fac", "n_tip", "group_reduce", "backend")}
     config = FasaConfig(**{name: value for name, value in given.items() if value is not None})
@@ -172,7 +172,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _env(options: argparse.Namespace) -> None:
-    from fasa_flex.commands.environment import report
+    from fasa_flex.commands.env import report
 
     print(report())
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasa_flex.backends import sparse_attention
-from fasa_flex.budget import Budget
-from fasa_flex.completion import Completion, CompletionState
-from fasa_flex.method import Call
-from fasa_flex.scoring import DominantChunks
-from fasa_flex.selection import valid_keys
-from fasa_flex.softmax import Softmax
+from fasa_flex.backends.table import sparse_attention
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.completion import Completion, CompletionState
+from fasa_flex.core.method import Call
+from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.core.selection import valid_keys
+from fasa_flex.core.softmax import Softmax
 
 
 def state_of(

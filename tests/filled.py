@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from fasa_flex import FasaCache
-from fasa_flex.expectations import cache_argument
-from fasa_flex.packed_layers import PackedLayer, StaticPackedLayer
-from fasa_flex.packing import as_packed
+from fasa_flex.caches.packed_layers import PackedLayer, StaticPackedLayer
+from fasa_flex.core.packed_keys import as_packed
+from fasa_flex.hf.compatibility import cache_argument
 
 CONFIG = plain(n_fac=6, n_tip=3)
 

@@ -13,14 +13,15 @@ from cases import DIM, EXACT, Case, generator, integers, pick_chunks
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasa_flex import compiling, fasa_attention
-from fasa_flex.backends import sparse_attention
-from fasa_flex.budget import Budget
-from fasa_flex.method import Call, Focus, attend
-from fasa_flex.packing import PackedKeys
-from fasa_flex.scoring import DominantChunks
-from fasa_flex.selection import valid_keys
-from fasa_flex.softmax import Softmax
+from fasa_flex import fasa_attention
+from fasa_flex.backends.table import sparse_attention
+from fasa_flex.backends.table import specialization as compiling
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.method import Call, Focus, attend
+from fasa_flex.core.packed_keys import PackedKeys
+from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.core.selection import valid_keys
+from fasa_flex.core.softmax import Softmax
 
 CASES = [
     Case("plain"),

@@ -10,9 +10,9 @@ from cases import DIM, EXACT, Case
 from sentences import raises_sentence
 
 from fasa_flex import FasaConfig, fasa_attention
-from fasa_flex.budget import Budget
-from fasa_flex.fused import check_kernels
-from fasa_flex.scoring import DominantChunks
+from fasa_flex.backends.triton.dispatch import check_kernels
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.scoring import DominantChunks
 
 
 @pytest.mark.parametrize("backend", [*EXACT, "flex"])

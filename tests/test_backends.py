@@ -10,14 +10,14 @@ import pytest
 import torch
 from cases import integers, pick_chunks
 
-from fasa_flex import backends
-from fasa_flex.backends import BACKENDS, ORDER, sparse_attention
+from fasa_flex.backends.table import BACKENDS, ORDER, sparse_attention
+from fasa_flex.backends.table import table as backends
 from fasa_flex.baselines import AllDimensions, Sampled
-from fasa_flex.budget import Budget
-from fasa_flex.method import Call
-from fasa_flex.scoring import DominantChunks
-from fasa_flex.selection import valid_keys
-from fasa_flex.softmax import Softmax
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.method import Call
+from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.core.selection import valid_keys
+from fasa_flex.core.softmax import Softmax
 
 
 @pytest.fixture

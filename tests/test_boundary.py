@@ -7,7 +7,7 @@ import torch
 from sentences import raises_sentence
 from torch import Tensor
 
-from fasa_flex.boundary import Boundary
+from fasa_flex.hf.boundary import Boundary
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,8 @@ import torch
 from sentences import raises_sentence
 
 from fasa_flex import FasaConfig, fasa_attention
-from fasa_flex.budget import Budget, check_count
-from fasa_flex.selection import forced_keys
+from fasa_flex.core.budget import Budget, check_count
+from fasa_flex.core.selection import forced_keys
 
 
 @pytest.mark.parametrize(

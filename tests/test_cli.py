@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import fasa_flex
 from fasa_flex import FasaConfig, FasaProfile, cli
-from fasa_flex.commands.generating import agreement, side_by_side
+from fasa_flex.commands.generate import agreement, side_by_side
 
 SHIPPED = Path(__file__).parents[1] / "evals" / "results" / "profile"
 
@@ -81,7 +81,7 @@ def test_inspect_refuses_in_one_sentence(
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("several\nlines")
 
-    monkeypatch.setattr("fasa_flex.profile.snapshot_download", unreachable)
+    monkeypatch.setattr("fasa_flex.calibration.profile.snapshot_download", unreachable)
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", unreachable)
     assert "someone/profile is no folder, and the Hub gives no such profile" in refused("someone/profile")
 
@@ -148,7 +148,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_a_picture_that_cannot_be_is_refused_before_the_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fasa_flex.inspection.report", lambda *_: pytest.fail("the work was done"))
+    monkeypatch.setattr("fasa_flex.report.inspection.report", lambda *_: pytest.fail("the work was done"))
     inspect = ("inspect", str(SHIPPED), "--plot")
     (tmp_path / "file").write_text("")
     assert "is no folder to draw x.png in" in refused(capsys, *inspect, str(tmp_path / "file" / "x.png"))
@@ -157,12 +157,12 @@ def test_a_picture_that_cannot_be_is_refused_before_the_work(
         assert "names no format of pictures" in refused(capsys, *inspect, str(tmp_path / name))
     with monkeypatch.context() as patch:
         patch.setattr(
-            "fasa_flex.commands.drawing.check_writable", lambda folder: (_ for _ in ()).throw(ValueError("full."))
+            "fasa_flex.commands.plots.check_writable", lambda folder: (_ for _ in ()).throw(ValueError("full."))
         )
         assert "full" in refused(capsys, *inspect, str(tmp_path / "x.png"))
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        "fasa_flex.commands.drawing.find_spec", lambda name: None if name == "matplotlib" else found(name)
+        "fasa_flex.commands.plots.find_spec", lambda name: None if name == "matplotlib" else found(name)
     )
     assert "needs matplotlib, which is not installed; run pip install" in refused(
         capsys, *inspect, str(tmp_path / "x.png")

@@ -13,7 +13,7 @@ import pytest
 from sentences import raises_sentence
 
 from fasa_flex.cli import main
-from fasa_flex.compare import Run, compare, curve_rows, table, warnings
+from fasa_flex.report.compare import Run, compare, curve_rows, table, warnings
 
 STAMP = "2026-01-02T03-04-05.678901"
 

@@ -12,14 +12,15 @@ from families import tiny
 from generation import Ids, generate, profile_of
 from torch import Tensor
 
-from fasa_flex import FasaConfig, compiling, enable, fasa_attention
-from fasa_flex.backends import sparse_attention
-from fasa_flex.budget import Budget
-from fasa_flex.method import Call
-from fasa_flex.packing import PackedKeys
-from fasa_flex.scoring import DominantChunks
-from fasa_flex.selection import valid_keys
-from fasa_flex.softmax import Softmax
+from fasa_flex import FasaConfig, enable, fasa_attention
+from fasa_flex.backends.table import sparse_attention
+from fasa_flex.backends.table import specialization as compiling
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.method import Call
+from fasa_flex.core.packed_keys import PackedKeys
+from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.core.selection import valid_keys
+from fasa_flex.core.softmax import Softmax
 
 CHUNKS = torch.arange(16).view(1, 8, 2).expand(2, -1, -1)[:, :3].contiguous()
 

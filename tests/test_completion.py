@@ -17,13 +17,14 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
-from fasa_flex import compiling, fasa_attention
-from fasa_flex.budget import Budget
-from fasa_flex.completion import Completion, CompletionState, complete, kept_share
-from fasa_flex.rows import gather_focused
-from fasa_flex.scoring import Weights, weigh
-from fasa_flex.selection import Marks, select, valid_keys
-from fasa_flex.softmax import Softmax
+from fasa_flex import fasa_attention
+from fasa_flex.backends.gather import gather_focused
+from fasa_flex.backends.table import specialization as compiling
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.completion import Completion, CompletionState, complete, kept_share
+from fasa_flex.core.scoring import Weights, weigh
+from fasa_flex.core.selection import Marks, select, valid_keys
+from fasa_flex.core.softmax import Softmax
 
 LENGTH = 150
 SINKS = torch.linspace(-2, 3, 4, dtype=torch.float64)

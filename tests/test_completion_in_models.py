@@ -20,7 +20,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from fasa_flex import FasaCache, FasaConfig, FasaProfile, enable
 from fasa_flex.baselines import Quest, SparQ
-from fasa_flex.handle import Fasa
+from fasa_flex.model.handle import Fasa
 
 PROMPT, LENGTH, SLOTS = 118, 134, 160  # decoding begins in the second block of 64 and ends in the third
 CONFIG = unrounded(n_fac=12, n_tip=3)

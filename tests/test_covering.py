@@ -10,11 +10,11 @@ import torch
 from cases import generator
 from torch import Tensor
 
-from fasa_flex.budget import SINKS
-from fasa_flex.completion import BLOCK, CompletionState
+from fasa_flex.core.budget import SINKS
+from fasa_flex.core.completion import BLOCK, CompletionState
 
 pytest.importorskip("triton")
-cover_by_kernel = import_module("fasa_flex.covering").cover_by_kernel
+cover_by_kernel = import_module("fasa_flex.backends.triton.completion").cover_by_kernel
 
 BATCH, HEADS, DIM, VALUE_DIM = 2, 2, 12, 10
 
@@ -101,7 +101,7 @@ def test_nothing_is_written_between_two_blocks() -> None:
 
 
 def test_wide_heads_are_covered_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fasa_flex.covering.MOST_PRODUCTS", 256)
+    monkeypatch.setattr("fasa_flex.backends.triton.completion.MOST_PRODUCTS", 256)
     rows = torch.randn(1, 1, 150, 40 + VALUE_DIM, generator=generator(3))
     twins = Twins(rows[..., :40], rows[..., 40:])
     twins.advance(70, 70)
@@ -117,7 +117,7 @@ class OnGpu(torch.Tensor):
 @pytest.mark.parametrize("pinned", [True, False])
 def test_a_gpu_covers_by_the_kernel_what_it_can_read(pinned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[Any] = []
-    monkeypatch.setattr("fasa_flex.covering.cover_by_kernel", lambda *call: called.append(call))
+    monkeypatch.setattr("fasa_flex.backends.triton.completion.cover_by_kernel", lambda *call: called.append(call))
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: pinned)
     key, value = drawn(70)
     state = CompletionState.empty(key, value, True).change(lambda held: held.as_subclass(OnGpu))

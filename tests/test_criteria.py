@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasa_flex import RotaryLayout, criteria
-from fasa_flex.criteria import causal, explained_share, least_squares_weights, logit_statistics, most_explaining
+from fasa_flex import RotaryLayout
+from fasa_flex.core import criteria
+from fasa_flex.core.criteria import causal, explained_share, least_squares_weights, logit_statistics, most_explaining
 
 CHUNKS, KV_HEADS, GROUP, SCALING = 4, 2, 3, 0.3
 LAYOUT = RotaryLayout.interleaved(2 * CHUNKS, rotary_dim=4)

@@ -12,13 +12,13 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-import fasa_flex.compiling
-import fasa_flex.crossover
-import fasa_flex.method
+import fasa_flex.backends.specialization
+import fasa_flex.core.method
+import fasa_flex.model.crossover
 from fasa_flex import FasaConfig, enable
-from fasa_flex.config import Backend
-from fasa_flex.crossover import sparse_is_faster
-from fasa_flex.packed_layers import PackedLayer
+from fasa_flex.caches.packed_layers import PackedLayer
+from fasa_flex.core.config import Backend
+from fasa_flex.model.crossover import sparse_is_faster
 
 
 def layer(batch: int, heads: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -81,7 +81,7 @@ def test_the_crossover_is_that_of_grouped_attention(
     llama: PreTrainedModel, ids: Ids, cache: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is what would be dense, under a mask, as of a static cache, and without."""
-    monkeypatch.setitem(fasa_flex.crossover.KV_BYTES, ("cpu", False), 0)
+    monkeypatch.setitem(fasa_flex.model.crossover.KV_BYTES, ("cpu", False), 0)
     with enable(llama, profile_of(llama), FasaConfig(n_fac=6, backend="fastest")) as fasa:
         generate(llama, ids(40, rows=1), cache_implementation=cache)
         assert fasa.stats.sparse_queries == 0
@@ -91,7 +91,7 @@ def test_above_the_crossover_it_is_auto(llama: PreTrainedModel, ids: Ids, monkey
     """With a crossover of 43 tokens, the steps before it are dense."""
     prompt, profile = ids(40, rows=1), profile_of(llama)
     token = 2 * 2 * 16 * 4  # keys and values, two heads of 16 float32
-    monkeypatch.setitem(fasa_flex.crossover.KV_BYTES, ("cpu", True), 43 * token)
+    monkeypatch.setitem(fasa_flex.model.crossover.KV_BYTES, ("cpu", True), 43 * token)
     with enable(llama, profile, FasaConfig(n_fac=5, backend="fastest")) as fasa:
         generate(llama, prompt, max_new_tokens=6)
         assert [layer.sparse_queries for layer in fasa.stats.per_layer] == [0, 3, 3]  # at 43, 44 and 45 keys
@@ -104,7 +104,7 @@ def test_it_compiles_twice_for_a_growing_cache_and_decodes_as_gather(
     llama: PreTrainedModel, ids: Ids, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """300 steps go beyond the first buffer: the second compilation serves any length."""
-    monkeypatch.setitem(fasa_flex.crossover.KV_BYTES, ("cpu", True), 0)
+    monkeypatch.setitem(fasa_flex.model.crossover.KV_BYTES, ("cpu", True), 0)
     prompt, profile = ids(100, rows=2), profile_of(llama)
     counters.clear()
     results = []
@@ -120,8 +120,8 @@ def test_only_an_eager_step_of_a_growing_cache_is_one(
     llama: PreTrainedModel, ids: Ids, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the rule for growing caches out of reach, a static one is sparse and a growing one dense."""
-    monkeypatch.setitem(fasa_flex.crossover.KV_BYTES, ("cpu", True), 0)
-    monkeypatch.setitem(fasa_flex.crossover.GROWING_BYTES, "cpu", 1 << 40)
+    monkeypatch.setitem(fasa_flex.model.crossover.KV_BYTES, ("cpu", True), 0)
+    monkeypatch.setitem(fasa_flex.model.crossover.GROWING_BYTES, "cpu", 1 << 40)
     sparse = {}
     for cache in ("static", "dynamic"):
         with enable(llama, profile_of(llama), FasaConfig(n_fac=6, backend="fastest")) as fasa, torch.no_grad():
@@ -134,9 +134,9 @@ def test_where_python_decides_a_growing_layer_is_packed_at_its_first_sparse_step
     llama: PreTrainedModel, ids: Ids, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until then it is the plain one; from then on the logits are those of "auto", which packs from the start."""
-    monkeypatch.setattr(fasa_flex.compiling, "_compiled", lambda *_: fasa_flex.method.attend)
-    monkeypatch.setitem(fasa_flex.crossover.KV_BYTES, ("cpu", True), 0)
-    monkeypatch.setitem(fasa_flex.crossover.GROWING_BYTES, "cpu", 1 << 40)
+    monkeypatch.setattr(fasa_flex.backends.specialization, "_compiled", lambda *_: fasa_flex.core.method.attend)
+    monkeypatch.setitem(fasa_flex.model.crossover.KV_BYTES, ("cpu", True), 0)
+    monkeypatch.setitem(fasa_flex.model.crossover.GROWING_BYTES, "cpu", 1 << 40)
     tokens, plain = [ids(1, seed, rows=2) for seed in range(3)], DynamicCache(config=llama.config)
 
     def decode(backend: Backend, cache: DynamicCache) -> tuple[torch.Tensor, int, list[type]]:
@@ -151,7 +151,7 @@ def test_where_python_decides_a_growing_layer_is_packed_at_its_first_sparse_step
         dense, *rest = decode("fastest", copy.deepcopy(plain))
         assert rest == [0, [DynamicLayer] * 3]
         assert not torch.allclose(dense, expected)
-        monkeypatch.setitem(fasa_flex.crossover.GROWING_BYTES, "cpu", 0)
+        monkeypatch.setitem(fasa_flex.model.crossover.GROWING_BYTES, "cpu", 0)
         late, *rest = decode("fastest", plain)
     assert rest == sparse
     torch.testing.assert_close(late, expected, rtol=1e-5, atol=1e-5)

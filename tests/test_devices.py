@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fasa_flex import FasaCache, FasaConfig, RotaryLayout, calibrate, enable
-from fasa_flex.expectations import cache_argument
-from fasa_flex.layers import device_of
+from fasa_flex.hf.compatibility import cache_argument
+from fasa_flex.hf.model_structure import device_of
 
 CONFIG = FasaConfig(n_fac=6, n_tip=2)
 

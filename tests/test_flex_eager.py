@@ -14,12 +14,15 @@ import pytest
 import torch
 from cases import DIM, Case, integers, pick_chunks
 
-from fasa_flex import backends, compiling, fasa_attention, method
-from fasa_flex.budget import Budget
-from fasa_flex.completion import with_sinks
-from fasa_flex.method import flex_focused
-from fasa_flex.selection import select, valid_keys
-from fasa_flex.softmax import Softmax
+from fasa_flex import fasa_attention
+from fasa_flex.backends.table import specialization as compiling
+from fasa_flex.backends.table import table as backends
+from fasa_flex.core import method
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.completion import with_sinks
+from fasa_flex.core.method import flex_focused
+from fasa_flex.core.selection import select, valid_keys
+from fasa_flex.core.softmax import Softmax
 
 CASES = [
     Case("decode"),

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from fasa_flex import FasaConfig, enable, handle
-from fasa_flex.grouped import decodes_grouped, grouped_attention
-from fasa_flex.softmax import Softmax
+from fasa_flex import FasaConfig, enable
+from fasa_flex.backends.dense import decodes_grouped, grouped_attention
+from fasa_flex.core.softmax import Softmax
+from fasa_flex.model import handle
 
 
 def states(heads: int, length: int, seed: int) -> Tensor:

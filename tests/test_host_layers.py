@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fasa_flex import FasaCache, FasaConfig, enable
-from fasa_flex.expectations import cache_argument
-from fasa_flex.host_layers import HostLayer, StaticHostLayer
-from fasa_flex.host_memory import host_memory, settle
+from fasa_flex.caches.host_layers import HostLayer, StaticHostLayer
+from fasa_flex.caches.pinned_memory import host_memory, settle
+from fasa_flex.hf.compatibility import cache_argument
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,9 @@ def short_of_memory(at: int, packed: bool = False) -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(torch, "zeros", failing(torch.zeros, lambda options: "pin_memory" in options, "host"))
         if packed:
-            patched.setattr("fasa_flex.packing.F.pad", failing(torch.nn.functional.pad, lambda _: True, "device"))
+            patched.setattr(
+                "fasa_flex.core.packed_keys.F.pad", failing(torch.nn.functional.pad, lambda _: True, "device")
+            )
         yield tried
 
 
@@ -216,7 +218,9 @@ def test_every_change_of_a_layer_in_host_memory_waits_for_the_device(
 ) -> None:
     cache, waited = filled(llama, placement="host"), []
     keys = [layer.keys for layer in packed_layers(cache)]
-    monkeypatch.setattr("fasa_flex.packed_layers.settle", lambda states, device: waited.append((states, device.type)))
+    monkeypatch.setattr(
+        "fasa_flex.caches.packed_layers.settle", lambda states, device: waited.append((states, device.type))
+    )
     read(cache)
     assert [device for _, device in waited] == ["cpu"] * len(waited)
     assert all(any(states is layer_keys for states, _ in waited) for layer_keys in keys)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasa_flex import FasaProfile, RotaryLayout, inspection
-from fasa_flex.provenance import Provenance
+from fasa_flex import FasaProfile, RotaryLayout
+from fasa_flex.calibration.provenance import Provenance
+from fasa_flex.report import inspection
 
 FREQUENCIES = torch.tensor([1.0, 2 * math.pi / 1234, 2 * math.pi / 56_789], dtype=torch.float64)
 

@@ -24,19 +24,19 @@ from torch._inductor.utils import run_and_get_code
 from transformers import PreTrainedModel
 
 from fasa_flex import FasaCache, FasaConfig, enable, fasa_attention
-from fasa_flex.backends import BACKENDS, ORDER
-from fasa_flex.budget import Budget
-from fasa_flex.completion import Completion, CompletionState
-from fasa_flex.fused import codes_of, decode_by_kernels
-from fasa_flex.held_rows import HeldRows
-from fasa_flex.method import Call
-from fasa_flex.packing import PackedKeys
-from fasa_flex.scoring import DominantChunks
-from fasa_flex.selection import Marks
-from fasa_flex.softmax import Softmax
+from fasa_flex.backends.table import BACKENDS, ORDER
+from fasa_flex.backends.triton.dispatch import codes_of, decode_by_kernels
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.completion import Completion, CompletionState
+from fasa_flex.core.method import Call
+from fasa_flex.core.packed_keys import PackedKeys
+from fasa_flex.core.resident_rows import HeldRows
+from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.core.selection import Marks
+from fasa_flex.core.softmax import Softmax
 
 pytest.importorskip("triton")
-ops, dense = import_module("fasa_flex.decode"), import_module("fasa_flex.dense")
+ops, dense = import_module("fasa_flex.backends.triton.decode"), import_module("fasa_flex.backends.triton.dense")
 
 FUNCTIONS = ("sparse_decode", "select_slots", "hold_slots", "attend_slots")
 
@@ -113,7 +113,7 @@ STEPS = {**PLAIN, **WHOLE}
 @pytest.fixture(autouse=True)
 def rows_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed keys as on a GPU."""
-    monkeypatch.setattr("fasa_flex.packing.tile_of", lambda device: 1)
+    monkeypatch.setattr("fasa_flex.core.packed_keys.tile_of", lambda device: 1)
 
 
 def assert_equals_the_oracle(step: Step, held: bool) -> None:
@@ -314,7 +314,7 @@ def test_a_compiled_model_decodes_by_kernels_without_copying_its_cache(
     llama: PreTrainedModel, ids: Ids, placement: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, with the kernels interpreted: gather's logits, and no buffer as long as the cache."""
-    monkeypatch.setattr("fasa_flex.packing.tile_of", lambda device: 1)
+    monkeypatch.setattr("fasa_flex.core.packed_keys.tile_of", lambda device: 1)
     monkeypatch.setitem(BACKENDS, "triton", BACKENDS["triton"]._replace(why_not=lambda call: None))
     monkeypatch.setitem(ORDER, ("auto", False), ORDER["auto", True])
     profile, length = profile_of(llama), 777

@@ -12,9 +12,10 @@ import torch
 from sentences import raises_sentence
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
-from fasa_flex import RotaryLayout, rotary
-from fasa_flex.layers import attention_shape
-from fasa_flex.probe import glance
+from fasa_flex import RotaryLayout
+from fasa_flex.calibration.from_texts import rotary
+from fasa_flex.hf.model_structure import attention_shape
+from fasa_flex.hf.probe import glance
 
 PAIRS = torch.tensor([[0, 2], [1, 3], [4, 5]])
 

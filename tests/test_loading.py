@@ -8,7 +8,7 @@ import torch
 from sentences import raises_sentence
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fasa_flex.loading import load_model
+from fasa_flex.hf.loading import load_model
 
 
 def test_a_folder_gives_the_model_and_its_tokenizer(

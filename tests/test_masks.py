@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fasa_flex.budget import Budget
-from fasa_flex.method import kv_block_size, to_block_mask
-from fasa_flex.selection import Selection, select, valid_keys
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.method import kv_block_size, to_block_mask
+from fasa_flex.core.selection import Selection, select, valid_keys
 
 
 @pytest.mark.parametrize("kv_block", [1, 4, 16])

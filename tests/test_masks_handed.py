@@ -9,8 +9,8 @@ from generation import Ids, profile_of
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from fasa_flex import FasaCache, FasaConfig, FasaProfile, enable
-from fasa_flex.expectations import cache_argument
-from fasa_flex.masking import last_valid, valid_numbers
+from fasa_flex.hf.compatibility import cache_argument
+from fasa_flex.hf.masks import last_valid, valid_numbers
 
 CONFIG = FasaConfig(n_fac=6, n_tip=2, dense_layers=())
 

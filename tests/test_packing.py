@@ -10,8 +10,8 @@ import pytest
 import torch
 from cases import EXACT, Case, generator, integers, plain_attention
 
-from fasa_flex import packing
-from fasa_flex.packing import PackedDtype, PackedKeys, as_packed, packed_bytes
+from fasa_flex.core import packed_keys as packing
+from fasa_flex.core.packed_keys import PackedDtype, PackedKeys, as_packed, packed_bytes
 
 LENGTHS = (1, 15, 16, 17, 101)
 PAIRS = [[0, 1], [2, 3]]

@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from fasa_flex import FasaProfile, RotaryLayout, calibrate
-from fasa_flex.inspection import dominance, is_dominant, overlap
-from fasa_flex.plots import chunk_heatmap, inspection, score_curves
+from fasa_flex.report.inspection import dominance, is_dominant, overlap
+from fasa_flex.report.plots import chunk_heatmap, inspection, score_curves
 
 
 @pytest.fixture

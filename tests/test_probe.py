@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fasa_flex import FasaConfig, enable
-from fasa_flex.layers import attention_shape
-from fasa_flex.probe import check_attention, glance
+from fasa_flex.hf.model_structure import attention_shape
+from fasa_flex.hf.probe import check_attention, glance
 
 UNROTATED = {"SmolLM3 (layers without RoPE)": {2}, "Cohere2": {1}}
 

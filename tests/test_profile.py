@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
-from fasa_flex.provenance import known_hashes
+from fasa_flex.calibration.provenance import known_hashes
 
 HEADS, KV_HEADS, CHUNKS, LAYERS = 4, 2, 8, 3
 

@@ -8,7 +8,7 @@ from generation import Ids, generate, profile_of
 from transformers import DynamicCache, PreTrainedModel
 
 from fasa_flex import FasaConfig, enable
-from fasa_flex.expectations import cache_argument
+from fasa_flex.hf.compatibility import cache_argument
 
 CONFIG = FasaConfig(n_fac=5, n_tip=2)
 

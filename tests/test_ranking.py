@@ -6,8 +6,8 @@ import oracle
 import pytest
 import torch
 
-from fasa_flex import ranking
-from fasa_flex.ranking import INVALID, largest, rank_keys
+from fasa_flex.core import ranking
+from fasa_flex.core.ranking import INVALID, largest, rank_keys
 
 INF, TINY = torch.inf, 1e-45  # the smallest subnormal of float32
 

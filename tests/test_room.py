@@ -15,9 +15,9 @@ from sentences import raises_sentence
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from fasa_flex import FasaCache, FasaConfig, enable
-from fasa_flex.expectations import cache_argument
-from fasa_flex.packed_layers import StaticPackedLayer
-from fasa_flex.room import CountedStaticLayer
+from fasa_flex.caches.capacity import CountedStaticLayer
+from fasa_flex.caches.packed_layers import StaticPackedLayer
+from fasa_flex.hf.compatibility import cache_argument
 
 SLOTS = 24
 MAKE: dict[str, Callable[[PreTrainedModel, FasaConfig], Cache]] = {

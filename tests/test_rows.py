@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasa_flex.rows import dot_rows, take_rows, weigh_rows, whole_buffer
+from fasa_flex.backends.gather import dot_rows, take_rows, weigh_rows, whole_buffer
 
 LENGTH, DIM = 9, 4
 

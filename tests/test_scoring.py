@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from fasa_flex import RotaryLayout
-from fasa_flex.budget import Budget
-from fasa_flex.packing import PackedDtype, PackedKeys
-from fasa_flex.reads import ReadShare
-from fasa_flex.scoring import DominantChunks, attention_weights, reduce_group
-from fasa_flex.selection import Marks, valid_keys
-from fasa_flex.softmax import Softmax
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.bytes_read import ReadShare
+from fasa_flex.core.packed_keys import PackedDtype, PackedKeys
+from fasa_flex.core.scoring import DominantChunks, attention_weights, reduce_group
+from fasa_flex.core.selection import Marks, valid_keys
+from fasa_flex.core.softmax import Softmax
 
 DIM = 8
 

@@ -10,8 +10,8 @@ import oracle
 import pytest
 import torch
 
-from fasa_flex.budget import Budget
-from fasa_flex.selection import Marks, select, valid_keys
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.selection import Marks, select, valid_keys
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from fasa_flex import FasaCache, FasaConfig, enable
-from fasa_flex.expectations import cache_argument
+from fasa_flex.hf.compatibility import cache_argument
 
 pytestmark = pytest.mark.filterwarnings("ignore:placement='host' saves nothing")
 EVERYTHING = FasaConfig(n_fac=400, n_tip=2, dense_layers=(0,))

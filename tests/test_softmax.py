@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from fasa_flex.softmax import Softmax
+from fasa_flex.core.softmax import Softmax
 
 
 def test_the_cap_bounds_logits_and_keeps_small_ones() -> None:

@@ -17,16 +17,16 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from fasa_flex import FasaConfig, enable
-from fasa_flex.backends import sparse_attention
-from fasa_flex.budget import Budget
-from fasa_flex.config import Backend
-from fasa_flex.fused import MOST_SELECTED, why_no_kernels
-from fasa_flex.method import Call
-from fasa_flex.packing import PackedKeys
-from fasa_flex.scoring import DominantChunks
-from fasa_flex.selection import valid_keys
-from fasa_flex.softmax import Softmax
-from fasa_flex.spread import check_layer_budgets, spread_budget
+from fasa_flex.backends.table import sparse_attention
+from fasa_flex.backends.triton.dispatch import MOST_SELECTED, why_no_kernels
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.config import Backend
+from fasa_flex.core.layer_budgets import check_layer_budgets, spread_budget
+from fasa_flex.core.method import Call
+from fasa_flex.core.packed_keys import PackedKeys
+from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.core.selection import valid_keys
+from fasa_flex.core.softmax import Softmax
 
 
 def test_uniform_gives_every_layer_the_budget_itself() -> None:

@@ -14,9 +14,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from fasa_flex import FasaConfig, enable
 from fasa_flex.baselines import Quest
-from fasa_flex.budget import Budget
-from fasa_flex.reads import ReadShare
-from fasa_flex.stats import FasaStats, tally
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.bytes_read import ReadShare
+from fasa_flex.model.stats import FasaStats, tally
 
 CPU = torch.device("cpu")
 

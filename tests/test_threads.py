@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fasa_flex import FasaConfig, enable
-from fasa_flex.seam import AttentionSeam
+from fasa_flex.hf.attention_routing import AttentionSeam
 
 CONFIG = FasaConfig(n_fac=16, n_tip=2)
 

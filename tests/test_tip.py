@@ -11,7 +11,7 @@ from generation import profile_of
 from transformers import PreTrainedModel
 
 from fasa_flex import FasaConfig, FasaProfile
-from fasa_flex.tip import dominant_chunks
+from fasa_flex.calibration.profile_scorers import dominant_chunks
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from fasa_flex import FasaCache, FasaConfig, RotaryLayout, calibrate, enable
 from fasa_flex.baselines import channel_weights
-from fasa_flex.expectations import cache_argument
-from fasa_flex.wrappers import unwrapped
+from fasa_flex.hf.compatibility import cache_argument
+from fasa_flex.hf.wrappers import unwrapped
 
 CONFIG = FasaConfig(n_fac=8, n_tip=2)
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fasa_flex import FasaCache, FasaConfig, enable
-from fasa_flex.fused import writes_at_once
-from fasa_flex.packing import PackedKeys
-from fasa_flex.scoring import DominantChunks
+from fasa_flex.backends.triton.dispatch import writes_at_once
+from fasa_flex.core.packed_keys import PackedKeys
+from fasa_flex.core.scoring import DominantChunks
 
 pytest.importorskip("triton")
-write_token = import_module("fasa_flex.writing").write_token
+write_token = import_module("fasa_flex.backends.triton.writing").write_token
 
 BATCH, HEADS, LENGTH = 2, 3, 9
 
@@ -36,7 +36,7 @@ def test_a_token_is_written_as_by_operators(
     dtype: torch.dtype, packed_dtype: Any, centred: bool, side_by_side: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Keys of an odd width, values of another, new states as a model's views; nothing else changes."""
-    monkeypatch.setattr("fasa_flex.packing.tile_of", lambda device: 1)
+    monkeypatch.setattr("fasa_flex.core.packed_keys.tile_of", lambda device: 1)
     dim, value_dim, at = 12, 10, 4
     mean_key = drawn(HEADS, dim, seed=3) if centred else None
     scorer = DominantChunks(pick_chunks(HEADS, 3, dim=dim).flatten(1), mean_key)
@@ -64,7 +64,7 @@ def test_a_token_is_written_as_by_operators(
 
 @pytest.mark.parametrize(("packed_dtype", "nothing"), [("int8", 0), ("int4", 0x88)])
 def test_a_key_of_zeros_has_a_scale(packed_dtype: Any, nothing: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fasa_flex.packing.tile_of", lambda device: 1)
+    monkeypatch.setattr("fasa_flex.core.packed_keys.tile_of", lambda device: 1)
     keys, dims = drawn(1, 1, LENGTH, 8, seed=1), torch.arange(4)[None]
     packed = PackedKeys.of(keys[..., :4].contiguous(), packed_dtype)
     assert packed.scales is not None
@@ -93,7 +93,7 @@ def test_a_model_decodes_the_same_by_it(
     llama: PreTrainedModel, ids: Ids, placement: Any, capacity: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: the prefill by operators, then every sparse layer's tokens by the kernel, as many as are counted."""
-    monkeypatch.setattr("fasa_flex.packing.tile_of", lambda device: 1)
+    monkeypatch.setattr("fasa_flex.core.packed_keys.tile_of", lambda device: 1)
     config, profile = FasaConfig(n_fac=8, n_tip=3, backend="gather"), profile_of(llama)
     prompt, tokens = ids(40, rows=2), [ids(1, seed=step, rows=2) for step in range(3)]
     written: list[int] = []
@@ -109,8 +109,8 @@ def test_a_model_decodes_the_same_by_it(
             return torch.cat([llama(token, past_key_values=cache).logits for token in tokens]), cache
 
     expected, plain = decode()
-    monkeypatch.setattr("fasa_flex.writing.write_token", counting)
-    monkeypatch.setattr("fasa_flex.packed_layers.writes_at_once", lambda key, *states: key.shape[2] == 1)
+    monkeypatch.setattr("fasa_flex.backends.triton.writing.write_token", counting)
+    monkeypatch.setattr("fasa_flex.caches.packed_layers.writes_at_once", lambda key, *states: key.shape[2] == 1)
     logits, cache = decode()
     assert torch.equal(logits, expected)
     sparse = llama.config.num_hidden_layers - 1

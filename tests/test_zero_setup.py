@@ -16,9 +16,10 @@ from generation import Ids, generate, left_padded, profile_of
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from fasa_flex import FasaConfig, FasaProfile, RotaryLayout, contextual_agreement, criteria, enable
-from fasa_flex.packed_layers import PackedLayer, StaticPackedLayer
-from fasa_flex.prompt_calibration import LEAST_KEYS, Sample
+from fasa_flex import FasaConfig, FasaProfile, RotaryLayout, contextual_agreement, enable
+from fasa_flex.caches.packed_layers import PackedLayer, StaticPackedLayer
+from fasa_flex.calibration.from_prompt import LEAST_KEYS, Sample
+from fasa_flex.core import criteria
 
 PROMPT, NEW = 160, 6
 CONFIG = FasaConfig(n_fac=16)

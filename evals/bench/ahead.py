@@ -3,10 +3,10 @@
     python -m evals.bench.ahead --out runs               # on CUDA, with 20 GB of host memory
 
 A decode step of eight layers as a CUDA graph: the weights of Llama-3.1-8B's, and after the query's product the fetch of
-the selected rows, with the kernels of `fasa_flex.decode`. Either all new rows are fetched in line; or 512 or 1024, the
-best of a step, ahead on a side stream, while the rest of the layer is computed, and in line what the next step misses.
-The shares that are new come from the reference model (evals/results/study/agreement.json, part "renewal"). The second
-selection, which fetching ahead needs too, is left out in its favour.
+the selected rows, with the kernels of `fasa_flex.backends.triton.decode`. Either all new rows are fetched in line; or
+512 or 1024, the best of a step, ahead on a side stream, while the rest of the layer is computed, and in line what the
+next step misses. The shares that are new come from the reference model (evals/results/study/agreement.json, part
+"renewal"). The second selection, which fetching ahead needs too, is left out in its favour.
 
 Narrower rows are those without a key's packed dimensions, which the device has: an eighth less. Putting the two parts
 of a key together is left out in their favour.
@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fasa_flex.backends.table.triton import decode
 from torch import Tensor
 
-from fasa_flex import decode
 from fasa_flex.bench.record import Ledger, command_line, provenance
 from fasa_flex.bench.shapes import SHAPES
 from fasa_flex.bench.timing import graphed, interleave
-from fasa_flex.config import FasaConfig
-from fasa_flex.held_rows import HeldRows
-from fasa_flex.host_memory import host_rows, split_rows
+from fasa_flex.caches.pinned_memory import host_rows, split_rows
+from fasa_flex.core.config import FasaConfig
+from fasa_flex.core.resident_rows import HeldRows
 
 SHAPE = SHAPES["llama-3.1-8b"]
 LAYERS = 8

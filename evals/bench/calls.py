@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from fasa_flex import RotaryLayout, fasa_attention
-from fasa_flex.completion import CompletionState
-from fasa_flex.packing import PackedKeys
-from fasa_flex.scoring import DominantChunks
+from fasa_flex.core.completion import CompletionState
+from fasa_flex.core.packed_keys import PackedKeys
+from fasa_flex.core.scoring import DominantChunks
 
 KV_HEADS = 2
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -233,7 +233,7 @@ def check_state(dtype: str, head_dim: int, first_order: bool, device: torch.devi
 
 def check_writing(dtype: str, packed: str, centred: bool, device: torch.device) -> dict[str, Any]:
     """A decoded token by the kernel against PyTorch's operators, bit by bit."""
-    from fasa_flex.writing import write_token  # Triton is there with CUDA only
+    from fasa_flex.backends.triton.writing import write_token  # Triton is there with CUDA only
 
     held, kind = (4, KV_HEADS, 100, 64), getattr(torch, dtype)
     generator = torch.Generator(device).manual_seed(0)
@@ -262,5 +262,5 @@ def flex_by_its_decode_kernel(*arguments: Any, **named: Any) -> Any:
 def check_decode_kernel(case: Case, device: torch.device) -> dict[str, Any]:
     """One case of the flex backend, whose decode kernel must serve it."""
     torch._dynamo.reset()
-    with mock.patch("fasa_flex.attention.flex_attention", flex_by_its_decode_kernel):
+    with mock.patch("fasa_flex.backends.attention.flex_attention", flex_by_its_decode_kernel):
         return check(case, device)

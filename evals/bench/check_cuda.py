@@ -28,7 +28,7 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, Pre
 from evals.bench.calls import Case, cases, check, check_decode_kernel, check_state, check_writing
 from fasa_flex import FasaCache, FasaConfig, FasaProfile, calibrate, enable
 from fasa_flex.bench.record import Ledger, command_line, provenance, reason_of
-from fasa_flex.expectations import cache_argument
+from fasa_flex.hf.compatibility import cache_argument
 
 NEAR_TIE = 1e-3
 """Logits nearer than this may choose another token where operations are reordered."""

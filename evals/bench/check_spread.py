@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from evals.bench.check_cuda import decoding_model
 from fasa_flex import FasaCache, FasaConfig, FasaProfile, enable
 from fasa_flex.bench.record import Ledger, command_line, provenance, reason_of
-from fasa_flex.expectations import cache_argument
+from fasa_flex.hf.compatibility import cache_argument
 
 SETTINGS: tuple[dict[str, Any], ...] = ({}, {"packed_dtype": "int8"}, {"backend": "gather"}, {"backend": "fastest"})
 CACHES = ("growing", "static", "own, static", "host, growing", "host, static")

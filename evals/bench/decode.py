@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, StaticCache
 
 from fasa_flex import FasaConfig, calibrate, enable
-from fasa_flex.expectations import cache_argument
+from fasa_flex.hf.compatibility import cache_argument
 
 NEW_TOKENS = 64
 device = "cuda" if torch.cuda.is_available() else "cpu"

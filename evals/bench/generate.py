@@ -24,8 +24,8 @@ from fasa_flex.bench.record import Ledger, command_line, provenance
 from fasa_flex.bench.shapes import SHAPES, random_profile
 from fasa_flex.bench.step import twin
 from fasa_flex.bench.timing import synchronize
-from fasa_flex.config import Backend, FasaConfig
-from fasa_flex.transformers import enable
+from fasa_flex.core.config import Backend, FasaConfig
+from fasa_flex.model.enable import enable
 
 SHAPE = SHAPES["llama-3.1-8b"]
 SHORT, LONG, REPEATS = 8, 108, 5

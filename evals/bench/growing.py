@@ -25,9 +25,9 @@ from fasa_flex.bench.record import Ledger, command_line, provenance
 from fasa_flex.bench.shapes import SHAPES, Shape, random_profile
 from fasa_flex.bench.step import twin
 from fasa_flex.bench.timing import Timing, synchronize
-from fasa_flex.config import Backend, FasaConfig
-from fasa_flex.expectations import cache_argument
-from fasa_flex.transformers import enable
+from fasa_flex.core.config import Backend, FasaConfig
+from fasa_flex.hf.compatibility import cache_argument
+from fasa_flex.model.enable import enable
 
 WARM, STEPS = 5, 25
 FASA: dict[str, Backend] = {"FASA auto": "auto", "FASA fastest": "fastest"}

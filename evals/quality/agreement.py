@@ -45,11 +45,11 @@ from evals.quality.steps import (
     valid_of,
 )
 from fasa_flex.baselines import scorer_factory
-from fasa_flex.budget import Budget
-from fasa_flex.config import GroupReduce, Sharing
-from fasa_flex.packing import PackedDtype, PackedKeys
-from fasa_flex.scoring import DominantChunks
-from fasa_flex.selection import forced_keys
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.config import GroupReduce, Sharing
+from fasa_flex.core.packed_keys import PackedDtype, PackedKeys
+from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.core.selection import forced_keys
 
 CHUNKS = (2, 4, 6, 8, 12, 16)
 TOP_KS = (16, 64, 256, 512, 1024)

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evals.reference_model.corpus import training_text
 from fasa_flex import FasaProfile, RotaryLayout, calibrate
 from fasa_flex.baselines import adjacent_pairs, unheard
-from fasa_flex.calibration import version_of
+from fasa_flex.calibration.from_texts import version_of
 from fasa_flex.lm_eval import TASKS_PATH
 from fasa_flex.lm_eval.haystack import Document, document
 from fasa_flex.saving import replace_text

@@ -32,8 +32,8 @@ from evals.quality.arms import RESULTS, ROOT, Ledger, provenance
 from evals.quality.committed import markdown, mean_error
 from evals.quality.smollm2 import load_smollm2
 from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
-from fasa_flex.expectations import cache_argument
-from fasa_flex.inspection import overlap
+from fasa_flex.hf.compatibility import cache_argument
+from fasa_flex.report.inspection import overlap
 
 OUT = RESULTS / "calibration_size.json"
 PAGE = ROOT / "evals" / "evaluate.md"

@@ -61,8 +61,9 @@ from evals.quality.steps import (
     with_interval,
 )
 from evals.reference_model.corpus import training_text
-from fasa_flex import FasaProfile, calibrate, inspection
+from fasa_flex import FasaProfile, calibrate
 from fasa_flex.lm_eval.haystack import Document
+from fasa_flex.report import inspection
 
 SOURCES = ("recall", "text", "mixed")
 SUBSETS = 4

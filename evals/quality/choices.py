@@ -28,7 +28,7 @@ from evals.quality.arms import (
     rows_of,
     table,
 )
-from fasa_flex.config import GroupReduce
+from fasa_flex.core.config import GroupReduce
 from fasa_flex.saving import replace_text
 
 BUDGETS = (64, 256)

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from evals.quality.steps import Steps, attention, held, ranked, shared_ranking, valid_of
-from fasa_flex import RotaryLayout, contextual_agreement, criteria
-from fasa_flex.layers import layer_of
-from fasa_flex.loading import load_model
-from fasa_flex.seam import AttentionSeam
+from fasa_flex import RotaryLayout, contextual_agreement
+from fasa_flex.core import criteria
+from fasa_flex.hf.attention_routing import AttentionSeam
+from fasa_flex.hf.loading import load_model
+from fasa_flex.hf.model_structure import layer_of
 
 TOKENS, STEPS, RECENT, BUDGET, TOP_KS = 1024, 32, 64, 64, (256, 32)
 

@@ -46,7 +46,7 @@ from evals.quality.steps import with_interval
 from evals.reference_model import eight_bits
 from evals.reference_model.corpus import training_text
 from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
-from fasa_flex.expectations import cache_argument
+from fasa_flex.hf.compatibility import cache_argument
 from fasa_flex.lm_eval import documents
 
 LARGE = ROOT / "evals" / "reference_model_large"

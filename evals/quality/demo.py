@@ -37,7 +37,7 @@ from evals.quality.arms import RESULTS, ROOT, Arm, prompt_hashes, provenance, qu
 from evals.quality.demo_tables import NEEDLES, TEXT, Row, picture, table
 from evals.quality.smollm2 import load_smollm2
 from fasa_flex import FasaConfig, FasaProfile, calibrate
-from fasa_flex.layers import attention_shape
+from fasa_flex.hf.model_structure import attention_shape
 from fasa_flex.lm_eval.model import FasaHFLM
 from fasa_flex.saving import replacing
 

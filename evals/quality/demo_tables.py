@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from evals.quality.committed import markdown, mean_error
-from fasa_flex.plots import COLOURS
+from fasa_flex.report.plots import COLOURS
 
 NEEDLES, TEXT = "topics_needles", "topics_text"
 Row = dict[str, Any]

@@ -35,9 +35,9 @@ from evals.quality.steps import SINKS, TOP_K, with_interval
 from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
 from fasa_flex.baselines import scorer_factory
 from fasa_flex.bench.record import command_line, provenance
-from fasa_flex.expectations import cache_argument
-from fasa_flex.handle import Fasa
+from fasa_flex.hf.compatibility import cache_argument
 from fasa_flex.lm_eval.haystack import heldout_text
+from fasa_flex.model.handle import Fasa
 
 MODEL = ROOT / "runs" / "reference_model_large"
 BUDGETS = (16, 64, 256, 1024)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evals.quality.arms import RESULTS, Ledger, provenance
 from fasa_flex import FasaConfig, FasaProfile, enable
-from fasa_flex.loading import load_model
+from fasa_flex.hf.loading import load_model
 
 ARMS: dict[str, FasaConfig | None] = {
     "dense": None,

@@ -3,12 +3,12 @@
     python -m evals.quality.methods          # forty minutes on two cores; --quick: a minute, two arms
 
 Scores of all methods at five budgets, and perplexity by retained share. All see the same documents, select through the
-same code, read what `fasa_flex.reads` says, and keep no layer dense; Quest's paper keeps two. Tasks: `QUESTIONS`. In
-``fasa_recall, question decoded`` the prefill ends 16 tokens before the prompt does, as in a second turn of a chat, so
-that what a method has dropped by then is gone when the question comes. Perplexity by share has the paper's form, a
-dense prefill and 256 teacher-forced steps behind it, with 4096 tokens of prefill where the paper has 8000: the model
-has 4608 positions. Writes ``methods.json`` and pictures to ``evals/results/study/``. Started again, it goes on where
-it was stopped.
+same code, read what `fasa_flex.core.bytes_read` says, and keep no layer dense; Quest's paper keeps two. Tasks:
+`QUESTIONS`. In ``fasa_recall, question decoded`` the prefill ends 16 tokens before the prompt does, as in a second turn
+of a chat, so that what a method has dropped by then is gone when the question comes. Perplexity by share has the
+paper's form, a dense prefill and 256 teacher-forced steps behind it, with 4096 tokens of prefill where the paper has
+8000: the model has 4608 positions. Writes ``methods.json`` and pictures to ``evals/results/study/``. Started again, it
+goes on where it was stopped.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from evals.quality.sweep import POOLED, difference
-from fasa_flex.plots import COLOURS
+from fasa_flex.report.plots import COLOURS
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -37,13 +37,13 @@ from evals.quality.real_processes import Job, shard_file, shared
 from evals.quality.real_results import Results, joined, opened, summary
 from fasa_flex import FasaProfile, calibrate, enable
 from fasa_flex.baselines import channel_weights
-from fasa_flex.expectations import cache_argument
-from fasa_flex.handle import Fasa
-from fasa_flex.layers import attention_modules, dense_layers
-from fasa_flex.loading import load_model
-from fasa_flex.probe import check_attention
+from fasa_flex.hf.compatibility import cache_argument
+from fasa_flex.hf.loading import load_model
+from fasa_flex.hf.model_structure import attention_modules, dense_layers
+from fasa_flex.hf.probe import check_attention
+from fasa_flex.model.handle import Fasa
+from fasa_flex.model.stats import read_share
 from fasa_flex.saving import replace_text
-from fasa_flex.stats import read_share
 
 
 class Evaluation:

@@ -23,16 +23,16 @@ from torch import Tensor, nn
 from evals.quality.arms import provenance
 from evals.quality.real import Run, parser
 from evals.quality.real_arms import Arm
-from fasa_flex.backends import sparse_attention
-from fasa_flex.completion import Completion
-from fasa_flex.layers import layer_of
-from fasa_flex.method import Call
+from fasa_flex.backends.table import sparse_attention
+from fasa_flex.calibration.profile_scorers import dominant_chunks
+from fasa_flex.core.completion import Completion
+from fasa_flex.core.method import Call
+from fasa_flex.core.scoring import DominantChunks, Scorer
+from fasa_flex.core.selection import valid_keys
+from fasa_flex.core.softmax import Softmax
+from fasa_flex.hf.attention_routing import AttentionResult, AttentionSeam, DenseAttention
+from fasa_flex.hf.model_structure import layer_of
 from fasa_flex.saving import replace_text
-from fasa_flex.scoring import DominantChunks, Scorer
-from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
-from fasa_flex.selection import valid_keys
-from fasa_flex.softmax import Softmax
-from fasa_flex.tip import dominant_chunks
 
 
 def errors_of(loaded: Run, arms: Mapping[str, Arm], windows: int) -> dict[str, dict[str, list[float]]]:

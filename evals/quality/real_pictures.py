@@ -28,7 +28,7 @@ def draw_bytes(
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
-    from fasa_flex.plots import COLOURS
+    from fasa_flex.report.plots import COLOURS
 
     figure = Figure(figsize=(6.4 * len(panels), 4.6), layout="constrained")
     legend: dict[str, Any] = {}
@@ -65,7 +65,7 @@ def draw_criteria(profile: Any, title: str) -> Any:
     """What each criterion goes by, a row for each layer (the mean of its heads), with the chunks it mostly keeps."""
     from matplotlib.figure import Figure
 
-    from fasa_flex.inspection import choosing, default_n_tip, is_dominant, measured, period
+    from fasa_flex.report.inspection import choosing, default_n_tip, is_dominant, measured, period
 
     criteria, n_tip = choosing(profile), default_n_tip(profile)
     figure = Figure(figsize=(4.6 * len(criteria), 1.6 + 0.17 * profile.agreement.shape[0]), layout="constrained")

@@ -31,7 +31,7 @@ from transformers import AutoTokenizer
 from evals.quality.arms import RESULTS, Ledger, provenance
 from evals.quality.ruler_arms import ARMS, MADE, SHORTEST, TASKS, Model, Questions, command
 from fasa_flex import FasaProfile
-from fasa_flex.compare import Run
+from fasa_flex.report.compare import Run
 
 
 def rows_of(run: Run, task: str, arm: str, asked: Questions) -> list[dict[str, Any]]:

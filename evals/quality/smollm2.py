@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fasa_flex.loading import load_model
+from fasa_flex.hf.loading import load_model
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -19,15 +19,15 @@ from transformers import PreTrainedModel
 from evals.quality.arms import ANSWER_TOKENS, FORMER, haystack
 from fasa_flex import FasaProfile, RotaryLayout, contextual_agreement
 from fasa_flex.baselines import AllDimensions, Recency
-from fasa_flex.budget import Budget
-from fasa_flex.config import GroupReduce, Sharing
-from fasa_flex.layers import layer_of
-from fasa_flex.provenance import Provenance, config_hash
-from fasa_flex.ranking import INVALID, rank_keys, slot_of
-from fasa_flex.scoring import DominantChunks, Scorer, reduce_group
-from fasa_flex.seam import AttentionSeam
-from fasa_flex.selection import forced_keys, valid_keys
-from fasa_flex.softmax import Softmax
+from fasa_flex.calibration.provenance import Provenance, config_hash
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.config import GroupReduce, Sharing
+from fasa_flex.core.ranking import INVALID, rank_keys, slot_of
+from fasa_flex.core.scoring import DominantChunks, Scorer, reduce_group
+from fasa_flex.core.selection import forced_keys, valid_keys
+from fasa_flex.core.softmax import Softmax
+from fasa_flex.hf.attention_routing import AttentionSeam
+from fasa_flex.hf.model_structure import layer_of
 
 KINDS = ("answer", "text")
 TEXT_TOKENS = 16

@@ -6,8 +6,8 @@ Arms: the shipped profile (``ahead``), a profile from each document's own prompt
 document for all of them (``first prompt``), which is what ``enable(model)`` does. Parts: ``needles`` (the answer's
 tokens, each decoded sparsely behind the true ones, all right), ``text`` (nats a token behind 1024 tokens of dense
 context), ``chunks`` (dominant chunks in common with the profile made ahead) and ``cost`` (how much longer the prefill
-takes while it calibrates). The documents are not those that the settings of `fasa_flex.prompt_calibration` were chosen
-on. Writes ``zero_setup.json`` to ``evals/results/study/``. Started again, it goes on where it was stopped.
+takes while it calibrates). The documents are not those that the settings of `fasa_flex.calibration.from_prompt` were
+chosen on. Writes ``zero_setup.json`` to ``evals/results/study/``. Started again, it goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from evals.quality.arms import FORMER, LENGTH, MODEL, N_TIP, RESULTS, Ledger, provenance, quiet
 from evals.quality.steps import with_interval
-from fasa_flex import FasaConfig, FasaProfile, enable, inspection
-from fasa_flex.handle import Fasa
+from fasa_flex import FasaConfig, FasaProfile, enable
 from fasa_flex.lm_eval.documents import needle
 from fasa_flex.lm_eval.haystack import heldout_text
+from fasa_flex.model.handle import Fasa
+from fasa_flex.report import inspection
 
 ARMS = ("ahead", "own prompt", "first prompt")
 BUDGETS = (16, 32, 64)

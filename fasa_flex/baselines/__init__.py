@@ -1,6 +1,6 @@
 """Rival ways to choose the same number of keys: same budget, same selection, same attention, another scorer.
 
-Each states the bytes it reads (`fasa_flex.reads`), and in its docstring what it leaves out of its paper.
+Each states the bytes it reads (`fasa_flex.core.bytes_read`), and in its docstring what it leaves out of its paper.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from fasa_flex.baselines.sampled import Sampled
 from fasa_flex.baselines.scorers import AllDimensions, Recency
 from fasa_flex.baselines.sparq import SparQ
 from fasa_flex.baselines.windowed import RKV, SnapKV
-from fasa_flex.choices import PackedDtype
-from fasa_flex.config import FasaConfig, Sharing, check_choice
-from fasa_flex.profile import FasaProfile
-from fasa_flex.scoring import DominantChunks, Scorer, SequenceScorer
-from fasa_flex.tip import dominant_chunks
+from fasa_flex.calibration.profile import FasaProfile
+from fasa_flex.calibration.profile_scorers import dominant_chunks
+from fasa_flex.core.config import FasaConfig, Sharing, check_choice
+from fasa_flex.core.option_types import PackedDtype
+from fasa_flex.core.scoring import DominantChunks, Scorer, SequenceScorer
 
 __all__ = [
     "H2O",

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fasa_flex.calibration import encode_samples
-from fasa_flex.layers import check_supported, device_of, evaluating, layer_of
-from fasa_flex.rotary import RotaryLayout
-from fasa_flex.seam import AttentionResult, AttentionSeam, DenseAttention
-from fasa_flex.wrappers import unwrapped
+from fasa_flex.calibration.from_texts import encode_samples
+from fasa_flex.calibration.rotary import RotaryLayout
+from fasa_flex.hf.attention_routing import AttentionResult, AttentionSeam, DenseAttention
+from fasa_flex.hf.model_structure import check_supported, device_of, evaluating, layer_of
+from fasa_flex.hf.wrappers import unwrapped
 
 
 def adjacent_pairs(layout: RotaryLayout) -> RotaryLayout:

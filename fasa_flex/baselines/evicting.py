@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasa_flex.budget import Budget
-from fasa_flex.packing import dot_products
-from fasa_flex.ranking import INVALID, rank_keys
-from fasa_flex.rows import take_rows
-from fasa_flex.scoring import Forward
+from fasa_flex.backends.gather import take_rows
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.packed_keys import dot_products
+from fasa_flex.core.ranking import INVALID, rank_keys
+from fasa_flex.core.scoring import Forward
 
 ABSENT = -1
 """In place of a slot: padding, or fewer kept keys than another head has."""

@@ -14,8 +14,8 @@ from fasa_flex.baselines.evicting import (
     seen,
     softmax_over,
 )
-from fasa_flex.reads import ReadShare
-from fasa_flex.scoring import Forward
+from fasa_flex.core.bytes_read import ReadShare
+from fasa_flex.core.scoring import Forward
 
 
 class H2O(Evicting):

@@ -19,7 +19,7 @@ def as_published(method: str, n_fac: int | float) -> dict[str, Any]:
     """Fields of `fasa_flex.FasaConfig` as in a method's paper.
 
     StreamingLLM forces 8 sinks, or half of a budget below 16. SparQ forces the latest quarter of the budget, as in its
-    evaluation, and completes by the mean value; of a budget that is a share, the latest as in `fasa_flex.budget`.
+    evaluation, and completes by the mean value; of a budget that is a share, the latest as in `fasa_flex.core.budget`.
     vAttention forces first and latest tokens, by default as many as FASA.
 
     Args:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasa_flex.budget import check_count
-from fasa_flex.packing import dot_products
-from fasa_flex.reads import ReadShare
-from fasa_flex.scoring import Forward
+from fasa_flex.core.budget import check_count
+from fasa_flex.core.bytes_read import ReadShare
+from fasa_flex.core.packed_keys import dot_products
+from fasa_flex.core.scoring import Forward
 
 
 class Quest:

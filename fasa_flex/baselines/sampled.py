@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fasa_flex.packing import PackedKeys
-from fasa_flex.ranking import INVALID, is_first
-from fasa_flex.reads import ReadShare, StatesReads
-from fasa_flex.rows import gather_focused
-from fasa_flex.scoring import Scorer
-from fasa_flex.selection import Selection
-from fasa_flex.softmax import Softmax
+from fasa_flex.backends.gather import gather_focused
+from fasa_flex.core.bytes_read import ReadShare, StatesReads
+from fasa_flex.core.packed_keys import PackedKeys
+from fasa_flex.core.ranking import INVALID, is_first
+from fasa_flex.core.scoring import Scorer
+from fasa_flex.core.selection import Selection
+from fasa_flex.core.softmax import Softmax
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class Sampled:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, selection: Selection, softmax: Softmax
     ) -> tuple[Tensor, Tensor | None]:
-        """As `fasa_flex.rows.gather_focused`, for a part of the selection and the sample in place of the rest."""
+        """As `fasa_flex.backends.gather.gather_focused`, for a part of the selection and the sample in place of the
+        rest.
+        """
         order, valid = selection.order, selection.order > INVALID
         best = order.gather(-1, selection.slots).masked_fill(~selection.taken, INVALID).sort(-1, descending=True)
         slots, count = selection.slots.gather(-1, best.indices), selection.count[..., None]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fasa_flex.packing import PackedKeys, dot_products
-from fasa_flex.reads import ReadShare
+from fasa_flex.core.bytes_read import ReadShare
+from fasa_flex.core.packed_keys import PackedKeys, dot_products
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fasa_flex.budget import check_count
-from fasa_flex.packing import PackedKeys, dot_products
-from fasa_flex.ranking import rank_keys
-from fasa_flex.reads import ReadShare
+from fasa_flex.core.budget import check_count
+from fasa_flex.core.bytes_read import ReadShare
+from fasa_flex.core.packed_keys import PackedKeys, dot_products
+from fasa_flex.core.ranking import rank_keys
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from fasa_flex.baselines.evicting import (
     seen,
     softmax_over,
 )
-from fasa_flex.budget import check_count
-from fasa_flex.packing import dot_products
-from fasa_flex.reads import ReadShare
-from fasa_flex.scoring import Forward
+from fasa_flex.core.budget import check_count
+from fasa_flex.core.bytes_read import ReadShare
+from fasa_flex.core.packed_keys import dot_products
+from fasa_flex.core.scoring import Forward
 
 
 class _Windowed(Evicting):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fasa_flex.bench.shapes import Shape
-from fasa_flex.host_layers import StaticHostLayer
-from fasa_flex.room import CountedStaticLayer
+from fasa_flex.caches.capacity import CountedStaticLayer
+from fasa_flex.caches.host_layers import StaticHostLayer
 
 _PIECE = 4096
 _SHARED = ("keys", "values", "dtype", "device", "batch_size", "num_heads", "k_head_dim", "v_head_dim")

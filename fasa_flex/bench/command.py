@@ -24,7 +24,7 @@ from fasa_flex.bench.report import absences, crossovers, picture, sentences, tab
 from fasa_flex.bench.settings import Settings, quick
 from fasa_flex.bench.shapes import SHAPES
 from fasa_flex.bench.timing import bandwidth, free_memory
-from fasa_flex.config import FasaConfig
+from fasa_flex.core.config import FasaConfig
 from fasa_flex.saving import replacing
 
 Key = dict[str, Any]  # shape, batch and context

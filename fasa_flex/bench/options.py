@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from fasa_flex.choices import Backend, Completion, GroupReduce, PackedDtype
+from fasa_flex.core.option_types import Backend, Completion, GroupReduce, PackedDtype
 
 PARTS = ("op", "step")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -14,18 +14,18 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from fasa_flex import method
-from fasa_flex.backends import sparse_attention
+from fasa_flex.backends.table import sparse_attention
 from fasa_flex.bench.settings import BACKENDS, Settings
 from fasa_flex.bench.shapes import Shape, random_chunks
-from fasa_flex.completion import Completion, CompletionState
-from fasa_flex.config import Backend
-from fasa_flex.held_rows import HeldRows
-from fasa_flex.host_memory import host_rows, split_rows
-from fasa_flex.packing import PackedKeys, dot_products
-from fasa_flex.scoring import DominantChunks
-from fasa_flex.selection import Marks, valid_keys
-from fasa_flex.softmax import Softmax
+from fasa_flex.caches.pinned_memory import host_rows, split_rows
+from fasa_flex.core import method
+from fasa_flex.core.completion import Completion, CompletionState
+from fasa_flex.core.config import Backend
+from fasa_flex.core.packed_keys import PackedKeys, dot_products
+from fasa_flex.core.resident_rows import HeldRows
+from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.core.selection import Marks, valid_keys
+from fasa_flex.core.softmax import Softmax
 
 HALF_HELD = "half the rows held"
 """What a step finds of its rows on the device: of 64 to 256 rows, the reference model's steps select 41 to 64 % anew
@@ -220,7 +220,7 @@ class LeadingDims:
     estimates_logits = True
 
     def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
-        """As `fasa_flex.scoring.Scorer`."""
+        """As `fasa_flex.core.scoring.Scorer`."""
         (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = query.shape, key.shape
         grouped = query[..., : self.width].reshape(batch, kv_heads, -1, self.width)
         return dot_products(grouped, key[..., : self.width]).view(batch, kv_heads, heads // kv_heads, q_len, kv_len)

@@ -10,9 +10,9 @@ import torch
 from fasa_flex.bench.options import BACKENDS as BACKENDS
 from fasa_flex.bench.options import MODES as MODES
 from fasa_flex.bench.shapes import SHAPES, Shape
-from fasa_flex.budget import Budget, check_count
-from fasa_flex.config import Completion, FasaConfig, GroupReduce
-from fasa_flex.packing import PackedDtype
+from fasa_flex.core.budget import Budget, check_count
+from fasa_flex.core.config import Completion, FasaConfig, GroupReduce
+from fasa_flex.core.packed_keys import PackedDtype
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from fasa_flex.profile import FasaProfile
-from fasa_flex.provenance import Provenance, config_hash
-from fasa_flex.rotary import RotaryLayout
+from fasa_flex.calibration.profile import FasaProfile
+from fasa_flex.calibration.provenance import Provenance, config_hash
+from fasa_flex.calibration.rotary import RotaryLayout
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasa_flex.backends.gather import gather_focused
 from fasa_flex.bench.rivals import Inputs
 from fasa_flex.bench.settings import Settings
 from fasa_flex.bench.timing import interleave
-from fasa_flex.completion import Completion, completed, kept_share
-from fasa_flex.rows import gather_focused
-from fasa_flex.scoring import DominantChunks, reduce_group, weigh
-from fasa_flex.selection import Marks, Selection, select
-from fasa_flex.softmax import Softmax
+from fasa_flex.core.completion import Completion, completed, kept_share
+from fasa_flex.core.scoring import DominantChunks, reduce_group, weigh
+from fasa_flex.core.selection import Marks, Selection, select
+from fasa_flex.core.softmax import Softmax
 
 STAGES = ("scores", "group ranking", "selection", "attention", "completion")
 

@@ -28,13 +28,13 @@ from fasa_flex.bench.settings import Settings
 from fasa_flex.bench.shapes import Shape, random_profile
 from fasa_flex.bench.timing import free_memory, graphed, interleave, peak_of
 from fasa_flex.bench.variants import Variant, config_of, variants
-from fasa_flex.cache import FasaCache
-from fasa_flex.completion import BLOCK
-from fasa_flex.config import FasaConfig
-from fasa_flex.expectations import cache_argument
-from fasa_flex.handle import Fasa
-from fasa_flex.profile import FasaProfile
-from fasa_flex.transformers import enable
+from fasa_flex.caches.fasa_cache import FasaCache
+from fasa_flex.calibration.profile import FasaProfile
+from fasa_flex.core.completion import BLOCK
+from fasa_flex.core.config import FasaConfig
+from fasa_flex.hf.compatibility import cache_argument
+from fasa_flex.model.enable import enable
+from fasa_flex.model.handle import Fasa
 
 _SHARE_OF_MEMORY = 0.8
 _HEAD = "(final norm and output head)"

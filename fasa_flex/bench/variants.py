@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 
 from fasa_flex.bench import rivals
 from fasa_flex.bench.settings import BACKENDS, Settings
-from fasa_flex.config import Backend, FasaConfig
+from fasa_flex.core.config import Backend, FasaConfig
 
 
 @dataclass(frozen=True)

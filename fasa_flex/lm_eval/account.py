@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fasa_flex.stats import FasaStats
+from fasa_flex.model.stats import FasaStats
 
 _log = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ class Run:
             or was not yet known. A sum names every value that ran.
         selected: Keys that sparse queries attended to.
         valid: Keys that sparse queries chose from.
-        bytes_read: Keys and values that sparse queries read, ranking included (`fasa_flex.reads`); None if not stated,
-            and then in a sum, too.
+        bytes_read: Keys and values that sparse queries read, ranking included (`fasa_flex.core.bytes_read`); None if
+            not stated, and then in a sum, too.
     """
 
     task: str

@@ -16,8 +16,8 @@ from lm_eval.models.huggingface import HFLM
 
 from fasa_flex import FasaConfig, FasaProfile
 from fasa_flex.baselines import RANKING_OPTIONS, Method, as_published, scorer_factory, unheard
+from fasa_flex.core.scoring import Scorer, SequenceScorer
 from fasa_flex.lm_eval.profiles import AUTO, Calibration
-from fasa_flex.scoring import Scorer, SequenceScorer
 
 LayerSet = int | str | Sequence[int] | None
 

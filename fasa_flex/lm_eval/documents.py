@@ -22,9 +22,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from fasa_flex.hf.loading import explained_gguf
 from fasa_flex.lm_eval import haystack
 from fasa_flex.lm_eval.haystack import document, heldout_text
-from fasa_flex.loading import explained_gguf
 
 LENGTHS = (2048,)
 NUM_DOCS = 200

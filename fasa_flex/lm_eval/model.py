@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 
 from fasa_flex import FasaProfile, enable
 from fasa_flex.baselines import Method
-from fasa_flex.expectations import check_lm_eval
-from fasa_flex.layers import attention_shape
+from fasa_flex.hf.compatibility import check_lm_eval
+from fasa_flex.hf.loading import explained_gguf
+from fasa_flex.hf.model_structure import attention_shape
 from fasa_flex.lm_eval.account import Account
 from fasa_flex.lm_eval.answers import claim
 from fasa_flex.lm_eval.arguments import (
@@ -45,7 +46,6 @@ from fasa_flex.lm_eval.passes import Answer, Passes
 from fasa_flex.lm_eval.profiles import AUTO, FACTS, calibration_for, default_cache, preserved_rng
 from fasa_flex.lm_eval.report import loaded_as, parameters_of, report_of
 from fasa_flex.lm_eval.windows import Window
-from fasa_flex.loading import explained_gguf
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 _log = logging.getLogger(__name__)

@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from fasa_flex.expectations import cache_argument
-from fasa_flex.handle import Fasa
-from fasa_flex.layers import device_of
+from fasa_flex.hf.compatibility import cache_argument
+from fasa_flex.hf.model_structure import device_of
 from fasa_flex.lm_eval.windows import Batch, Window, score
+from fasa_flex.model.handle import Fasa
 
 Answer = tuple[float, bool]
 

@@ -25,9 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fasa_flex import FasaProfile, RotaryLayout, calibrate
 from fasa_flex.baselines import adjacent_pairs, channel_weights
+from fasa_flex.calibration.profile import FORMAT
+from fasa_flex.calibration.provenance import config_hash
 from fasa_flex.lm_eval.haystack import document
-from fasa_flex.profile import FORMAT
-from fasa_flex.provenance import config_hash
 from fasa_flex.saving import check_writable
 
 AUTO = "auto"

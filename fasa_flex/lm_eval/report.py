@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fasa_flex.calibration import version_of
-from fasa_flex.layers import attention_shape
+from fasa_flex.calibration.from_texts import version_of
+from fasa_flex.hf.model_structure import attention_shape
 
 if TYPE_CHECKING:
     from fasa_flex.lm_eval.model import FasaHFLM

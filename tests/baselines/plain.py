@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fasa_flex.budget import Budget
-from fasa_flex.scoring import Forward, SequenceScorer
-from fasa_flex.selection import select, valid_keys
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.scoring import Forward, SequenceScorer
+from fasa_flex.core.selection import select, valid_keys
 
 
 def forward_of(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fasa_flex.baselines import H2O, RKV, SnapKV
 from fasa_flex.baselines.evicting import Evicting
-from fasa_flex.budget import Budget
+from fasa_flex.core.budget import Budget
 
 METHODS = {"snapkv": SnapKV, "h2o": H2O, "rkv": RKV}
 RULES: dict[str, Callable[[], Rule]] = {"snapkv": plain.snapkv, "h2o": plain.h2o, "rkv": plain.rkv}

@@ -17,9 +17,9 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from fasa_flex import FasaConfig, FasaProfile, RotaryLayout, enable
 from fasa_flex.baselines import Method, adjacent_pairs, scorer_factory
-from fasa_flex.handle import Fasa
-from fasa_flex.reads import ReadShare, StatesReads
-from fasa_flex.scoring import Scorer, SequenceScorer
+from fasa_flex.core.bytes_read import ReadShare, StatesReads
+from fasa_flex.core.scoring import Scorer, SequenceScorer
+from fasa_flex.model.handle import Fasa
 
 METHODS = get_args(Method)
 EVICTING = ("snapkv", "h2o", "rkv")

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from fasa_flex import RotaryLayout, calibrate
 from fasa_flex.baselines import Quest, SparQ, adjacent_pairs, channel_weights, scorer_factory
 from fasa_flex.baselines.calibrated import heavy_channels
-from fasa_flex.budget import Budget
-from fasa_flex.scoring import reduce_group
-from fasa_flex.selection import select, valid_keys
-from fasa_flex.softmax import Softmax
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.scoring import reduce_group
+from fasa_flex.core.selection import select, valid_keys
+from fasa_flex.core.softmax import Softmax
 
 
 def states(rows: int, length: int, dim: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasa_flex.backends import sparse_attention
+from fasa_flex.backends.table import sparse_attention
 from fasa_flex.baselines import AllDimensions, Sampled
-from fasa_flex.budget import Budget
-from fasa_flex.completion import Completion
-from fasa_flex.method import Call
-from fasa_flex.scoring import Given
-from fasa_flex.selection import select, valid_keys
-from fasa_flex.softmax import Softmax
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.completion import Completion
+from fasa_flex.core.method import Call
+from fasa_flex.core.scoring import Given
+from fasa_flex.core.selection import select, valid_keys
+from fasa_flex.core.softmax import Softmax
 
 HEADS, GROUP, DIM, KEYS = 2, 2, 8, 200
 

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, PreTrainedModel
 
 from fasa_flex import FasaCache, FasaConfig, FasaProfile, enable
-from fasa_flex.config import Backend
+from fasa_flex.core.config import Backend
 from fasa_flex.lm_eval.haystack import heldout_text
 
 EVALS = Path(__file__).parents[2] / "evals"

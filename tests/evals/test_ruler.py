@@ -13,8 +13,8 @@ from evals.quality import generation_tables, ruler
 from evals.quality.arms import Ledger
 from evals.quality.ruler_arms import ARMS, Model, Questions, command, paper, word
 from fasa_flex import FasaConfig
-from fasa_flex.compare import Run
 from fasa_flex.lm_eval.arguments import config_of
+from fasa_flex.report.compare import Run
 
 ASKED = Questions(lengths=(1024, 2048), documents=2, batch=2, chat=True)
 MODEL = Model("folder", "model.gguf", "profile")

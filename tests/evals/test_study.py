@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evals.marked import block
 from evals.quality import agreement, arms, budgets, calibrations, documents, methods, steps, sweep, tables, zero_setup
 from fasa_flex import RotaryLayout, calibrate
-from fasa_flex.budget import Budget
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.layer_budgets import spread_budget
 from fasa_flex.lm_eval.arguments import budget_weights
-from fasa_flex.spread import spread_budget
 
 LAYERS, KV_HEADS, GROUP, QUERIES, KEYS, DIMS = 2, 2, 2, 3, 1100, 4
 

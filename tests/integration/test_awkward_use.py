@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from fasa_flex import FasaCache, FasaConfig, FasaProfile, RotaryLayout, calibrate, enable, fasa_attention
+from fasa_flex.backends.gather import whole_buffer
 from fasa_flex.baselines import channel_weights
-from fasa_flex.masking import DecodeStep, count_valid
-from fasa_flex.packing import PackedKeys
-from fasa_flex.rows import whole_buffer
+from fasa_flex.core.packed_keys import PackedKeys
+from fasa_flex.hf.masks import DecodeStep, count_valid
 
 pytestmark = pytest.mark.filterwarnings("ignore:without an accelerator")
 CONFIG = FasaConfig(n_fac=12, n_tip=3)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, StaticCache
 from ways import PROMPT, prompts
 
 from fasa_flex import FasaCache, FasaConfig, RotaryLayout, calibrate, enable
-from fasa_flex.packed_layers import PackedLayer
+from fasa_flex.caches.packed_layers import PackedLayer
 
 # Layers that stay dense.
 

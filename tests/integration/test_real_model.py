@@ -20,8 +20,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
 from fasa_flex.baselines import scorer_factory
-from fasa_flex.expectations import cache_argument
-from fasa_flex.loading import load_model
+from fasa_flex.hf.compatibility import cache_argument
+from fasa_flex.hf.loading import load_model
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LEARNT, READ = "types", ("compound", "formatstrings", "string-methods")

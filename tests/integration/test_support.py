@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ways import BUFFER, PROMPT, WAYS, Way, possible
 
 from fasa_flex import FasaConfig, FasaProfile, enable
-from fasa_flex.handle import Fasa
+from fasa_flex.model.handle import Fasa
 
 
 @functools.cache

@@ -14,11 +14,11 @@ from sentences import raises_sentence
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
+from fasa_flex.hf.loading import load_model
 from fasa_flex.lm_eval import documents
 from fasa_flex.lm_eval.haystack import heldout_text
 from fasa_flex.lm_eval.model import FasaHFLM
 from fasa_flex.lm_eval.report import loaded_as
-from fasa_flex.loading import load_model
 
 pytest.importorskip("gguf")
 Gguf = tuple[str, str]
@@ -111,7 +111,7 @@ def refused(gguf_checkpoint: Gguf) -> Callable[..., str]:
 
 
 def test_a_missing_package_is_named(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fasa_flex.loading.is_gguf_available", lambda: False)
+    monkeypatch.setattr("fasa_flex.hf.loading.is_gguf_available", lambda: False)
     assert "pip install 'fasa-flex[gguf]'" in refused("tiny.gguf")
 
 

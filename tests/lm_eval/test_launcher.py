@@ -44,7 +44,7 @@ def test_the_error_for_an_unknown_packaged_task_leads_to_it(
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: print(error, file=sys.stderr))
     monkeypatch.delenv("FASA_FLEX_NO_STARTUP", raising=False)
-    file = Path(__file__).parents[2] / "startup" / "_fasa_flex_startup.py"
+    file = Path(__file__).parents[2] / "fasa_flex" / "startup" / "_fasa_flex_startup.py"
     spec = importlib.util.spec_from_file_location("startup_under_test", file)
     assert spec is not None
     assert spec.loader is not None

@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 
 from fasa_flex.baselines import Method
-from fasa_flex.expectations import cache_argument
+from fasa_flex.hf.compatibility import cache_argument
 from fasa_flex.lm_eval import TASKS_PATH
 from fasa_flex.lm_eval.haystack import heldout_text
 from fasa_flex.lm_eval.model import FasaHFLM

@@ -16,7 +16,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
 from fasa_flex.baselines import scorer_factory
-from fasa_flex.expectations import cache_argument
+from fasa_flex.hf.compatibility import cache_argument
 from fasa_flex.lm_eval.passes import Limits, Passes, parts
 from fasa_flex.lm_eval.windows import Window
 

@@ -44,18 +44,18 @@ SELECTION = ("test_selection", "properties/test_selection_properties")
 WHOLE = ("test_attention_contracts", "test_attention", "test_attention_errors")
 CALLS = "properties/test_attention_properties"
 TESTS = {
-    "budget": ("test_budget", *SELECTION, "test_attention_errors"),
-    "softmax": ("test_softmax", "test_attention", "test_flex_eager", CALLS),
-    "ranking": ("test_ranking", *SELECTION, "test_agreement"),
-    "rotary": ("test_layout", "test_rotary", "properties/test_layout_properties"),
-    "agreement": ("test_agreement", "test_attention_errors", "properties/test_agreement_properties"),
-    "scoring": ("test_scoring", *WHOLE, CALLS),
-    "packing": ("test_packing", "test_cache"),
-    "selection": (*SELECTION, *WHOLE, CALLS),
+    "core.budget": ("test_budget", *SELECTION, "test_attention_errors"),
+    "core.softmax": ("test_softmax", "test_attention", "test_flex_eager", CALLS),
+    "core.ranking": ("test_ranking", *SELECTION, "test_agreement"),
+    "calibration.rotary": ("test_layout", "test_rotary", "properties/test_layout_properties"),
+    "calibration.agreement": ("test_agreement", "test_attention_errors", "properties/test_agreement_properties"),
+    "core.scoring": ("test_scoring", *WHOLE, CALLS),
+    "core.packed_keys": ("test_packing", "test_cache"),
+    "core.selection": (*SELECTION, *WHOLE, CALLS),
     "masks": ("test_masks", "properties/test_mask_properties", "test_flex_eager"),
-    "completion": ("test_completion", "test_completion_in_models", "properties/test_completion_properties"),
-    "criteria": ("test_criteria", "test_tables"),
-    "attention": (*WHOLE, "test_flex_eager", "test_packing", CALLS),
+    "core.completion": ("test_completion", "test_completion_in_models", "properties/test_completion_properties"),
+    "core.criteria": ("test_criteria", "test_tables"),
+    "backends.attention": (*WHOLE, "test_flex_eager", "test_packing", CALLS),
 }
 
 

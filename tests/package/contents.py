@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 HOOK = {"_fasa_flex_startup.py", "fasa_flex_startup.pth"}
-SOURCES = ("fasa_flex", "startup", "tests", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "noxfile.py")
+SOURCES = ("fasa_flex", "tests", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "noxfile.py")
 ALWAYS = {"PKG-INFO", "pyproject.toml", ".gitignore"}  # hatchling adds these to every sdist
 
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from properties.calls import EXACT, cases, masks, whole
 from torch import Tensor
 
-from fasa_flex.budget import Budget
-from fasa_flex.scoring import reduce_group
-from fasa_flex.selection import Marks, valid_keys
-from fasa_flex.softmax import Softmax
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.scoring import reduce_group
+from fasa_flex.core.selection import Marks, valid_keys
+from fasa_flex.core.softmax import Softmax
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from properties.calls import HEAD_DIMS, cases, layouts
 
 from fasa_flex import FasaProfile, RotaryLayout
-from fasa_flex.provenance import Provenance
+from fasa_flex.calibration.provenance import Provenance
 
 dims = st.integers(1, 128).map(lambda n: 2 * n)
 

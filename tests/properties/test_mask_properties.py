@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties.calls import budgets, cases, masks
 
-from fasa_flex.budget import Budget
-from fasa_flex.method import to_block_mask
-from fasa_flex.selection import select, valid_keys
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.method import to_block_mask
+from fasa_flex.core.selection import select, valid_keys
 
 
 @cases(1)

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from fasa_flex import FasaCache, FasaConfig, FasaProfile, enable
-from fasa_flex.handle import Fasa
-from fasa_flex.scoring import DominantChunks
+from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.model.handle import Fasa
 
 NAMES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 LENGTH = 24

@@ -13,9 +13,9 @@ from properties.calls import budgets as some_budgets
 from properties.calls import cases, masks
 from torch import Tensor
 
-from fasa_flex.budget import Budget
-from fasa_flex.ranking import rank_keys
-from fasa_flex.selection import select, valid_keys
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.ranking import rank_keys
+from fasa_flex.core.selection import select, valid_keys
 
 CPU = torch.device("cpu")
 INF, TINY = math.inf, 1e-45

@@ -1,0 +1,1 @@
+"""Ways to attend to the selected keys: flex, gather, Triton's kernels, and dense attention by groups."""

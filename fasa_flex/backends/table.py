@@ -1,0 +1,125 @@
+"""Ways to compute a `Call`, and which of them serves it.
+
+Each backend is a row: why it cannot serve a call, and how it does. A backend that is asked for by name serves the call
+or refuses it; "auto" and "fastest" take the first of their list that can.
+
+    triton      own kernels, one query a row, keys packed by a cache, CUDA; the fastest for decoding
+    flex        Inductor's kernel of `flex_attention` over a block mask: the definition; any number of queries
+    gather      the selected rows in a buffer: any device, any call, gradients
+    compiled    gather, compiled by itself; of "fastest"
+    reference   plain loops; for tests
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fasa_flex.backends.gather import gather_focused
+from fasa_flex.backends.specialization import attend_compiled
+from fasa_flex.backends.triton.dispatch import decode_by_kernels, why_no_kernels
+from fasa_flex.core.config import Backend
+from fasa_flex.core.method import Call, attend, flex_focused
+from fasa_flex.core.packed_keys import PackedKeys
+from fasa_flex.core.reference import reference_attention
+from fasa_flex.core.scoring import reduce_group
+
+_log = logging.getLogger(__name__)
+
+
+class Row(NamedTuple):
+    """A backend.
+
+    Attributes:
+        why_not: why it cannot serve a call; None: it can.
+        run: the call's [B, Hq, Q, Dv].
+    """
+
+    why_not: Callable[[Call], str | None]
+    run: Callable[[Call], Tensor]
+
+
+def sparse_attention(call: Call, backend: Backend) -> Tensor:
+    """Sparse attention of every query, [B, Hq, Q, Dv].
+
+    Raises:
+        ValueError: a backend that was asked for by name cannot serve the call; an argument of the call is wrong.
+    """
+    reasons = []
+    for name in ORDER.get((backend, call.query.is_cuda), (backend,)):
+        row = BACKENDS[name]
+        reason = row.why_not(call)
+        if reason is None:
+            if name != backend and not torch.compiler.is_compiling():
+                _tell(backend, name, call.query.shape[2] == 1, call.query.device.type)
+            return row.run(call)
+        reasons.append(reason)
+    raise ValueError(f"backend {backend!r} cannot serve this call: {reasons[0]}; use backend='auto'.")
+
+
+@functools.cache
+def _tell(backend: str, chosen: str, decodes: bool, device: str) -> None:
+    queries = "one query a row" if decodes else "several queries a row"
+    _log.info("backend %r is %r for %s on %s", backend, chosen, queries, device)
+
+
+def _why_no_flex(call: Call) -> str | None:
+    states = (call.query, call.key, call.value)
+    if call.key.device != call.query.device:
+        return "it reads keys on the query's device, and they are in host memory"
+    if hasattr(call.scorer, "attend"):
+        return f"{type(call.scorer).__name__} attends by itself"
+    if call.query.is_cuda and call.query.dtype == torch.float32:
+        return "torch has no kernel of it for blocks of 16 keys in float32 on a GPU"  # torch 2.11
+    if torch.is_grad_enabled() and any(each.requires_grad for each in states):
+        return "it computes no gradients (torch.no_grad() asks for none)"
+    if call.query.device.type == "cpu" and call.softmax.sinks is not None:
+        return "it has no learned sinks on CPU"
+    return None
+
+
+def _by_flex(call: Call) -> Tensor:
+    """Compiled in any case: eager `flex_attention` ignores block lists and computes every score."""
+    if call.query.device.type == "cpu" and isinstance(call.packed_keys, PackedKeys):
+        call.packed_keys = None  # with the tiles of a growing cache Inductor's C++ does not compile (torch 2.13)
+    return attend_compiled(call, flex_focused)
+
+
+def _why_not_compiled(call: Call) -> str | None:
+    if call.key.device != call.query.device:
+        return "keys are in host memory, where rows are gathered uncompiled"
+    return f"{type(call.scorer).__name__} attends by itself" if hasattr(call.scorer, "attend") else None
+
+
+def _why_no_reference(call: Call) -> str | None:
+    if call.key.device != call.query.device:
+        return "it reads keys on the query's device, and they are in host memory"
+    return f"{type(call.scorer).__name__} attends by itself" if hasattr(call.scorer, "attend") else None
+
+
+def _by_loops(call: Call) -> Tensor:
+    scores = call.scorer(call.query, call.key, call.packed_keys)
+    ranking = reduce_group(scores, call.valid, call.group_reduce, call.softmax, call.known_marks().sample)
+    states = (call.query, call.key, call.value)
+    return reference_attention(*states, ranking, call.valid, call.budget, call.softmax, scores, call.completion)
+
+
+BACKENDS = {
+    "triton": Row(why_no_kernels, decode_by_kernels),
+    "flex": Row(_why_no_flex, _by_flex),
+    "gather": Row(lambda call: None, lambda call: attend(call, gather_focused)),
+    "compiled": Row(_why_not_compiled, lambda call: attend_compiled(call, gather_focused)),
+    "reference": Row(_why_no_reference, _by_loops),
+}
+ORDER = {
+    ("auto", True): ("triton", "flex", "gather"),
+    ("auto", False): ("gather",),
+    ("fastest", True): ("triton", "compiled", "gather"),
+    ("fastest", False): ("compiled", "gather"),
+}
+"""What the automatic backends try, without and with CUDA."""

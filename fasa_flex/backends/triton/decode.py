@@ -1,0 +1,241 @@
+"""A sparse decode step on a GPU as operators over the kernels of `fasa_flex.backends.triton.kernels`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fasa_flex.backends.triton.kernels import (
+    TILE,
+    attend_rows,
+    fetch_rows,
+    find_rows,
+    focus_rows,
+    on_their_device,
+    overlapping,
+    parts_of,
+    power_of_two,
+    select_keys,
+)
+from fasa_flex.backends.triton.tip import Ranking, Tip, kept_share, ranked, share_of
+from fasa_flex.core.operators import operator
+
+SELECT_WARPS, MOST_COUNTED = 8, 2048
+ATTEND_BLOCK, ATTEND_WARPS = 128, 4
+FOCUS_WARPS, MOST_FOCUSED = 4, 4096  # at once while there are no more tiles: a longer search wants more warps
+FIND_WARPS, FETCH_BLOCK, FETCH_WARPS, FETCH_PROGRAMS = 8, 16, 4, 64
+"""Keys and warps of a program, the fastest of those tried on an H100; more tiles than counted are guessed at too.
+
+More programs than 64 fetch scattered rows of the host more slowly.
+"""
+
+
+def _room_of_slots(query: Tensor, *tip: Any) -> tuple[Tensor, Tensor]:
+    asked = Tip(*tip)
+    slots = _integers(query, query.shape[0] * asked.dims.shape[0], min(asked.n_fac, asked.kv_len))
+    return slots, share_of(query, asked.dims, asked.completes)
+
+
+@operator("select_slots", _room_of_slots)
+@on_their_device
+def select_slots(
+    query: Tensor,
+    dims: Tensor,
+    weights: Tensor | None,
+    packed: Tensor,
+    scales: Tensor | None,
+    shift: Tensor | None,
+    codes: Tensor,
+    n_fac: int,
+    how: str,
+    scaling: float,
+    softcap: float | None,
+    completes: bool,
+) -> tuple[Tensor, Tensor]:
+    """TIP and the selection for one query a row.
+
+    Args:
+        query: float [B, Hq, 1, D], contiguous; the others as `fasa_flex.backends.triton.tip.Tip` has them.
+
+    Returns:
+        int32 [B * Hkv, min(n_fac, T)], ascending, -1 where no valid key is left; and the selected keys' share of the
+        mass of all valid keys, float32 [B, Hkv, G, 1], of no number where it is not asked for.
+    """
+    tip = Tip(dims, weights, packed, scales, shift, codes, n_fac, how, scaling, softcap, completes)
+    ranking = ranked(query, tip)
+    search = _search(ranking, tip.kv_len, n_fac)
+    overlap, launch = overlapping(query.device)
+    select_keys[(ranking.order.shape[0],)](*search, overlap, num_warps=SELECT_WARPS, **launch)
+    return search.slots, kept_share(query, ranking, search.slots, tip)
+
+
+def _room_of_result(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return result_of(query, value), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@operator("attend_slots", _room_of_result)
+@on_their_device
+def attend_slots(
+    query: Tensor, key: Tensor, value: Tensor, slots: Tensor, scaling: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """FAC for one query a row.
+
+    Args:
+        query: float [B, Hq, 1, D], contiguous.
+        key: float [B, Hkv, T, D], each row contiguous; on the device, or pinned host memory (FASA-M), of which the
+            kernel reads the selected rows.
+        value: likewise, [B, Hkv, T, Dv].
+        slots: int32 [B * Hkv, K], rows of ``key`` and ``value``; -1 for none.
+        scaling: of the softmax.
+        softcap: of the logits, or None.
+
+    Returns:
+        [B, Hq, 1, Dv], zeros for a row without a slot; and the log-sum-exp of the logits, float32 [B, Hq, 1].
+    """
+    rows, wanted = slots.shape
+    result, attention = _attention(query, key, value, wanted, scaling, softcap)
+    overlap, launch = overlapping(query.device)
+    attend_rows[(rows,)](slots, wanted, power_of_two(wanted, 16), *attention, overlap, num_warps=ATTEND_WARPS, **launch)
+    return result
+
+
+@operator("sparse_decode", lambda *all: (*_room_of_result(*all), share_of(all[0], all[3], all[-1])))
+@on_their_device
+def sparse_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dims: Tensor,
+    weights: Tensor | None,
+    packed: Tensor,
+    scales: Tensor | None,
+    shift: Tensor | None,
+    codes: Tensor,
+    n_fac: int,
+    how: str,
+    scaling: float,
+    softcap: float | None,
+    completes: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """TIP, the selection and FAC for one query a row: `select_slots` and `attend_slots`, arguments likewise.
+
+    Returns:
+        what `attend_slots` returns, and the share of `select_slots`.
+    """
+    tip = Tip(dims, weights, packed, scales, shift, codes, n_fac, how, scaling, softcap, completes)
+    if parts_of(tip.kv_len, TILE.value) > MOST_FOCUSED:
+        slots, share = select_slots(query, *tip)
+        return *attend_slots(query, key, value, slots, scaling, softcap), share
+    ranking = ranked(query, tip)
+    search = _search(ranking, tip.kv_len, n_fac)
+    result, attention = _attention(query, key, value, search.wanted, scaling, softcap)
+    overlap, launch = overlapping(query.device)
+    focus_rows[(ranking.order.shape[0],)](*search, *attention, overlap, num_warps=FOCUS_WARPS, **launch)
+    return *result, kept_share(query, ranking, search.slots, tip)
+
+
+@operator(
+    "hold_slots",
+    lambda key, value, slots, *_: torch.empty_like(slots),
+    mutates=("held", "held_at", "held_keys", "held_values"),
+)
+@on_their_device
+def hold_slots(
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    held: Tensor,
+    held_at: Tensor,
+    held_keys: Tensor,
+    held_values: Tensor,
+    length: Tensor | None,
+) -> Tensor:
+    """Make the device hold the rows at ``slots``, fetching those that it does not hold yet (FASA-M).
+
+    Args:
+        key: float [B, Hkv, T, D], each row contiguous; host memory that the device can read.
+        value: likewise, [B, Hkv, T, Dv].
+        slots: int32 [B * Hkv, K], ascending, -1 for none.
+        held: int32 [B, Hkv, K], the slots held, ascending, -1 for none; afterwards ``slots``.
+        held_at: int32 [B, Hkv, K], at which rows they are held: every number below K once.
+        held_keys: float [B, Hkv, K, D], the rows.
+        held_values: likewise, [B, Hkv, K, Dv].
+        length: int64 scalar, the tokens in the cache where it may have been rewound unnoticed; rows from the last one
+            on are fetched again.
+
+    Returns:
+        int32 [B * Hkv, K], where the rows at ``slots`` are among the held ones; -1 for none.
+    """
+    (rows, wanted), kv_heads = slots.shape, key.shape[1]
+    dim, value_dim = key.shape[-1], value.shape[-1]
+    overlap, launch = overlapping(slots.device)
+    places, absent, scratch = (torch.empty_like(slots) for _ in range(3))
+    find_rows[(rows,)](
+        slots, held, held_at, places, absent, scratch, held if length is None else length, wanted,
+        power_of_two(wanted), length is not None, overlap, num_warps=FIND_WARPS, **launch,
+    )  # fmt: skip
+    blocks = parts_of(wanted, FETCH_BLOCK)
+    fetch_rows[(min(FETCH_PROGRAMS, rows * blocks),)](
+        key, value, held_keys, held_values, absent, places, *head_strides(key, value), wanted, blocks, rows * blocks,
+        key.stride(2), value.stride(2), dim, power_of_two(dim), value_dim, power_of_two(value_dim),
+        FETCH_BLOCK, kv_heads, overlap, num_warps=FETCH_WARPS, **launch,
+    )  # fmt: skip
+    return places
+
+
+class _Search(NamedTuple):
+    """What `select_keys` is handed."""
+
+    order: Tensor
+    maxima: Tensor
+    tiles: Tensor
+    slots: Tensor
+    order_stride: int
+    maxima_stride: int
+    wanted: int
+    TILES_PAD: int
+    WANTED_PAD: int
+    SEARCH: bool
+    GUESS: bool
+
+
+def _search(ranking: Ranking, kv_len: int, n_fac: int) -> _Search:
+    order, maxima = ranking.order, ranking.maxima
+    rows, tiles, wanted = order.shape[0], parts_of(kv_len, TILE.value), min(n_fac, kv_len)
+    wanted_pad = power_of_two(wanted, 16)
+    return _Search(
+        order, maxima, _integers(order, rows, wanted_pad), _integers(order, rows, wanted),
+        order.stride(0), maxima.stride(0), wanted, power_of_two(tiles, 2), wanted_pad,
+        tiles > wanted_pad, tiles > MOST_COUNTED,
+    )  # fmt: skip
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, wanted: int, scaling: float, softcap: float | None
+) -> tuple[tuple[Tensor, Tensor], tuple[Any, ...]]:
+    """Room for what `attend_slots` returns, and what `attend_rows` is handed for it, but the slots."""
+    kv_heads, dim, value_dim = key.shape[1], key.shape[3], value.shape[3]
+    group = query.shape[1] // kv_heads
+    result = _room_of_result(query, key, value)
+    block = min(ATTEND_BLOCK if key.element_size() == 2 else 32, power_of_two(wanted, 16))
+    return result, (
+        query, key, value, *result, *head_strides(key, value), scaling, softcap or 1.0,
+        key.stride(2), value.stride(2), group, power_of_two(group, 16), dim, power_of_two(dim, 16),
+        value_dim, power_of_two(value_dim, 16), block, kv_heads, softcap is not None,
+    )  # fmt: skip
+
+
+def result_of(query: Tensor, value: Tensor) -> Tensor:
+    """Room for a result [B, Hq, 1, Dv]."""
+    return query.new_empty(*query.shape[:3], value.shape[-1])
+
+
+def head_strides(key: Tensor, value: Tensor) -> tuple[int, int, int, int]:
+    """How far apart rows of the batch and heads are, in keys and in values."""
+    return key.stride(0), key.stride(1), value.stride(0), value.stride(1)
+
+
+def _integers(like: Tensor, rows: int, columns: int) -> Tensor:
+    return torch.empty(rows, columns, dtype=torch.int32, device=like.device)

@@ -1,0 +1,69 @@
+"""A dense decode step on a GPU as an operator over the kernels of `fasa_flex.backends.triton.kernels`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fasa_flex.backends.triton.decode import ATTEND_BLOCK, ATTEND_WARPS, head_strides, result_of
+from fasa_flex.backends.triton.kernels import (
+    attend_part,
+    merge_parts,
+    on_their_device,
+    overlapping,
+    parts_of,
+    power_of_two,
+)
+from fasa_flex.core.operators import operator
+
+PROGRAMS, MOST_PARTS, MERGE_WARPS = 256, 128, 8
+"""Of a dense layer's attention: two programs for each multiprocessor, whose parts of a row are merged at once."""
+
+
+@operator("dense_decode", lambda query, key, value, *_: result_of(query, value))
+@on_their_device
+def dense_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    codes: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One dense decode step under a mask, in which a group's query heads read each key and value once.
+
+    Args:
+        query: float [B, Hq, 1, D], contiguous.
+        key: float [B, Hkv, T, D], each row contiguous.
+        value: likewise, [B, Hkv, T, Dv].
+        codes: uint8 [B or 1, T], rows contiguous: 0 for an invalid key.
+        scaling: of the softmax.
+        softcap: of the logits, or None.
+        sinks: float [Hq], or None.
+
+    Returns:
+        [B, Hq, 1, Dv]; zeros for a row without a valid key.
+    """
+    batch, kv_heads, kv_len, dim = key.shape
+    rows, group, value_dim = batch * kv_heads, query.shape[1] // kv_heads, value.shape[-1]
+    group_pad, value_pad = power_of_two(group, 16), power_of_two(value_dim, 16)
+    block = ATTEND_BLOCK if key.element_size() == 2 else 32
+    span = parts_of(parts_of(kv_len, min(MOST_PARTS, max(1, PROGRAMS // rows))), block) * block
+    parts = parts_of(kv_len, span)
+    overlap, launch = overlapping(query.device)
+    bests, totals, results = (
+        torch.empty(rows, parts, group, width, dtype=torch.float32, device=query.device) for width in (1, 1, value_pad)
+    )
+    attend_part[(parts, rows)](
+        query, key, value, codes, bests, totals, results, *head_strides(key, value), kv_len,
+        0 if codes.shape[0] == 1 else codes.stride(0), span, scaling, softcap or 1.0, key.stride(2), value.stride(2),
+        group, group_pad, dim, power_of_two(dim, 16), value_dim, value_pad, block, kv_heads,
+        softcap is not None, overlap, num_warps=ATTEND_WARPS, **launch,
+    )  # fmt: skip
+    out = result_of(query, value)
+    merge_parts[(rows, group)](
+        bests, totals, results, query if sinks is None else sinks, out, parts, group, value_dim, value_pad,
+        power_of_two(parts), kv_heads, sinks is not None, overlap, num_warps=MERGE_WARPS, **launch,
+    )  # fmt: skip
+    return out

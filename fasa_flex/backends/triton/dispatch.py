@@ -1,0 +1,171 @@
+"""One decode step by `fasa_flex.backends.triton.kernels`: whether they can serve it, and what they are handed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.completion import completed
+from fasa_flex.core.config import FasaConfig, GroupReduce
+from fasa_flex.core.method import Call
+from fasa_flex.core.packed_keys import PackedKeys
+from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.core.selection import Marks
+from fasa_flex.core.softmax import Softmax
+
+MOST_SELECTED = 1024
+"""The largest budget of the kernels: as many tiles of 16 keys are searched in registers."""
+
+MOST_KEYS = 65535 * 16
+"""The longest cache of the kernels: its tiles are counted in 16 bits."""
+
+
+def why_no_kernels(call: Call) -> str | None:
+    """Why `fasa_flex.backends.triton.kernels` cannot serve a call, or None if they can."""
+    query, packed, n_fac = call.query, call.packed_keys, call.budget.n_fac
+    if not query.is_cuda:
+        return f"it needs a CUDA device, the query is on {query.device.type}"
+    if query.shape[2] != 1:
+        return f"it decodes one query a row, got {query.shape[2]}"
+    if not isinstance(call.scorer, DominantChunks) or not isinstance(packed, PackedKeys):
+        return "it needs the PackedKeys of dominant chunks"
+    if not isinstance(n_fac, int) or n_fac > MOST_SELECTED:
+        return f"n_fac must be an int of at most {MOST_SELECTED}, got {n_fac}"
+    if packed.tiles.shape[4] != 1:
+        return f"it needs packed keys in rows, got tiles of {packed.tiles.shape[4]}"
+    if call.key.shape[2] > MOST_KEYS:
+        return f"it searches at most {MOST_KEYS} keys, got {call.key.shape[2]}"
+    if call.group_reduce == "none" and query.shape[1] != call.key.shape[1]:
+        return "a group's query heads must select together"
+    return why_not_these(query, call.key, call.value)
+
+
+def check_kernels(
+    device: torch.device, layer: int, scorer: object, budget: Budget, config: FasaConfig, packs: bool, group: int
+) -> None:
+    """Refuse a layer that `why_no_kernels` would refuse at every decoded token.
+
+    Args:
+        device: where the layer computes.
+        layer: its number.
+        scorer: its scorer.
+        budget: its budget.
+        config: of `enable`.
+        packs: whether caches hold packed keys.
+        group: query heads of a key/value head.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    reason = None
+    if device.type != "cuda":
+        reason = f"it needs a CUDA device, the layer is on {device.type}"
+    elif config.prefill != "dense":
+        reason = "it decodes one query a row, and prefill='sparse' has several"
+    elif not isinstance(scorer, DominantChunks) or not packs:
+        reason = "it needs the packed keys of dominant chunks, one set for a key/value head"
+    elif not isinstance(budget.n_fac, int) or budget.n_fac > MOST_SELECTED:
+        reason = f"its budget must be a count of at most {MOST_SELECTED} for all heads, got {budget.n_fac}"
+    elif config.group_reduce == "none" and group > 1:
+        reason = "a group's query heads must select together"
+    if reason is not None:
+        raise ValueError(f"backend='triton' cannot serve layer {layer}: {reason}; use backend='auto'.")
+
+
+def why_not_these(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Why no kernel of ours can read these tensors, or None."""
+    if key.stride(3) != 1 or value.stride(3) != 1:
+        return "each row of keys and values must be contiguous"
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return "it computes no gradients"
+    return None
+
+
+def writes_at_once(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, packed: PackedKeys, dims: Tensor) -> bool:
+    """Whether `fasa_flex.backends.triton.writing` can write a decoded token's ``key`` and ``value`` into a layer's
+    buffers.
+
+    What it cannot write, PyTorch's operators write or refuse. A compiler fuses these by itself.
+    """
+    if torch.compiler.is_compiling() or not key.is_cuda or key.shape[2] != 1:
+        return False
+    fit = all(
+        (*new.shape[:2], new.shape[3], new.dtype, new.device, 1)
+        == (*held.shape[:2], held.shape[3], held.dtype, held.device, held.stride(3))
+        for new, held in ((key, keys), (value, values))
+    )
+    here = packed.tiles.device == dims.device == key.device
+    rows = packed.tiles.shape[2] == keys.shape[2] and packed.tiles.is_contiguous()
+    return fit and here and rows and why_not_these(key, key, value) is None
+
+
+def decode_by_kernels(call: Call) -> Tensor:
+    """A call of one query a row, [B, Hq, 1, Dv], where `why_no_kernels` finds no reason against it."""
+    from fasa_flex.backends.triton.decode import (  # Triton is there with CUDA only
+        attend_slots,
+        hold_slots,
+        select_slots,
+        sparse_decode,
+    )
+
+    query, scorer, packed = call.query.contiguous(), call.scorer, call.packed_keys
+    key, value, valid, softmax, held = call.key, call.value, call.valid, call.softmax, call.held
+    n_fac = call.budget.n_fac
+    assert isinstance(scorer, DominantChunks)
+    assert isinstance(packed, PackedKeys)
+    assert isinstance(n_fac, int)
+    tip = (
+        scorer.dims.contiguous(),
+        None if scorer.weights is None else scorer.weights.contiguous(),
+        packed.tiles.squeeze(4),
+        None if packed.scales is None else packed.scales.squeeze(3),
+        _shift(query, key, scorer, call.group_reduce, softmax),
+        codes_of(valid, call.known_marks()).flatten(1),
+        n_fac,
+        "max" if call.group_reduce == "none" else call.group_reduce,
+        softmax.scaling,
+        softmax.softcap,
+        call.completion is not None,
+    )
+    if held is None or held.count != min(n_fac, valid.shape[-1]):
+        out, lse, share = sparse_decode(query, key, value, *tip)
+    else:
+        slots, share = select_slots(query, *tip)
+        places = hold_slots(key, value, slots, held.slots, held.places, held.keys, held.values, held.length)
+        out, lse = attend_slots(query, held.keys, held.values, places, softmax.scaling, softmax.softcap)
+    return completed(out, lse, share, call.completion, softmax, query, key, value, valid)
+
+
+def _shift(
+    query: Tensor, key: Tensor, scorer: DominantChunks, group_reduce: GroupReduce, softmax: Softmax
+) -> Tensor | None:
+    """`DominantChunks.shift`, float32 [B * Hq], where scores are capped or compared between query heads; else None.
+
+    Elsewhere it cancels: it is the same for all keys of a query head.
+    """
+    compares = group_reduce in ("max", "mean") and query.shape[1] != key.shape[1]
+    shift = scorer.shift(query) if compares or softmax.softcap is not None else None
+    return None if shift is None else shift.flatten().contiguous()
+
+
+def codes_of(valid: Tensor, marks: Marks | None = None) -> Tensor:
+    """What the kernels read of bool ``valid`` and its marks: uint8, bits as `fasa_flex.backends.triton.kernels.scoring`
+    has them.
+    """
+    codes = _bits(valid)
+    if marks is None:
+        return codes
+    if marks.forced is not None:
+        codes = torch.add(codes, _bits(marks.forced), alpha=2)
+    if marks.sample is not None:
+        kv_len = valid.shape[-1]
+        slots = torch.where(marks.sample < 0, kv_len, marks.sample)
+        sampled = codes.new_zeros(*slots.shape[:-1], kv_len + 1).scatter(-1, slots, 4)
+        codes = codes + sampled[..., :kv_len]
+    return codes
+
+
+def _bits(marked: Tensor) -> Tensor:
+    # eagerly a conversion would be a launch; in a graph it costs nothing, and torch 2.11's Inductor knows no such view
+    return marked.to(torch.uint8) if torch.compiler.is_compiling() else marked.view(torch.uint8)

@@ -1,0 +1,34 @@
+"""The Triton kernels of a decode step on a GPU: the cache and its state, TIP, ranking, selection, FAC; a dense layer's.
+
+Inductor's kernels for the same step take 2.7 to 6.6 times as long on an H100 (evals/results/bench_op_cuda.json).
+Nothing here waits for the host or allocates more than scores, and everything can be captured in a CUDA graph.
+`fasa_flex.backends.triton.decode` and `fasa_flex.backends.triton.dense` make operators of them.
+"""
+
+from fasa_flex.backends.triton.kernels.attention import attend_part, attend_rows, focus_rows, merge_parts
+from fasa_flex.backends.triton.kernels.completion import cover_rows
+from fasa_flex.backends.triton.kernels.launching import on_their_device, overlapping, parts_of, power_of_two
+from fasa_flex.backends.triton.kernels.rows import fetch_rows, find_rows
+from fasa_flex.backends.triton.kernels.scoring import TILE, mix_group, score_keys, share_kept
+from fasa_flex.backends.triton.kernels.selection import select_keys
+from fasa_flex.backends.triton.kernels.writing import write_states
+
+__all__ = [
+    "TILE",
+    "attend_part",
+    "attend_rows",
+    "cover_rows",
+    "fetch_rows",
+    "find_rows",
+    "focus_rows",
+    "merge_parts",
+    "mix_group",
+    "on_their_device",
+    "overlapping",
+    "parts_of",
+    "power_of_two",
+    "score_keys",
+    "select_keys",
+    "share_kept",
+    "write_states",
+]

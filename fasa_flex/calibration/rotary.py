@@ -1,0 +1,263 @@
+"""Which two dimensions form each frequency chunk, read off a model by probing it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fasa_flex.calibration.json_fields import field
+from fasa_flex.core.budget import check_count
+from fasa_flex.hf.arrival import Arrival
+from fasa_flex.hf.model_structure import NO_ROPE, attention_shape, check_supported
+from fasa_flex.hf.probe import farthest_position, probe, why_dense
+from fasa_flex.hf.wrappers import unwrapped
+
+Plane = tuple[int, int]
+"""Two dimensions of a head, ascending."""
+
+_TOLERANCE = 1e-6
+"""Of a turn at the last position probed: with a rope_theta of 1e9 the slowest of 64 planes turns 1.4e-6 by 1024."""
+
+_STANDS_OUT = 8.0
+"""Standard errors of a fit."""
+
+_RESIDUAL = 1e-3
+
+
+class RotaryLayout:
+    """The frequency chunks of a head: RoPE's 2-D planes first, unrotated dimensions paired behind them.
+
+    Attributes:
+        chunks: int64 [head_dim // 2, 2], the two dimensions of each chunk.
+        n_rotated: how many of the chunks turn; the rest have frequency 0.
+        frequencies: float64 [n_rotated], radians a position, or None where the layout was named and not probed.
+        unrotated_layers: layers of the probed model that apply no RoPE at all, or attend otherwise than FASA can serve.
+    """
+
+    def __init__(
+        self,
+        chunks: Tensor,
+        n_rotated: int,
+        frequencies: Tensor | None = None,
+        unrotated_layers: tuple[int, ...] = (),
+    ) -> None:
+        if (
+            chunks.dim() != 2
+            or chunks.shape[1] != 2
+            or chunks.flatten().sort().values.tolist() != list(range(chunks.numel()))
+        ):
+            raise ValueError(
+                f"chunks must pair every dimension of a head exactly once, got {chunks.tolist()}; "
+                "pass [head_dim // 2, 2]."
+            )
+        if not 0 < n_rotated <= len(chunks):
+            raise ValueError(f"n_rotated must lie in 1..{len(chunks)}, got {n_rotated}.")
+        if frequencies is not None and (
+            frequencies.shape != (n_rotated,) or not (frequencies.isfinite() & (frequencies != 0)).all()
+        ):
+            raise ValueError(
+                f"frequencies must be {n_rotated} numbers, one for each chunk that turns, got {frequencies.tolist()}; "
+                "pass radians a position."
+            )
+        self.chunks = chunks.long().cpu()
+        self.n_rotated = n_rotated
+        self.frequencies = frequencies
+        self.unrotated_layers = unrotated_layers
+
+    @classmethod
+    def half_split(cls, head_dim: int, rotary_dim: int | None = None) -> RotaryLayout:
+        """Plane i is (i, i + rotary_dim / 2): ``rotate_half`` models such as Llama, Mistral and Qwen."""
+        rotary_dim = _check_dims(head_dim, rotary_dim)
+        first = torch.arange(rotary_dim // 2)
+        return cls._with_rest(torch.stack([first, first + rotary_dim // 2], dim=1), head_dim)
+
+    @classmethod
+    def interleaved(cls, head_dim: int, rotary_dim: int | None = None) -> RotaryLayout:
+        """Plane i is (2i, 2i + 1): GPT-J style models such as GLM and Cohere."""
+        rotary_dim = _check_dims(head_dim, rotary_dim)
+        return cls._with_rest(torch.arange(rotary_dim).view(-1, 2), head_dim)
+
+    @classmethod
+    def detect(cls, model: PreTrainedModel) -> RotaryLayout:
+        """Find the planes by what the model does to a query, whatever its class is called.
+
+        Identical embeddings are fed at several positions and attention returns zeros, so the hidden states of every
+        layer stay independent of position and the query at position p is R_p times the query at position 0. Least
+        squares gives R_p; its off-diagonal entries are the planes and its angles the frequencies. Models in half
+        precision, where rounding would hide the slow planes, are probed in float32.
+
+        Raises:
+            ValueError: queries do not turn with position (no RoPE), or not by rotations in planes, or no layer attends
+                as FASA needs it (`fasa_flex.hf.probe.why_dense`).
+        """
+        model = unwrapped(model)
+        check_supported(model)
+        positions, arrivals = _probe(model)
+        reasons = {layer: reason for layer, reason in why_dense(model, arrivals).items() if reason != NO_ROPE}
+        if not set(arrivals) - set(reasons):
+            layer, reason = next(iter(reasons.items()))
+            raise ValueError(f"{type(model).__name__} has no layer that FASA can serve: layer {layer} has {reason}.")
+        queries = {layer: _rows(arrived) for layer, arrived in arrivals.items() if layer not in reasons}
+        fits = {layer: _fit_rotation(query, positions) for layer, query in queries.items()}
+        rotated = [layer for layer, turns in fits.items() if turns]
+        if not rotated:
+            raise ValueError(
+                f"{type(model).__name__} does not rotate its queries with position (no RoPE), "
+                "so it has no frequency chunks; FASA needs a RoPE model."
+            )
+        # a plane that a layer's weights leave empty is seen in other layers alone
+        turns = {plane: turn for layer in reversed(rotated) for plane, turn in fits[layer].items()}
+        planes = sorted(turns)
+        if len({dim for plane in planes for dim in plane}) < 2 * len(planes):
+            raise ValueError(
+                f"the layers of {type(model).__name__} rotate different planes; FASA needs one layout for all."
+            )
+        head_dim = next(iter(queries.values())).shape[-1]
+        layout = cls._with_rest(torch.tensor(planes), head_dim)
+        layout.frequencies = torch.tensor([turns[plane] for plane in planes], dtype=torch.float64)
+        layout.unrotated_layers = tuple(layer for layer in range(attention_shape(model)[0]) if layer not in rotated)
+        return layout
+
+    @classmethod
+    def _with_rest(cls, planes: Tensor, head_dim: int) -> RotaryLayout:
+        """``planes``, and the other dimensions in pairs: those too slow to be seen to turn by the planes' distance."""
+        rest = set(range(head_dim)) - set(planes.flatten().tolist())
+        low, distance = int(planes.min()), int(planes[0, 1] - planes[0, 0])
+        slow = [[dim, dim + distance] for dim in range(low, low + distance) if {dim, dim + distance} <= rest]
+        still = sorted(rest - {dim for pair in slow for dim in pair})
+        others = torch.tensor([*slow, *zip(still[::2], still[1::2], strict=True)], dtype=torch.long).view(-1, 2)
+        return cls(torch.cat([planes, others]), len(planes))
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of a head."""
+        return self.chunks.numel()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The layout as JSON-ready values."""
+        return {
+            "chunks": self.chunks.tolist(),
+            "n_rotated": self.n_rotated,
+            "frequencies": None if self.frequencies is None else self.frequencies.tolist(),
+            "unrotated_layers": list(self.unrotated_layers),
+        }
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> RotaryLayout:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: a field that is missing or not what `to_dict` makes.
+        """
+        chunks, frequencies = field(fields, "chunks", list), field(fields, "frequencies", list, type(None))
+        check_count("n_rotated", field(fields, "n_rotated", int), 1)
+        unrotated = tuple(field(fields, "unrotated_layers", list))
+        try:
+            pairs = torch.tensor(chunks)
+            angles = None if frequencies is None else torch.tensor(frequencies, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError("chunks and frequencies must be lists of numbers") from error
+        return cls(pairs, fields["n_rotated"], angles, unrotated)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RotaryLayout) and self.n_rotated == other.n_rotated and self.chunks.equal(other.chunks)
+
+    def __hash__(self) -> int:
+        return hash((self.n_rotated, *self.chunks.flatten().tolist()))
+
+    def __repr__(self) -> str:
+        first, last = self.chunks[0].tolist(), self.chunks[self.n_rotated - 1].tolist()
+        return f"RotaryLayout(head_dim={self.head_dim}, n_rotated={self.n_rotated}, planes {first} ... {last})"
+
+
+def _check_dims(head_dim: int, rotary_dim: int | None) -> int:
+    rotary_dim = head_dim if rotary_dim is None else rotary_dim
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim must be even and at least 2, got {head_dim}.")
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        raise ValueError(f"rotary_dim must be even and lie in 2..{head_dim}, got {rotary_dim}.")
+    return rotary_dim
+
+
+def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, Arrival]]:
+    """What arrives for identical inputs at positions [P] from 0 up, doubling.
+
+    A model in half precision, where rounding hides the slow planes, is probed in float32: without its weights first,
+    which RoPE does not depend on, and with copies of them where made-up queries do not tell all dimensions apart.
+    """
+    _, query_heads, _, head_dim = attention_shape(model)
+    last = farthest_position(model)
+    positions = [0, *(2**power for power in range(last.bit_length()) if 2**power <= last)]
+    samples = math.ceil(4 * head_dim / query_heads) + 4
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(samples, model.config.get_text_config().hidden_size, generator=generator)
+    if model.dtype in (torch.float32, torch.float64):
+        arrivals = probe(model.base_model, hidden, positions, weights=True)
+    else:
+        arrivals = probe(model.base_model, hidden, positions, dtype=torch.float32)
+        if not all(_tells_apart(arrived) for arrived in arrivals.values()):
+            arrivals = probe(model.base_model, hidden, positions, weights=True, dtype=torch.float32)
+    return torch.tensor(positions, dtype=torch.float64), arrivals
+
+
+def _rows(arrived: Arrival) -> Tensor:
+    """A layer's queries as [rows, P, D], float64."""
+    return arrived.query.flatten(0, 1).double()
+
+
+def _tells_apart(arrived: Arrival) -> bool:
+    """Whether a layer's queries at one position span all dimensions."""
+    start = _rows(arrived)[:, 0]
+    return int(torch.linalg.matrix_rank(start)) == start.shape[1]
+
+
+def _fit_rotation(query: Tensor, positions: Tensor) -> dict[Plane, float]:
+    """One layer's planes, each with its frequency, from its queries [rows, P, D] (float64) at ``positions`` [P].
+
+    The first position is 0. A norm's weights may scale dimensions very differently, or some to zero, before they turn:
+    entries of a rotation are shares of what they make, and count where they stand out from the error of the fit.
+    """
+    scale = query.square().mean((0, 1)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    query = query / scale
+    start, ends = query[:, 0], query[:, 1:].transpose(0, 1)
+    inverse = torch.linalg.pinv(start)
+    rotations = (inverse @ ends).mT
+    left = start @ rotations.mT - ends
+    if left.abs().max() > _RESIDUAL:
+        return {}
+    error = left.square().mean((0, 1)).sqrt()[:, None] * inverse.norm(dim=1)
+    off = (rotations - torch.diag_embed(rotations.diagonal(dim1=-2, dim2=-1))).abs().amax(0)
+    off = torch.where(off > torch.clamp(_STANDS_OUT * error, min=_TOLERANCE), off, 0.0)
+    strength, partner = torch.maximum(off, off.T).max(-1)
+    planes = [
+        (dim, int(partner[dim]))
+        for dim in range(len(partner))
+        if strength[dim] > 0 and dim < int(partner[dim]) and int(partner[partner[dim]]) == dim
+    ]
+    if not planes:
+        return {}
+    first, second = torch.tensor(planes).T
+    size = start.norm(dim=0)
+    seen = torch.where(size[first] >= size[second], first, second)  # the dimension that shows where both are turned to
+    other = first + second - seen
+    sine = rotations[:, other, seen] * scale[other] / scale[seen]
+    frequencies = _frequencies(torch.atan2(sine, rotations[:, seen, seen]), positions[1:])
+    return dict(zip(planes, frequencies.tolist(), strict=True))
+
+
+def _frequencies(angles: Tensor, positions: Tensor) -> Tensor:
+    """Radians a position per plane: the angle at position 1, refined at each doubling, where it is resolved better.
+
+    Args:
+        angles: float64 [P, planes], in -pi..pi.
+        positions: float64 [P].
+    """
+    frequency = angles[0] / positions[0]
+    for angle, position in zip(angles[1:], positions[1:], strict=True):
+        turns = ((frequency * position - angle) / (2 * math.pi)).round()
+        frequency = (angle + 2 * math.pi * turns) / position
+    return frequency.abs()

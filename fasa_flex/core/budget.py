@@ -1,0 +1,173 @@
+"""How many tokens a query attends to, and which are forced in (the paper's N_fac)."""
+
+from __future__ import annotations
+
+import numbers
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SINKS, RECENT = 4, 32
+"""The first and last valid tokens that are selected by default: an eighth and a half of a budget at most.
+
+Measured on SmolLM2-135M: at 256 of 8192 tokens they take the paper's selection from 1.144 to 1.041 times dense
+perplexity.
+"""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The tokens of one query.
+
+    Attributes:
+        n_fac: an int counts tokens, a float in (0, 1] is a share of the query's valid keys, rounded up; a tuple counts
+            the tokens of each key/value head.
+        n_sink: first valid tokens that are always selected, inside the budget; None: 4, or an eighth of a budget below
+            32.
+        n_recent: last valid tokens that are always selected, inside the budget; None: 32, or half of a budget below 64.
+
+    Raises:
+        ValueError: no positive count or share in (0, 1], or fewer tokens than are forced.
+    """
+
+    n_fac: int | float | tuple[int, ...]
+    n_sink: int | None = 0
+    n_recent: int | None = 0
+
+    def __post_init__(self) -> None:
+        counts = self.n_fac if isinstance(self.n_fac, tuple) else (self.n_fac,)
+        plain = tuple(map(plain_number, counts))
+        object.__setattr__(self, "n_fac", plain[0] if len(plain) == 1 else plain)  # one for all heads is no tuple
+        for name in ("n_sink", "n_recent"):
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
+        if isinstance(self.n_fac, float):
+            if not 0.0 < self.n_fac <= 1.0:
+                raise ValueError(f"n_fac as a share must lie in (0, 1], got {self.n_fac}; an int counts tokens.")
+        else:
+            if not self._counts:
+                raise ValueError("n_fac must name a count for each key/value head, got none; give at least one.")
+            for count in self._counts:
+                check_count("n_fac", count, 1)
+        for name in ("n_sink", "n_recent"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), 0)
+        for count in () if isinstance(self.n_fac, float) else self._counts:
+            if sum(self.forced(count)) > count:
+                raise ValueError(
+                    f"n_sink + n_recent = {sum(self.forced(count))} exceeds the budget n_fac = {count}; "
+                    "forced tokens count inside the budget, so raise n_fac or force fewer."
+                )
+
+    @classmethod
+    def stated(cls, n_fac: int | float, n_sink: int | None, n_recent: int | None) -> Budget:
+        """The budget that a user states: one number, which `fasa_flex.core.layer_budgets` spreads over layers and
+        heads.
+
+        Raises:
+            ValueError: as of the class, or counts of heads.
+        """
+        if not isinstance(plain_number(n_fac), int | float):
+            raise ValueError(
+                f"n_fac must be one number, got {n_fac!r}; FasaConfig(layer_budgets=...) weighs layers and heads."
+            )
+        return cls(n_fac, n_sink, n_recent)
+
+    @property
+    def _counts(self) -> tuple[Any, ...]:
+        return self.n_fac if isinstance(self.n_fac, tuple) else (self.n_fac,)
+
+    @property
+    def heads(self) -> int:
+        """Key/value heads that have counts of their own; 1 where heads do not differ."""
+        return len(self._counts)
+
+    @property
+    def is_count(self) -> bool:
+        """Whether every query with enough keys attends to the same number of them, whatever its head and keys."""
+        return isinstance(self.n_fac, int)
+
+    def of(self, n_valid: Tensor) -> Tensor:
+        """Tokens that queries attend to: min(n_fac, n_valid).
+
+        Args:
+            n_valid: int64 [B, 1, 1, Q], valid keys of each query; any shape where heads do not differ.
+
+        Returns:
+            int64, shaped as ``n_valid``; [B, Hkv, 1, Q] where heads differ.
+        """
+        if isinstance(self.n_fac, float):
+            allowed: Tensor = _share_of(n_valid, self.n_fac)
+            return allowed
+        if isinstance(self.n_fac, int):
+            return n_valid.clamp(max=self.n_fac)
+        return torch.cat([n_valid.clamp(max=count) for count in self.n_fac], dim=1)  # copies nothing to the device
+
+    def forced(self, allowed: Any) -> tuple[Any, Any]:
+        """How many first and how many last valid keys are selected whatever their score.
+
+        Args:
+            allowed: tokens that queries attend to, int or int64 tensor.
+
+        Returns:
+            two ints, or where ``allowed`` is a tensor perhaps tensors of its shape.
+        """
+        least = torch.clamp if isinstance(allowed, Tensor) else _at_most
+        sinks = least(allowed // 8, max=SINKS) if self.n_sink is None else self.n_sink
+        recent = least(allowed // 2, max=RECENT) if self.n_recent is None else self.n_recent
+        return sinks, recent
+
+    def total(self, n_valid: Tensor) -> Tensor:
+        """Tokens that queries attend to, summed over `heads`: int64, shaped as ``n_valid`` int64 [B, Q]."""
+        if not isinstance(self.n_fac, tuple):
+            return self.of(n_valid)
+        return self.of(n_valid[:, None, None]).sum((1, 2))
+
+    def exceeded(self, n_valid: Tensor) -> Tensor:
+        """Whether any head has more keys than it may attend to: bool, shaped as ``n_valid`` int64 [B, Q]."""
+        return min(self._counts) < n_valid if not isinstance(self.n_fac, float) else self.of(n_valid) < n_valid
+
+    def widest(self, kv_len: int) -> int:
+        """The most that a query among ``kv_len`` keys may take: the static width of `Selection.slots`."""
+        if not isinstance(self.n_fac, float):
+            most: int = max(self._counts)
+            return min(most, kv_len)
+        widest: int = _share_of(kv_len, self.n_fac)
+        return widest
+
+    def covers(self, kv_len: int) -> bool:
+        """Whether a query among ``kv_len`` keys attends to all of them in every head."""
+        return (self.widest(kv_len) if isinstance(self.n_fac, float) else min(self._counts)) >= kv_len
+
+    def of_head(self, head: int) -> Budget:
+        """That of one key/value head."""
+        return replace(self, n_fac=self.n_fac[head]) if isinstance(self.n_fac, tuple) else self
+
+
+def _at_most(value: int, max: int) -> int:  # noqa: A002 - as torch.clamp has it
+    return min(value, max)
+
+
+def plain_number(value: Any) -> Any:
+    """NumPy's numbers as Python's; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Refuse what is no integer of at least ``least``; NumPy's is one."""
+    value = plain_number(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+
+
+def _share_of(keys: Any, share: float) -> Any:
+    """``share`` of ``keys`` (int or int64 tensor) rounded up, in integers.
+
+    The share is taken a trillionth lower, so that it means the number that was written: 7 % of 100 keys are 7, although
+    0.07 * 100 exceeds 7 in binary.
+    """
+    trillionths = max(round(share * 10**12) - 1, 1)
+    return -(-keys * trillionths // 10**12)

@@ -1,0 +1,151 @@
+"""Every knob of the method, validated once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from fasa_flex.core.budget import Budget, check_count, plain_number
+from fasa_flex.core.criteria import Criterion
+from fasa_flex.core.layer_budgets import LayerBudgets, check_layer_budgets
+from fasa_flex.core.option_types import Backend as Backend
+from fasa_flex.core.option_types import Completion as Completion
+from fasa_flex.core.option_types import GroupReduce as GroupReduce
+from fasa_flex.core.option_types import PackedDtype as PackedDtype
+from fasa_flex.core.option_types import Prefill as Prefill
+from fasa_flex.core.option_types import Sharing as Sharing
+
+
+@dataclass(frozen=True)
+class FasaConfig:
+    """How a model attends under FASA (Wang et al., 2026: TIP and FAC).
+
+    The defaults give dense attention's results at 128 to 256 of 8192 tokens on real models (evals/README.md);
+    `FasaConfig.paper` is the paper's method.
+
+    Args:
+        n_tip: dominant frequency chunks a head scores with: an int counts chunks, a float in (0, 1] is a share of the
+            head's, rounded (0.5: 32 of 64 chunks at 128 dimensions).
+        n_fac: the budget, tokens a query attends to: an int counts tokens, a float in (0, 1] is a share of the query's
+            valid keys, rounded up.
+        n_sink: first valid tokens that are always selected, inside the budget; None: 4, or an eighth of a budget below
+            32.
+        n_recent: last valid tokens that are always selected, inside the budget; None: 32, or half of a budget below 64.
+        layer_budgets: how ``n_fac``, the mean over sparse layers, is spread over them: ``"uniform"``, ``"pyramid"``
+            (falling with depth, as PyramidKV's), or a weight for each layer of the model, or for each of a layer's
+            key/value heads (`fasa_flex.core.layer_budgets`).
+        dense_layers: layers that keep dense attention.
+        per: ``"kv_head"``: one chunk set per key/value head; ``"query_head"``: one per query head, as in the paper.
+        criterion: how the profile chooses the chunks (`fasa_flex.core.criteria`): ``"variance"``, ``"agreement"`` (the
+            paper's), ``"explained_variance"`` or ``"weighted_variance"``; None: variance, or agreement where an older
+            profile knows nothing else.
+        group_reduce: how the scores of a GQA group become one ranking: ``"softmax"`` (the sum of the heads' attention
+            weights, normalised over a fixed sample of keys), ``"softmax_exact"`` (normalised over all keys),
+            ``"max"``, ``"mean"``, or ``"none"`` for a selection per query head (always so with ``per="query_head"``).
+        backend: ``"flex"`` (compiled `flex_attention`), ``"gather"`` (selected rows, then SDPA), ``"triton"`` (our
+            kernels for decoding on CUDA), ``"reference"`` (plain loops), or ``"auto"``: triton where it can, flex on
+            CUDA elsewhere, gather without CUDA. ``"fastest"``: triton where it can, gather
+            compiled elsewhere (tens of seconds at first), and dense where that was measured to be faster
+            (`fasa_flex.model.crossover`): for speed, not for evaluation.
+        prefill: what a forward of several tokens does: ``"dense"``, or ``"sparse"``: every query selects for itself.
+        packed_dtype: precision of packed keys: ``"bfloat16"``, ``"float16"``, ``"int8"`` or ``"int4"`` (with a scale
+            for each key); None: the cache's. They only rank: a lower one changes a few selected keys, never their
+            attention. Chunk sets per query head are not packed and read the cache's keys.
+        completion: what stands for the unselected keys (`fasa_flex.core.completion`): ``"first_order"``, ``"mean"``
+            (their mean value, as SparQ) or ``"none"`` (weight 0, as the paper); None: first_order for chunk sets per
+            key/value head, none for other methods, whose caches keep no state for it.
+        completion_strength: lambda, the factor of the first-order term.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    n_tip: int | float = 0.5
+    n_fac: int | float = 256
+    n_sink: int | None = None
+    n_recent: int | None = None
+    layer_budgets: LayerBudgets = "uniform"
+    dense_layers: tuple[int, ...] = (0,)
+    per: Sharing = "kv_head"
+    criterion: Criterion | None = None
+    group_reduce: GroupReduce = "softmax"
+    backend: Backend = "auto"
+    prefill: Prefill = "dense"
+    packed_dtype: PackedDtype | None = "int4"
+    completion: Completion | None = None
+    completion_strength: float = 0.75
+
+    def __post_init__(self) -> None:
+        for name in ("n_tip", "n_fac", "n_sink", "n_recent", "completion_strength"):
+            given = getattr(self, name)
+            if given is None and name == "n_tip":
+                given = type(self).n_tip
+            object.__setattr__(self, name, plain_number(given))
+        if not isinstance(self.n_tip, float):
+            check_count("n_tip", self.n_tip, 1)
+        elif not 0.0 < self.n_tip <= 1.0:
+            raise ValueError(f"n_tip as a share of a head's chunks must lie in (0, 1], got {self.n_tip}.")
+        if not isinstance(self.completion_strength, int | float) or not math.isfinite(self.completion_strength):
+            raise ValueError(f"completion_strength must be a finite number, got {self.completion_strength!r}.")
+        _ = self.budget
+        try:
+            object.__setattr__(self, "dense_layers", tuple(map(plain_number, self.dense_layers)))
+        except TypeError:
+            raise ValueError(
+                f"dense_layers must be a sequence of layer numbers, got {self.dense_layers!r}; write (0,)."
+            ) from None
+        for layer in self.dense_layers:
+            check_count("each of dense_layers", layer, 0)
+        object.__setattr__(self, "layer_budgets", check_layer_budgets(self.layer_budgets))
+        for name, choices in (
+            ("per", Sharing),
+            ("group_reduce", GroupReduce),
+            ("backend", Backend),
+            ("prefill", Prefill),
+        ):
+            check_choice(name, getattr(self, name), choices)
+        for name, choices in (("packed_dtype", PackedDtype), ("completion", Completion), ("criterion", Criterion)):
+            if getattr(self, name) is not None:
+                check_choice(name, getattr(self, name), choices)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> FasaConfig:
+        """The paper's method to the letter, with ``changes`` (Wang et al., 2026).
+
+        A quarter of the chunks by agreement in the cache's precision, a set and a selection for each query head, no
+        forced tokens, no completion, no dense layers.
+        """
+        fields: dict[str, Any] = {
+            "n_tip": 0.25,
+            "n_sink": 0,
+            "n_recent": 0,
+            "dense_layers": (),
+            "per": "query_head",
+            "criterion": "agreement",
+            "group_reduce": "softmax_exact",
+            "packed_dtype": None,
+            "completion": "none",
+        }
+        return cls(**{**fields, **changes})
+
+    @property
+    def budget(self) -> Budget:
+        """``n_fac``, ``n_sink`` and ``n_recent`` as one."""
+        return Budget.stated(self.n_fac, self.n_sink, self.n_recent)
+
+    def chunks_of(self, head_dim: int) -> int:
+        """``n_tip`` of the ``head_dim // 2`` chunks of a head, as a count."""
+        return max(1, round(self.n_tip * (head_dim // 2))) if isinstance(self.n_tip, float) else self.n_tip
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        return {**dataclasses.asdict(self), "dense_layers": list(self.dense_layers)}
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Refuse a value that is not one of the literals ``choices``."""
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")

@@ -1,0 +1,121 @@
+"""How a mean budget is spread over layers and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from math import floor, inf
+from typing import Any, Literal
+
+import numpy as np
+
+from fasa_flex.core.budget import Budget
+
+Weight = float | tuple[float, ...]
+"""Of a layer, or of each of its key/value heads."""
+
+LayerBudgets = Literal["uniform", "pyramid"] | tuple[Weight, ...]
+
+_MOST_UNEVEN = 1e12
+"""One weight against another, at most."""
+
+_PYRAMID = 20
+"""The mean budget over that of the last layer: beta of PyramidKV."""
+
+
+def check_layer_budgets(given: object) -> LayerBudgets:
+    """A name, or sequences of positive weights as tuples.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(given, np.ndarray):
+        given = given.tolist()
+    if given in ("uniform", "pyramid"):
+        return given
+    if isinstance(given, list | tuple) and given:
+        weights = tuple(tuple(weight) if isinstance(weight, list | tuple) else weight for weight in given)
+        flat = [w for weight in weights for w in (weight if isinstance(weight, tuple) else (weight,))]
+        numbers = all(isinstance(w, int | float) and not isinstance(w, bool) and 0 < w < inf for w in flat)
+        if numbers and max(flat) <= _MOST_UNEVEN * min(flat) and sum(flat) < inf:
+            return weights
+    raise ValueError(
+        f"layer_budgets must be 'uniform', 'pyramid' or positive weights (no {_MOST_UNEVEN:g} to 1), got {given!r}; "
+        "give one for every layer, or a sequence of one for each of its key/value heads."
+    )
+
+
+def spread_budget(budget: Budget, how: LayerBudgets, layers: Sequence[int], kv_heads: int) -> dict[int, Budget]:
+    """The budgets of layers, or of their heads, whose mean is the one given.
+
+    Each has its forced tokens and, of the rest, what is in proportion to its weight; none is left without a token.
+    Counts are rounded so that their sum is exact.
+
+    Args:
+        budget: the mean, a count or a share.
+        how: ``"uniform"``; ``"pyramid"``: falling linearly with depth, in the last layer to a twentieth of the mean
+            (PyramidKV, Cai et al., 2024; the paper's Table 4); or weights, one for every layer of the model, of which
+            those of dense layers are ignored.
+        layers: the sparse layers, ascending.
+        kv_heads: of a layer.
+
+    Raises:
+        ValueError: weights that do not fit the model, weights of heads for a share, or a layer's share above 1.
+    """
+    if how == "uniform" or not layers:
+        return dict.fromkeys(layers, budget)
+    weights = _pyramid(len(layers)) if how == "pyramid" else _of_layers(how, layers, kv_heads)
+    by_head = any(isinstance(weight, tuple) for weight in weights)
+    if isinstance(budget.n_fac, float):
+        if by_head:
+            raise ValueError(f"heads cannot have weights of a share, n_fac = {budget.n_fac}; count tokens instead.")
+        unit = budget.n_fac * len(weights) / sum(weights)
+        if unit * max(weights) > 1 + 1e-9:
+            raise ValueError(
+                f"layer_budgets gives a layer {unit * max(weights):.3g} of its keys, n_fac = {budget.n_fac} being the "
+                "mean; lower n_fac or weigh layers more evenly."
+            )
+        shares = [min(1.0, unit * weight) for weight in weights]
+        return {layer: replace(budget, n_fac=share) for layer, share in zip(layers, shares, strict=True)}
+    assert isinstance(budget.n_fac, int)
+    heads = kv_heads if by_head else 1
+    flat = [w for weight in weights for w in (weight if isinstance(weight, tuple) else (weight,) * heads)]
+    forced = (budget.n_sink or 0) + (budget.n_recent or 0)
+    amounts = _in_proportion((budget.n_fac - forced) * len(flat), flat, least=0 if forced else 1)
+    ends = [floor(amount + 0.5) for amount in accumulate(amounts, initial=0)]
+    counts = [forced + end - start for start, end in pairwise(ends)]
+    rows = [tuple(counts[at : at + heads]) for at in range(0, len(counts), heads)]
+    return {layer: replace(budget, n_fac=row if by_head else row[0]) for layer, row in zip(layers, rows, strict=True)}
+
+
+def _in_proportion(total: int, weights: Sequence[float], least: int) -> list[float]:
+    """Amounts in proportion to the weights whose sum is ``total``; those below ``least`` are lifted to it."""
+    lifted: set[int] = set()
+    while True:
+        others = [number for number in range(len(weights)) if number not in lifted]
+        unit = (total - least * len(lifted)) / sum(weights[number] for number in others)
+        low = {number for number in others if unit * weights[number] < least * (1 - 1e-9)}
+        if not low:
+            return [least if number in lifted else max(least, unit * w) for number, w in enumerate(weights)]
+        lifted |= low
+
+
+def _pyramid(layers: int) -> list[Any]:
+    last = 1 / _PYRAMID
+    return [2 - last - 2 * (1 - last) * layer / max(1, layers - 1) for layer in range(layers)]
+
+
+def _of_layers(given: Sequence[Weight], layers: Sequence[int], kv_heads: int) -> list[Any]:
+    if len(given) <= layers[-1]:
+        raise ValueError(
+            f"layer_budgets weighs {len(given)} layers and layer {layers[-1]} is sparse; "
+            "give a weight for every layer of the model."
+        )
+    weights = [given[layer] for layer in layers]
+    for layer, weight in zip(layers, weights, strict=True):
+        if isinstance(weight, tuple) and len(weight) != kv_heads:
+            raise ValueError(
+                f"layer_budgets weighs {len(weight)} heads in layer {layer}, it has {kv_heads}; give as many."
+            )
+    return weights

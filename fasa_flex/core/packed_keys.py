@@ -1,0 +1,234 @@
+"""The dominant key dimensions, packed for TIP to stream and for nothing else to read (the paper's FASA-C)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fasa_flex.core.inductor import compute_once
+from fasa_flex.core.option_types import PackedDtype as PackedDtype
+
+_LEVELS = {"int8": 127, "int4": 7}
+"""The largest code of an integer format; codes are symmetric about 0."""
+
+INT4_ZERO = 8
+"""What is stored for the code 0 of a four-bit key."""
+
+_MANY = 512
+"""Tiles of a head from which on, uncompiled, heads are scored one by one: all at once copies the query for each."""
+
+
+def tile_of(device: torch.device) -> int:
+    """Keys of a tile: on CPU 16, a vector or two, so that tiles are read as they lie; elsewhere 1, rows of keys."""
+    return 16 if device.type == "cpu" else 1
+
+
+@dataclass(frozen=True, eq=False)
+class PackedKeys:
+    """Packed keys in tiles of L keys: within a tile the keys lie side by side, one dimension after the other.
+
+    So on CPU a score is a sum of whole vectors, and a query's G heads read each tile once. S only ranks, which is why
+    the packed keys may be held in a lower precision than the cache.
+
+    Attributes:
+        tiles: [B, Hkv, N, P, L], keys n * L ... n * L + L - 1 in tile n. P is 2 * n_tip for a float dtype and int8,
+            and n_tip for int4: byte p of a key holds the codes of dimensions p (its low four bits) and n_tip + p, each
+            with 8 added.
+        scales: float16 [B, Hkv, N, L], the factor of an integer key's codes; None for float tiles.
+    """
+
+    tiles: Tensor
+    scales: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Tensor, dtype: PackedDtype | None = None, capacity: int = 0) -> PackedKeys:
+        """Pack keys.
+
+        Args:
+            rows: float [B, Hkv, T, 2 * n_tip], the keys at the dominant dimensions.
+            dtype: what to hold them in; None is the dtype of ``rows``.
+            capacity: keys to make room for, at least T; the room holds zeros.
+        """
+        batch, heads, kv_len, _ = rows.shape
+        tile = tile_of(rows.device)
+        count = -(-max(kv_len, capacity) // tile)
+        rows, scales = _convert(F.pad(rows, (0, 0, 0, count * tile - kv_len)), dtype)
+        tiles = rows.view(batch, heads, count, tile, -1).transpose(3, 4).contiguous()
+        return cls(tiles, None if scales is None else scales.view(batch, heads, count, tile))
+
+    @property
+    def capacity(self) -> int:
+        """Keys there is room for."""
+        return self.tiles.shape[2] * self.tiles.shape[4]
+
+    @property
+    def width(self) -> int:
+        """Dimensions of a key, 2 * n_tip."""
+        return self.tiles.shape[3] * (2 if self._dtype == "int4" else 1)
+
+    @property
+    def _dtype(self) -> PackedDtype | None:
+        """The integer format that keys are converted to; None: the tiles' own dtype."""
+        if self.scales is None:
+            return None
+        return "int4" if self.tiles.dtype == torch.uint8 else "int8"
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes held."""
+        scales = 0 if self.scales is None else self.scales.nbytes
+        return self.tiles.nbytes + scales
+
+    def write(self, rows: Tensor, slots: Tensor | int) -> None:
+        """Write keys in place.
+
+        Args:
+            rows: float [B, Hkv, t, 2 * n_tip].
+            slots: int64 [t], where to; or the slot of the first of them, the others behind it.
+        """
+        lanes, length = self.tiles.shape[4], rows.shape[2]
+        rows, scales = _convert(rows, self._dtype)
+        if isinstance(slots, int):
+            if (lanes == 1 or length == 1) and not torch.compiler.is_compiling():  # plain copies, the cheapest
+                first, place = divmod(slots, lanes)
+                self.tiles[:, :, first : first + length, :, place].copy_(rows)
+                if self.scales is not None and scales is not None:
+                    self.scales[:, :, first : first + length, place].copy_(scales)
+                return
+            slots = torch.arange(slots, slots + length, device=rows.device)
+        if lanes == 1:  # a kernel each; written through a view, Inductor would copy the whole buffer twice
+            self.tiles.index_copy_(2, slots, rows.to(self.tiles.dtype)[..., None])
+            if self.scales is not None and scales is not None:
+                self.scales.index_copy_(2, slots, scales[..., None])
+            return
+        tile, lane = slots // lanes, slots % lanes
+        if self.scales is not None and scales is not None:
+            self.scales[:, :, tile, lane] = scales
+        # indices apart from each other come first: [t, B, Hkv, 2 * n_tip]
+        self.tiles[:, :, tile, :, lane] = rows.permute(2, 0, 1, 3).to(self.tiles.dtype)
+
+    def rows(self, kv_len: int) -> Tensor:
+        """The first ``kv_len`` keys as they are held, float [B, Hkv, T, 2 * n_tip]."""
+        rows = self.tiles.transpose(3, 4).flatten(2, 3)[:, :, :kv_len]
+        return _restore(rows, None if self.scales is None else self.scales.flatten(2)[:, :, :kv_len])
+
+    def scores(self, query: Tensor, kv_len: int) -> Tensor:
+        """Dot products with one query a head.
+
+        Args:
+            query: float [B, Hkv, G, 2 * n_tip].
+            kv_len: T.
+
+        Returns:
+            float32 [B, Hkv, G, T].
+        """
+        count = -(-kv_len // self.tiles.shape[4])
+        if self.tiles.shape[4] == 1:
+            return dot_products(query, self.rows(kv_len))
+        tiles, compiled = self.tiles[:, :, :count], torch.compiler.is_compiling()
+        if compiled:
+            query = compute_once(query.detach().float())
+        by_tiles = _scores_of_tiles if compiled else _scores_all_at_once if count < _MANY else _scores_by_head
+        scores = by_tiles(query, tiles)
+        if self.scales is not None:
+            scores = scores * self.scales[:, :, :count, None].float()
+        return scores.transpose(2, 3).flatten(3)[..., :kv_len]
+
+    def change(self, change: Callable[[Tensor], Tensor]) -> PackedKeys:
+        """The same change to tiles and scales: of rows of the batch, or of the device."""
+        return PackedKeys(change(self.tiles), None if self.scales is None else change(self.scales))
+
+    def grown(self, capacity: int) -> PackedKeys:
+        """A copy with room for ``capacity`` keys."""
+        more = -(-capacity // self.tiles.shape[4]) - self.tiles.shape[2]
+        tiles = F.pad(self.tiles, (0, 0, 0, 0, 0, more))
+        return PackedKeys(tiles, None if self.scales is None else F.pad(self.scales, (0, 0, 0, more)))
+
+
+def packed_bytes(width: int, dtype: PackedDtype | None, cache_dtype: torch.dtype) -> float:
+    """Bytes of one packed key of ``width`` dimensions in one head, its scale included."""
+    if dtype in _LEVELS:
+        return width * (0.5 if dtype == "int4" else 1) + 2
+    return width * (cache_dtype.itemsize if dtype is None else 2)
+
+
+def as_packed(rows: Tensor, dtype: PackedDtype | None) -> Tensor:
+    """Keys [.., 2 * n_tip] as `PackedKeys` would hold them in ``dtype``, restored to floats."""
+    return _restore(*_convert(rows, dtype))
+
+
+def dot_products(query: Tensor, key: Tensor) -> Tensor:
+    """Queries [.., Q, D] with keys [.., T, D] -> float32 [.., Q, T], under autocast too: rounded scores would tie."""
+    with torch.autocast(query.device.type, enabled=False):
+        if query.is_cuda and query.dim() == 4 and query.dtype == key.dtype in (torch.bfloat16, torch.float16):
+            scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).mT, out_dtype=torch.float32)
+            return scores.view(*query.shape[:3], -1)
+        return query.float() @ key.float().mT
+
+
+def _scores_of_tiles(query: Tensor, tiles: Tensor) -> Tensor:
+    """Dot products as one kernel, which loads what it multiplies once for all members of the group, front to back.
+
+    Args and result as in `PackedKeys.scores`: [B, Hkv, G, 2 * n_tip] and [B, Hkv, N, P, L] -> [B, Hkv, N, G, L].
+    """
+    if tiles.dtype == torch.uint8:  # Inductor's vector code has these operators for 32-bit integers only (torch 2.13)
+        wide = tiles.to(torch.int32)
+        parts, zero = [(wide & 15).float(), (wide >> 4).float()], INT4_ZERO
+    else:
+        parts, zero = [tiles.float()], 0
+    members = []
+    for member in query.unbind(2):
+        asked = member[:, :, None, :, None].chunk(len(parts), dim=3)
+        products = [half * part for half, part in zip(asked, parts, strict=True)]
+        score = functools.reduce(torch.add, products).sum(3)
+        members.append(score - zero * member.sum(-1)[:, :, None, None] if zero else score)
+    return torch.stack(members, dim=2).transpose(2, 3)
+
+
+def _scores_all_at_once(query: Tensor, tiles: Tensor) -> Tensor:
+    """The same uncompiled: a matrix product a tile."""
+    return dot_products(query[:, :, None], _unpack(tiles, 3).mT)
+
+
+def _scores_by_head(query: Tensor, tiles: Tensor) -> Tensor:
+    """The same uncompiled, head by head, so that the query is not copied and converted tiles stay in the cache."""
+    (batch, heads, count, _, lanes), group = tiles.shape, query.shape[2]
+    scores = torch.empty(batch, heads, group, count, lanes, dtype=torch.float32, device=tiles.device)
+    heads_of = (query.float().flatten(0, 1), tiles.flatten(0, 1), scores.flatten(0, 1))
+    # not `dot_products`, which would enter autocast for every head, in 50 microseconds each
+    with torch.no_grad(), torch.autocast(tiles.device.type, enabled=False):  # no gradient, they only rank
+        for head, held, found in zip(*heads_of, strict=True):
+            found.copy_((head.expand(count, -1, -1) @ _unpack(held, 1).float()).transpose(0, 1))
+    return scores.transpose(2, 3)
+
+
+def _convert(rows: Tensor, dtype: PackedDtype | None) -> tuple[Tensor, Tensor | None]:
+    """Keys [.., 2 * n_tip] in ``dtype``, and for an integer one their scales float16 [..]."""
+    if dtype is None:
+        return rows, None
+    if dtype not in _LEVELS:
+        return rows.to(getattr(torch, dtype)), None
+    rows, most = rows.float(), _LEVELS[dtype]
+    scales = (rows.abs().amax(-1) / most).clamp(min=torch.finfo(torch.float16).tiny).to(torch.float16)
+    codes = (rows / scales.float()[..., None]).round().clamp(-most, most).to(torch.int8)
+    if dtype == "int8":
+        return codes, scales
+    low, high = (codes + INT4_ZERO).to(torch.uint8).chunk(2, dim=-1)
+    return low | (high << 4), scales
+
+
+def _unpack(packed: Tensor, dim: int) -> Tensor:
+    """The codes of packed keys along ``dim``: int8 [.., 2 * n_tip, ..]; keys in a float dtype as they are."""
+    if packed.dtype != torch.uint8:
+        return packed
+    return torch.cat([packed & 15, packed >> 4], dim=dim).view(torch.int8) - INT4_ZERO
+
+
+def _restore(rows: Tensor, scales: Tensor | None) -> Tensor:
+    """The inverse of `_convert`, up to rounding: keys [.., P] as floats [.., 2 * n_tip]."""
+    return rows if scales is None else _unpack(rows, -1) * scales[..., None].float()

@@ -1,0 +1,1 @@
+"""A model under FASA: `enable`, the handle that it returns, and its statistics."""

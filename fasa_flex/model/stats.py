@@ -1,0 +1,187 @@
+"""What a model under FASA really did: dense and sparse queries, tokens attended, counted on its device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.bytes_read import ReadShare, StatesReads
+from fasa_flex.core.config import Completion, FasaConfig
+from fasa_flex.core.packed_keys import packed_bytes
+from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.hf.model_structure import attention_shape
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """One layer's counts.
+
+    Attributes:
+        dense_queries: queries that attended to every valid key.
+        sparse_queries: queries with more valid keys than budget, which attended to a selection.
+        mean_selected: tokens a sparse query attended to, the mean over heads.
+        mean_valid: valid keys a sparse query chose from.
+        kv_bytes_share: bytes of keys and values that a sparse query read, ranking included, as a share of those that a
+            dense one reads; None where the method does not state what it reads.
+    """
+
+    dense_queries: int
+    sparse_queries: int
+    mean_selected: float
+    mean_valid: float
+    kv_bytes_share: float | None
+
+
+def tally(n_valid: Tensor, sparse: Tensor | None, budget: Budget) -> Tensor:
+    """The counts of one forward of a layer: int64 [4], dense queries, sparse ones, tokens selected and valid for these.
+
+    Where heads have budgets of their own, tokens selected are summed over them.
+
+    Args:
+        n_valid: int64 [B, Q], valid keys of each query, 0 for one that is not counted.
+        sparse: bool [B, Q], the queries that attended to a selection; None: none did.
+        budget: theirs.
+    """
+    real = n_valid > 0
+    if sparse is None:
+        return F.pad(real.sum()[None], (0, 3))
+    sparse = sparse & real
+    selected = budget.total(n_valid)
+    return torch.stack([(real & ~sparse).sum(), sparse.sum(), (selected * sparse).sum(), (n_valid * sparse).sum()])
+
+
+def read_share(
+    scorer: object,
+    model: PreTrainedModel,
+    config: FasaConfig,
+    packs: bool,
+    completion: Completion,
+    dtype: torch.dtype | None = None,
+) -> ReadShare | None:
+    """What a sparse query of a layer reads, where the scorer states it.
+
+    Args:
+        scorer: of the layer.
+        model: whose layer it is.
+        config: of `enable`.
+        packs: whether caches hold packed keys, which are then what is ranked, and the completion's state.
+        completion: what stands for the unselected keys; without a state all keys and values are read for it, but for
+            a mean value of all valid keys, which takes no more than a running sum.
+        dtype: of the cache; None: the model's.
+    """
+    if not isinstance(scorer, StatesReads):
+        return None
+    _, query_heads, kv_heads, head_dim = attention_shape(model)
+    reads, keeps = scorer.reads(head_dim, query_heads, kv_heads), packs
+    ranker, dtype = getattr(scorer, "ranker", scorer), dtype or model.dtype
+    if isinstance(ranker, DominantChunks) and keeps:
+        packed = packed_bytes(ranker.dims.shape[1], ranker.dtype, dtype)
+        reads = replace(reads, ranking=packed / (2 * head_dim * dtype.itemsize))
+    if completion != "none":
+        first_order = completion == "first_order" and config.completion_strength != 0
+        sums = isinstance(scorer, DominantChunks) and keeps
+        sums = sums or (not first_order and getattr(scorer, "completes_by_all", False))
+        reads = reads.completed(head_dim, first_order) if sums else replace(reads, ranking=1.0)
+    by_head = config.per == "query_head" or config.group_reduce == "none"
+    return reads.by_head(query_heads // kv_heads) if by_head else reads
+
+
+class FasaStats:
+    """Counters of every layer, kept as tensors on the layers' devices: counting never waits for the device.
+
+    Queries without a valid key (padding) are not counted.
+
+    Attributes:
+        interrupted: answers that other threads were generating when the handle was disabled, dense from there on.
+
+    Args:
+        devices: of the layers.
+        reads: what a sparse query of a layer reads; layers without an entry do not say.
+        heads: how many heads of a layer have budgets of their own (`Budget.heads`); 1 without an entry.
+        settings: which criterion, packed dtype and completion run, as far as is known when it is asked.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[torch.device],
+        reads: Mapping[int, ReadShare | None],
+        heads: Mapping[int, int],
+        settings: Callable[[], Mapping[str, str | None]] = dict,
+    ) -> None:
+        self._reads, self._heads, self._settings = dict(reads), dict(heads), settings
+        self.interrupted = 0
+        with torch.inference_mode(False):  # they are written to inside and outside of it
+            self._counts = [torch.zeros(4, dtype=torch.long, device=device) for device in devices]
+
+    def add(self, layer: int, tally: Tensor) -> None:
+        """Add a `tally` to the counts of a layer."""
+        if self._counts[layer].device != tally.device:  # the model has moved since
+            with torch.inference_mode(False):
+                self._counts[layer] = self._counts[layer].to(tally.device)
+        self._counts[layer].add_(tally)
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        self.interrupted = 0
+        for counts in self._counts:
+            counts.zero_()
+
+    @property
+    def per_layer(self) -> list[LayerStats]:
+        """Counts by layer."""
+        stats = []
+        for layer, counts in enumerate(self._counts):
+            dense, sparse, total, valid = counts.tolist()
+            selected = total / self._heads.get(layer, 1)
+            reads = self._reads.get(layer)
+            share = None if reads is None else reads.of(selected, valid, sparse)
+            stats.append(LayerStats(dense, sparse, selected / max(1, sparse), valid / max(1, sparse), share))
+        return stats
+
+    @property
+    def dense_queries(self) -> int:
+        """Dense queries, summed over layers."""
+        return sum(layer.dense_queries for layer in self.per_layer)
+
+    @property
+    def sparse_queries(self) -> int:
+        """Sparse queries, summed over layers."""
+        return sum(layer.sparse_queries for layer in self.per_layer)
+
+    @property
+    def kv_share(self) -> float:
+        """Share of their valid keys that sparse queries attended to, scoring not included; 1.0 if there were none."""
+        layers = self.per_layer
+        valid = sum(layer.mean_valid * layer.sparse_queries for layer in layers)
+        selected = sum(layer.mean_selected * layer.sparse_queries for layer in layers)
+        return selected / valid if valid else 1.0
+
+    @property
+    def kv_bytes_share(self) -> float | None:
+        """Bytes that sparse queries read, ranking included, as a share of what dense ones read; None: not stated."""
+        layers = [layer for layer in self.per_layer if layer.sparse_queries]
+        if any(layer.kv_bytes_share is None for layer in layers):
+            return None
+        valid = sum(layer.mean_valid * layer.sparse_queries for layer in layers)
+        read = sum((layer.kv_bytes_share or 0.0) * layer.mean_valid * layer.sparse_queries for layer in layers)
+        return read / valid if valid else 1.0
+
+    @property
+    def settings(self) -> dict[str, str | None]:
+        """Which criterion, packed dtype and completion run, as far as is known."""
+        return dict(self._settings())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Totals, and by which settings, as JSON-ready values."""
+        names = ("dense_queries", "sparse_queries", "kv_share", "kv_bytes_share")
+        return {**{name: getattr(self, name) for name in names}, **self.settings}
+
+    def __repr__(self) -> str:
+        return f"FasaStats({', '.join(f'{name}={value}' for name, value in self.as_dict().items())})"
