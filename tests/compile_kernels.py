@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import triton
-from fasa_flex.backends.table.triton import kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from fasa_flex.backends.triton import kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHAPE = {"GROUP": 4, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "VALUE_DIM": 128, "VALUE_PAD": 128}

@@ -10,7 +10,7 @@ from families import Family
 from torch import Tensor
 
 from fasa_flex import RotaryLayout, contextual_agreement
-from fasa_flex.calibration.from_texts import agreement
+from fasa_flex.calibration import agreement
 
 
 def integers(*shape: int, seed: int = 0, limit: int = 3) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fasa_flex import fasa_attention
+from fasa_flex.backends import specialization
 from fasa_flex.backends.table import sparse_attention
-from fasa_flex.backends.table import specialization as compiling
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.method import Call, Focus, attend
 from fasa_flex.core.packed_keys import PackedKeys
@@ -169,7 +169,7 @@ def test_what_compiles_is_a_growing_caches_whole_buffer(
 
         return step
 
-    monkeypatch.setattr(compiling, "_compiled", compile_nothing)
+    monkeypatch.setattr(specialization, "_compiled", compile_nothing)
     scorer = DominantChunks(torch.tensor([[0, 1], [2, 3]]))
     q = integers(1, 4, 1, 8, seed=1)
     k, v = (integers(1, 2, room, 8, seed=room)[:, :, :11] for room in (keys, values))

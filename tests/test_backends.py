@@ -10,8 +10,8 @@ import pytest
 import torch
 from cases import integers, pick_chunks
 
+from fasa_flex.backends import table
 from fasa_flex.backends.table import BACKENDS, ORDER, sparse_attention
-from fasa_flex.backends.table import table as backends
 from fasa_flex.baselines import AllDimensions, Sampled
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.method import Call
@@ -43,7 +43,7 @@ def test_a_scorer_that_attends_by_itself_is_refused_by_others_than_gather(call: 
 
 
 def test_the_automatic_choice_is_logged_once(call: Call, caplog: pytest.LogCaptureFixture) -> None:
-    backends._tell.cache_clear()
+    table._tell.cache_clear()
     with caplog.at_level(logging.INFO, logger="fasa_flex"):
         for backend in ("auto", "auto", "gather"):
             sparse_attention(call, backend)

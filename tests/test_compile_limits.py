@@ -13,8 +13,8 @@ from generation import Ids, generate, profile_of
 from torch import Tensor
 
 from fasa_flex import FasaConfig, enable, fasa_attention
+from fasa_flex.backends import specialization
 from fasa_flex.backends.table import sparse_attention
-from fasa_flex.backends.table import specialization as compiling
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.method import Call
 from fasa_flex.core.packed_keys import PackedKeys
@@ -36,9 +36,9 @@ def traced(fresh_compiler: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     """Traced and guarded as ever, but run without code being made, which takes minutes."""
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda step, **options: compile_(step, backend="eager", **options))
-    compiling._compiled.cache_clear()
+    specialization._compiled.cache_clear()
     yield
-    compiling._compiled.cache_clear()
+    specialization._compiled.cache_clear()
 
 
 @pytest.mark.usefixtures("traced")

@@ -18,8 +18,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from fasa_flex import fasa_attention
+from fasa_flex.backends import specialization
 from fasa_flex.backends.gather import gather_focused
-from fasa_flex.backends.table import specialization as compiling
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.completion import Completion, CompletionState, complete, kept_share
 from fasa_flex.core.scoring import Weights, weigh
@@ -58,9 +58,9 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The flex backend without its compiler."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    compiling._compiled.cache_clear()
+    specialization._compiled.cache_clear()
     yield
-    compiling._compiled.cache_clear()
+    specialization._compiled.cache_clear()
 
 
 WAYS: dict[str, dict[str, Any]] = {

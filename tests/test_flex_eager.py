@@ -15,8 +15,7 @@ import torch
 from cases import DIM, Case, integers, pick_chunks
 
 from fasa_flex import fasa_attention
-from fasa_flex.backends.table import specialization as compiling
-from fasa_flex.backends.table import table as backends
+from fasa_flex.backends import specialization, table
 from fasa_flex.core import method
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.completion import with_sinks
@@ -56,9 +55,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
 
     monkeypatch.setattr(torch, "compile", leave)
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    compiling._compiled.cache_clear()
+    specialization._compiled.cache_clear()
     yield calls
-    compiling._compiled.cache_clear()
+    specialization._compiled.cache_clear()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -188,10 +187,10 @@ def test_each_backend_is_the_one_that_was_asked_for(
     """All are right, so that a result does not tell; on CPU the automatic one gathers."""
     called: list[str] = []
 
-    def noting(name: str, row: backends.Row) -> backends.Row:
+    def noting(name: str, row: table.Row) -> table.Row:
         return row._replace(run=lambda call: (called.append(name), row.run(call))[1])
 
-    monkeypatch.setattr(backends, "BACKENDS", {name: noting(name, row) for name, row in backends.BACKENDS.items()})
+    monkeypatch.setattr(table, "BACKENDS", {name: noting(name, row) for name, row in table.BACKENDS.items()})
     case = Case("backend")
     case.run(*case.tensors(), backend)
     assert called == ["gather" if backend == "auto" else backend]

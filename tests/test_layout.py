@@ -13,7 +13,7 @@ from sentences import raises_sentence
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 from fasa_flex import RotaryLayout
-from fasa_flex.calibration.from_texts import rotary
+from fasa_flex.calibration import rotary
 from fasa_flex.hf.model_structure import attention_shape
 from fasa_flex.hf.probe import glance
 

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fasa_flex.backends.table.triton import decode
 from torch import Tensor
 
+from fasa_flex.backends.triton import decode
 from fasa_flex.bench.record import Ledger, command_line, provenance
 from fasa_flex.bench.shapes import SHAPES
 from fasa_flex.bench.timing import graphed, interleave
