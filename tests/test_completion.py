@@ -22,7 +22,7 @@ from fasa_flex.backends import specialization
 from fasa_flex.backends.gather import gather_focused
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.completion import Completion, CompletionState, complete, kept_share
-from fasa_flex.core.scoring import Weights, weigh
+from fasa_flex.core.group_reduce import Weights, weigh
 from fasa_flex.core.selection import Marks, select, valid_keys
 from fasa_flex.core.softmax import Softmax
 

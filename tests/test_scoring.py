@@ -13,8 +13,9 @@ import torch
 from fasa_flex import RotaryLayout
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.bytes_read import ReadShare
+from fasa_flex.core.group_reduce import attention_weights, reduce_group
 from fasa_flex.core.packed_keys import PackedDtype, PackedKeys
-from fasa_flex.core.scoring import DominantChunks, attention_weights, reduce_group
+from fasa_flex.core.scoring import DominantChunks
 from fasa_flex.core.selection import Marks, valid_keys
 from fasa_flex.core.softmax import Softmax
 

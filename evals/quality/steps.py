@@ -22,8 +22,9 @@ from fasa_flex.baselines import AllDimensions, Recency
 from fasa_flex.calibration.provenance import Provenance, config_hash
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.config import GroupReduce, Sharing
+from fasa_flex.core.group_reduce import reduce_group
 from fasa_flex.core.ranking import INVALID, rank_keys, slot_of
-from fasa_flex.core.scoring import DominantChunks, Scorer, reduce_group
+from fasa_flex.core.scoring import DominantChunks, Scorer
 from fasa_flex.core.selection import forced_keys, valid_keys
 from fasa_flex.core.softmax import Softmax
 from fasa_flex.hf.attention_routing import AttentionSeam

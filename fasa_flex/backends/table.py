@@ -24,10 +24,10 @@ from fasa_flex.backends.gather import gather_focused
 from fasa_flex.backends.specialization import attend_compiled
 from fasa_flex.backends.triton.dispatch import decode_by_kernels, why_no_kernels
 from fasa_flex.core.config import Backend
+from fasa_flex.core.group_reduce import reduce_group
 from fasa_flex.core.method import Call, attend, flex_focused
 from fasa_flex.core.packed_keys import PackedKeys
 from fasa_flex.core.reference import reference_attention
-from fasa_flex.core.scoring import reduce_group
 
 _log = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from fasa_flex.bench.rivals import Inputs
 from fasa_flex.bench.settings import Settings
 from fasa_flex.bench.timing import interleave
 from fasa_flex.core.completion import Completion, completed, kept_share
-from fasa_flex.core.scoring import DominantChunks, reduce_group, weigh
+from fasa_flex.core.group_reduce import reduce_group, weigh
+from fasa_flex.core.scoring import DominantChunks
 from fasa_flex.core.selection import Marks, Selection, select
 from fasa_flex.core.softmax import Softmax
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from fasa_flex.core.budget import SINKS
+from fasa_flex.core.group_reduce import Weights
 from fasa_flex.core.operators import operator
-from fasa_flex.core.scoring import Weights
 from fasa_flex.core.selection import Selection
 from fasa_flex.core.softmax import Softmax
 

@@ -23,10 +23,11 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.completion import Completion, completed, kept_share
 from fasa_flex.core.config import GroupReduce
+from fasa_flex.core.group_reduce import reduce_group, weigh
 from fasa_flex.core.inductor import realize
 from fasa_flex.core.packed_keys import PackedKeys
 from fasa_flex.core.resident_rows import HeldRows
-from fasa_flex.core.scoring import DominantChunks, Scorer, check_scores, reduce_group, weigh
+from fasa_flex.core.scoring import DominantChunks, Scorer, check_scores
 from fasa_flex.core.selection import Marks, Selection, select
 from fasa_flex.core.softmax import Softmax
 

@@ -16,7 +16,7 @@ from fasa_flex import RotaryLayout, calibrate
 from fasa_flex.baselines import Quest, SparQ, adjacent_pairs, channel_weights, scorer_factory
 from fasa_flex.baselines.calibrated import heavy_channels
 from fasa_flex.core.budget import Budget
-from fasa_flex.core.scoring import reduce_group
+from fasa_flex.core.group_reduce import reduce_group
 from fasa_flex.core.selection import select, valid_keys
 from fasa_flex.core.softmax import Softmax
 

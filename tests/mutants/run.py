@@ -49,6 +49,7 @@ TESTS = {
     "core.ranking": ("test_ranking", *SELECTION, "test_agreement"),
     "calibration.rotary": ("test_layout", "test_rotary", "properties/test_layout_properties"),
     "calibration.agreement": ("test_agreement", "test_attention_errors", "properties/test_agreement_properties"),
+    "core.group_reduce": ("test_scoring", *WHOLE, CALLS),
     "core.scoring": ("test_scoring", *WHOLE, CALLS),
     "core.packed_keys": ("test_packing", "test_cache"),
     "core.selection": (*SELECTION, *WHOLE, CALLS),

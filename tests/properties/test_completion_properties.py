@@ -15,7 +15,7 @@ from properties.calls import EXACT, cases, masks, whole
 from torch import Tensor
 
 from fasa_flex.core.budget import Budget
-from fasa_flex.core.scoring import reduce_group
+from fasa_flex.core.group_reduce import reduce_group
 from fasa_flex.core.selection import Marks, valid_keys
 from fasa_flex.core.softmax import Softmax
 
