@@ -1,10 +1,13 @@
 """Make the repository's `evals` importable, behind the installed package; a chat model that takes seconds."""
 
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -44,3 +47,14 @@ def chatting() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config).eval(), tokenizer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_loud_as_before() -> Iterator[None]:
+    """Scripts quieten lm-eval, transformers and this package for the whole process."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "fasa_flex")]
+    levels, verbosity = [logger.level for logger in loggers], transformers.logging.get_verbosity()
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+    transformers.logging.set_verbosity(verbosity)
