@@ -262,5 +262,5 @@ def flex_by_its_decode_kernel(*arguments: Any, **named: Any) -> Any:
 def check_decode_kernel(case: Case, device: torch.device) -> dict[str, Any]:
     """One case of the flex backend, whose decode kernel must serve it."""
     torch._dynamo.reset()
-    with mock.patch("fasa_flex.backends.attention.flex_attention", flex_by_its_decode_kernel):
+    with mock.patch("fasa_flex.core.method.flex_attention", flex_by_its_decode_kernel):
         return check(case, device)
