@@ -109,7 +109,11 @@ def long_generation() -> str:
     return markdown([*head, "distinct runs of four"], [line(arm) for arm in ARMS])
 
 
-TABLES: dict[str, Callable[[], str]] = {"ruler table": ruler, "long generation table": long_generation}
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "ruler table": ("ruler_smollm2", ruler),
+    "long generation table": ("long_generation", long_generation),
+}
+"""By the page's marker: the result file, and the table of it."""
 
 if __name__ == "__main__":
-    fill(PAGE, TABLES)
+    fill(PAGE, {name: made for name, (file, made) in TABLES.items() if (RESULTS / f"{file}.json").exists()})
