@@ -39,7 +39,7 @@ def test_the_path_through_a_sparse_layer_grows_no_longer(llama: PreTrainedModel,
         finally:
             sys.setprofile(None)
         assert fasa.stats.sparse_queries > before
-    begins = [place for place, (_, name) in enumerate(entered) if name == "_before_attention"]
+    begins = [place for place, (_, name) in enumerate(entered) if name == "before"]
     layer = entered[begins[1] : begins[2] if len(begins) > 2 else None]
     files = [file for file, _ in layer]
     changes = sum(one != other for one, other in pairwise(files))

@@ -183,7 +183,7 @@ def test_a_cache_is_packed_from_the_first_step_and_anew_after_recalibration(llam
             assert [isinstance(layer, kind) for layer in cache.layers] == [False, True, True]
             for seed in (1, 2):
                 llama(token, past_key_values=cache)
-                assert cache.layers[1].scorer is fasa._scorer(1)
+                assert cache.layers[1].scorer is fasa._layers[1].scorer
                 assert_packed(cache)
                 fasa.recalibrate()
                 llama(ids(PROMPT, seed=seed, rows=1))  # another sequence, without a cache
@@ -304,7 +304,7 @@ def test_sets_are_those_of_the_profile(llama: PreTrainedModel, ids: Ids, config:
             table = fasa.profile.variance[layer].double().numpy()
             chosen = oracle.dominant(table, n_tip, 2 if config.per == "kv_head" else None)
             dims = RotaryLayout.half_split(16).chunks[torch.from_numpy(chosen)]
-            assert fasa._scorer(layer).dims.tolist() == dims.flatten(1).tolist()
+            assert fasa._layers[layer].scorer.dims.tolist() == dims.flatten(1).tolist()
 
 
 @pytest.mark.slow

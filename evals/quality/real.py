@@ -104,7 +104,7 @@ class Evaluation:
         # bytes are those of a 16-bit cache, whatever the precision that is evaluated in
         dtype, packs = torch.bfloat16, arm.config.per == "kv_head"
         given = (self.model, arm.config, packs, fasa.completion, dtype)
-        fasa.stats._reads = {layer: read_share(scorer, *given) for layer, scorer in fasa._scorers.items()}
+        fasa.stats._reads = {number: read_share(layer.scorer, *given) for number, layer in fasa._layers.items()}
         return fasa
 
     def _prefix(self, document: Document) -> DynamicCache:

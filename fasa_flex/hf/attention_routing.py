@@ -12,7 +12,7 @@ import functools
 import itertools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -51,20 +51,23 @@ class AttentionSeam:
 
     Args:
         model: whose layers (`attention_modules`) are routed.
-        function: what they are routed through.
+        function: what they are routed through; one for all layers, or each layer's by its number.
         owner: who opens it and how it is closed, for the error of whoever comes next.
 
     Raises:
         ValueError: the model's attention cannot be replaced by name, or is routed already.
     """
 
-    def __init__(self, model: PreTrainedModel, function: SeamFunction, owner: str = "a calibration") -> None:
-        modules = list(attention_modules(model).values())
+    def __init__(
+        self, model: PreTrainedModel, function: SeamFunction | Mapping[int, SeamFunction], owner: str = "a calibration"
+    ) -> None:
+        by_layer = attention_modules(model)
+        modules = list(by_layer.values())
         self._kind, self._owner, self._token = type(model).__name__, owner, next(_tokens)
         self._check_free(modules)
         self._configs: list[PreTrainedConfig] = []
         self._routes: list[tuple[weakref.ref[nn.Module], functools.partial[AttentionResult]]] = []
-        for module in modules:
+        for layer, module in by_layer.items():
             config = _config_of(model, module)
             former = _former(config)
             if former not in IMPLEMENTATIONS:
@@ -75,7 +78,8 @@ class AttentionSeam:
             dense = _own_attention(module, former)
             if dense is None:
                 continue
-            self._routes.append((weakref.ref(module), functools.partial(function, dense)))
+            own = function[layer] if isinstance(function, Mapping) else function
+            self._routes.append((weakref.ref(module), functools.partial(own, dense)))
             if not any(config is known for known in self._configs):
                 self._configs.append(config)
         if not self._routes:

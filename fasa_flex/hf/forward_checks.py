@@ -24,41 +24,30 @@ def softmax_of(module: nn.Module, query: Tensor, options: dict[str, Any], implem
     Raises:
         ValueError: the model's ``implementation`` leaves a part of it out.
     """
-    softmax = Softmax(
-        scaling=scaling_of(query, options),
-        softcap=options.get("softcap"),
-        sinks=options.get("s_aux"),
-    )
-    if not softmax.plain and implementation == "sdpa":
+    scaling, softcap, sinks = options.get("scaling"), options.get("softcap"), options.get("s_aux")
+    if implementation == "sdpa" and (softcap is not None or sinks is not None):
         raise ValueError(
             f"{type(module).__name__} caps its logits or has learned sinks, which its implementation 'sdpa' leaves "
             "out; call model.set_attn_implementation('eager') before enable."
         )
-    return softmax
+    return Softmax(scaling or float(query.shape[-1] ** -0.5), softcap, sinks)
 
 
 def mask_of(
-    module: nn.Module,
-    attention_mask: Tensor | None,
-    options: dict[str, Any],
-    implementation: str,
-    shape: tuple[int, int],
-    device: torch.device,
+    module: nn.Module, options: dict[str, Any], implementation: str, shape: tuple[int, int], device: torch.device
 ) -> Tensor | None:
-    """The mask of a forward, where None is causal: of a decoder that is used bidirectionally, one of all keys.
+    """The mask of several queries where the model hands on none: None is causal, else all keys, of a decoder that is
+    used bidirectionally.
 
     sdpa makes no mask causal unless it is told otherwise, eager attention adds none and so sees every key.
 
     Args:
         module: the attention module.
-        attention_mask: as it is handed one.
         options: keyword arguments of the attention function.
         implementation: the model's.
         shape: queries and keys, Q and T.
         device: of the mask.
     """
-    if attention_mask is not None or shape[0] == 1:
-        return attention_mask
     stated = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if stated is None else stated
     if causal and implementation == "sdpa":

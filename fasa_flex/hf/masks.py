@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,9 +10,6 @@ Shape = tuple[int, int, int]
 
 MASKED = -1e3
 """What an additive mask adds to the logit of a key that is not to be attended to, or less: no weight is left of it."""
-
-Make = Callable[["Tensor | None", Shape, torch.device], Any]
-Once = Callable[[Hashable, Make], Any]
 
 
 def valid_from_mask(attention_mask: Tensor | None, shape: Shape, device: torch.device) -> Tensor:
@@ -107,40 +101,3 @@ def count_valid(attention_mask: Tensor | None, shape: Shape, device: torch.devic
         counts = torch.arange(1, q_len + 1, device=device) if q_len > 1 else torch.full((1,), kv_len, device=device)
         return counts.expand(batch, -1)
     return valid_from_mask(attention_mask, shape, device).sum(-1)[:, 0, 0].expand(batch, -1)
-
-
-class DecodeStep:
-    """What the layers of one decode step have in common, computed by the first of them.
-
-    They are handed one mask, and its sums and comparisons cost a launch each. A step is known by its mask and begins at
-    the first layer: a mask may be written to between two steps. Nothing is kept of a forward of several tokens, whose
-    masks are large, nor in a compiled graph, which finds common expressions by itself. Forwards in several threads take
-    it from each other, and each finds its own.
-    """
-
-    def __init__(self) -> None:
-        self._last: tuple[Tensor | None, tuple[Any, ...], dict[Hashable, Any]] = (None, (), {})
-
-    def of(self, mask: Tensor | None, shape: Shape, device: torch.device, begins: bool) -> Once:
-        """For a forward with this mask: ``once(name, make)`` is ``make(mask, shape, device)``, of the layer before.
-
-        Args:
-            mask: as for `valid_from_mask`.
-            shape: likewise.
-            device: of the results.
-            begins: whether this is the step's first layer.
-        """
-        if shape[1] > 1 or torch.compiler.is_compiling():
-            return lambda name, make: make(mask, shape, device)
-        key = (shape, device, torch.is_inference_mode_enabled())
-        last_mask, last_key, known = self._last
-        if begins or mask is not last_mask or key != last_key:
-            known = {}
-            self._last = (mask, key, known)
-
-        def once(name: Hashable, make: Make) -> Any:
-            if name not in known:
-                known[name] = make(mask, shape, device)
-            return known[name]
-
-        return once

@@ -39,7 +39,7 @@ class LayerStats:
     kv_bytes_share: float | None
 
 
-def tally(n_valid: Tensor, sparse: Tensor | None, budget: Budget) -> Tensor:
+def tally(n_valid: Tensor, sparse: Tensor | None = None, budget: Budget | None = None) -> Tensor:
     """The counts of one forward of a layer: int64 [4], dense queries, sparse ones, tokens selected and valid for these.
 
     Where heads have budgets of their own, tokens selected are summed over them.
@@ -47,11 +47,12 @@ def tally(n_valid: Tensor, sparse: Tensor | None, budget: Budget) -> Tensor:
     Args:
         n_valid: int64 [B, Q], valid keys of each query, 0 for one that is not counted.
         sparse: bool [B, Q], the queries that attended to a selection; None: none did.
-        budget: theirs.
+        budget: theirs; needed where there are some.
     """
     real = n_valid > 0
     if sparse is None:
         return F.pad(real.sum()[None], (0, 3))
+    assert budget is not None
     sparse = sparse & real
     selected = budget.total(n_valid)
     return torch.stack([(real & ~sparse).sum(), sparse.sum(), (selected * sparse).sum(), (n_valid * sparse).sum()])

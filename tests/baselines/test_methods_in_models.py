@@ -122,7 +122,7 @@ def test_values_of_dropped_keys_are_never_read_again(llama: PreTrainedModel, ids
                 llama(part[None], past_key_values=cache)
             if spoil:
                 for layer in (1, 2):
-                    kept = fasa._scorers[layer].of(cache).kept
+                    kept = fasa._layers[layer].scorer.of(cache).kept
                     dropped = torch.ones(1, 2, 26, dtype=torch.bool).scatter_(-1, kept, False)
                     assert dropped.sum(-1).eq(26 - 9).all()
                     cache.layers[layer].values[dropped] = torch.nan
@@ -174,7 +174,7 @@ def test_dimensions_are_on_the_device_of_the_layer(llama: PreTrainedModel, metho
     """There its packed keys are written; the factory knows of no device."""
     made = factory(llama, method)
     with enable(llama.to("meta"), None, FasaConfig(n_fac=9), scorer=made) as fasa:
-        assert {scorer.dims.device.type for scorer in fasa._scorers.values()} == {"meta"}
+        assert {layer.scorer.dims.device.type for layer in fasa._layers.values() if layer.scorer} == {"meta"}
 
 
 @torch.no_grad()

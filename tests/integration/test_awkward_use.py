@@ -24,7 +24,7 @@ from fasa_flex import FasaCache, FasaConfig, FasaProfile, RotaryLayout, calibrat
 from fasa_flex.backends.gather import whole_buffer
 from fasa_flex.baselines import channel_weights
 from fasa_flex.core.packed_keys import PackedKeys
-from fasa_flex.hf.masks import DecodeStep, count_valid
+from fasa_flex.model.forwards import Forwards
 
 pytestmark = pytest.mark.filterwarnings("ignore:without an accelerator")
 CONFIG = FasaConfig(n_fac=12, n_tip=3)
@@ -106,11 +106,11 @@ def test_a_bias_is_refused_before_the_cache_is_written(llama: PreTrainedModel, i
 
 def test_forwards_that_take_turns_find_their_own_masks() -> None:
     """As in two threads, each of which may run at any point of the other's."""
-    shared, shape, device = DecodeStep(), (1, 1, 8), torch.device("cpu")
+    forwards, shape, device = Forwards(lambda: None, None), (1, 1, 8), torch.device("cpu")
     masks = [torch.zeros(1, 1, 1, 8).index_fill(3, torch.arange(hidden), LOWEST) for hidden in (2, 5)]
-    first, second = (shared.of(mask, shape, device, begins=True) for mask in masks)
-    assert [int(once("n_valid", count_valid)) for once in (second, first, second)] == [3, 6, 3]
-    assert int(shared.of(masks[0], shape, device, begins=False)("n_valid", count_valid)) == 6
+    first, second = (forwards.visible(mask, shape, device, begins=True) for mask in masks)
+    assert [int(visible.n_valid) for visible in (second, first, second)] == [3, 6, 3]
+    assert int(forwards.visible(masks[0], shape, device, begins=False).n_valid) == 6
 
 
 # Refusals that lose nothing.

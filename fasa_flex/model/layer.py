@@ -1,0 +1,377 @@
+"""One attention layer of a model under FASA: which of its queries are sparse, and how they attend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from fasa_flex.backends.dense import decodes_grouped, grouped_attention
+from fasa_flex.backends.table import sparse_attention
+from fasa_flex.caches.capacity import partly_written, take_back
+from fasa_flex.caches.host_layers import OnHost
+from fasa_flex.caches.packed_layers import KeepsPackedKeys, pack_layer
+from fasa_flex.calibration.from_prompt import PromptCalibration
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.completion import Completion
+from fasa_flex.core.config import Completion as CompletionKind
+from fasa_flex.core.config import FasaConfig, GroupReduce
+from fasa_flex.core.method import Call
+from fasa_flex.core.scoring import Forward, Given, Scorer, SequenceScorer
+from fasa_flex.core.softmax import Softmax
+from fasa_flex.hf.attention_routing import AttentionResult, DenseAttention
+from fasa_flex.hf.compatibility import cache_among
+from fasa_flex.hf.forward_checks import check_keys, mask_of, softmax_of
+from fasa_flex.model.crossover import packs_late, sparse_is_faster
+from fasa_flex.model.forwards import Forwards
+from fasa_flex.model.stats import FasaStats, tally
+from fasa_flex.model.visible import Visible
+
+_SCORE_BYTES = 1 << 27
+"""Scores of several queries that are held at once."""
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """What all layers of a model have in common.
+
+    Attributes:
+        config: of `enable`.
+        completion: what stands for the unselected keys.
+        packs: whether caches hold packed keys.
+    """
+
+    config: FasaConfig
+    completion: CompletionKind
+    packs: bool
+
+    @property
+    def group_reduce(self) -> GroupReduce:
+        """How the query heads of a group rank keys."""
+        return "none" if self.config.per == "query_head" else self.config.group_reduce
+
+
+class OfOneModel:
+    """What a model under FASA refers to, and a copy of it must not."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        """A copied model would go on counting and attending through this object.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a model under FASA cannot be copied; disable() first, and enable the copy by itself.")
+
+    def __reduce__(self) -> NoReturn:
+        """A pickled model would be one without its handle.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a model under FASA cannot be pickled; disable() first, or use its save_pretrained.")
+
+
+class Layer(OfOneModel):
+    """One attention layer.
+
+    Args:
+        number: counts from 0.
+        begins: whether it is the model's first.
+        implementation: the model's own attention, by its name in transformers.
+        settings: common to all layers.
+        scorer: None: the layer stays dense, or is not calibrated yet.
+        budget: None: the layer stays dense.
+        source: where the scorer comes from if ``scorer`` is None.
+        forwards: of the model.
+        stats: of the model.
+
+    Attributes:
+        follower: the scorer, where it is shown every forward; None: it is not.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        begins: bool,
+        implementation: str,
+        settings: LayerSettings,
+        scorer: Scorer | SequenceScorer | None,
+        budget: Budget | None,
+        source: PromptCalibration | None,
+        forwards: Forwards,
+        stats: FasaStats,
+    ) -> None:
+        config = settings.config
+        self.number, self.begins, self.implementation = number, begins, implementation
+        self.budget = budget
+        self._scorer, self._source = scorer, source
+        self.follower = scorer if isinstance(scorer, SequenceScorer) else None
+        self._forwards, self._stats = forwards, stats
+        self._packs = settings.packs and budget is not None
+        self._backend, self._prefill, self._group_reduce = config.backend, config.prefill, settings.group_reduce
+        self._completes = settings.completion != "none"
+        self._strength = config.completion_strength if settings.completion == "first_order" else 0.0
+        self._samples = self._group_reduce == "softmax" or self._completes
+        self._by_all = getattr(scorer, "completes_by_all", False)
+        self._dense_budget = config.budget  # from which on a dense layer may attend by our own kernel
+        self._may_group = budget is None or config.backend == "fastest"
+
+    @property
+    def scorer(self) -> Scorer | SequenceScorer | None:
+        """The scorer; None where the layer is dense, or not calibrated yet."""
+        if self._source is None:
+            return self._scorer
+        return None if self.budget is None else self._source.scorer(self.number)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the attention module runs: begin the forward, hand its cache on, and let that pack keys."""
+        number, forwards, cache = self.number, self._forwards, cache_among(kwargs)
+        if self.begins:
+            states: Tensor = args[0] if args else kwargs["hidden_states"]
+            forwards.begin(len(states), states.shape[1], cache, number, kwargs)
+        now = forwards.now
+        now.cache, now.first_slot = cache, None
+        if cache is None:
+            return
+        if self._packs and not torch.compiler.is_compiling():
+            scorer = self._scorer if self._source is None else self.scorer
+            written = cache.layers[number] if number < len(cache.layers) else None
+            if scorer is not None and getattr(written, "scorer", None) is not scorer:
+                self._pack(cache, scorer, (args[0] if args else kwargs["hidden_states"]).device)
+        if now.boundary is not None or self.follower is not None:
+            # not kv_len - q_len: a sliding cache has dropped slots, a static one has unused ones
+            now.first_slot = int(cache.get_seq_length(number))
+
+    def attend(
+        self,
+        dense: DenseAttention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
+    ) -> AttentionResult:
+        """The attention function: [B, Q, Hq, D] from query [B, Hq, Q, D] and the whole cache's key and value.
+
+        Raises:
+            ValueError: bad input; the cache is as before the forward, or the error says that it is not.
+        """
+        now = self._forwards.now
+        cache, now.cache = now.cache, None
+        arguments = (cache, dense, module, query, key, value, attention_mask)
+        if torch.compiler.is_compiling():
+            return self._attend(*arguments, **options)
+        try:
+            return self._attend(*arguments, **options)
+        except ValueError as error:
+            if cache is None or take_back(cache, self.number, query.shape[2]):
+                raise
+            raise partly_written(error, self.number) from error
+
+    def _attend(
+        self,
+        cache: Cache | None,
+        dense: DenseAttention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
+    ) -> AttentionResult:
+        """Choose the sparse queries, count, and attend."""
+        number, now, budget = self.number, self._forwards.now, self.budget
+        q_len, kv_len, boundary = query.shape[2], key.shape[2], now.boundary
+        first_slot = kv_len - q_len if now.first_slot is None else now.first_slot
+        softmax = softmax_of(module, query, options, self.implementation)
+        mask = attention_mask
+        if mask is None and q_len > 1:
+            mask = mask_of(module, options, self.implementation, (q_len, kv_len), query.device)
+        visible = self._forwards.visible(mask, (len(query), q_len, kv_len), query.device, self.begins)
+        if q_len > 1:
+            self._read_prompt(query, key, visible, cache, first_slot, softmax.scaling)
+        scorer = self._scorer if self._source is None else self.scorer
+        completion = held = sparse = marks = None
+        first, counts = q_len, visible.dense_counts
+        if scorer is not None and budget is not None:
+            held = cache.layers[number] if cache is not None and number < len(cache.layers) else None
+            if not isinstance(held, KeepsPackedKeys) or held.scorer is not scorer:
+                held = None  # packs the keys of another scorer, or none
+            if self._completes:
+                state = held and held.advance(key, value, self._strength != 0.0, *visible.last(), q_len)
+                completion = Completion(self._strength, state if q_len == 1 else None, self._by_all)
+            if q_len == 1 and boundary is None:
+                if torch.compiler.is_compiling() or not now.reads_prompt or self._prefill == "sparse":
+                    sparse, marks, counts = visible.decoding(budget, self._samples)
+                    first = q_len if sparse is None else 0
+            else:
+                first, sparse = self._sparse_queries(visible, first_slot)
+        if sparse is not None and self._backend == "fastest":
+            grouped = self._groups(options, kv_len) and decodes_grouped(query, key, value, attention_mask, softmax)
+            if not self._is_faster(cache, query, key, value, grouped):
+                first, sparse, counts = q_len, None, visible.dense_counts
+        if boundary is not None or (sparse is not None and marks is None):
+            counts = self._counts(visible, sparse, first_slot)
+        self._stats.add(number, counts)
+        if self.follower is not None and budget is not None:
+            chosen = torch.zeros_like(visible.n_valid, dtype=torch.bool) if sparse is None else sparse
+            given = (query, key, visible.valid(), chosen, first, first_slot, budget, softmax.scaling, cache)
+            scorer = Given(self.follower.follow(Forward(*given)))
+        if sparse is None:
+            return self._dense(dense, module, query, key, value, attention_mask, visible, softmax, options)
+        if options.get("dropout"):
+            raise ValueError(f"{type(module).__name__} uses dropout, sparse attention does not; call model.eval().")
+        assert budget is not None
+        packed = resident = None
+        if q_len == 1:
+            if held is None and cache is not None and self._packs:  # packs at its first sparse step
+                pack_layer(cache, number, scorer)
+                held = cache.layers[number] if getattr(cache.layers[number], "scorer", None) is scorer else None
+            packed = None if held is None else held.packed
+            resident = held.own_held() if isinstance(held, OnHost) else None
+        call = Call(
+            query if first == 0 else query[:, :, first:],
+            key,
+            value,
+            scorer,  # type: ignore[arg-type]  # a SequenceScorer's scores are `Given`
+            visible.valid()[:, :, :, first:],
+            budget,
+            self._group_reduce,
+            softmax,
+            packed,
+            resident,
+            marks,
+            completion,
+        )
+        if q_len == 1:  # many queries come in parts, for which a graph would be guarded on T, token by token
+            focused = sparse_attention(call, self._backend).transpose(1, 2).contiguous()
+        else:
+            focused = self._in_parts(call)
+        weights = None
+        if options.get("output_attentions") and self.implementation == "eager":
+            weights = _weights(call)
+        if boundary is None or boundary.highest <= first_slot:  # every query is sparse
+            return focused, weights
+        beside = dense(module, query, key, value, attention_mask, **options)
+        return _merged(beside, focused, weights, sparse, first)
+
+    def _pack(self, cache: Cache, scorer: object, device: torch.device) -> None:
+        """Let the cache pack this layer's keys; a growing one does at its first sparse step where that is faster."""
+        pack_layer(cache, self.number, scorer, growing=self._backend != "fastest" or not packs_late(device))
+
+    def _read_prompt(
+        self, query: Tensor, key: Tensor, visible: Visible, cache: Cache | None, first_slot: int, scaling: float
+    ) -> None:
+        """Refuse NaN in the keys of several tokens, and calibrate on them, if that is still to be done."""
+        now, q_len = self._forwards.now, query.shape[2]
+        if not torch.compiler.is_compiling():
+            now.nan_rows = check_keys(self.number, key, q_len, visible.mask, now.nan_rows, self.begins)
+        source, boundary = self._source, now.boundary
+        if source is None or source.profile is not None:
+            return
+        if self.begins:
+            source.begin()
+        if boundary is not None and first_slot + q_len + 1 < boundary.lowest:
+            return  # not the last part of the prompt, whose last token may come with the continuation
+        sparse = None if boundary is None else boundary.behind(first_slot, q_len, visible.device)
+        if now.nan_rows is not None:  # rows of NaN agree with nothing
+            spoilt = now.nan_rows.to(visible.device)[:, None].expand(-1, q_len)
+            sparse = spoilt if sparse is None else sparse | spoilt
+        measured = source.measure(self.number, query, key, visible.mask, visible.n_valid, sparse, scaling)
+        if measured and self._packs and cache is not None:
+            self._pack(cache, self.scorer, query.device)
+
+    def _sparse_queries(self, visible: Visible, first_slot: int) -> tuple[int, Tensor | None]:
+        """Which queries of several, or behind a boundary, are sparse.
+
+        Returns:
+            the first one that may be, Q for none; and bool [B, Q], None for none.
+        """
+        budget, boundary, q_len = self.budget, self._forwards.now.boundary, visible.shape[1]
+        assert budget is not None
+        if budget.covers(visible.shape[2]) or (boundary is None and self._prefill != "sparse"):
+            return q_len, None
+        over = budget.exceeded(visible.n_valid)
+        if boundary is None:
+            return 0, over
+        first = max(0, boundary.lowest - first_slot)
+        behind = boundary.behind(first_slot, q_len, visible.device)
+        return (first, over & behind) if first < q_len else (q_len, None)
+
+    def _counts(self, visible: Visible, sparse: Tensor | None, first_slot: int) -> Tensor:
+        """The `tally` of a forward of several tokens, or behind a boundary."""
+        n_valid, boundary = visible.n_valid, self._forwards.now.boundary
+        counted = None if boundary is None else boundary.counted(first_slot, n_valid.shape[1], n_valid.device)
+        return tally(n_valid if counted is None else n_valid * counted, sparse, self.budget)
+
+    def _is_faster(self, cache: Cache | None, query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> bool:
+        """`sparse_is_faster`, by where the cache holds keys; from host memory fewer rows are always the faster."""
+        assert self.budget is not None
+        held = cache and cache.layers[self.number]
+        if isinstance(held, OnHost):
+            return True
+        growing = isinstance(held, DynamicLayer) and not torch.compiler.is_compiling()
+        return sparse_is_faster(query, key, value, self.budget.widest(key.shape[2]), grouped, growing)
+
+    def _dense(
+        self,
+        dense: DenseAttention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        visible: Visible,
+        softmax: Softmax,
+        options: dict[str, Any],
+    ) -> AttentionResult:
+        """Dense attention: the model's own, or by grouped rows where a key is then read once for its group."""
+        if self._groups(options, key.shape[2]) and decodes_grouped(query, key, value, attention_mask, softmax):
+            out = grouped_attention(query, key, value, visible.valid(), softmax, all_valid=attention_mask is None)
+            return out.transpose(1, 2).contiguous(), None
+        key, value = key.to(query.device), value.to(query.device)  # those of FASA-M may be in host memory
+        return dense(module, query, key, value, attention_mask, **options)
+
+    def _groups(self, options: dict[str, Any], kv_len: int) -> bool:
+        """Whether a dense layer may attend by grouped rows, which are not bit by bit the model's own attention."""
+        more = options.get("dropout") or options.get("output_attentions")
+        return self._may_group and not more and not self._dense_budget.covers(kv_len)
+
+    def _in_parts(self, call: Call) -> Tensor:
+        """Sparse attention of several queries, [B, Q, Hq, D]: as many at a time as their scores fit in memory."""
+        q_len, kv_len = call.query.shape[2], call.key.shape[2]
+        step = max(1, _SCORE_BYTES // 8 // len(call.query) // call.query.shape[1] // kv_len)
+        scores = call.scorer.scores if isinstance(call.scorer, Given) else None
+        parts = []
+        for at in range(0, q_len, step):
+            part = replace(call, query=call.query[:, :, at : at + step], valid=call.valid[:, :, :, at : at + step])
+            if scores is not None:
+                part.scorer = Given(scores[..., at : at + step, :])
+            parts.append(sparse_attention(part, self._backend))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2).contiguous()
+
+
+def _weights(call: Call) -> Tensor:
+    """Attention weights [B, Hq, Q, T] of sparse queries, for ``output_attentions``: values of 1 at one key each."""
+    key = call.key.to(call.query.device)
+    ones = torch.eye(key.shape[2], dtype=key.dtype, device=key.device).expand(*key.shape[:2], -1, -1)
+    alone = replace(call, key=key, value=ones, packed_keys=None, held=None, marks=None, completion=None)
+    return sparse_attention(alone, "gather")
+
+
+def _merged(
+    dense: AttentionResult, focused: Tensor, weights: Tensor | None, sparse: Tensor, first: int
+) -> AttentionResult:
+    """A forward's queries before a boundary from ``dense``, those behind it as focused attention and its weights."""
+    out, dense_weights = dense
+    merged = torch.where(sparse[:, first:, None, None], focused, out[:, first:])
+    out = torch.cat([out[:, :first], merged], dim=1)
+    if weights is None or dense_weights is None:
+        return out, dense_weights
+    merged = torch.where(sparse[:, None, first:, None], weights, dense_weights[:, :, first:])
+    return out, torch.cat([dense_weights[:, :, :first], merged], dim=2)
