@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from fasa_flex import FasaConfig, enable
 from fasa_flex.backends.dense import decodes_grouped, grouped_attention
 from fasa_flex.core.softmax import Softmax
-from fasa_flex.model import handle
+from fasa_flex.model import layer
 
 
 def states(heads: int, length: int, seed: int) -> Tensor:
@@ -67,13 +67,13 @@ def test_dense_layers_read_each_key_once_for_its_group(
     """All layers dense, by name or by the crossover: the logits are the model's, by attention of ours."""
     layers = (0, 1, 2) if backend == "auto" else (0,)
     calls: list[int] = []
-    ours = handle.grouped_attention
+    ours = layer.grouped_attention
 
     def counted(query: Tensor, *rest: Any, **options: Any) -> Tensor:
         calls.append(query.shape[2])
         return ours(query, *rest, **options)
 
-    monkeypatch.setattr(handle, "grouped_attention", counted)
+    monkeypatch.setattr(layer, "grouped_attention", counted)
 
     def logits() -> Tensor:
         held = cache(config=llama.config, **({"max_cache_len": 40} if cache is StaticCache else {}))

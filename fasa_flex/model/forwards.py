@@ -33,16 +33,12 @@ class _Forward(threading.local):
         boundary: where its sparse queries begin; None: `sparse_from` is not in use.
         traced_boundary: the same for Dynamo, which traces no `ContextVar`.
         nan_rows: bool [B], the rows whose padding holds NaN (`check_keys`); None: none does.
-        cache: of the layer whose attention module is running; transformers does not hand it to attention functions.
-        first_slot: of that layer's queries; None: they are the last of its keys.
     """
 
     reads_prompt: bool = False
     boundary: Boundary | None = None
     traced_boundary: Boundary | None = None
     nan_rows: Tensor | None = None
-    cache: Cache | None = None
-    first_slot: int | None = None
 
 
 class Forwards:
@@ -60,7 +56,12 @@ class Forwards:
         self._check, self._limit = check, limit
         self.now = _Forward()
         self._threads = set[int]()
-        self._step: Visible | None = None
+        self._step: tuple[Visible, bool] | None = None
+
+    @property
+    def boundary(self) -> Boundary | None:
+        """Where the sparse queries of this thread's forward begin."""
+        return self.now.traced_boundary if torch.compiler.is_compiling() else self.now.boundary
 
     def begin(self, batch: int, q_len: int, cache: Cache | None, layer: int, options: dict[str, Any]) -> None:
         """Before any layer of the cache is written to: refuse a forward that cannot end well, and make room for it.
@@ -77,13 +78,11 @@ class Forwards:
         """
         self._check()
         now = self.now
-        if torch.compiler.is_compiling():
-            now.boundary = now.traced_boundary
-        else:
+        if not torch.compiler.is_compiling():
             self._threads.add(threading.get_ident())
             now.reads_prompt = q_len == 1 and reads_prompt()
             now.boundary, now.nan_rows = _boundaries.get(_NONE).get(id(self)), None
-        check_forward(batch, q_len, cache, layer, options, now.boundary, self._limit)
+        check_forward(batch, q_len, cache, layer, options, self.boundary, self._limit)
         if cache is not None:
             make_room(cache, q_len)
 
@@ -102,10 +101,13 @@ class Forwards:
         """
         if shape[1] > 1 or torch.compiler.is_compiling():
             return Visible(mask, shape, device)
-        step, inference = self._step, torch.is_inference_mode_enabled()
-        known = step is not None and not begins and step.mask is mask and step.shape == shape and step.device == device
-        if step is None or not known or inference != step.inference:
-            step = self._step = Visible(mask, shape, device)
+        inference = torch.is_inference_mode_enabled()
+        if self._step is not None and not begins:
+            step, of_inference = self._step
+            if step.mask is mask and step.shape == shape and step.device == device and inference == of_inference:
+                return step
+        step = Visible(mask, shape, device)
+        self._step = (step, inference)
         return step
 
     @contextmanager

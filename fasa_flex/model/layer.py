@@ -127,24 +127,31 @@ class Layer(OfOneModel):
             return self._scorer
         return None if self.budget is None else self._source.scorer(self.number)
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the attention module runs: begin the forward, hand its cache on, and let that pack keys."""
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before the attention module runs: begin the forward, and let its cache pack keys.
+
+        The module hands keyword arguments on to the attention function, but not its cache: that is added to them.
+        """
         number, forwards, cache = self.number, self._forwards, cache_among(kwargs)
         if self.begins:
             states: Tensor = args[0] if args else kwargs["hidden_states"]
             forwards.begin(len(states), states.shape[1], cache, number, kwargs)
-        now = forwards.now
-        now.cache, now.first_slot = cache, None
         if cache is None:
-            return
-        if self._packs and not torch.compiler.is_compiling():
+            return None
+        compiling = torch.compiler.is_compiling()
+        if self._packs and not compiling:
             scorer = self._scorer if self._source is None else self.scorer
             written = cache.layers[number] if number < len(cache.layers) else None
             if scorer is not None and getattr(written, "scorer", None) is not scorer:
                 self._pack(cache, scorer, (args[0] if args else kwargs["hidden_states"]).device)
-        if now.boundary is not None or self.follower is not None:
+        boundary = forwards.now.traced_boundary if compiling else forwards.now.boundary
+        first_slot = None
+        if boundary is not None or self.follower is not None:
             # not kv_len - q_len: a sliding cache has dropped slots, a static one has unused ones
-            now.first_slot = int(cache.get_seq_length(number))
+            first_slot = int(cache.get_seq_length(number))
+        return args, {**kwargs, "fasa_cache": (cache, first_slot)}
 
     def attend(
         self,
@@ -161,9 +168,8 @@ class Layer(OfOneModel):
         Raises:
             ValueError: bad input; the cache is as before the forward, or the error says that it is not.
         """
-        now = self._forwards.now
-        cache, now.cache = now.cache, None
-        arguments = (cache, dense, module, query, key, value, attention_mask)
+        cache, first_slot = options.pop("fasa_cache", (None, None))
+        arguments = (cache, first_slot, dense, module, query, key, value, attention_mask)
         if torch.compiler.is_compiling():
             return self._attend(*arguments, **options)
         try:
@@ -176,6 +182,7 @@ class Layer(OfOneModel):
     def _attend(
         self,
         cache: Cache | None,
+        first_slot: int | None,
         dense: DenseAttention,
         module: nn.Module,
         query: Tensor,
@@ -186,8 +193,10 @@ class Layer(OfOneModel):
     ) -> AttentionResult:
         """Choose the sparse queries, count, and attend."""
         number, now, budget = self.number, self._forwards.now, self.budget
-        q_len, kv_len, boundary = query.shape[2], key.shape[2], now.boundary
-        first_slot = kv_len - q_len if now.first_slot is None else now.first_slot
+        q_len, kv_len, compiling = query.shape[2], key.shape[2], torch.compiler.is_compiling()
+        boundary = now.traced_boundary if compiling else now.boundary
+        if first_slot is None:
+            first_slot = kv_len - q_len
         softmax = softmax_of(module, query, options, self.implementation)
         mask = attention_mask
         if mask is None and q_len > 1:
@@ -206,7 +215,7 @@ class Layer(OfOneModel):
                 state = held and held.advance(key, value, self._strength != 0.0, *visible.last(), q_len)
                 completion = Completion(self._strength, state if q_len == 1 else None, self._by_all)
             if q_len == 1 and boundary is None:
-                if torch.compiler.is_compiling() or not now.reads_prompt or self._prefill == "sparse":
+                if compiling or not now.reads_prompt or self._prefill == "sparse":
                     sparse, marks, counts = visible.decoding(budget, self._samples)
                     first = q_len if sparse is None else 0
             else:
@@ -271,7 +280,7 @@ class Layer(OfOneModel):
         now, q_len = self._forwards.now, query.shape[2]
         if not torch.compiler.is_compiling():
             now.nan_rows = check_keys(self.number, key, q_len, visible.mask, now.nan_rows, self.begins)
-        source, boundary = self._source, now.boundary
+        source, boundary = self._source, self._forwards.boundary
         if source is None or source.profile is not None:
             return
         if self.begins:
@@ -292,7 +301,7 @@ class Layer(OfOneModel):
         Returns:
             the first one that may be, Q for none; and bool [B, Q], None for none.
         """
-        budget, boundary, q_len = self.budget, self._forwards.now.boundary, visible.shape[1]
+        budget, boundary, q_len = self.budget, self._forwards.boundary, visible.shape[1]
         assert budget is not None
         if budget.covers(visible.shape[2]) or (boundary is None and self._prefill != "sparse"):
             return q_len, None
@@ -305,7 +314,7 @@ class Layer(OfOneModel):
 
     def _counts(self, visible: Visible, sparse: Tensor | None, first_slot: int) -> Tensor:
         """The `tally` of a forward of several tokens, or behind a boundary."""
-        n_valid, boundary = visible.n_valid, self._forwards.now.boundary
+        n_valid, boundary = visible.n_valid, self._forwards.boundary
         counted = None if boundary is None else boundary.counted(first_slot, n_valid.shape[1], n_valid.device)
         return tally(n_valid if counted is None else n_valid * counted, sparse, self.budget)
 

@@ -37,14 +37,12 @@ class Visible:
         mask: as for `valid_from_mask`.
         shape: B, Q and T.
         device: of the tensors made here.
-        inference: whether they are tensors of inference mode.
         n_valid: int64 [B, Q], valid keys of each query.
         dense_counts: `tally` of queries that are all dense.
     """
 
     def __init__(self, mask: Tensor | None, shape: Shape, device: torch.device) -> None:
         self.mask, self.shape, self.device = mask, shape, device
-        self.inference = torch.is_inference_mode_enabled()
         self.n_valid = count_valid(mask, shape, device)
         self.dense_counts = tally(self.n_valid)
         self.keys: Tensor | None = None
