@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from fasa_flex import FasaCache
-from fasa_flex.caches.packed_layers import PackedLayer, StaticPackedLayer
+from fasa_flex.caches.packed_layers import PackedLayer
+from fasa_flex.caches.static_packed_layer import StaticPackedLayer
 from fasa_flex.core.packed_keys import as_packed
 from fasa_flex.hf.compatibility import cache_argument
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from fasa_flex import FasaCache, FasaConfig, enable
-from fasa_flex.caches.packed_layers import PackedLayer, StaticPackedLayer
+from fasa_flex.caches.packed_layers import PackedLayer
+from fasa_flex.caches.static_packed_layer import StaticPackedLayer
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from fasa_flex.core.inductor import compute_once, realize
+from fasa_flex.core.compiler import compute_once, realize
 
 
 def test_realize_is_a_contiguous_copy() -> None:

@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from fasa_flex import FasaCache, FasaConfig, enable
 from fasa_flex.caches.capacity import CountedStaticLayer
-from fasa_flex.caches.packed_layers import StaticPackedLayer
+from fasa_flex.caches.static_packed_layer import StaticPackedLayer
 from fasa_flex.hf.compatibility import cache_argument
 
 SLOTS = 24

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from fasa_flex import FasaConfig, FasaProfile, RotaryLayout, contextual_agreement, enable
-from fasa_flex.caches.packed_layers import PackedLayer, StaticPackedLayer
+from fasa_flex.caches.packed_layers import PackedLayer
+from fasa_flex.caches.static_packed_layer import StaticPackedLayer
 from fasa_flex.calibration.from_prompt import LEAST_KEYS, Sample
 from fasa_flex.core import criteria
 

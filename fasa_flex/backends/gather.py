@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasa_flex.core.inductor import compute_once
+from fasa_flex.core.compiler import compute_once
 from fasa_flex.core.selection import Selection
 from fasa_flex.core.softmax import Softmax
 
@@ -40,12 +40,12 @@ def gather_focused(
     taken = (selection.taken | ~some).reshape(batch, -1, 1, width)
     weigh_by = None if log_weights is None else log_weights.reshape(batch, -1, 1, width)
     lse = None
-    if softmax.plain and query.device.type != "cpu":
+    if query.device.type != "cpu" and softmax.plain:
         values = take_rows(value, slots)
         mask = taken if weigh_by is None else torch.where(taken, weigh_by.to(query.dtype), -torch.inf)
         out = F.scaled_dot_product_attention(grouped, rows, values, attn_mask=mask, scale=softmax.scaling)
     else:
-        logits = softmax.cap(dot_rows(grouped, rows) * softmax.scaling)
+        logits = softmax.logits(dot_rows(grouped, rows))
         logits = (logits if weigh_by is None else logits + weigh_by).masked_fill(~taken, -torch.inf)
         out = weigh_rows(logits.softmax(-1).to(value.dtype), value, slots)
         if softmax.sinks is not None:

@@ -36,11 +36,11 @@ class Row(NamedTuple):
     """A backend.
 
     Attributes:
-        why_not: why it cannot serve a call; None: it can.
+        why_not: why it cannot serve a call, None: it can; None: it can serve any.
         run: the call's [B, Hq, Q, Dv].
     """
 
-    why_not: Callable[[Call], str | None]
+    why_not: Callable[[Call], str | None] | None
     run: Callable[[Call], Tensor]
 
 
@@ -53,7 +53,7 @@ def sparse_attention(call: Call, backend: Backend) -> Tensor:
     reasons = []
     for name in ORDER.get((backend, call.query.is_cuda), (backend,)):
         row = BACKENDS[name]
-        reason = row.why_not(call)
+        reason = row.why_not and row.why_not(call)
         if reason is None:
             if name != backend and not torch.compiler.is_compiling():
                 _tell(backend, name, call.query.shape[2] == 1, call.query.device.type)
@@ -112,7 +112,7 @@ def _by_loops(call: Call) -> Tensor:
 BACKENDS = {
     "triton": Row(why_no_kernels, decode_by_kernels),
     "flex": Row(_why_no_flex, _by_flex),
-    "gather": Row(lambda call: None, lambda call: attend(call, gather_focused)),
+    "gather": Row(None, functools.partial(attend, focus=gather_focused)),
     "compiled": Row(_why_not_compiled, lambda call: attend_compiled(call, gather_focused)),
     "reference": Row(_why_no_reference, _by_loops),
 }

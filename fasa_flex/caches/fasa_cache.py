@@ -18,7 +18,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, St
 
 from fasa_flex.caches.capacity import counted, make_room
 from fasa_flex.caches.host_layers import HostLayer, OnHost, StaticHostLayer
-from fasa_flex.caches.packed_layers import KeepsPackedKeys, PackedLayer, StaticPackedLayer, packs, writable
+from fasa_flex.caches.keeps_packed_keys import KeepsPackedKeys, writable
+from fasa_flex.caches.packed_layers import PackedLayer
+from fasa_flex.caches.packing import packs
+from fasa_flex.caches.static_packed_layer import StaticPackedLayer
 from fasa_flex.caches.write_tracking import counting
 from fasa_flex.calibration.profile import FasaProfile, check_kinds
 from fasa_flex.calibration.profile_scorers import dominant_chunks

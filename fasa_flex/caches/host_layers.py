@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
-from fasa_flex.caches.packed_layers import KeepsPackedKeys, PackedLayer, StaticPackedLayer, writable
+from fasa_flex.caches.keeps_packed_keys import KeepsPackedKeys, writable
+from fasa_flex.caches.packed_layers import PackedLayer
 from fasa_flex.caches.pinned_memory import host_rows, mapped_rows, split_rows
+from fasa_flex.caches.static_packed_layer import StaticPackedLayer
 from fasa_flex.caches.write_tracking import counting
 from fasa_flex.core.resident_rows import HeldRows
 from fasa_flex.core.scoring import DominantChunks
@@ -170,14 +171,3 @@ class StaticHostLayer(OnHost, StaticPackedLayer):
         keys, values = self.keys, self.values
         super().reorder_cache(beam_idx)
         self.keys, self.values = keys.copy_(self.keys), values.copy_(self.values)
-
-
-def on_host(cache: Cache | None, layer: int) -> bool:
-    """Whether a layer's keys and values are in host memory (FASA-M)."""
-    return cache is not None and isinstance(cache.layers[layer], OnHost)
-
-
-def held_rows(cache: Cache, layer: int) -> HeldRows | None:
-    """The rows that the device holds of a layer in host memory; None for any other layer."""
-    held = cache.layers[layer]
-    return held.own_held() if isinstance(held, OnHost) else None

@@ -27,11 +27,13 @@ class Written:
 
     def mark(self, keys: Tensor, end: int) -> None:
         """Remember keys [B, Hkv, T, D], of which ``end`` tokens are written."""
-        self.pointer, self.version, self.end = keys.data_ptr(), _version_of(keys), end
+        self.pointer, self.end = keys.data_ptr(), end
+        self.version = None if keys.is_inference() else keys._version
 
     def knows(self, keys: Tensor) -> bool:
         """Whether these are the keys as they were written last, or the first of them."""
-        return keys.data_ptr() == self.pointer and _version_of(keys) == self.version
+        version = None if keys.is_inference() else keys._version
+        return keys.data_ptr() == self.pointer and version == self.version
 
 
 def held_by(states: Tensor) -> int:
@@ -44,7 +46,3 @@ def held_by(states: Tensor) -> int:
 def counting() -> AbstractContextManager[object]:
     """Make tensors whose writes are counted, in inference mode too."""
     return nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
-
-
-def _version_of(states: Tensor) -> int | None:
-    return None if states.is_inference() else states._version

@@ -130,6 +130,8 @@ class Budget:
 
     def widest(self, kv_len: int) -> int:
         """The most that a query among ``kv_len`` keys may take: the static width of `Selection.slots`."""
+        if isinstance(self.n_fac, int):
+            return min(self.n_fac, kv_len)
         if not isinstance(self.n_fac, float):
             most: int = max(self._counts)
             return min(most, kv_len)
@@ -138,7 +140,7 @@ class Budget:
 
     def covers(self, kv_len: int) -> bool:
         """Whether a query among ``kv_len`` keys attends to all of them in every head."""
-        return (self.widest(kv_len) if isinstance(self.n_fac, float) else min(self._counts)) >= kv_len
+        return (min(self.n_fac) if isinstance(self.n_fac, tuple) else self.widest(kv_len)) >= kv_len
 
     def of_head(self, head: int) -> Budget:
         """That of one key/value head."""

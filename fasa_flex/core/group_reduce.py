@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fasa_flex.core.compiler import operator
 from fasa_flex.core.config import GroupReduce
-from fasa_flex.core.inductor import read_as_floats
-from fasa_flex.core.operators import operator
 from fasa_flex.core.softmax import Softmax
 
 
@@ -41,7 +40,6 @@ def reduce_group(
     if how == "softmax":
         assert sample is not None
         return weigh(logits, valid, sample).ranking
-    valid = read_as_floats(valid)
     if torch.compiler.is_compiling() and scores.device.type == "cpu":  # head by head, so that a row stays in the cache
         softmaxes = (torch.where(valid, member, -torch.inf).softmax(-1) for member in logits.split(1, dim=2))
         return functools.reduce(torch.add, softmaxes)
@@ -82,12 +80,12 @@ def weigh(logits: Tensor, valid: Tensor, sample: Tensor) -> Weights:
     unit = torch.where(sample < 0, -torch.inf, logits.gather(-1, slots)).logsumexp(-1, keepdim=True)
     unit = torch.where(unit == -torch.inf, 0.0, unit)
     # member by member, which a compiler makes one loop over the keys of
-    members = [member - of for member, of in zip(logits.unbind(2), unit.unbind(2), strict=True)]
+    members = list(map(torch.sub, logits.unbind(2), unit.unbind(2)))
     best = functools.reduce(torch.maximum, members)
     best = torch.where(best == -torch.inf, 0.0, best)
     near = [(member - best).exp() for member in members]
     ranking = best + functools.reduce(torch.add, near).log()
-    real, factor = read_as_floats(valid)[:, :, 0], best.clamp(max=MOST).exp()
+    real, factor = valid[:, :, 0], best.clamp(max=MOST).exp()
     total = torch.stack([torch.where(real, member * factor, 0.0).sum(-1) for member in near], dim=2)
     return Weights(ranking[:, :, None], total, unit)
 

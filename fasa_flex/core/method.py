@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from fasa_flex.core.budget import Budget
+from fasa_flex.core.compiler import read_as_floats, realize
 from fasa_flex.core.completion import Completion, completed, kept_share
 from fasa_flex.core.config import GroupReduce
 from fasa_flex.core.group_reduce import reduce_group, weigh
-from fasa_flex.core.inductor import realize
 from fasa_flex.core.packed_keys import PackedKeys
 from fasa_flex.core.resident_rows import HeldRows
 from fasa_flex.core.scoring import DominantChunks, Scorer, check_scores
@@ -85,7 +85,7 @@ def attend(call: Call, focus: Focus) -> Tensor:
     The paper's TIP scores and selects, its FAC is ``focus``. The estimated logits that rank the keys say how much of
     the attention the selected keys hold, too; the rest is completed.
     """
-    marks = call.known_marks()
+    marks, valid = call.marks or call.known_marks(), read_as_floats(call.valid)
     scores = call.scorer(call.query, call.key, call.packed_keys)  # [B, Hkv, G, Q, T]
     if not isinstance(call.scorer, DominantChunks):
         check_scores(scores, call.query, call.key)
@@ -93,12 +93,12 @@ def attend(call: Call, focus: Focus) -> Tensor:
     if call.completion is not None:
         assert marks.sample is not None
         logits = call.softmax.logits(scores)
-        weights = weigh(logits, call.valid, marks.sample)
+        weights = weigh(logits, valid, marks.sample)
     if weights is not None and call.group_reduce == "softmax" and scores.shape[2] > 1:
         ranking = weights.ranking  # [B, Hkv, 1, Q, T]
     else:
-        ranking = reduce_group(scores, call.valid, call.group_reduce, call.softmax, marks.sample)
-    selection = select(ranking, call.valid, call.budget, marks.forced)
+        ranking = reduce_group(scores, valid, call.group_reduce, call.softmax, marks.sample)
+    selection = select(ranking, valid, call.budget, marks.forced)
     focus = getattr(call.scorer, "attend", focus)
     out, lse = focus(call.query, call.key, call.value, selection, call.softmax)
     if logits is not None and weights is not None:

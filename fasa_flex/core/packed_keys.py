@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasa_flex.core.inductor import compute_once
+from fasa_flex.core.compiler import compute_once
 from fasa_flex.core.option_types import PackedDtype as PackedDtype
 
 _LEVELS = {"int8": 127, "int4": 7}
@@ -133,8 +133,10 @@ class PackedKeys:
         tiles, compiled = self.tiles[:, :, :count], torch.compiler.is_compiling()
         if compiled:
             query = compute_once(query.detach().float())
-        by_tiles = _scores_of_tiles if compiled else _scores_all_at_once if count < _MANY else _scores_by_head
-        scores = by_tiles(query, tiles)
+        if not compiled and count < _MANY:  # a matrix product a tile
+            scores = dot_products(query[:, :, None], _unpack(tiles, 3).mT)
+        else:
+            scores = (_scores_of_tiles if compiled else _scores_by_head)(query, tiles)
         if self.scales is not None:
             scores = scores * self.scales[:, :, :count, None].float()
         return scores.transpose(2, 3).flatten(3)[..., :kv_len]
@@ -190,13 +192,8 @@ def _scores_of_tiles(query: Tensor, tiles: Tensor) -> Tensor:
     return torch.stack(members, dim=2).transpose(2, 3)
 
 
-def _scores_all_at_once(query: Tensor, tiles: Tensor) -> Tensor:
-    """The same uncompiled: a matrix product a tile."""
-    return dot_products(query[:, :, None], _unpack(tiles, 3).mT)
-
-
 def _scores_by_head(query: Tensor, tiles: Tensor) -> Tensor:
-    """The same uncompiled, head by head, so that the query is not copied and converted tiles stay in the cache."""
+    """The same uncompiled, head by head: the query is not copied for a tile, and converted tiles stay in the cache."""
     (batch, heads, count, _, lanes), group = tiles.shape, query.shape[2]
     scores = torch.empty(batch, heads, group, count, lanes, dtype=torch.float32, device=tiles.device)
     heads_of = (query.float().flatten(0, 1), tiles.flatten(0, 1), scores.flatten(0, 1))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasa_flex.core.operators import operator
+from fasa_flex.core.compiler import operator
 
 INVALID = torch.iinfo(torch.int64).min
 """Below every score: the key may not be selected."""

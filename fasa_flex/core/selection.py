@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fasa_flex.core.budget import Budget
-from fasa_flex.core.inductor import read_as_floats
 from fasa_flex.core.ranking import INVALID, largest, rank_keys, slot_of
 
 
@@ -127,8 +126,8 @@ def select(scores: Tensor, valid: Tensor, budget: Budget, forced: Tensor | None 
     """
     if forced is None:
         forced = forced_keys(valid, budget)
-    order = torch.where(read_as_floats(valid), rank_keys(scores, first=forced), INVALID)
-    varies = not budget.is_count  # rows or heads take different numbers of keys, the best of those found
+    order = torch.where(valid, rank_keys(scores, first=forced), INVALID)
+    varies = not isinstance(budget.n_fac, int)  # rows or heads take different numbers of keys, the best of those found
     best = largest(order, budget.widest(scores.shape[-1]))
     taken = best > INVALID
     if varies:

@@ -29,7 +29,8 @@ class Softmax:
 
     def logits(self, scores: Tensor) -> Tensor:
         """Dot products, scaled and under the cap."""
-        return self.cap(scores * self.scaling)
+        scaled = scores * self.scaling
+        return scaled if self.softcap is None else self.cap(scaled)
 
     def cap(self, logits: Tensor) -> Tensor:
         """Scaled logits under the cap."""

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
-
-from fasa_flex.caches.host_layers import on_host
 
 KV_BYTES = {
     ("cuda", False): 170_000_000,
@@ -55,17 +51,6 @@ def sparse_is_faster(
     held, device = (key.numel() + value.numel()) * key.element_size(), query.device.type
     least = max(KV_BYTES.get((device, grouped), 0), GROWING_BYTES.get(device, 0) if growing else 0)
     return held >= least and key.shape[2] >= BUDGETS.get(device, 1) * most_selected
-
-
-def sparse_layer_is_faster(
-    cache: Cache | None, layer: int, query: Tensor, key: Tensor, value: Tensor, most_selected: int, grouped: bool
-) -> bool:
-    """`sparse_is_faster`, arguments likewise, by what the layer's cache is."""
-    if on_host(cache, layer):  # from there fewer rows are the faster, whatever their number
-        return True
-    growing = cache is not None and isinstance(cache.layers[layer], DynamicLayer)
-    eager = not torch.compiler.is_compiling()
-    return sparse_is_faster(query, key, value, most_selected, grouped, growing and eager)
 
 
 def packs_late(device: torch.device) -> bool:

@@ -6,13 +6,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fasa_flex.backends.triton.dispatch import check_kernels
-from fasa_flex.caches.packed_layers import packs
+from fasa_flex.caches.packing import packs
 from fasa_flex.calibration.from_prompt import PromptCalibration
 from fasa_flex.calibration.profile import FasaProfile
 from fasa_flex.core.config import Completion as CompletionKind
@@ -23,7 +22,8 @@ from fasa_flex.core.scoring import DominantChunks, Scorer, SequenceScorer, estim
 from fasa_flex.hf.attention_routing import AttentionSeam, implementation_of
 from fasa_flex.hf.model_structure import attention_modules, attention_shape, device_of, maximum_positions
 from fasa_flex.model.forwards import Forwards
-from fasa_flex.model.layer import Layer, LayerSettings, OfOneModel
+from fasa_flex.model.layer import Layer
+from fasa_flex.model.shared import OfOneModel, Shared
 from fasa_flex.model.stats import FasaStats, read_share
 
 
@@ -69,18 +69,15 @@ class Fasa(OfOneModel):
             lambda: self.settings,
         )
         self._forwards = Forwards(lambda: self._seam.check(), maximum_positions(model))
-        settings = LayerSettings(config, self.completion, packing)
+        shared = Shared(config, self.completion, packing, source, self._forwards, self.stats)
         self._layers = {
             layer: Layer(
                 layer,
                 layer == min(modules),
                 implementation_of(model, module),
-                settings,
+                shared,
                 self._known.get(layer),
                 budgets.get(layer),
-                source,
-                self._forwards,
-                self.stats,
             )
             for layer, module in modules.items()
         }

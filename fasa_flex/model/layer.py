@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +13,10 @@ from fasa_flex.backends.dense import decodes_grouped, grouped_attention
 from fasa_flex.backends.table import sparse_attention
 from fasa_flex.caches.capacity import partly_written, take_back
 from fasa_flex.caches.host_layers import OnHost
-from fasa_flex.caches.packed_layers import KeepsPackedKeys, pack_layer
-from fasa_flex.calibration.from_prompt import PromptCalibration
+from fasa_flex.caches.keeps_packed_keys import KeepsPackedKeys
+from fasa_flex.caches.packing import pack_layer
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.completion import Completion
-from fasa_flex.core.config import Completion as CompletionKind
-from fasa_flex.core.config import FasaConfig, GroupReduce
 from fasa_flex.core.method import Call
 from fasa_flex.core.scoring import Forward, Given, Scorer, SequenceScorer
 from fasa_flex.core.softmax import Softmax
@@ -27,52 +24,10 @@ from fasa_flex.hf.attention_routing import AttentionResult, DenseAttention
 from fasa_flex.hf.compatibility import cache_among
 from fasa_flex.hf.forward_checks import check_keys, mask_of, softmax_of
 from fasa_flex.model.crossover import packs_late, sparse_is_faster
-from fasa_flex.model.forwards import Forwards
-from fasa_flex.model.stats import FasaStats, tally
+from fasa_flex.model.several_queries import in_parts, merged, weights_of
+from fasa_flex.model.shared import OfOneModel, Shared
+from fasa_flex.model.stats import tally
 from fasa_flex.model.visible import Visible
-
-_SCORE_BYTES = 1 << 27
-"""Scores of several queries that are held at once."""
-
-
-@dataclass(frozen=True)
-class LayerSettings:
-    """What all layers of a model have in common.
-
-    Attributes:
-        config: of `enable`.
-        completion: what stands for the unselected keys.
-        packs: whether caches hold packed keys.
-    """
-
-    config: FasaConfig
-    completion: CompletionKind
-    packs: bool
-
-    @property
-    def group_reduce(self) -> GroupReduce:
-        """How the query heads of a group rank keys."""
-        return "none" if self.config.per == "query_head" else self.config.group_reduce
-
-
-class OfOneModel:
-    """What a model under FASA refers to, and a copy of it must not."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        """A copied model would go on counting and attending through this object.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("a model under FASA cannot be copied; disable() first, and enable the copy by itself.")
-
-    def __reduce__(self) -> NoReturn:
-        """A pickled model would be one without its handle.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("a model under FASA cannot be pickled; disable() first, or use its save_pretrained.")
 
 
 class Layer(OfOneModel):
@@ -82,12 +37,9 @@ class Layer(OfOneModel):
         number: counts from 0.
         begins: whether it is the model's first.
         implementation: the model's own attention, by its name in transformers.
-        settings: common to all layers.
+        shared: by all layers.
         scorer: None: the layer stays dense, or is not calibrated yet.
         budget: None: the layer stays dense.
-        source: where the scorer comes from if ``scorer`` is None.
-        forwards: of the model.
-        stats: of the model.
 
     Attributes:
         follower: the scorer, where it is shown every forward; None: it is not.
@@ -98,23 +50,19 @@ class Layer(OfOneModel):
         number: int,
         begins: bool,
         implementation: str,
-        settings: LayerSettings,
+        shared: Shared,
         scorer: Scorer | SequenceScorer | None,
         budget: Budget | None,
-        source: PromptCalibration | None,
-        forwards: Forwards,
-        stats: FasaStats,
     ) -> None:
-        config = settings.config
+        config = shared.config
         self.number, self.begins, self.implementation = number, begins, implementation
-        self.budget = budget
-        self._scorer, self._source = scorer, source
+        self.budget, self._scorer, self._source = budget, scorer, shared.source
         self.follower = scorer if isinstance(scorer, SequenceScorer) else None
-        self._forwards, self._stats = forwards, stats
-        self._packs = settings.packs and budget is not None
-        self._backend, self._prefill, self._group_reduce = config.backend, config.prefill, settings.group_reduce
-        self._completes = settings.completion != "none"
-        self._strength = config.completion_strength if settings.completion == "first_order" else 0.0
+        self._forwards, self._stats = shared.forwards, shared.stats
+        self._packs = shared.packs and budget is not None
+        self._backend, self._prefill, self._group_reduce = config.backend, config.prefill, shared.group_reduce
+        self._completes = shared.completion != "none"
+        self._strength = config.completion_strength if shared.completion == "first_order" else 0.0
         self._samples = self._group_reduce == "softmax" or self._completes
         self._by_all = getattr(scorer, "completes_by_all", False)
         self._dense_budget = config.budget  # from which on a dense layer may attend by our own kernel
@@ -260,14 +208,14 @@ class Layer(OfOneModel):
         if q_len == 1:  # many queries come in parts, for which a graph would be guarded on T, token by token
             focused = sparse_attention(call, self._backend).transpose(1, 2).contiguous()
         else:
-            focused = self._in_parts(call)
+            focused = in_parts(call, self._backend)
         weights = None
         if options.get("output_attentions") and self.implementation == "eager":
-            weights = _weights(call)
+            weights = weights_of(call)
         if boundary is None or boundary.highest <= first_slot:  # every query is sparse
             return focused, weights
         beside = dense(module, query, key, value, attention_mask, **options)
-        return _merged(beside, focused, weights, sparse, first)
+        return merged(beside, focused, weights, sparse, first)
 
     def _pack(self, cache: Cache, scorer: object, device: torch.device) -> None:
         """Let the cache pack this layer's keys; a growing one does at its first sparse step where that is faster."""
@@ -350,37 +298,3 @@ class Layer(OfOneModel):
         """Whether a dense layer may attend by grouped rows, which are not bit by bit the model's own attention."""
         more = options.get("dropout") or options.get("output_attentions")
         return self._may_group and not more and not self._dense_budget.covers(kv_len)
-
-    def _in_parts(self, call: Call) -> Tensor:
-        """Sparse attention of several queries, [B, Q, Hq, D]: as many at a time as their scores fit in memory."""
-        q_len, kv_len = call.query.shape[2], call.key.shape[2]
-        step = max(1, _SCORE_BYTES // 8 // len(call.query) // call.query.shape[1] // kv_len)
-        scores = call.scorer.scores if isinstance(call.scorer, Given) else None
-        parts = []
-        for at in range(0, q_len, step):
-            part = replace(call, query=call.query[:, :, at : at + step], valid=call.valid[:, :, :, at : at + step])
-            if scores is not None:
-                part.scorer = Given(scores[..., at : at + step, :])
-            parts.append(sparse_attention(part, self._backend))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2).contiguous()
-
-
-def _weights(call: Call) -> Tensor:
-    """Attention weights [B, Hq, Q, T] of sparse queries, for ``output_attentions``: values of 1 at one key each."""
-    key = call.key.to(call.query.device)
-    ones = torch.eye(key.shape[2], dtype=key.dtype, device=key.device).expand(*key.shape[:2], -1, -1)
-    alone = replace(call, key=key, value=ones, packed_keys=None, held=None, marks=None, completion=None)
-    return sparse_attention(alone, "gather")
-
-
-def _merged(
-    dense: AttentionResult, focused: Tensor, weights: Tensor | None, sparse: Tensor, first: int
-) -> AttentionResult:
-    """A forward's queries before a boundary from ``dense``, those behind it as focused attention and its weights."""
-    out, dense_weights = dense
-    merged = torch.where(sparse[:, first:, None, None], focused, out[:, first:])
-    out = torch.cat([out[:, :first], merged], dim=1)
-    if weights is None or dense_weights is None:
-        return out, dense_weights
-    merged = torch.where(sparse[:, None, first:, None], weights, dense_weights[:, :, first:])
-    return out, torch.cat([dense_weights[:, :, :first], merged], dim=2)

@@ -20,7 +20,7 @@ from fasa_flex.backends.triton.kernels import (
     select_keys,
 )
 from fasa_flex.backends.triton.tip import Ranking, Tip, kept_share, ranked, share_of
-from fasa_flex.core.operators import operator
+from fasa_flex.core.compiler import operator
 
 SELECT_WARPS, MOST_COUNTED = 8, 2048
 ATTEND_BLOCK, ATTEND_WARPS = 128, 4

@@ -14,7 +14,7 @@ from fasa_flex.backends.triton.kernels import (
     parts_of,
     power_of_two,
 )
-from fasa_flex.core.operators import operator
+from fasa_flex.core.compiler import operator
 
 PROGRAMS, MOST_PARTS, MERGE_WARPS = 256, 128, 8
 """Of a dense layer's attention: two programs for each multiprocessor, whose parts of a row are merged at once."""

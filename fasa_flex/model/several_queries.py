@@ -1,0 +1,52 @@
+"""Sparse attention of several queries of one forward, some of which may be dense."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fasa_flex.backends.table import sparse_attention
+from fasa_flex.core.config import Backend
+from fasa_flex.core.method import Call
+from fasa_flex.core.scoring import Given
+from fasa_flex.hf.attention_routing import AttentionResult
+
+_SCORE_BYTES = 1 << 27
+"""Scores of several queries that are held at once."""
+
+
+def in_parts(call: Call, backend: Backend) -> Tensor:
+    """Sparse attention of several queries, [B, Q, Hq, D]: as many at a time as their scores fit in memory."""
+    q_len, kv_len = call.query.shape[2], call.key.shape[2]
+    step = max(1, _SCORE_BYTES // 8 // len(call.query) // call.query.shape[1] // kv_len)
+    scores = call.scorer.scores if isinstance(call.scorer, Given) else None
+    parts = []
+    for at in range(0, q_len, step):
+        part = replace(call, query=call.query[:, :, at : at + step], valid=call.valid[:, :, :, at : at + step])
+        if scores is not None:
+            part.scorer = Given(scores[..., at : at + step, :])
+        parts.append(sparse_attention(part, backend))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).transpose(1, 2).contiguous()
+
+
+def weights_of(call: Call) -> Tensor:
+    """Attention weights [B, Hq, Q, T] of sparse queries, for ``output_attentions``: values of 1 at one key each."""
+    key = call.key.to(call.query.device)
+    ones = torch.eye(key.shape[2], dtype=key.dtype, device=key.device).expand(*key.shape[:2], -1, -1)
+    alone = replace(call, key=key, value=ones, packed_keys=None, held=None, marks=None, completion=None)
+    return sparse_attention(alone, "gather")
+
+
+def merged(
+    dense: AttentionResult, focused: Tensor, weights: Tensor | None, sparse: Tensor, first: int
+) -> AttentionResult:
+    """A forward's queries before a boundary from ``dense``, those behind it as focused attention and its weights."""
+    out, dense_weights = dense
+    merged = torch.where(sparse[:, first:, None, None], focused, out[:, first:])
+    out = torch.cat([out[:, :first], merged], dim=1)
+    if weights is None or dense_weights is None:
+        return out, dense_weights
+    merged = torch.where(sparse[:, None, first:, None], weights, dense_weights[:, :, first:])
+    return out, torch.cat([dense_weights[:, :, :first], merged], dim=2)
