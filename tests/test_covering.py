@@ -10,8 +10,9 @@ import torch
 from cases import generator
 from torch import Tensor
 
+from fasa_flex.backends.triton import dispatch  # noqa: F401 - registers its kernel
 from fasa_flex.core.budget import SINKS
-from fasa_flex.core.completion import BLOCK, CompletionState
+from fasa_flex.core.completion import BLOCK, CompletionState, cover_on
 
 pytest.importorskip("triton")
 cover_by_kernel = import_module("fasa_flex.backends.triton.completion").cover_by_kernel
@@ -108,19 +109,14 @@ def test_wide_heads_are_covered_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     twins.advance(150, 80)
 
 
-class OnGpu(torch.Tensor):
-    """A tensor that says it is on a GPU."""
-
-    is_cuda = True
-
-
 @pytest.mark.parametrize("pinned", [True, False])
 def test_a_gpu_covers_by_the_kernel_what_it_can_read(pinned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[Any] = []
     monkeypatch.setattr("fasa_flex.backends.triton.completion.cover_by_kernel", lambda *call: called.append(call))
+    monkeypatch.setitem(cover_on, "cpu", cover_on["cuda"])
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: pinned)
     key, value = drawn(70)
-    state = CompletionState.empty(key, value, True).change(lambda held: held.as_subclass(OnGpu))
+    state = CompletionState.empty(key, value, True)
     valid = torch.ones(1, 70, dtype=torch.bool)
     state.advance(key, value, valid, valid.cumsum(-1), 70)
     assert len(called) == int(pinned)

@@ -27,7 +27,7 @@ from fasa_flex.core.budget import SINKS
 from fasa_flex.core.compiler import operator
 from fasa_flex.core.group_reduce import Weights
 from fasa_flex.core.selection import Selection
-from fasa_flex.core.softmax import Softmax
+from fasa_flex.core.softmax import Softmax, with_sinks
 
 BLOCK = 64
 """Valid tokens that a state is brought up to date by."""
@@ -109,6 +109,9 @@ class CompletionState:
 
 _STATE = ("covered", "key_sum", "value_sum", "product", "mean_value", "covariance")
 
+cover_on: dict[str, Callable[..., None]] = {}
+"""Faster ways than `cover_blocks`' own, with its arguments, by device type; a backend puts them here."""
+
 
 @operator("cover_blocks", lambda *_: None, mutates=_STATE)
 def cover_blocks(
@@ -124,12 +127,11 @@ def cover_blocks(
     number: Tensor,
     written: int,
 ) -> None:
-    """`CompletionState.advance`: on a GPU by one kernel, elsewhere row by row."""
-    if covered.is_cuda and _reads(key) and _reads(value):
-        from fasa_flex.backends.triton.completion import cover_by_kernel  # Triton is there with CUDA only
-
+    """`CompletionState.advance`: by `cover_on` where it can, else row by row."""
+    faster = cover_on.get(covered.device.type)
+    if faster is not None and _reads(key) and _reads(value):
         state = (covered, key_sum, value_sum, product, mean_value, covariance)
-        cover_by_kernel(*state, key, value, valid, number, written, BLOCK, SINKS)
+        faster(*state, key, value, valid, number, written, BLOCK, SINKS)
         return
     dim, rows = key_sum.shape[2], len(covered)
     counts = number[:, -1].expand(rows).tolist()
@@ -285,17 +287,3 @@ def completed(
         return out
     assert lse is not None
     return with_sinks(out, lse, share, softmax.sinks)
-
-
-def with_sinks(out: Tensor, lse: Tensor, share: Tensor | None, sinks: Tensor) -> Tensor:
-    """Attention without learned sinks as it is with them: they take weight and carry no value.
-
-    Args:
-        out: [B, Hq, Q, Dv].
-        lse: float32 [B, Hq, Q], the log-sum-exp of the selected keys' exact logits.
-        share: of all keys' mass that the selected ones hold, float32 [B, Hkv, G, Q]; None: all of it.
-        sinks: float [Hq], logits.
-    """
-    mass = lse if share is None else lse - share.flatten(1, 2).log()
-    weighed: Tensor = out * torch.sigmoid(mass - sinks.float()[:, None])[..., None]
-    return weighed.to(out.dtype)

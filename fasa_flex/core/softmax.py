@@ -35,3 +35,17 @@ class Softmax:
     def cap(self, logits: Tensor) -> Tensor:
         """Scaled logits under the cap."""
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def with_sinks(out: Tensor, lse: Tensor, share: Tensor | None, sinks: Tensor) -> Tensor:
+    """Attention without learned sinks as it is with them: they take weight and carry no value.
+
+    Args:
+        out: [B, Hq, Q, Dv].
+        lse: float32 [B, Hq, Q], the log-sum-exp of the selected keys' exact logits.
+        share: of all keys' mass that the selected ones hold, float32 [B, Hkv, G, Q]; None: all of it.
+        sinks: float [Hq], logits.
+    """
+    mass = lse if share is None else lse - share.flatten(1, 2).log()
+    weighed: Tensor = out * torch.sigmoid(mass - sinks.float()[:, None])[..., None]
+    return weighed.to(out.dtype)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fasa_flex.core.budget import Budget
-from fasa_flex.core.completion import completed
+from fasa_flex.core.completion import completed, cover_on
 from fasa_flex.core.config import FasaConfig, GroupReduce
 from fasa_flex.core.method import Call
 from fasa_flex.core.packed_keys import PackedKeys
@@ -80,6 +82,16 @@ def why_not_these(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return "it computes no gradients"
     return None
+
+
+def _cover(*arguments: Any) -> None:
+    """`cover_blocks` on a GPU."""
+    from fasa_flex.backends.triton.completion import cover_by_kernel  # Triton is there with CUDA only
+
+    cover_by_kernel(*arguments)
+
+
+cover_on["cuda"] = _cover
 
 
 def writes_at_once(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, packed: PackedKeys, dims: Tensor) -> bool:
