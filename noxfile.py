@@ -138,7 +138,7 @@ def package(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build README and pages as a site; a broken link or snippet is an error (``-- --serve`` shows the site)."""
+    """Build README and pages as a site, with no broken link (Python 3.11.5 or newer; ``-- --serve`` shows it)."""
     extras = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
     session.install("--constraint", "constraints.txt", *extras["docs"])  # docstrings are read, not imported
     settings = ("--config-file", "evals/mkdocs.yml")
