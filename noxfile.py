@@ -137,6 +137,21 @@ def package(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build README and pages as a site, with no broken link (Python 3.11.5 or newer; ``-- --serve`` shows it)."""
+    extras = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]
+    session.install("--constraint", "constraints.txt", *extras["docs"])  # docstrings are read, not imported
+    settings = ("--config-file", "evals/mkdocs.yml")
+    session.env["NO_MKDOCS_2_WARNING"] = "1"
+    if "--serve" in session.posargs:
+        session.run("mkdocs", "serve", *settings)
+        return
+    site = Path(session.create_tmp()).resolve() / "site"
+    session.run("mkdocs", "build", "--strict", *settings, "--site-dir", str(site))
+    session.log(f"built {site / 'index.html'}")
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style, formatting and types."""
     install(session, "dev", "lm-eval", "plots")

@@ -1,58 +1,48 @@
-"""The README shows what the committed results say, and its example runs."""
+"""README and pages show what the committed results say, and the README's example runs."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import PreTrainedModel
 from ways import support_table
 
 from evals.bench.tables import TABLES
 from evals.marked import block
 from evals.quality import real_tables
-from fasa_flex import FasaConfig, enable
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = ROOT / "evals" / "docs"
 
 
 def test_the_table_is_that_of_the_committed_results() -> None:
     """`python -m evals.quality.demo --commit-results` writes it."""
     record = json.loads((ROOT / "evals" / "results" / "demo.json").read_text())
-    assert block(README, "demo table") == record["table"]
+    assert block((PAGES / "rivals.md").read_text(), "demo table") == record["table"]
 
 
 def test_the_support_table_is_the_matrix_of_the_tests() -> None:
     """`python tests/ways.py` prints it."""
-    assert block(README, "support table") == support_table()
+    assert block((PAGES / "models.md").read_text(), "support table") == support_table()
 
 
-@pytest.mark.parametrize("table", real_tables.TABLES)
-def test_the_tables_of_the_real_model_are_those_of_the_committed_results(table: str) -> None:
-    """`python -m evals.quality.real_tables` writes them."""
-    assert block(README, table) == real_tables.TABLES[table]()
+FILLED = [
+    (page, name, made)
+    for tables in (real_tables.TABLES, TABLES)
+    for page in tables
+    for name, made in tables[page].items()
+]
 
 
-@pytest.mark.parametrize(("readme", "table"), [(readme, name) for readme in TABLES for name in TABLES[readme]])
-def test_the_tables_of_speed_are_those_of_the_committed_results(readme: Path, table: str) -> None:
-    """`python -m evals.bench.tables` writes them."""
-    assert block(readme.read_text(), table) == TABLES[readme][table]()
-
-
-def test_the_scorer_in_the_readme_runs(llama: PreTrainedModel) -> None:
-    """A rival method in a few lines: the keys of largest norm."""
-    code = re.search(r"```python\n(class LargestKeys.*?)\n\nenable", README, flags=re.DOTALL)
-    assert code is not None
-    names: dict[str, type] = {}
-    exec(code[1], names)
-    with enable(llama, None, FasaConfig(n_fac=4), scorer=lambda layer: names["LargestKeys"]()) as fasa:
-        llama.generate(torch.arange(1, 21)[None], max_new_tokens=3, do_sample=False, pad_token_id=0)
-        assert fasa.stats.sparse_queries == 4
+@pytest.mark.parametrize(("page", "table", "made"), FILLED, ids=[f"{page.stem}: {name}" for page, name, _ in FILLED])
+def test_tables_are_those_of_the_committed_results(page: Path, table: str, made: Callable[[], str]) -> None:
+    """`python -m evals.quality.real_tables` and `evals.bench.tables` write them."""
+    assert block(page.read_text(), table) == made()
 
 
 @pytest.mark.slow

@@ -155,7 +155,7 @@ def possible(family: Family, way: Way) -> bool:
 
 
 def support_table() -> str:
-    """The matrix that the tests run, as the README shows it."""
+    """The matrix that the tests run, as evals/docs/models.md shows it."""
     header = ["family", "sparse layers", *WAYS]
     rows = [[family.name, family.note, *(_mark(family, way) for way in WAYS.values())] for family in FAMILIES.values()]
     lines = [header, ["---", "---", *(":-:" for _ in WAYS)], *rows]

@@ -1,6 +1,6 @@
-"""The tables of speed in README.md and evals/bench/README.md, made of the committed results.
+"""The tables of speed in README.md, evals/bench/README.md and evals/docs/how_it_works.md, of the committed results.
 
-python -m evals.bench.tables            # writes them between the READMEs' markers
+python -m evals.bench.tables            # writes them between the pages' markers
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from fasa_flex.bench.report import side_by_side, summary
 
 ROOT = Path(__file__).parents[2]
 MAIN, DETAILS = ROOT / "README.md", Path(__file__).with_name("README.md")
+METHOD = ROOT / "evals" / "docs" / "how_it_works.md"
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
@@ -73,12 +74,36 @@ def steps(rival: str) -> str:
     return _joined(lines)
 
 
+def backends() -> str:
+    """How many times as fast as the best dense attention a call of one token is by each backend, at batch 1."""
+    names = {
+        "FASA-C triton": "`triton`",
+        "FASA-C flex, compiled": "`flex`",
+        "FASA-C gather, compiled": "`compiled`",
+        "FASA-C gather": "`gather`",
+    }
+    runs = {"H100": "bench_op_cuda", "EPYC": "bench_op_cpu_flex"}
+    found = {
+        (device, row["context"] // 1024, rival["name"]): f"{rival['speedup']:.2f}x"
+        for device, file in runs.items()
+        for row in rows_of(file)
+        if row["batch"] == 1
+        for rival in row["rivals"]
+    }
+    columns = [(device, context) for device in runs for context in (4, 16, 128)]
+    lines = [["backend", *(f"{device}, {context}k tokens" for device, context in columns)]]
+    lines.append(["---"] + ["--:"] * len(columns))
+    lines += [[shown, *(found.get((*column, name), "-") for column in columns)] for name, shown in names.items()]
+    return _joined(lines)
+
+
 def _joined(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     MAIN: {"step summary": partial(steps, "FASA-C triton")},
+    METHOD: {"backends": backends},
     DETAILS: {
         "step cuda": partial(rivals, "step_cuda"),
         "generate cuda": partial(generated, "cuda"),
@@ -100,8 +125,8 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
 
 
 def main() -> None:
-    for readme, tables in TABLES.items():
-        fill(readme, tables)
+    for page, tables in TABLES.items():
+        fill(page, tables)
 
 
 if __name__ == "__main__":

@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument(
         "--commit-results",
         action="store_true",
-        help="replace evals/results/demo.json and demo.png and README's table, too",
+        help="replace evals/results/demo.json and demo.png and the table of evals/docs/rivals.md, too",
     )
     options = parser.parse_args()
     model, tokenizer = load_smollm2()
@@ -247,7 +247,7 @@ def main() -> None:
     if options.commit_results:
         for name in ("demo.json", "demo.png"):
             shutil.copyfile(options.out / name, RESULTS / name)
-        fill(ROOT / "README.md", {"demo table": lambda: record["table"]})
+        fill(ROOT / "evals" / "docs" / "rivals.md", {"demo table": lambda: record["table"]})
     print(f"\n{record['table']}\n\nwritten to {options.out} after {record['seconds']} s; all arms saw the same prompts")
 
 

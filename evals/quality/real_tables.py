@@ -1,6 +1,6 @@
-"""README's tables of the real model, made of the committed results.
+"""The tables of the real model in README.md and evals/docs/how_it_works.md, made of the committed results.
 
-python -m evals.quality.real_tables          # writes them between the README's markers
+python -m evals.quality.real_tables          # writes them between the pages' markers
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -17,7 +18,6 @@ from evals.quality.committed import markdown
 from evals.quality.real_page import shown, window_length
 from evals.quality.real_results import Results, bytes_of, perplexity
 
-README = ROOT / "README.md"
 STUDY = RESULTS / "study_real" / "smollm2.json"
 ARMS = {
     "dense": "dense",
@@ -84,7 +84,11 @@ def settings() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"defaults table": defaults, "settings table": settings}
+TABLES: dict[Path, dict[str, Callable[[], str]]] = {
+    ROOT / "README.md": {"defaults table": defaults},
+    ROOT / "evals" / "docs" / "how_it_works.md": {"settings table": settings},
+}
 
 if __name__ == "__main__":
-    fill(README, TABLES)
+    for page, tables in TABLES.items():
+        fill(page, tables)
