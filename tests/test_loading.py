@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
 import torch
 from sentences import raises_sentence
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from fasa_flex.hf import loading
 from fasa_flex.hf.loading import load_model
 
 
@@ -33,3 +36,21 @@ def test_a_gguf_file_that_is_not_there_is_refused_in_one_sentence(tmp_path: Path
     """The package is asked for first, where it is missing."""
     with raises_sentence(ValueError, match=r"holds no file model.gguf .*; pass gguf_file|pip install .*gguf"):
         load_model(str(tmp_path), gguf_file="model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("release", "model_type", "gguf_file", "refused"),
+    [
+        ("5.17.0", "gemma3_text", "model.gguf", True),
+        ("5.17.0", "gemma3_text", None, False),
+        ("5.17.0", "llama", "model.gguf", False),
+        ("5.18.0.dev0", "gemma3_text", "model.gguf", False),
+    ],
+)
+def test_a_tokenizer_that_transformers_reads_wrongly_is_refused(
+    release: str, model_type: str, gguf_file: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "transformers_version", release)
+    expected = raises_sentence(ValueError, match="5.17.0 reads the tokenizer of model.gguf without its merges")
+    with expected if refused else nullcontext():
+        loading.check_gguf_tokenizer(model_type, gguf_file)
