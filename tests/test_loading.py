@@ -27,6 +27,15 @@ def test_a_folder_gives_the_model_and_its_tokenizer(
     assert load_model(str(tmp_path), dtype="float32", device="cpu")[0].dtype == torch.float32
 
 
+def test_the_tokenizer_may_be_in_another_folder(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    llama.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "words")
+    _, words = load_model(str(tmp_path / "model"), tokenizer=str(tmp_path / "words"), device="cpu")
+    assert words("w3 w9").input_ids == tokenizer("w3 w9").input_ids
+
+
 def test_what_is_no_model_is_refused_in_one_sentence(tmp_path: Path) -> None:
     with raises_sentence(ValueError, match=r"^no model can be loaded from .*; pass the folder .*\.$"):
         load_model(str(tmp_path))

@@ -94,6 +94,7 @@ def load_model(
     pretrained: str,
     *,
     gguf_file: str | None = None,
+    tokenizer: str | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -102,6 +103,7 @@ def load_model(
     Args:
         pretrained: a folder or a Hub repository.
         gguf_file: the file of it that holds weights and tokenizer in GGUF.
+        tokenizer: a folder or repository of the tokenizer; None: the model's own.
         dtype: of the weights, such as ``torch.bfloat16`` or ``"float32"``; None: as they were saved.
         device: where the model goes; None: the GPU if there is one.
 
@@ -112,9 +114,10 @@ def load_model(
     kept = "auto" if dtype is None else dtype
     try:
         with explained_gguf(pretrained, gguf_file):
-            tokenizer = AutoTokenizer.from_pretrained(pretrained, **source)
+            words = AutoTokenizer.from_pretrained(tokenizer or pretrained, **({} if tokenizer else source))
             model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=kept, **source)
-        check_gguf_tokenizer(model.config.get_text_config().model_type, gguf_file)
+        if tokenizer is None:
+            check_gguf_tokenizer(model.config.get_text_config().model_type, gguf_file)
     except GGUFError:
         raise
     except (OSError, ValueError) as error:
@@ -124,4 +127,4 @@ def load_model(
             "model with its tokenizer."
         ) from error
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-    return model.to(chosen).eval(), tokenizer
+    return model.to(chosen).eval(), words
