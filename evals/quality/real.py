@@ -142,6 +142,7 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--pretrained", required=True, help="folder of the model")
     made.add_argument("--gguf-file", help="file in the folder")
+    made.add_argument("--tokenizer", help="folder of the tokenizer, where it is not the model's own")
     made.add_argument("--text", action="append", required=True, help="a file to report on, or topics; repeatable")
     made.add_argument("--calibrate", action="append", required=True, help="a file to calibrate on, or topics")
     made.add_argument("--arm", action="append", default=[], help="such as 'fasa 128 completion=none'; repeatable")
@@ -170,7 +171,11 @@ class Run:
         torch.backends.cuda.matmul.allow_tf32 = False
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.tokenizer = load_model(
-            options.pretrained, gguf_file=options.gguf_file, dtype=torch.float32, device=self.device
+            options.pretrained,
+            gguf_file=options.gguf_file,
+            tokenizer=options.tokenizer,
+            dtype=torch.float32,
+            device=self.device,
         )
         self.texts = [read_text(self.tokenizer, source, calibrates=False) for source in options.text]
         calibrating = [read_text(self.tokenizer, source, calibrates=True) for source in options.calibrate]
