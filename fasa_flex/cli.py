@@ -117,7 +117,12 @@ def _calibrate_options(parser: argparse.ArgumentParser) -> None:
     _model_options(parser)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the profile, one of its own")
     parser.add_argument(
-        "--text", type=Path, nargs="+", metavar="FILE", help="long texts (default: packaged ones, as profile=auto's)"
+        "--text",
+        action="extend",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="long texts (default: packaged ones, as profile=auto's)",
     )
     parser.add_argument("--length", type=int, metavar="N", help="tokens of each text at most (default: 8192)")
     parser.add_argument("--top-k", type=int, metavar="K", help="K of contextual agreement (default: 256)")

@@ -192,14 +192,16 @@ def words(length: int, seed: int = 0) -> str:
     return " ".join(f"w{number}" for number in token_ids(length, seed=seed).tolist())
 
 
+@pytest.mark.parametrize("repeated", [False, True])
 def test_calibrate_saves_what_calibrate_finds(
-    checkpoint: str, llama: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: str, llama: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], repeated: bool
 ) -> None:
     files = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for seed, file in enumerate(files):
         file.write_text(words(50, seed))
     out, options = tmp_path / "profile", ["--top-k", "8", "--max-new-tokens", "2", "--length", "40", "--device", "cpu"]
-    assert cli.main(["calibrate", checkpoint, str(out), "--text", *map(str, files), *options]) == 0
+    texts = ["--text", str(files[0]), *["--text"][: int(repeated)], str(files[1])]
+    assert cli.main(["calibrate", checkpoint, str(out), *texts, *options]) == 0
     assert f"is in {out}" in capsys.readouterr().out
     samples = [token_ids(50, seed=seed)[:40] for seed in (0, 1)]
     expected = fasa_flex.calibrate(llama, samples, top_k=8, max_new_tokens=2, progress=False)
