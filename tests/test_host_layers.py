@@ -219,7 +219,7 @@ def test_every_change_of_a_layer_in_host_memory_waits_for_the_device(
     cache, waited = filled(llama, placement="host"), []
     keys = [layer.keys for layer in packed_layers(cache)]
     monkeypatch.setattr(
-        "fasa_flex.caches.packed_layers.settle", lambda states, device: waited.append((states, device.type))
+        "fasa_flex.caches.keeps_packed_keys.settle", lambda states, device: waited.append((states, device.type))
     )
     read(cache)
     assert [device for _, device in waited] == ["cpu"] * len(waited)
