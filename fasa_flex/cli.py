@@ -24,10 +24,10 @@ class Command:
     """One subcommand; what it needs beyond the standard library is imported when it runs.
 
     Attributes:
-        name: The word behind ``fasa-flex``.
-        summary: One line for ``fasa-flex --help``.
-        options: Adds the arguments.
-        run: Does the work. A ValueError from it ends the command with its sentence and exit code 2.
+        name: the word behind ``fasa-flex``.
+        summary: one line for ``fasa-flex --help``.
+        options: adds the arguments.
+        run: does the work. A ValueError from it ends the command with its sentence and exit code 2.
     """
 
     name: str
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code.
 
     Args:
-        arguments: Words behind ``fasa-flex``; those of the process if None.
+        arguments: words behind ``fasa-flex``; those of the process if None.
     """
     parser = argparse.ArgumentParser(prog="fasa-flex", description="Frequency-aware sparse attention.")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)

@@ -93,8 +93,8 @@ class Ledger:
     """A JSON file of parts, each written as soon as it is measured; a run that was stopped goes on where it was.
 
     Args:
-        path: The file; its folder is made.
-        head: Where the results come from (`provenance`), of the last run; the seconds are those of all parts.
+        path: the file; its folder is made.
+        head: where the results come from (`provenance`), of the last run; the seconds are those of all parts.
     """
 
     def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
@@ -107,9 +107,9 @@ class Ledger:
         """The rows of a part: those in the file if they were measured with the same settings, new ones otherwise.
 
         Args:
-            name: Of the part.
-            settings: All that decides its rows, JSON-ready.
-            measure: Makes the rows, JSON-ready.
+            name: of the part.
+            settings: all that decides its rows, JSON-ready.
+            measure: makes the rows, JSON-ready.
         """
         rows = self.kept(name, settings)
         if rows is None:
@@ -168,9 +168,9 @@ def calibrate_reference(folder: Path, steps: int = ANSWER_TOKENS, adjacent: bool
     """The reference model's profile, from ``steps`` decode steps on each of the `calibration_prompts`.
 
     Args:
-        folder: Where it is saved.
-        steps: Of each prompt.
-        adjacent: Take adjacent pairs of dimensions in place of the model's planes.
+        folder: where it is saved.
+        steps: of each prompt.
+        adjacent: take adjacent pairs of dimensions in place of the model's planes.
     """
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL)
@@ -185,9 +185,9 @@ def evaluate(arm: Arm, counts: Mapping[str, int], length: int = LENGTH) -> dict[
     """lm-eval's results of one arm.
 
     Args:
-        arm: The model.
-        counts: For each task, how many of its first documents are used.
-        length: Of the documents, in tokens.
+        arm: the model.
+        counts: for each task, how many of its first documents are used.
+        length: of the documents, in tokens.
     """
     from lm_eval import simple_evaluate  # here, because parts that read dense forwards do without lm-eval
     from lm_eval.tasks import TaskManager
@@ -279,7 +279,7 @@ def provenance(begun: float, **shared: Any) -> dict[str, Any]:
 
     Args:
         begun: `time.time` at the start.
-        shared: Settings of all rows, JSON-ready.
+        shared: settings of all rows, JSON-ready.
     """
     module = "evals.quality." + Path(sys.argv[0]).stem
     words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])

@@ -43,7 +43,7 @@ def needs(mass: Rows) -> list[list[float]]:
     """Keys that hold nine tenths of the attention, by layer and key/value head; means over its query heads and steps.
 
     Args:
-        mass: Rows of `evals.quality.agreement.mass`.
+        mass: rows of `evals.quality.agreement.mass`.
     """
     rows = [row for row in mass if row["method"] == "keys for 90 %" and row["layer"] is not None]
     return [

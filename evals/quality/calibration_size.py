@@ -127,9 +127,9 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: arg
     """Measure what the file does not hold, and write each part as soon as it is measured.
 
     Args:
-        model: Under dense attention.
-        tokenizer: Its own.
-        options: Of the command line.
+        model: under dense attention.
+        tokenizer: its own.
+        options: of the command line.
     """
     longest = max(options.lengths)
     settings = {

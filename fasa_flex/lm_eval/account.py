@@ -20,20 +20,20 @@ class Run:
     """The requests of one kind that one task made.
 
     Attributes:
-        task: Its name.
+        task: its name.
         kind: ``loglikelihood``, ``loglikelihood_rolling`` or ``generate_until``.
-        requests: How many were answered here; those that ``--use_cache`` answered are not among them.
-        dense_answers: Log-likelihood requests all of whose tokens are predicted by dense queries.
-        truncated: Inputs that lost tokens on the left.
-        unfinished: Generations that ran into ``max_gen_toks``.
-        dense_queries: Queries that attended to all keys, over all layers.
-        sparse_queries: Queries that attended to a selection, over all layers. Rows of a batch go on until its last
+        requests: how many were answered here; those that ``--use_cache`` answered are not among them.
+        dense_answers: log-likelihood requests all of whose tokens are predicted by dense queries.
+        truncated: inputs that lost tokens on the left.
+        unfinished: generations that ran into ``max_gen_toks``.
+        dense_queries: queries that attended to all keys, over all layers.
+        sparse_queries: queries that attended to a selection, over all layers. Rows of a batch go on until its last
             answer ends, and count.
-        settings: Which criterion, packed dtype and completion ran (`FasaStats.settings`); None for what does not apply
+        settings: which criterion, packed dtype and completion ran (`FasaStats.settings`); None for what does not apply
             or was not yet known. A sum names every value that ran.
-        selected: Keys that sparse queries attended to.
-        valid: Keys that sparse queries chose from.
-        bytes_read: Keys and values that sparse queries read, ranking included (`fasa_flex.core.bytes_read`); None if
+        selected: keys that sparse queries attended to.
+        valid: keys that sparse queries chose from.
+        bytes_read: keys and values that sparse queries read, ranking included (`fasa_flex.core.bytes_read`); None if
             not stated, and then in a sum, too.
     """
 
@@ -115,7 +115,7 @@ class Account:
     """All runs of one model.
 
     Args:
-        stats: The model's counters; the account resets them for each run.
+        stats: the model's counters; the account resets them for each run.
     """
 
     def __init__(self, stats: FasaStats) -> None:

@@ -16,11 +16,11 @@ def claim(answers: Any, parameters: dict[str, Any]) -> None:
     later does not take sparse answers for its own.
 
     Args:
-        answers: The file, a ``SqliteDict`` as lm-eval's ``CachingLM`` opened it; it is turned to our table.
-        parameters: Everything that decides a score.
+        answers: the file, a ``SqliteDict`` as lm-eval's ``CachingLM`` opened it; it is turned to our table.
+        parameters: everything that decides a score.
 
     Raises:
-        ValueError: The file holds answers of another model, or of this one with other parameters.
+        ValueError: the file holds answers of another model, or of this one with other parameters.
     """
     mine = json.dumps(parameters, sort_keys=True)
     refusal = ValueError(

@@ -71,11 +71,11 @@ def config_of(method: str, **options: Any) -> FasaConfig:
     where an option has it or takes None, and otherwise the default.
 
     Args:
-        method: As `FasaHFLM` knows it; a baseline's defaults are its paper's.
-        options: Of `OPTIONS`.
+        method: as `FasaHFLM` knows it; a baseline's defaults are its paper's.
+        options: of `OPTIONS`.
 
     Raises:
-        ValueError: An option that the method does not hear, or that is out of its range.
+        ValueError: an option that the method does not hear, or that is out of its range.
     """
     if options.get("backend") == "fastest":
         raise ValueError(
@@ -161,8 +161,8 @@ def check_unknown(given: Iterable[str], *, loads: bool) -> None:
     """Refuse arguments that look like a slip of one of ours, which lm-eval would hand on to ``from_pretrained``.
 
     Args:
-        given: Names that are not ours.
-        loads: Whether the model is loaded by name, so that ``from_pretrained`` takes further arguments, and refuses
+        given: names that are not ours.
+        loads: whether the model is loaded by name, so that ``from_pretrained`` takes further arguments, and refuses
             those it does not know (`refusals_named`); with a model object nothing would.
     """
     for name in sorted(set(given) - set(inspect.signature(HFLM.__init__).parameters)):
@@ -201,7 +201,7 @@ def path_as_written(name: str, path: str | os.PathLike[str] | int) -> str:
     """A path as the command line had it, where lm-eval makes 12 of ``12`` and of ``012``.
 
     Raises:
-        ValueError: Several of the names that it may have been are there.
+        ValueError: several of the names that it may have been are there.
     """
     if not isinstance(path, int):
         return os.fsdecode(path)

@@ -130,7 +130,7 @@ def settings(metadata: dict[str, Any]) -> tuple[list[int], str, int, int]:
     """Lengths, tokenizer, documents a length and facts a document, out of lm-eval's keyword arguments.
 
     Raises:
-        ValueError: One of them is missing or is no such number.
+        ValueError: one of them is missing or is no such number.
     """
     given = metadata.get("max_seq_lengths", LENGTHS)
     lengths = [given] if isinstance(given, int) else list(given)

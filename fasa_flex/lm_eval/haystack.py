@@ -52,9 +52,9 @@ class Document:
     """Real text with facts on lines of their own, and the question about one of them.
 
     Attributes:
-        text: The haystack with its facts, without a question and without a final line end.
-        facts: The facts in document order.
-        asked: Index into ``facts`` of the fact that ``prompt`` asks for.
+        text: the haystack with its facts, without a question and without a final line end.
+        facts: the facts in document order.
+        asked: index into ``facts`` of the fact that ``prompt`` asks for.
     """
 
     text: str
@@ -94,9 +94,9 @@ def draw_facts(rng: Random, n: int, value_syllables: int = VALUE_SYLLABLES) -> l
     """Draw ``n`` facts in which no syllable occurs twice, so that every question has one answer.
 
     Args:
-        rng: Private generator; advanced.
-        n: Number of facts, 1 to ``MAX_FACTS``; to fewer where values are longer.
-        value_syllables: Length of every value.
+        rng: private generator; advanced.
+        n: number of facts, 1 to ``MAX_FACTS``; to fewer where values are longer.
+        value_syllables: length of every value.
     """
     most = len(SYLLABLES) // (max(KEY_SYLLABLES) + value_syllables)
     if not 1 <= n <= most:
@@ -120,11 +120,11 @@ def document(
     has at most ``length`` tokens and at least ``length - max(2, length // 64)``.
 
     Args:
-        rng: Private generator; advanced by the same draws whatever ``length`` is.
-        length: Most tokens of ``Document.prompt``.
-        count_tokens: Number of tokens of a string, as the model under test counts them.
+        rng: private generator; advanced by the same draws whatever ``length`` is.
+        length: most tokens of ``Document.prompt``.
+        count_tokens: number of tokens of a string, as the model under test counts them.
         n_facts: 1 to ``MAX_FACTS``.
-        text: The source to cut from; the held-out text if None.
+        text: the source to cut from; the held-out text if None.
     """
     text = heldout_text() if text is None else text
     facts = draw_facts(rng, n_facts)
@@ -143,14 +143,14 @@ def hidden_lines(
     """Hide ``lines`` in a random cut of the held-out text, in their order, each at a uniformly random depth.
 
     Args:
-        rng: Private generator; advanced by the same draws whatever ``length`` is.
-        lines: Without line ends.
-        length: Most tokens of the text and ``tail`` together; they have at least ``length - max(2, length // 64)``.
-        count_tokens: Number of tokens of a string, as the model under test counts them.
-        tail: What follows the text.
+        rng: private generator; advanced by the same draws whatever ``length`` is.
+        lines: without line ends.
+        length: most tokens of the text and ``tail`` together; they have at least ``length - max(2, length // 64)``.
+        count_tokens: number of tokens of a string, as the model under test counts them.
+        tail: what follows the text.
 
     Returns:
-        The text without ``tail``, and the text with it.
+        the text without ``tail``, and the text with it.
     """
     depths = sorted(rng.random() for _ in lines)
     cut = _fitting_cut(

@@ -62,8 +62,8 @@ class FasaHFLM(HFLM):
     each task how many queries were dense and sparse and which share of their keys the sparse ones read.
 
     Args:
-        pretrained: Folder, repository or model object, as for ``hf``.
-        profile: Folder or repository of the model's `FasaProfile`, or the profile; ``auto``, the default, calibrates
+        pretrained: folder, repository or model object, as for ``hf``.
+        profile: folder or repository of the model's `FasaProfile`, or the profile; ``auto``, the default, calibrates
             before the tasks and keeps the profile for the next time; with ``prompt`` the first long prompt calibrates
             (`enable`).
         method: ``fasa``, or a baseline at the same budget (`fasa_flex.baselines`): ``streaming_llm`` (sinks and recent
@@ -71,17 +71,17 @@ class FasaHFLM(HFLM):
             ``quest``, ``sparq``, ``double_sparsity`` or ``vattention`` (half of the budget a random sample; exact
             scores where there is no profile). ``adjacent_pairs`` and ``double_sparsity`` are calibrated
             before the tasks on ``calibration_source``, whatever ``profile`` is.
-        sparse_tail: How many of a prompt's last queries are sparse, too. With 0, the first token of every answer comes
+        sparse_tail: how many of a prompt's last queries are sparse, too. With 0, the first token of every answer comes
             from a dense query, and a one-token continuation says nothing about the method.
-        dense_prefix: In rolling log-likelihoods, queries at the start of each window that stay dense. With 0 the
+        dense_prefix: in rolling log-likelihoods, queries at the start of each window that stay dense. With 0 the
             queries within the budget still equal dense ones, since they read every key.
         on_truncation: ``count`` inputs longer than the model's maximum, or raise an ``error``.
-        calibration_source: What is calibrated on, by ``profile=auto`` too: ``facts`` (documents with facts in the
+        calibration_source: what is calibrated on, by ``profile=auto`` too: ``facts`` (documents with facts in the
             packaged text, which end on a question; the default) or the path of a text file.
-        profile_cache: Where ``profile=auto`` keeps profiles; None for ``~/.cache/fasa_flex/profiles``.
-        batch_size: A number; ``auto`` is refused.
-        tp_plan: Refused; see `fasa_flex.lm_eval.arguments.check_parallel`.
-        options: Every field of `fasa_flex.FasaConfig`, with its meaning and default there, and everything else ``hf``
+        profile_cache: where ``profile=auto`` keeps profiles; None for ``~/.cache/fasa_flex/profiles``.
+        batch_size: a number; ``auto`` is refused.
+        tp_plan: refused; see `fasa_flex.lm_eval.arguments.check_parallel`.
+        options: every field of `fasa_flex.FasaConfig`, with its meaning and default there, and everything else ``hf``
             understands, such as ``gguf_file``, a file of ``pretrained`` (extra ``gguf``). ``n_sink`` is 8 by default
             under ``streaming_llm``, ``n_recent`` a quarter of the budget under ``sparq``, which completes by the mean
             value; ``sparq`` and ``double_sparsity`` score with twice as many dimensions as ``n_tip``, and an option

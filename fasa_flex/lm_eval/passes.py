@@ -42,9 +42,9 @@ class Limits:
     """What one forward may hold, so that nothing outgrows the KV cache.
 
     Attributes:
-        whole: Longest request, in tokens, that runs in one forward.
-        part: Tokens of a forward over a part of the context.
-        rows: Tokens of a forward whose queries are scored or sparse.
+        whole: longest request, in tokens, that runs in one forward.
+        part: tokens of a forward over a part of the context.
+        rows: tokens of a forward whose queries are scored or sparse.
     """
 
     whole: int
@@ -75,11 +75,11 @@ class Passes:
     """Scores windows with a model under FASA.
 
     Args:
-        model: The model.
-        fasa: Its handle, for the boundary.
-        pad: A token id to pad with.
-        softmax_dtype: As lm-eval's ``softmax_dtype``.
-        limits: What one forward may hold; `Limits.of` the model if None.
+        model: the model.
+        fasa: its handle, for the boundary.
+        pad: a token id to pad with.
+        softmax_dtype: as lm-eval's ``softmax_dtype``.
+        limits: what one forward may hold; `Limits.of` the model if None.
     """
 
     def __init__(
@@ -104,9 +104,9 @@ class Passes:
         """Answers as they come: the numbers of some windows, and their answers.
 
         Args:
-            windows: In any order.
-            batch_size: Rows of one forward.
-            autocast: Context of every forward; entered more than once.
+            windows: in any order.
+            batch_size: rows of one forward.
+            autocast: context of every forward; entered more than once.
         """
         beside: list[int] = []
         for group in self._groups(windows):
@@ -191,7 +191,7 @@ class ReservedLayer(DynamicLayer):
     """A cache layer whose whole length is allocated at once, so that growing neither copies nor fragments memory.
 
     Args:
-        length: Tokens it will hold at most.
+        length: tokens it will hold at most.
     """
 
     def __init__(self, length: int) -> None:

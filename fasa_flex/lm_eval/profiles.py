@@ -43,11 +43,11 @@ class Source:
     Attributes:
         name: ``facts``: documents with facts in the packaged text, which end on a question, as the packaged tasks ask
             them (other facts, the same kind of text); or the path of a text file, whose beginning is taken.
-        length: Tokens of a sample.
-        samples: How many.
-        steps: Decode steps that each sample contributes: those that answer.
+        length: tokens of a sample.
+        samples: how many.
+        steps: decode steps that each sample contributes: those that answer.
         top_k: K of contextual agreement.
-        sha256: Of the samples' text.
+        sha256: of the samples' text.
     """
 
     name: str
@@ -69,9 +69,9 @@ class Calibration:
     """What a method knows of the model.
 
     Attributes:
-        profile: Of FASA, random chunks or adjacent pairs.
-        channels: Of double sparsity, float32 [layers, Hkv, D].
-        record: The `Source` it was made from, and whether it was found in the cache; ``{"name": "prompt"}`` where the
+        profile: of FASA, random chunks or adjacent pairs.
+        channels: of double sparsity, float32 [layers, Hkv, D].
+        record: the `Source` it was made from, and whether it was found in the cache; ``{"name": "prompt"}`` where the
             model will calibrate itself; None: it was given.
     """
 
@@ -101,16 +101,16 @@ def calibration_for(
     ``adjacent_pairs`` takes no profile but one of its own kind, and ``double_sparsity`` none: they are calibrated.
 
     Args:
-        method: As `FasaHFLM` knows it.
+        method: as `FasaHFLM` knows it.
         profile: ``auto``, ``prompt`` (of FASA alone), a profile, its folder or repository, or None.
-        model: Under dense attention.
-        tokenizer: The model's.
-        source: See `Source`.
-        max_length: The model's maximum, which samples stay below.
-        cache: Folder of profiles.
+        model: under dense attention.
+        tokenizer: the model's.
+        source: see `Source`.
+        max_length: the model's maximum, which samples stay below.
+        cache: folder of profiles.
 
     Raises:
-        ValueError: A source that is neither ``facts`` nor a text file, or is too short.
+        ValueError: a source that is neither ``facts`` nor a text file, or is too short.
     """
     if method == "double_sparsity":
         return auto_channels(model, tokenizer, source, max_length)
@@ -142,15 +142,15 @@ def auto_profile(
     """The model's profile, calibrated on ``source`` or found in ``cache``, and a record of where it comes from.
 
     Args:
-        model: Under dense attention.
-        tokenizer: The model's.
-        source: See `Source`.
-        max_length: The model's maximum, which samples stay below.
-        cache: Folder of profiles.
-        adjacent: Whether of adjacent pairs of dimensions instead of the model's planes.
+        model: under dense attention.
+        tokenizer: the model's.
+        source: see `Source`.
+        max_length: the model's maximum, which samples stay below.
+        cache: folder of profiles.
+        adjacent: whether of adjacent pairs of dimensions instead of the model's planes.
 
     Raises:
-        ValueError: A source that is neither ``facts`` nor a text file, or is too short.
+        ValueError: a source that is neither ``facts`` nor a text file, or is too short.
     """
     with preserved_rng():
         texts, described = samples_of(source, lambda text: len(tokenizer(text).input_ids), max_length)

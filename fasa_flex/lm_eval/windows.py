@@ -23,10 +23,10 @@ class Window:
     """One request, ready for a forward pass.
 
     Attributes:
-        ids: The m tokens that the model sees.
-        targets: The n tokens to score, predicted by the last n queries.
-        sparse_from: First slot whose query selects for itself; those before it are dense.
-        dropped: Tokens cut off on the left because the request was too long.
+        ids: the m tokens that the model sees.
+        targets: the n tokens to score, predicted by the last n queries.
+        sparse_from: first slot whose query selects for itself; those before it are dense.
+        dropped: tokens cut off on the left because the request was too long.
     """
 
     ids: list[int]
@@ -47,11 +47,11 @@ class Window:
         """Lay out a request of at most ``max_length`` input tokens, the rest cut on the left.
 
         Args:
-            context: Token ids before the boundary, at least one.
-            continuation: Token ids behind it, at least one.
-            max_length: The model's maximum.
-            sparse_tail: How many of the context's last queries select for themselves, too.
-            dense_prefix: Queries at slots below this one stay dense.
+            context: token ids before the boundary, at least one.
+            continuation: token ids behind it, at least one.
+            max_length: the model's maximum.
+            sparse_tail: how many of the context's last queries select for themselves, too.
+            dense_prefix: queries at slots below this one stay dense.
         """
         if not context or not continuation:
             raise ValueError(
@@ -101,7 +101,7 @@ class Batch:
         mask: int64 [B, L], 1 = token, 0 = padding.
         start: int64 [B], first sparse slot.
         stop: int64 [B], first padding slot.
-        keep: The last ``keep`` positions cover every scored query.
+        keep: the last ``keep`` positions cover every scored query.
     """
 
     ids: Tensor
@@ -137,9 +137,9 @@ def score(logits: Tensor, targets: list[int], dtype: torch.dtype | None = None) 
     """Log-likelihood of ``targets`` under ``logits`` [n, V], and whether greedy decoding would have written them.
 
     Args:
-        logits: One row for each target.
-        targets: Token ids.
-        dtype: Of the softmax; the logits' own if None, as in lm-eval.
+        logits: one row for each target.
+        targets: token ids.
+        dtype: of the softmax; the logits' own if None, as in lm-eval.
     """
     wanted = torch.tensor(targets, device=logits.device)[:, None]
     total, greedy = 0.0, True

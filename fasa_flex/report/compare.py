@@ -23,12 +23,12 @@ class Run:
     """One output folder.
 
     Attributes:
-        folder: Where it is.
+        folder: where it is.
         model: lm-eval's model name, ``hf`` or ``fasa_hf``.
         account: ``results["config"]["fasa"]``; empty for other models.
-        prompts: For each task, the hash of every document's prompt and target.
-        scores: For each task and metric, a number for every document; several samples of one are averaged.
-        pretrained: What was loaded; None where the run does not say.
+        prompts: for each task, the hash of every document's prompt and target.
+        scores: for each task and metric, a number for every document; several samples of one are averaged.
+        pretrained: what was loaded; None where the run does not say.
     """
 
     folder: Path
@@ -43,7 +43,7 @@ class Run:
         """Read a run: the one ``results_*.json`` below ``folder``, and its ``samples_*.jsonl``.
 
         Raises:
-            ValueError: No results, those of several runs, or none of a document.
+            ValueError: no results, those of several runs, or none of a document.
         """
         folder = Path(folder)
         found = sorted(folder.rglob("results_*.json"))
@@ -95,14 +95,14 @@ class Row:
     """One metric of one run beside the first run.
 
     Attributes:
-        task: Its name.
-        metric: Its name, with the filter where it is not ``none``.
-        run: The run.
-        score: Mean over documents.
+        task: its name.
+        metric: its name, with the filter where it is not ``none``.
+        run: the run.
+        score: mean over documents.
         interval: 95 % bootstrap interval of the score.
-        difference: Mean of this run minus the first, document by document; None for the first run.
+        difference: mean of this run minus the first, document by document; None for the first run.
         difference_interval: 95 % paired bootstrap interval of the difference.
-        documents: How many.
+        documents: how many.
     """
 
     task: str
@@ -119,12 +119,12 @@ def compare(runs: Sequence[Run], draws: int = DRAWS, seed: int = 0) -> list[Row]
     """Every metric that all runs have, run by run.
 
     Args:
-        runs: Two or more; the first is what the others are compared with.
-        draws: Bootstrap resamples of the documents; the same for all runs.
-        seed: Of the private generator that draws them.
+        runs: two or more; the first is what the others are compared with.
+        draws: bootstrap resamples of the documents; the same for all runs.
+        seed: of the private generator that draws them.
 
     Raises:
-        ValueError: Fewer than two runs or one draw, no task in common, other prompts, or scores of other documents.
+        ValueError: fewer than two runs or one draw, no task in common, other prompts, or scores of other documents.
     """
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}: a bootstrap of 10000 is usual")
@@ -168,7 +168,7 @@ def check_prompts(first: Run, other: Run, tasks: Sequence[str]) -> None:
     """Refuse runs that did not ask the same questions.
 
     Raises:
-        ValueError: The first task whose documents or prompts differ, with how many.
+        ValueError: the first task whose documents or prompts differ, with how many.
     """
     for task in tasks:
         mine, theirs = first.prompts[task], other.prompts[task]

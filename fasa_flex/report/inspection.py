@@ -90,10 +90,10 @@ def overlap(
     Random sets would have ``n_tip / chunks`` in common.
 
     Args:
-        profiles: P of them, of one shape.
-        n_tip: Chunks a head keeps.
-        per: As in `FasaProfile.dominant`.
-        criterion: As in `FasaProfile.dominant`; None: the best of each profile.
+        profiles: p of them, of one shape.
+        n_tip: chunks a head keeps.
+        per: as in `FasaProfile.dominant`.
+        criterion: as in `FasaProfile.dominant`; None: the best of each profile.
 
     Returns:
         float32 [P, P, layers], 1 on the diagonal.
@@ -133,11 +133,11 @@ def report(
     """All of it as text: every profile on its own with its criteria side by side, then what several have in common.
 
     Args:
-        names: Of the profiles, in their order.
-        profiles: One or more; of one shape.
-        n_tip: Chunks a head keeps.
-        per: As in `FasaProfile.dominant`.
-        criterion: As in `FasaProfile.dominant`; None: the best of each profile.
+        names: of the profiles, in their order.
+        profiles: one or more; of one shape.
+        n_tip: chunks a head keeps.
+        per: as in `FasaProfile.dominant`.
+        criterion: as in `FasaProfile.dominant`; None: the best of each profile.
 
     Raises:
         ValueError: profiles of different shapes, ``n_tip`` out of range, or a criterion that a profile does not serve.

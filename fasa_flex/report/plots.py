@@ -34,10 +34,10 @@ def chunk_heatmap(
     too many heads for a readable picture, a row is a layer, averaged over its heads.
 
     Args:
-        profile: The table.
-        n_tip: Mark the dominant chunks of each head with dots; of a layer, those of at least half of its heads.
-        per: Whose dominant chunks, as in `FasaProfile.dominant`.
-        criterion: As in `FasaProfile.dominant`.
+        profile: the table.
+        n_tip: mark the dominant chunks of each head with dots; of a layer, those of at least half of its heads.
+        per: whose dominant chunks, as in `FasaProfile.dominant`.
+        criterion: as in `FasaProfile.dominant`.
     """
     figure = Figure(figsize=(_width(profile), 1.6 + _height(profile)), layout="constrained")
     axes = figure.add_subplot()
@@ -57,11 +57,11 @@ def inspection(
     """Heat maps of profiles, the share of heads in which each chunk is dominant, and what profiles have in common.
 
     Args:
-        names: Of the profiles, in their order.
-        profiles: One or more; of one shape.
-        n_tip: Chunks a head keeps.
-        per: As in `FasaProfile.dominant`.
-        criterion: As in `FasaProfile.dominant`; None: the best of each profile.
+        names: of the profiles, in their order.
+        profiles: one or more; of one shape.
+        n_tip: chunks a head keeps.
+        per: as in `FasaProfile.dominant`.
+        criterion: as in `FasaProfile.dominant`; None: the best of each profile.
     """
     height = 1.3 + _height(profiles[0])
     several = len(profiles) > 1
@@ -174,7 +174,7 @@ def score_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Score against budget, a panel for each task, a line for each method, and the dense score across.
 
     Args:
-        rows: Each with ``task``, ``metric``, ``method``, ``budget`` (tokens, None for dense attention), ``score`` and
+        rows: each with ``task``, ``metric``, ``method``, ``budget`` (tokens, None for dense attention), ``score`` and
             ``stderr`` (None where unknown).
     """
     tasks = list(dict.fromkeys(row["task"] for row in rows))
