@@ -42,13 +42,13 @@ VALUES = {
 def rows() -> list[tuple[str, str, str, str]]:
     """Name, default, values and meaning of every option, in the order of the code."""
     signature = inspect.signature(FasaHFLM.__init__).parameters
-    defaults = {name: signature[name].default for name in own_names() if name not in OPTIONS}
+    defaults = {name: signature[name].default for name in own_names(FasaHFLM) if name not in OPTIONS}
     defaults |= {field.name: field.default for field in dataclasses.fields(FasaConfig)}
     hints = {**get_type_hints(FasaHFLM.__init__), **get_type_hints(FasaConfig)}
     meanings = {**arguments_of(FasaHFLM), **arguments_of(FasaConfig)}
     return [
         (name, written(name, defaults[name]), values_of(name, hints[name], defaults[name]), meanings[name])
-        for name in own_names()
+        for name in own_names(FasaHFLM)
     ]
 
 
