@@ -20,7 +20,7 @@ else:  # random weights: shows that it runs
     config = LlamaConfig(**heads, vocab_size=1024, hidden_size=512, intermediate_size=1024)
     tokenizer, model = None, AutoModelForCausalLM.from_config(config).to(device).eval()
     ids = torch.randint(3, 1024, (1, 1024), generator=torch.Generator().manual_seed(0))
-# once for each model, on text like what it will decode; profile.save_pretrained keeps it
+# once for each model, on text like its later prompts; profile.save_pretrained keeps the profile
 profile = calibrate(model, [ids[0]], top_k=min(256, ids.shape[1] // 2), max_new_tokens=8, progress=False)
 
 with enable(model, profile, FasaConfig(n_fac=256)) as fasa, torch.no_grad():

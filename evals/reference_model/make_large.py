@@ -1,11 +1,11 @@
-"""Make the large reference model in one go: train it, pack it in eight bits, score what was packed.
+"""Make the large reference model: train it, pack it in eight bits, score the packed weights.
 
     python -m evals.reference_model.make_large --text text.txt --out large --device cuda --minutes 6.5
 
-Leaves in ``--out`` the shards of the weights and ``beside.tar`` with all the small files of
-``evals/reference_model_large``, the log of the training and the scores: first without scores, so that weights are
-safe before anything is measured. The run itself, its checkpoint and the unpacked model stay in ``--work``; started
-again with the same one, it goes on where it was.
+Writes to ``--out`` the shards of the weights and ``beside.tar`` with the small files of
+``evals/reference_model_large``, the training log and the scores; it is first written without scores, so that the
+weights are safe before scoring. The training run, its checkpoint and the unpacked model are in ``--work``; a second
+start with the same folder continues the run.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ LOG, SCORES = "log.jsonl", "scores.json"
 def make(
     recipe: Recipe, text: str, work: Path, out: Path, device: torch.device, minutes: float | None, questions: int
 ) -> None:
-    """Train, pack, and score what was packed.
+    """Train, pack, and score the packed weights.
 
     Args:
-        recipe: of the model.
-        text: to train on.
-        work: folder of the run; the packed and the unpacked model become folders in it.
-        out: folder of what is kept.
-        device: where to train and to score.
-        minutes: most that training may take.
-        questions: for each length and number of facts.
+        recipe: the model's recipe.
+        text: the training text.
+        work: folder of the run, of the packed and of the unpacked model.
+        out: folder of the results.
+        device: device of training and scoring.
+        minutes: most minutes of training.
+        questions: number of questions for each length and number of facts.
     """
     begun = time.monotonic()
 
@@ -69,7 +69,7 @@ def make(
 
 
 def deliver(packed: Path, out: Path) -> None:
-    """Copy the shards of a packed folder, and its other files as one."""
+    """Copy the shards of a packed folder, and its other files as one tar file."""
     out.mkdir(parents=True, exist_ok=True)
     with tarfile.open(out / BUNDLE, "w") as bundle:
         for path in sorted(packed.iterdir()):
@@ -80,19 +80,19 @@ def deliver(packed: Path, out: Path) -> None:
 
 
 def _nameless(word: str) -> str:
-    """A word of the command line with no folder of this machine in it."""
+    """A word of the command line, with an absolute path cut to its last part."""
     return Path(word).name if Path(word).is_absolute() else word
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="file to train on")
-    parser.add_argument("--out", type=Path, required=True, help="folder of what is kept")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--work", type=Path, default=Path("runs/large"), help="folder of the run (default: runs/large)")
     parser.add_argument("--recipe", choices=RECIPES, default="large")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--minutes", type=float, help="most that training may take")
-    parser.add_argument("--questions", type=int, default=200, help="for each length and number of facts")
+    parser.add_argument("--minutes", type=float, help="most minutes of training")
+    parser.add_argument("--questions", type=int, default=200, help="questions for each length and number of facts")
     args = parser.parse_args()
     text = args.text.read_text(encoding="utf-8")
     device = torch.device(args.device)

@@ -155,8 +155,8 @@ LARGE = Recipe(
     text_share=0.4,
     workers=8,
 )
-"""45 times the parameters, twice the distance, and the same text, of which less may be learnt by heart: some ten passes
-at most have a loss, and weights decay ten times as much."""
+"""45 times the parameters of `SMALL`, twice the length, the same text. Against memorising it, at most some ten passes
+have a loss, and weight decay is ten times larger."""
 
 QUICK = Recipe(
     stages=(
@@ -172,6 +172,6 @@ QUICK = Recipe(
     text_share=0.5,
     workers=1,
 )
-"""A few steps of a tiny model: to see that everything behind them works."""
+"""A few steps of a tiny model, to test the scripts that follow training."""
 
 RECIPES = {"small": RECIPE, "large": LARGE, "quick": QUICK}

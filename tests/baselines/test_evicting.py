@@ -222,7 +222,7 @@ def test_a_forward_that_does_not_continue_is_refused() -> None:
         for change in changes.values():
             scorer = method()
             scorer.follow(forward_of(query[:, :, :20], key[:, :, :20], Budget(5), 20))
-            with raises_sentence(ValueError, match=r"followed 20 slots, the cache.*without beam search"):
+            with raises_sentence(ValueError, match=r"followed 20 slots, but the cache.*without beam search"):
                 scorer.follow(change())
             scorer.follow(forward_of(query[:, :, :20], key[:, :, :20], Budget(5), 9))  # a new sequence may begin
 
@@ -236,7 +236,7 @@ def test_forced_tokens_must_leave_room_for_the_query() -> None:
 def test_compiling_is_refused() -> None:
     query, key = states(1, 20)
     follow = torch.compile(H2O().follow, backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match="remembers what it drops and does not compile"):
+    with pytest.raises(Exception, match="remembers dropped keys and does not compile"):
         follow(forward_of(query, key, Budget(5), 10))
 
 

@@ -83,7 +83,7 @@ def test_results_name_their_length_only_where_there_are_several() -> None:
     [
         ({"max_seq_lengths": [0]}, "max_seq_lengths must be whole numbers of tokens above 64"),
         ({"max_seq_lengths": "2k"}, "max_seq_lengths must be whole numbers"),
-        ({"pretrained": None}, "none was named"),
+        ({"pretrained": None}, "no tokenizer was named; pass"),
         ({"num_docs": 0}, "num_docs must be a whole number above 0, got 0"),
         ({"n_facts": "8"}, "n_facts must be a whole number above 0, got '8'"),
     ],

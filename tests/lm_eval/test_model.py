@@ -231,7 +231,7 @@ def test_an_answer_file_belongs_to_one_budget(sparse: Load, requests: Requests, 
     first = CachingLM(sparse(), path).loglikelihood(asked)
     lm = sparse()
     assert CachingLM(lm, path).loglikelihood(asked) == first
-    assert lm.get_model_info()["fasa"]["warnings"][0].startswith("no request was answered here")
+    assert lm.get_model_info()["fasa"]["warnings"][0].startswith("every answer came from --use_cache")
     with pytest.raises(ValueError, match="give --use_cache a path of its own"):
         CachingLM(sparse(n_fac=17), path)
     for other in ({"max_length": 128}, {"dtype": "bfloat16"}, {"softmax_dtype": "float64"}):
@@ -253,15 +253,15 @@ def test_hf_never_reads_sparse_answers_nor_the_other_way_round(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"tp_plan": "auto"}, "tp_plan='auto' shards the heads over processes"),
+        ({"tp_plan": "auto"}, "tp_plan='auto' shards heads over processes"),
         ({"batch_size": "auto"}, "batch_size=auto probes memory with dense attention only"),
         ({"nfac": 16}, "knows no argument 'nfac'; did you mean 'n_fac'"),
         ({"budget": 16}, "knows no argument 'budget'; did you mean 'n_fac'"),
         ({"packed_dtype": "int3"}, "packed_dtype must be one of 'bfloat16'"),
         ({"profile": 1.5}, "profile=1.5 is no profile"),
-        ({"calibration_source": "/nope"}, "calibration_source=/nope is not heard where nothing is calibrated"),
+        ({"calibration_source": "/nope"}, "calibration_source=/nope has no effect where nothing is calibrated"),
         ({"method": "random_chunks", "n_tip": 64}, r"n_tip must lie in 1\.\.8, the chunks of a head, got 64"),
-        ({"method": "pyramidkv"}, "method='pyramidkv' is not one of fasa, streaming_llm"),
+        ({"method": "pyramidkv"}, "method='pyramidkv' is not known; write one of fasa, streaming_llm"),
         ({"on_truncation": "ignore"}, "on_truncation='ignore' is not an option"),
         ({"n_fac": 0}, "n_fac must be an integer of at least 1, got 0"),
         ({"n_fac": 1.5}, "n_fac as a share must lie in"),
