@@ -129,22 +129,22 @@ class Evicting(ABC):
     def _make_room(self, forward: Forward, key: Tensor, allowed: Tensor, sparse: Tensor) -> None:
         """Keep ``allowed - 1`` keys, int64 [B, Hkv], in rows that are ``sparse`` bool [B, 1]; `kept` is unsorted."""
         budget, width = forward.budget, self.kept.shape[-1]
-        room = torch.where(sparse, allowed - 1, width)
-        if width <= int(room.min()):
+        keep = torch.where(sparse, allowed - 1, width)
+        if width <= int(keep.min()):
             return
-        _check_forced(budget, int(room.min()) + 1)
+        _check_forced(budget, int(keep.min()) + 1)
         present = self.kept != ABSENT
-        column = torch.arange(width, device=room.device)
+        column = torch.arange(width, device=keep.device)
         nth = column - (~present).sum(-1, keepdim=True)
-        sinks, recent_ones = budget.forced(int(room.min()) + 1)
-        forced = (nth < sinks) | (column >= width - max(0, recent_ones - 1))
+        sinks, latest_forced = budget.forced(int(keep.min()) + 1)
+        forced = (nth < sinks) | (column >= width - max(0, latest_forced - 1))
         recent = self.recent(allowed)
         latest = torch.finfo(torch.float32).max * ((column + 1) / width)  # above other scores, later keys higher
         scores = self.rank(key, recent, forward.scaling)
         scores = torch.where(column >= width - recent[..., None], latest, scores)
         order = torch.where(present, rank_keys(scores, first=forced), INVALID)
-        best = order.topk(int(room.clamp(max=width).max()), dim=-1)
-        taken = (best.values > INVALID) & (torch.arange(best.values.shape[-1], device=room.device) < room[..., None])
+        best = order.topk(int(keep.clamp(max=width).max()), dim=-1)
+        taken = (best.values > INVALID) & (torch.arange(best.values.shape[-1], device=keep.device) < keep[..., None])
         self.kept = torch.where(taken, self.kept.gather(-1, best.indices), ABSENT)
 
     def _keep(self, slots: Tensor) -> None:

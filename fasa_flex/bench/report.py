@@ -174,11 +174,11 @@ def picture(rows: Sequence[Row], title: str) -> Any:
 
 
 def _plot(
-    axes: Any, at: list[int], entries: list[Row], field: str, spread: str, unit: float, colour: str, label: str
+    axes: Any, at: list[int], entries: list[Row], field: str, quartiles: str, unit: float, colour: str, label: str
 ) -> None:
     middle = [unit * entry[field] for entry in entries]
-    low = [max(0.0, unit * (entry[field] - entry[spread][0])) for entry in entries]
-    high = [max(0.0, unit * (entry[spread][1] - entry[field])) for entry in entries]
+    low = [max(0.0, unit * (entry[field] - entry[quartiles][0])) for entry in entries]
+    high = [max(0.0, unit * (entry[quartiles][1] - entry[field])) for entry in entries]
     axes.errorbar(at, middle, yerr=[low, high], color=colour, marker="o", markersize=4, capsize=2, label=label)
 
 

@@ -41,8 +41,7 @@ class Inputs:
 
     Attributes:
         q: query [B, Hq, 1, D].
-        k: keys [B, Hkv, T, D].
-        v: values [B, Hkv, T, D].
+        k, v: keys and values [B, Hkv, T, D].
         packed: packed keys.
         chunks: dominant chunks, int64 [Hkv, n_tip, 2].
         valid: valid keys, bool [1, 1, 1, 1, T].
@@ -92,8 +91,8 @@ class Inputs:
         if device.type == "cuda":
             host = split_rows(host_rows(k, v, context, device), shape.head_dim)
             held = HeldRows.empty(k, v, settings.n_fac)
-            for theirs, states in zip(host, (k, v), strict=True):
-                theirs.copy_(states)
+            for pinned, states in zip(host, (k, v), strict=True):
+                pinned.copy_(states)
         valid = valid_keys(1, context, None, device)
         completes = settings.completion != "none"
         marks, state = Marks.of(valid, settings.budget, settings.group_reduce == "softmax" or completes), None
@@ -193,10 +192,7 @@ def dense_rivals(settings: Settings, compiled_flex: bool = True) -> dict[str, Ca
 
 
 def sparse_rivals(settings: Settings) -> dict[str, Call | str]:
-    """FASA's rivals; a sentence in place of a call gives the reason why one is not measured.
-
-    flex is compiled only: uncompiled it computes all scores and masks most of them.
-    """
+    """FASA's rivals, or the reason why one is not measured; flex only compiled, since uncompiled it is not sparse."""
     rivals: dict[str, Call | str] = {}
     if "eager" in settings.modes and "gather" in settings.backends:
         rivals["FASA-C gather"] = _fasa(settings, "gather")
@@ -289,8 +285,8 @@ def _compiled(call: Call, settings: Settings) -> Call:
         front: Tensor | None,
         front_state: CompletionState | None,
     ) -> Tensor:
-        there: dict[str, Any] = {"permuted": permuted, "front": front, "front_state": front_state}
-        return call(Inputs(q, k, v, packed, chunks, valid, marks, state, **there))
+        changed: dict[str, Any] = {"permuted": permuted, "front": front, "front_state": front_state}
+        return call(Inputs(q, k, v, packed, chunks, valid, marks, state, **changed))
 
     # a separate code object: dynamo limits the recompilations of each one
     code = unpacked.__code__.replace(co_name=f"rival_{next(_NUMBERS)}")

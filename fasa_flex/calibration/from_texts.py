@@ -18,7 +18,7 @@ from fasa_flex.calibration.provenance import version_of as version_of
 from fasa_flex.calibration.rotary import RotaryLayout
 from fasa_flex.core.budget import check_count, plain_number
 from fasa_flex.core.criteria import causal, logit_statistics
-from fasa_flex.errors import ArgumentTypeError
+from fasa_flex.errors import ArgumentTypeError, NotSupportedError
 from fasa_flex.hf.attention_routing import AttentionResult, AttentionSeam, DenseAttention
 from fasa_flex.hf.forward_checks import scaling_of
 from fasa_flex.hf.model_structure import (
@@ -61,14 +61,15 @@ def calibrate(
 
     Raises:
         TypeError: a sample that is neither a text nor a 1-D LongTensor.
-        ValueError: samples that are empty, too short or too long for the model, or a model without RoPE.
+        NotImplementedError: a model without RoPE, or one that does not generate token ids.
+        ValueError: samples that are empty, too short or too long for the model.
     """
     model = unwrapped(model)
     check_supported(model)
     top_k, max_new_tokens = plain_number(top_k), plain_number(max_new_tokens)
     check_count("top_k", top_k, 1)
     check_count("max_new_tokens", max_new_tokens, 1)
-    encoded = encode_samples(model, samples, tokenizer, least=top_k, room=max_new_tokens)
+    encoded = encode_samples(model, samples, tokenizer, least=top_k, new_tokens=max_new_tokens)
     layout = RotaryLayout.detect(model) if layout is None else layout
     total: dict[str, Tensor | float] = dict.fromkeys(("agreement", "variance", "covariance", "mean_key"), 0.0)
     queries = 0
@@ -90,7 +91,7 @@ def encode_samples(
     samples: Sequence[Tensor] | Sequence[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
     least: int = 1,
-    room: int = 0,
+    new_tokens: int = 0,
 ) -> list[Tensor]:
     """Samples as checked 1-D LongTensors of token ids, on CPU.
 
@@ -99,7 +100,7 @@ def encode_samples(
         samples: token ids, or texts.
         tokenizer: encodes texts.
         least: fewest tokens of a sample, K of contextual agreement.
-        room: tokens to generate after each sample.
+        new_tokens: tokens to generate after each sample.
 
     Raises:
         TypeError: a sample that is neither a text nor a 1-D LongTensor.
@@ -122,9 +123,9 @@ def encode_samples(
                 f"sample {number} has {len(ids)} tokens, calibration needs at least {least} (top_k for agreement); "
                 "pass longer samples or a smaller top_k."
             )
-        if limit is not None and len(ids) + room > limit:
+        if limit is not None and len(ids) + new_tokens > limit:
             raise ValueError(
-                f"sample {number} has {len(ids)} tokens and {room} to generate, the model takes {limit}; "
+                f"sample {number} has {len(ids)} tokens and {new_tokens} to generate, the model takes {limit}; "
                 "shorten the sample or lower max_new_tokens."
             )
     return encoded
@@ -167,7 +168,7 @@ def _continue(model: PreTrainedModel, ids: Tensor, max_new_tokens: int) -> Tenso
     )
     result: Tensor = full[0]
     if result.dim() != 1 or len(result) <= len(ids) or not torch.equal(result[: len(ids)].cpu(), ids):
-        raise ValueError(
+        raise NotSupportedError(
             f"{type(model).__name__} does not continue a text with token ids, got {tuple(full.shape)} for "
             f"{len(ids)} tokens; call enable without a profile, which calibrates on the prompt."
         )

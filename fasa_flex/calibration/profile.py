@@ -120,8 +120,8 @@ class FasaProfile(
         try:
             profile: FasaProfile = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except (OSError, HFValidationError) as error:
-            there = Path(pretrained_model_name_or_path).is_dir()
-            reason = "cannot be read" if there else "is no folder, and the Hub gives no such profile"
+            exists = Path(pretrained_model_name_or_path).is_dir()
+            reason = "cannot be read" if exists else "is no folder, and the Hub gives no such profile"
             raise ValueError(
                 f"{pretrained_model_name_or_path} {reason} ({type(error).__name__}); "
                 "pass a folder that save_pretrained wrote."

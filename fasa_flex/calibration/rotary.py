@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from fasa_flex.calibration.json_fields import field
 from fasa_flex.core.budget import check_count
+from fasa_flex.errors import NotSupportedError
 from fasa_flex.hf.arrival import Arrival
 from fasa_flex.hf.model_structure import NO_ROPE, attention_shape, check_supported
 from fasa_flex.hf.probe import farthest_position, probe, why_dense
@@ -94,8 +95,8 @@ class RotaryLayout:
         precision, whose rounding would hide the slow planes, are probed in float32.
 
         Raises:
-            ValueError: queries do not rotate with position (no RoPE) or not in planes, or FASA can serve no layer
-                (`fasa_flex.hf.probe.why_dense`).
+            NotImplementedError: queries do not rotate with position (no RoPE) or not in planes, or FASA can serve no
+                layer (`fasa_flex.hf.probe.why_dense`).
         """
         model = unwrapped(model)
         check_supported(model)
@@ -103,12 +104,13 @@ class RotaryLayout:
         reasons = {layer: reason for layer, reason in why_dense(model, arrivals).items() if reason != NO_ROPE}
         if not set(arrivals) - set(reasons):
             layer, reason = next(iter(reasons.items()))
-            raise ValueError(f"{type(model).__name__} has no layer that FASA can serve: layer {layer} has {reason}.")
+            sentence = f"{type(model).__name__} has no layer that FASA can serve: layer {layer} has {reason}."
+            raise NotSupportedError(sentence)
         queries = {layer: _rows(arrived) for layer, arrived in arrivals.items() if layer not in reasons}
         fits = {layer: _fit_rotation(query, positions) for layer, query in queries.items()}
         rotated = [layer for layer, turns in fits.items() if turns]
         if not rotated:
-            raise ValueError(
+            raise NotSupportedError(
                 f"{type(model).__name__} does not rotate its queries with position (no RoPE), "
                 "so it has no frequency chunks; FASA needs a RoPE model."
             )
@@ -116,7 +118,7 @@ class RotaryLayout:
         turns = {plane: turn for layer in reversed(rotated) for plane, turn in fits[layer].items()}
         planes = sorted(turns)
         if len({dim for plane in planes for dim in plane}) < 2 * len(planes):
-            raise ValueError(
+            raise NotSupportedError(
                 f"the layers of {type(model).__name__} rotate different planes; FASA needs one layout for all."
             )
         head_dim = next(iter(queries.values())).shape[-1]

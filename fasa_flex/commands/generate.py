@@ -62,14 +62,16 @@ class _Clock(TextStreamer):
             print(text, end="\n" if stream_end else "", flush=True)
 
 
-def encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, room: int, chat: bool) -> Tensor:
+def encoded(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int, chat: bool
+) -> Tensor:
     """A prompt as token ids [1, n] on the model's device.
 
     Args:
         model: the model.
         tokenizer: the model's.
         prompt: the text.
-        room: tokens to generate.
+        new_tokens: tokens to generate.
         chat: put the prompt into the chat template as a user's message.
 
     Raises:
@@ -84,10 +86,10 @@ def encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: 
     limit = maximum_positions(model)
     if not ids.shape[1]:
         raise ValueError("the prompt is empty; name a file with text.")
-    if limit is not None and ids.shape[1] + room > limit:
+    if limit is not None and ids.shape[1] + new_tokens > limit:
         raise ValueError(
-            f"the prompt has {ids.shape[1]} tokens and {room} are to follow, but the model takes {limit}; shorten the "
-            "prompt or lower --max-new-tokens."
+            f"the prompt has {ids.shape[1]} tokens and {new_tokens} are to follow, but the model takes {limit}; "
+            "shorten the prompt or lower --max-new-tokens."
         )
     return ids.to(model.device)
 

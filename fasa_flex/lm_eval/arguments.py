@@ -17,6 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from fasa_flex import FasaConfig, FasaProfile
 from fasa_flex.baselines import RANKING_OPTIONS, Method, as_published, scorer_factory, unheard
 from fasa_flex.core.scoring import Scorer, SequenceScorer
+from fasa_flex.errors import ArgumentTypeError, NotSupportedError
 from fasa_flex.lm_eval.profiles import AUTO, Calibration
 
 LayerSet = int | str | Sequence[int] | None
@@ -28,7 +29,8 @@ def layer_set(value: LayerSet) -> tuple[int, ...]:
     Layers are joined by a plus sign, since a comma ends an argument on lm-eval's command line.
 
     Raises:
-        ValueError: any other value.
+        TypeError: another type.
+        ValueError: another text.
     """
     if value is None or value == "none":
         return ()
@@ -36,9 +38,10 @@ def layer_set(value: LayerSet) -> tuple[int, ...]:
         return (value,)
     if isinstance(value, str) and all(word.isdigit() for word in value.replace("+", " ").split()):
         return tuple(sorted({int(word) for word in value.replace("+", " ").split()}))
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"dense_layers={value!r} is not a set of layers; write 0, 0+1 or none.")
-    return tuple(value)
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    error = ValueError if isinstance(value, str) else ArgumentTypeError
+    raise error(f"dense_layers={value!r} is not a set of layers; write 0, 0+1 or none.")
 
 
 def budget_weights(value: str | Sequence[Any]) -> Any:
@@ -151,10 +154,10 @@ def check_parallel(tp_plan: object) -> None:
     """Refuse tensor parallelism: each process would hold some of the heads, but a profile describes all of them.
 
     Raises:
-        ValueError: any ``tp_plan``.
+        NotImplementedError: any ``tp_plan``.
     """
     if tp_plan is not None:
-        raise ValueError(
+        raise NotSupportedError(
             f"tp_plan={tp_plan!r} shards heads over processes, but no profile is sharded with them; leave it out, and "
             "use accelerate launch for data parallelism or parallelize=True to spread the layers."
         )
@@ -229,13 +232,13 @@ def folder_or_profile(profile: object) -> str | FasaProfile | None:
     """The argument ``profile=``, checked: a profile, one of the words ``auto`` and ``prompt``, or a path.
 
     Raises:
-        ValueError: another type.
+        TypeError: another type.
     """
     if profile is None or isinstance(profile, FasaProfile):
         return profile
     if isinstance(profile, str | os.PathLike | int) and not isinstance(profile, bool):
         return path_as_written("profile", profile)
-    raise ValueError(
+    raise ArgumentTypeError(
         f"profile={profile!r} is no profile; pass its folder (as ./1.5 where the name is a number), auto, prompt or a "
         "FasaProfile."
     )

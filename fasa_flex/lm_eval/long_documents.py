@@ -98,8 +98,10 @@ def position_results(doc: Document, results: list[tuple[float, bool]]) -> dict[s
     return by_length(doc, "nll", -loglikelihood / doc["tokens"]) | {"token_perplexity": (loglikelihood, doc["tokens"])}
 
 
-def _hide(rng: Random, tokenizer: str, length: int, lines: list[str], tail: str, room: int = ROOM) -> tuple[str, str]:
-    return hidden_lines(rng, lines, length=length - room, count_tokens=partial(count, tokenizer), tail=tail)
+def _hide(
+    rng: Random, tokenizer: str, length: int, lines: list[str], tail: str, answer_tokens: int = ROOM
+) -> tuple[str, str]:
+    return hidden_lines(rng, lines, length=length - answer_tokens, count_tokens=partial(count, tokenizer), tail=tail)
 
 
 @cache
@@ -157,7 +159,7 @@ def _long_recall(tokenizer: str, length: int, num_docs: int, n_facts: int) -> Se
         rng = Random(f"recall_long/{length}/{len(docs)}")
         facts = draw_facts(rng, LONG_FACTS, LONG_VALUE_SYLLABLES)
         longest = max((fact.question for fact in facts), key=len)
-        text, _ = _hide(rng, tokenizer, length, [fact.line for fact in facts], longest, room=40)
+        text, _ = _hide(rng, tokenizer, length, [fact.line for fact in facts], longest, answer_tokens=40)
         asked = rng.sample(facts, LONG_FACTS)
         docs += [{"length": length, "prompt": text + fact.question, "answer": fact.answer} for fact in asked]
     return docs[:num_docs]
@@ -194,7 +196,7 @@ def _count_facts(tokenizer: str, length: int, num_docs: int, n_facts: int) -> Se
         facts = draw_facts(rng, LISTED)
         lines = [f"# {place} {fact.key}" for place, fact in enumerate(facts, 1)]
         tail = "\n# all constants, in order\n" + "\n".join(lines[:2])
-        _, prompt = _hide(rng, tokenizer, length, [fact.line for fact in facts], tail, room=2 * ROOM)
+        _, prompt = _hide(rng, tokenizer, length, [fact.line for fact in facts], tail, answer_tokens=2 * ROOM)
         docs.append({"length": length, "prompt": prompt, "lines": lines[2:]})
     return docs
 

@@ -201,7 +201,7 @@ def test_differences_are_paired_and_prompts_are_compared() -> None:
     assert sweep.difference(better, better) == (0.0, 0.0, 0.0)
     more, low, high = sweep.difference(better, worse)
     assert (more, low, high) == (0.25, 0.0, 0.75)
-    with pytest.raises(SystemExit, match="FASA saw other prompts of fasa_needle"):
+    with pytest.raises(SystemExit, match="FASA has other prompts of fasa_needle"):
         sweep.difference(better, {**worse, "prompts": "others"})
 
 

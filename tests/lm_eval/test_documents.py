@@ -32,7 +32,7 @@ def test_the_answer_stands_once_in_the_text_behind_its_key(given: dict[str, obje
         text, question = doc["prompt"].rsplit("\n", 1)
         assert text.count(f'{question}{doc["value"]}"') == 1
         assert doc["value"] not in text.replace(f'{question}{doc["value"]}"', "")
-        assert 0 <= doc["depth"] <= 1
+        assert doc["depth"] == text.index(f'{question}{doc["value"]}"') / len(text)
 
 
 def test_recall_asks_several_questions_of_one_text(given: dict[str, object]) -> None:

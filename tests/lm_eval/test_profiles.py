@@ -136,7 +136,7 @@ def test_an_unknown_source_is_one_sentence(sparse: Load, tmp_path: Path, source:
 def test_a_short_source_is_refused(sparse: Load, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("def f(x)")
-    with pytest.raises(ValueError, match="calibration needs at least 64; pass a longer text"):
+    with raises_sentence(ValueError, match="calibration needs at least 64; pass a longer text"):
         sparse(profile="auto", profile_cache=str(tmp_path), calibration_source=str(short))
 
 

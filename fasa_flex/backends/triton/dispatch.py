@@ -13,6 +13,7 @@ from fasa_flex.core.packed_keys import PackedKeys
 from fasa_flex.core.scoring import DominantChunks
 from fasa_flex.core.selection import Marks
 from fasa_flex.core.softmax import Softmax
+from fasa_flex.errors import NotSupportedError
 
 MOST_SELECTED = 1024
 """Largest budget that the kernels serve: they search as many tiles of 16 keys in registers."""
@@ -56,7 +57,7 @@ def check_kernels(
         group: query heads of a key/value head.
 
     Raises:
-        ValueError: with the reason.
+        NotImplementedError: with the reason.
     """
     reason = None
     if device.type != "cuda":
@@ -70,7 +71,7 @@ def check_kernels(
     elif config.group_reduce == "none" and group > 1:
         reason = "a group's query heads must select together"
     if reason is not None:
-        raise ValueError(f"backend='triton' cannot serve layer {layer}: {reason}; use backend='auto'.")
+        raise NotSupportedError(f"backend='triton' cannot serve layer {layer}: {reason}; use backend='auto'.")
 
 
 def why_not_these(query: Tensor, key: Tensor, value: Tensor) -> str | None:

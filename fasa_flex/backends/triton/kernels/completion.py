@@ -41,7 +41,10 @@ def cover_rows(
     rewound = done > count - written
     if rewound | (done != target):
         done = tl.where(rewound, 0, done)
-        held, some = tl.where(done > 0, 1, 0), tl.where(target > 0, 1, 0)  # 0 masks loads and stores of an empty state
+        kept, nonempty = (
+            tl.where(done > 0, 1, 0),
+            tl.where(target > 0, 1, 0),
+        )  # 0 masks an empty state
         first = tl.maximum(done, SKIPPED)  # new tokens are number first + 1 to target
         start, stop = _slot_of(number, first + 1, kv_len), _slot_of(number, target, kv_len) + 1
         keys += batch * key_batch + head * key_head
@@ -74,20 +77,20 @@ def cover_rows(
                         )  # fmt: skip
                     else:
                         outer = tl.dot(tl.trans(key), value, outer, input_precision="ieee")
-            total += tl.load(value_sum + row * VALUE_DIM + value_dim, mask=value_dim < VALUE_DIM * held, other=0.0)
+            total += tl.load(value_sum + row * VALUE_DIM + value_dim, mask=value_dim < VALUE_DIM * kept, other=0.0)
             mean = total / tokens
             if DIM > 0:
                 place, inner = row * DIM + dim, real[:, None] & value_real[None, :]
-                own += tl.load(key_sum + place, mask=dim < DIM * held, other=0.0)
+                own += tl.load(key_sum + place, mask=dim < DIM * kept, other=0.0)
                 tl.store(key_sum + place, own, mask=real)
                 place = place[:, None] * VALUE_DIM + value_dim[None, :]
-                before = (dim < DIM * held)[:, None] & value_real[None, :]
+                before = (dim < DIM * kept)[:, None] & value_real[None, :]
                 outer += tl.load(product + place, mask=before, other=0.0)
                 tl.store(product + place, outer, mask=inner)
                 spread = (outer - own[:, None] * mean[None, :]) / tokens
-                after = (dim < DIM * some)[:, None] & value_real[None, :]
+                after = (dim < DIM * nonempty)[:, None] & value_real[None, :]
                 tl.store(covariance + place, spread.to(covariance.dtype.element_ty), mask=after)
         place = row * VALUE_DIM + value_dim
         tl.store(value_sum + place, total, mask=value_real)
-        tl.store(mean_value + place, mean.to(mean_value.dtype.element_ty), mask=value_dim < VALUE_DIM * some)
+        tl.store(mean_value + place, mean.to(mean_value.dtype.element_ty), mask=value_dim < VALUE_DIM * nonempty)
         tl.store(covered + row, target)

@@ -14,11 +14,11 @@ _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and subtracting it roun
 @triton.jit
 def _scored(
     key, dims, mean_key, head, FROM: tl.constexpr, PART: tl.constexpr, PART_PAD: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, CENTRED: tl.constexpr, room,
+    WIDTH: tl.constexpr, CENTRED: tl.constexpr, inside,
 ):  # fmt: skip
     """A key's ``PART`` scored dimensions less the mean key, rounded as in PyTorch: [PART_PAD]."""
     place = tl.arange(0, PART_PAD)
-    real = place < PART * room
+    real = place < PART * inside
     dim = tl.load(dims + head * WIDTH + FROM + place, mask=real, other=0)
     scored = tl.load(key + dim, mask=real, other=0)
     if CENTRED:
@@ -58,29 +58,29 @@ def write_states(
     slot = tl.load(length) if COUNTED else tl.cast(length, tl.int64)
     tl.device_assert(slot < capacity, "a static cache is full")
     batch, head = row // KV_HEADS, row % KV_HEADS
-    room = tl.where(slot < capacity, 1, 0)  # 0 masks all writes beyond the end, also without device assertions
+    inside = tl.where(slot < capacity, 1, 0)  # 0 masks all writes beyond the end, also without device assertions
     key += batch * key_batch + head * key_head
     dim, value_dim, place = tl.arange(0, DIM_PAD), tl.arange(0, VALUE_PAD), tl.arange(0, PART_PAD)
-    real = dim < DIM * room
+    real = dim < DIM * inside
     keys += batch * keys_batch + head * keys_head + slot * KEY_STRIDE
     tl.store(keys + dim, tl.load(key + dim, mask=real), mask=real)
-    real = value_dim < VALUE_DIM * room
+    real = value_dim < VALUE_DIM * inside
     values += batch * values_batch + head * values_head + slot * VALUE_STRIDE
     new = tl.load(value + batch * value_batch + head * value_head + value_dim, mask=real)
     tl.store(values + value_dim, new, mask=real)
     at, scored = row * capacity + slot, _scored(
-        key, dims, mean_key, head, 0, PART, PART_PAD, DIM, WIDTH, CENTRED, room
+        key, dims, mean_key, head, 0, PART, PART_PAD, DIM, WIDTH, CENTRED, inside
     )  # fmt: skip
     if SCALED:
         LEVELS: tl.constexpr = 127.0 if PART == WIDTH else 7.0
         most = tl.max(tl.abs(scored.to(tl.float32)), 0)
         if PART < WIDTH:
-            upper = _scored(key, dims, mean_key, head, PART, PART, PART_PAD, DIM, WIDTH, CENTRED, room)
+            upper = _scored(key, dims, mean_key, head, PART, PART, PART_PAD, DIM, WIDTH, CENTRED, inside)
             most = tl.maximum(most, tl.max(tl.abs(upper.to(tl.float32)), 0))
         scale = _scale(most, LEVELS)
-        tl.store(scales + at, scale, mask=room > 0)
+        tl.store(scales + at, scale, mask=inside > 0)
         scored = _coded(scored, scale, LEVELS)
         if PART < WIDTH:
             low, high = (scored + 8.0).to(tl.int32), (_coded(upper, scale, LEVELS) + 8.0).to(tl.int32)
             scored = low | (high << 4)
-    tl.store(packed + at * PART + place, scored.to(packed.dtype.element_ty), mask=place < PART * room)
+    tl.store(packed + at * PART + place, scored.to(packed.dtype.element_ty), mask=place < PART * inside)
