@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import shutil
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -25,6 +23,7 @@ from evals.reference_model import eight_bits
 from evals.reference_model.recipe import RECIPES, Recipe
 from evals.reference_model.score import scores, show
 from evals.reference_model.train import Run, prepare
+from fasa_flex.bench.record import command_line
 from fasa_flex.saving import replace_text
 
 BUNDLE = "beside.tar"
@@ -60,7 +59,7 @@ def make(
     deliver(packed, out)
     say("packed")
     eight_bits.unpack(packed, unpacked)
-    command = shlex.join(["python", "-m", "evals.reference_model.make_large", *map(_nameless, sys.argv[1:])])
+    command = command_line("evals.reference_model.make_large")
     found = {"command": command, **scores(unpacked, questions, device)}
     replace_text(packed / SCORES, json.dumps(found, indent=2) + "\n")
     deliver(packed, out)
@@ -77,11 +76,6 @@ def deliver(packed: Path, out: Path) -> None:
                 shutil.copyfile(path, out / path.name)
             else:
                 bundle.add(path, path.name)
-
-
-def _nameless(word: str) -> str:
-    """A word of the command line, with an absolute path cut to its last part."""
-    return Path(word).name if Path(word).is_absolute() else word
 
 
 def main() -> None:

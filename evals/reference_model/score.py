@@ -10,8 +10,6 @@ import argparse
 import hashlib
 import json
 import platform
-import shlex
-import sys
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -25,6 +23,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from fasa_flex.bench.record import command_line
 from fasa_flex.lm_eval.haystack import Document, document, heldout_text
 from fasa_flex.saving import replace_text
 
@@ -161,7 +160,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    command = shlex.join(["python", "-m", "evals.reference_model.score", *sys.argv[1:]])
+    command = command_line("evals.reference_model.score")
     results = {"command": command, **scores(args.model, args.questions, torch.device(args.device))}
     replace_text(args.out, json.dumps(results, indent=2) + "\n")
     show(results)
