@@ -101,7 +101,10 @@ def test_no_time_left_is_said(tmp_path: Path) -> None:
         (["--layers", "-1"], "layers must be an integer of at least 1, got -1"),
         (["--layers", "0"], "layers must be an integer of at least 1, got 0"),
         (["--n-tip", "0"], "n_tip must be an integer of at least 1, got 0"),
-        (["--n-tip", "999", "--shapes", "tiny"], "n_tip must be at most 8, the chunks of a head of shape 'tiny', got 999"),
+        (
+            ["--n-tip", "999", "--shapes", "tiny"],
+            "n_tip must be at most 8, the chunks of a head of shape 'tiny', got 999",
+        ),
         (["--n-fac", "0"], "n_fac must be an integer of at least 1, got 0"),
         (
             ["--dense-layers", "0,2", "--shapes", "tiny"],
