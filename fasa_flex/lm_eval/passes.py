@@ -26,7 +26,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from fasa_flex.hf.compatibility import cache_argument
-from fasa_flex.hf.model_structure import device_of
+from fasa_flex.hf.model_structure import attention_shape, device_of
 from fasa_flex.lm_eval.windows import Batch, Window, score
 from fasa_flex.model.handle import Fasa
 
@@ -58,12 +58,9 @@ class Limits:
         A part of p tokens needs masks and scores of p * T * 4 bytes, in a few copies (and for each query head where it
         is scored); the cache needs T * (bytes of a token).
         """
-        config = model.config.get_text_config()
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        token = 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
-        logits = max(4, _LOGITS // config.vocab_size)
+        layers, heads, kv_heads, head_dim = attention_shape(model)
+        token = 2 * layers * kv_heads * head_dim * model.dtype.itemsize
+        logits = max(4, _LOGITS // model.config.get_text_config().vocab_size)
         return cls(
             whole=whole,
             part=min(4096, max(128, token // 32)),
