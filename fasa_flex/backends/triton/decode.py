@@ -28,7 +28,7 @@ FOCUS_WARPS, MOST_FOCUSED = 4, 4096  # more tiles: two kernels, since a longer s
 FIND_WARPS, FETCH_BLOCK, FETCH_WARPS, FETCH_PROGRAMS = 8, 16, 4, 64
 """Keys and warps of a program: the fastest of those measured on an H100.
 
-From MOST_COUNTED tiles on, the search also guesses thresholds (``GUESS``). More than 64 programs fetch scattered host
+Above MOST_COUNTED tiles the search also guesses thresholds (``GUESS``). More than 64 programs fetch scattered host
 rows more slowly.
 """
 
