@@ -1,4 +1,4 @@
-"""Tables between the markers of a README, ``<!-- name -->`` and ``<!-- /name -->``."""
+"""Writes tables between the markers ``<!-- name -->`` and ``<!-- /name -->`` of a Markdown file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fasa_flex.saving import replace_text
 
 
 def block(text: str, name: str) -> str | None:
-    """What stands between the markers of a table; None without these."""
+    """The text between the markers of a table; None if there are no markers."""
     found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, flags=re.DOTALL)
     return found and found[1].removesuffix("\n")
 
@@ -19,12 +19,12 @@ def fill(readme: Path, tables: Mapping[str, Callable[[], str]]) -> None:
     """Write tables between their markers.
 
     Raises:
-        SystemExit: one has none.
+        SystemExit: a table without markers.
     """
     text = readme.read_text(encoding="utf-8")
     for name, made in tables.items():
         if block(text, name) is None:
-            raise SystemExit(f"{readme} has no place for the table {name}: add <!-- {name} --> and <!-- /{name} -->")
+            raise SystemExit(f"{readme} has no place for the table {name}; add <!-- {name} --> and <!-- /{name} -->.")
         before, _, rest = text.partition(f"<!-- {name} -->\n")
         behind = rest[rest.index(f"<!-- /{name} -->") :]
         text = f"{before}<!-- {name} -->\n{made()}\n{behind}"

@@ -1,6 +1,6 @@
-"""The ``fasa-flex`` command. A subcommand is a `Command` in ``COMMANDS``: its words, its options, what it does.
+"""The ``fasa-flex`` command. A subcommand is a `Command` in ``COMMANDS``: its name, summary, options and function.
 
-Only the command that runs imports what it needs: help and wrong words wait for nothing.
+Each subcommand imports torch and transformers only when it runs, so that ``--help`` and usage errors are fast.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from fasa_flex.core.option_types import Backend, Criterion, GroupReduce, Sharing
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand; what it needs beyond the standard library is imported when it runs.
+    """One subcommand, which imports packages beyond the standard library only when it runs.
 
     Attributes:
-        name: The word behind ``fasa-flex``.
-        summary: One line for ``fasa-flex --help``.
-        options: Adds the arguments.
-        run: Does the work. A ValueError from it ends the command with its sentence and exit code 2.
+        name: the word after ``fasa-flex``.
+        summary: one line for ``fasa-flex --help``.
+        options: adds the arguments to a parser.
+        run: runs the command. A ValueError prints its message and ends the process with exit code 2.
     """
 
     name: str
@@ -41,11 +41,11 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
         "runs",
         nargs="+",
         metavar="RUN",
-        help="an --output_path of lm_eval with --log_samples; the first is compared with",
+        help="an --output_path of lm_eval with --log_samples; the first is the baseline",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw score against budget (needs matplotlib)")
     parser.add_argument("--draws", type=int, default=10_000, help="bootstrap resamples (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: %(default)s)")
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -69,12 +69,12 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
         "profiles", nargs="+", metavar="PROFILE", help="a folder of save_pretrained, or a Hub repository"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw heat maps and dominance (needs matplotlib)")
-    parser.add_argument("--n-tip", type=int, metavar="N", help="dominant chunks a head keeps (default: as FasaConfig)")
+    parser.add_argument("--n-tip", type=int, metavar="N", help="dominant chunks of a head (default: FasaConfig's)")
     parser.add_argument(
-        "--per", choices=get_args(Sharing), default="kv_head", help="whose chunks (default: %(default)s)"
+        "--per", choices=get_args(Sharing), default="kv_head", help="heads that share chunks (default: %(default)s)"
     )
     parser.add_argument(
-        "--criterion", choices=get_args(Criterion), help="how they are chosen (default: the best of a profile)"
+        "--criterion", choices=get_args(Criterion), help="how chunks are chosen (default: the profile's best)"
     )
 
 
@@ -100,11 +100,11 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
-    """What every command that loads a model has: the arguments of `fasa_flex.hf.loading.load_model`."""
+    """Add the arguments of `fasa_flex.hf.loading.load_model`."""
     parser.add_argument("model", metavar="MODEL", help="a folder, or a Hub repository")
-    parser.add_argument("--gguf-file", metavar="NAME", help="the file of MODEL that holds it in GGUF")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they were saved)")
-    parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--gguf-file", metavar="NAME", help="a GGUF file in MODEL, to load instead of safetensors")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as saved)")
+    parser.add_argument("--device", help="such as cpu or cuda (default: cuda if available)")
 
 
 def _loaded(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -115,16 +115,16 @@ def _loaded(options: argparse.Namespace) -> tuple[Any, Any]:
 
 def _calibrate_options(parser: argparse.ArgumentParser) -> None:
     _model_options(parser)
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the profile, one of its own")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the profile alone")
     parser.add_argument(
         "--text",
         action="extend",
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="long texts (default: packaged ones, as profile=auto's)",
+        help="long texts (default: packaged ones, as of profile=auto)",
     )
-    parser.add_argument("--length", type=int, metavar="N", help="tokens of each text at most (default: 8192)")
+    parser.add_argument("--length", type=int, metavar="N", help="most tokens of each text (default: 8192)")
     parser.add_argument("--top-k", type=int, metavar="K", help="K of contextual agreement (default: 256)")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="decode steps of each text (default: 64)")
 
@@ -138,19 +138,15 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 def _generate_options(parser: argparse.ArgumentParser) -> None:
     _model_options(parser)
-    parser.add_argument("--prompt", type=Path, required=True, metavar="FILE", help="a text; - is the standard input")
-    parser.add_argument(
-        "--profile", metavar="PROFILE", help="the model's (default: it calibrates itself on the prompt)"
-    )
-    parser.add_argument("--compare", choices=["dense"], help="also write with dense attention, and show both")
+    parser.add_argument("--prompt", type=Path, required=True, metavar="FILE", help="a text file; - is standard input")
+    parser.add_argument("--profile", metavar="PROFILE", help="the model's profile (default: calibrate on the prompt)")
+    parser.add_argument("--compare", choices=["dense"], help="also generate with dense attention, and show both")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--n-fac", type=_count_or_share, metavar="N", help="tokens a query attends to, or a share")
-    parser.add_argument(
-        "--n-tip", type=_count_or_share, metavar="N", help="dominant chunks a head scores with, or a share"
-    )
-    parser.add_argument("--group-reduce", choices=get_args(GroupReduce), help="how a group's heads rank as one")
-    parser.add_argument("--backend", choices=get_args(Backend), help="as in FasaConfig, whose defaults all these have")
+    parser.add_argument("--n-tip", type=_count_or_share, metavar="N", help="dominant chunks of a head, or a share")
+    parser.add_argument("--group-reduce", choices=get_args(GroupReduce), help="how a group's heads rank keys together")
+    parser.add_argument("--backend", choices=get_args(Backend), help="attention backend; defaults are FasaConfig's")
 
 
 def _count_or_share(text: str) -> int | float:
@@ -166,8 +162,8 @@ def _generate(options: argparse.Namespace) -> None:
     from fasa_flex.commands.generate import encoded, generate
     from fasa_flex.core.config import FasaConfig
 
-    given = {name: getattr(options, name) for name in ("n_fac", "n_tip", "group_reduce", "backend")}
-    config = FasaConfig(**{name: value for name, value in given.items() if value is not None})
+    fields = {name: getattr(options, name) for name in ("n_fac", "n_tip", "group_reduce", "backend")}
+    config = FasaConfig(**{name: value for name, value in fields.items() if value is not None})
     profile = None if options.profile is None else FasaProfile.from_pretrained(options.profile)
     model, tokenizer = _loaded(options)
     if profile is not None:
@@ -183,20 +179,20 @@ def _env(options: argparse.Namespace) -> None:
 
 
 COMMANDS: tuple[Command, ...] = (
-    Command("generate", "write on from a prompt under FASA, and beside dense attention", _generate_options, _generate),
-    Command("calibrate", "find a model's dominant chunks and save them as its profile", _calibrate_options, _calibrate),
-    Command("inspect", "show what a profile holds, and how far several agree", _inspect_options, _inspect),
+    Command("generate", "continue a prompt under FASA, and under dense attention", _generate_options, _generate),
+    Command("calibrate", "find a model's dominant chunks and save its profile", _calibrate_options, _calibrate),
+    Command("inspect", "show a profile's dominant chunks, and the overlap of several", _inspect_options, _inspect),
     Command("compare", "compare runs of lm-eval, document by document", _compare_options, _compare),
-    Command("bench", "measure dense attention and FASA on this machine", _bench_options, _bench),
-    Command("env", "say what is installed and can run here, for a bug report", lambda parser: None, _env),
+    Command("bench", "time dense attention and FASA on this machine", _bench_options, _bench),
+    Command("env", "print versions, devices and usable backends, for a bug report", lambda parser: None, _env),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code.
+    """Run a subcommand; returns the exit code.
 
     Args:
-        arguments: Words behind ``fasa-flex``; those of the process if None.
+        arguments: words after ``fasa-flex``; None is those of the process.
     """
     parser = argparse.ArgumentParser(prog="fasa-flex", description="Frequency-aware sparse attention.")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -214,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fasa-flex: interrupted.", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # as of `fasa-flex inspect ... | head`
+    except BrokenPipeError:  # as in `fasa-flex inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return 0

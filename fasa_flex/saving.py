@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole: whoever is killed, interrupted or out of space leaves the former ones."""
+"""Atomic replacement of files: an interrupted, killed or failed write leaves the former files."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ from pathlib import Path
 if sys.platform != "win32":
     import fcntl
 
-_BEGUN, _WHOLE = ".saving-", ".saved-"
+_UNFINISHED, _COMPLETE = ".saving-", ".saved-"
 
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder; the files written to it become those of ``folder`` when the block ends, all at once.
+    """Yield an empty folder whose files replace those of ``folder`` when the block ends.
 
-    Other files of ``folder`` stay. A symlink is replaced, never written through. Nothing changes if the block raises.
+    Other files of ``folder`` stay. A symlink is replaced, never written through. If the block raises, nothing changes.
 
     Args:
-        folder: made where it is missing.
+        folder: the destination; created if it is missing.
 
     Raises:
-        ValueError: the folder cannot be written to; an OSError of the block counts as such.
+        ValueError: the folder cannot be written to, or the block raised an OSError.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=_BEGUN, ignore_cleanup_errors=True) as beside:
-            begun = Path(beside)
-            yield begun
-            for file in begun.iterdir():
+        with tempfile.TemporaryDirectory(dir=folder, prefix=_UNFINISHED, ignore_cleanup_errors=True) as temporary:
+            written = Path(temporary)
+            yield written
+            for file in written.iterdir():
                 if (folder / file.name).is_dir():
                     raise IsADirectoryError(EISDIR, f"{file.name} is a folder")
                 _sync(file)
             with settled(folder):
-                begun.rename(folder / begun.name.replace(_BEGUN, _WHOLE, 1))  # killed behind this, others finish it
+                # if this process is killed after the rename, the next reader or writer finishes it
+                written.rename(folder / written.name.replace(_UNFINISHED, _COMPLETE, 1))
                 _finish(folder)
     except OSError as error:
         reason = error.strerror or type(error).__name__
@@ -46,20 +47,20 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a text file in UTF-8 as `replacing` does.
+    """Replace a text file atomically, in UTF-8.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: the file cannot be written.
     """
     with replacing(file.parent) as beside:
         (beside / file.name).write_text(text, encoding="utf-8")
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be written to, before the work that is to be kept there.
+    """Refuse a folder that cannot be written to, before computing its contents.
 
     Raises:
-        ValueError: one sentence with the reason.
+        ValueError: with the reason.
     """
     with replacing(folder):
         pass
@@ -67,22 +68,22 @@ def check_writable(folder: Path) -> None:
 
 @contextmanager
 def settled(folder: Path) -> Iterator[None]:
-    """Hold every `replacing` of ``folder`` off, so that the files read in the block belong together.
+    """Lock ``folder`` against `replacing`, so that the files read in the block belong together.
 
-    A replacement that was killed between its files is finished first. Where the file system has no locks, a reader may
-    meet one that is under way.
+    First finishes a replacement that was killed half-way. On a file system without locks, a reader may see a
+    replacement in progress.
     """
     with _locked(folder):
-        with suppress(OSError):  # a reader that may not write takes what is there
+        with suppress(OSError):  # a reader without write permission takes the files as they are
             _finish(folder)
         yield
 
 
 def _finish(folder: Path) -> None:
-    for whole in folder.glob(f"{_WHOLE}*"):
-        for file in whole.iterdir():
+    for complete in folder.glob(f"{_COMPLETE}*"):
+        for file in complete.iterdir():
             file.replace(folder / file.name)
-        whole.rmdir()
+        complete.rmdir()
 
 
 @contextmanager
@@ -96,7 +97,7 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(handle)  # which gives the lock back
+        os.close(handle)  # also releases the lock
 
 
 def _sync(file: Path) -> None:

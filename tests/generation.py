@@ -11,9 +11,10 @@ import numpy.typing as npt
 import oracle
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from fasa_flex import FasaConfig, FasaProfile, RotaryLayout, calibrate
+from fasa_flex.hf.compatibility import cache_argument
 
 Ids = Callable[..., Tensor]
 Reader = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
@@ -73,6 +74,34 @@ def decode_reader(model: PreTrainedModel, profile: FasaProfile, config: FasaConf
         return torch.from_numpy(result.out).to(q.dtype)
 
     return read
+
+
+@torch.no_grad()
+def token_by_token(model: PreTrainedModel, row: Tensor, start: int, cache: Cache | None = None, cut: int = 0) -> Tensor:
+    """Logits [T, V] of one row [T]: ``start`` tokens in a prefill, or in two from ``cut`` on, then one by one."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    parts = [row[:cut], row[cut:start], *(token[None] for token in row[start:])]
+    return torch.cat([model(part[None], past_key_values=cache).logits[0] for part in parts if len(part)])
+
+
+@torch.no_grad()
+def log_likelihood(model: PreTrainedModel, context: list[int], continuation: list[int], prompt: int) -> float:
+    """Of a continuation, in nats: ``prompt`` tokens in a prefill, then one by one."""
+    tokens = context + continuation
+    state = cache_argument(model, DynamicCache(config=model.config))
+    out = model(torch.tensor([tokens[:prompt]]), **state)
+    total = 0.0
+    for slot in range(prompt, len(tokens)):
+        if slot >= len(context):
+            total += out.logits[0, -1].double().log_softmax(-1)[tokens[slot]].item()
+        if slot < len(tokens) - 1:
+            out = model(torch.tensor([[tokens[slot]]]), **state)
+    return total
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    """`torch.testing.assert_close`, the absolute tolerance in units of the largest expected number."""
+    torch.testing.assert_close(got, expected, atol=tolerance * float(expected.abs().max()), rtol=min(tolerance, 1e-5))
 
 
 def left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:

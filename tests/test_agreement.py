@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fasa_flex import RotaryLayout, contextual_agreement
 from fasa_flex.calibration import agreement
+from fasa_flex.core import pieces
 
 
 def integers(*shape: int, seed: int = 0, limit: int = 3) -> Tensor:
@@ -178,8 +179,8 @@ def test_long_queries_are_taken_in_pieces_that_fit_in_memory(monkeypatch: pytest
     one = 8 * 3 * 4 * 11  # bytes of the scores of one query
     for limit, expected in ((1, [1] * 7), (3 * one - 1, [2, 2, 2, 1]), (3 * one, [3, 3, 1]), (7 * one, [7])):
         sizes.clear()
-        monkeypatch.setattr(agreement, "_BYTES", limit)
+        monkeypatch.setattr(pieces, "_BYTES", limit)
         torch.testing.assert_close(contextual_agreement(q, k, layout, top_k=3), whole)
         assert sizes == expected
     monkeypatch.undo()
-    assert agreement._BYTES > 1 << 20, "so that a table of a usual length is made in few pieces"
+    assert pieces._BYTES > 1 << 20, "so that a table of a usual length is made in few pieces"

@@ -76,7 +76,7 @@ def test_inspect_refuses_in_one_sentence(
     assert "n_tip must lie in 1..32" in refused(str(SHIPPED), "--n-tip", "33")
     assert "config.json is missing" in refused(str(tmp_path))
 
-    assert "is no folder to draw x.png in" in refused(str(SHIPPED), "--plot", str(tmp_path / "missing" / "x.png"))
+    assert "is none; make it" in refused(str(SHIPPED), "--plot", str(tmp_path / "missing" / "x.png"))
 
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("several\nlines")
@@ -151,10 +151,10 @@ def test_a_picture_that_cannot_be_is_refused_before_the_work(
     monkeypatch.setattr("fasa_flex.report.inspection.report", lambda *_: pytest.fail("the work was done"))
     inspect = ("inspect", str(SHIPPED), "--plot")
     (tmp_path / "file").write_text("")
-    assert "is no folder to draw x.png in" in refused(capsys, *inspect, str(tmp_path / "file" / "x.png"))
+    assert "is none; make it" in refused(capsys, *inspect, str(tmp_path / "file" / "x.png"))
     assert "is a folder; name a file, such as" in refused(capsys, *inspect, str(tmp_path))
     for name in ("picture", "picture.doc"):
-        assert "names no format of pictures" in refused(capsys, *inspect, str(tmp_path / name))
+        assert "has no known picture format" in refused(capsys, *inspect, str(tmp_path / name))
     with monkeypatch.context() as patch:
         patch.setattr(
             "fasa_flex.commands.plots.check_writable", lambda folder: (_ for _ in ()).throw(ValueError("full."))

@@ -87,7 +87,7 @@ def test_equal_runs_differ_by_nothing(tmp_path: Path) -> None:
 def test_other_prompts_are_refused(tmp_path: Path) -> None:
     one = Run.load(write(tmp_path / "a", [1.0, 1.0, 0.0]))
     other = Run.load(write(tmp_path / "b", [1.0, 1.0, 0.0], 64, prompts=["prompt 0", "another", "prompt 2"]))
-    with pytest.raises(ValueError, match=r"1 of 3 prompts of needle differ .* the first in document 1: run both"):
+    with pytest.raises(ValueError, match=r"1 of 3 prompts of needle differ .* the first in document 1; run both"):
         compare([one, other])
     fewer = Run.load(write(tmp_path / "c", [1.0, 1.0], 64))
     with pytest.raises(ValueError, match="1 of 3 prompts of needle differ"):
@@ -111,7 +111,7 @@ def test_folders_of_several_runs_or_without_samples_are_refused(tmp_path: Path) 
         Run.load(tmp_path / "nothing")
     bare = write(tmp_path / "bare", [1.0])
     next(bare.rglob("samples_*")).unlink()
-    with pytest.raises(ValueError, match="no samples of needle: run lm_eval with --log_samples"):
+    with pytest.raises(ValueError, match="no samples of needle; run lm_eval with --log_samples"):
         Run.load(bare)
 
 

@@ -80,9 +80,9 @@ def test_periods_are_in_tokens(one: FasaProfile) -> None:
 def test_a_report_says_what_the_profile_holds(one: FasaProfile) -> None:
     lines = inspection.report(["mine"], [one], 2).splitlines()
     assert lines[0] == "mine: a model (llama)"
-    assert "2 layers, 2 query heads, 2 key/value heads, 4 chunks, 3 of which turn" in lines
+    assert "2 layers, 2 query heads, 2 key/value heads, 4 chunks, 3 of which rotate" in lines
     assert "agreement on the top 10 keys, over 20 queries: 2 samples, at most 5 decode steps each" in lines
-    assert f"made with torch 2.13; fingerprint {one.fingerprint[:12]}" in lines
+    assert f"calibrated with torch 2.13; fingerprint {one.fingerprint[:12]}" in lines
     assert "| 0 | 0 | 0-1 | 0.700 | 0.400 |" in lines
     assert "| 0 | 1 | 0 2 | 0.800 | 0.450 |" in lines
     assert "| all | all | | 0.600 | 0.363 |" in lines

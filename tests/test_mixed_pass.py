@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import unrounded
 from families import tiny
-from generation import Ids, profile_of
+from generation import Ids, close, profile_of, token_by_token
 from sentences import raises_sentence
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -19,18 +19,6 @@ CONFIGS = [
     unrounded(n_fac=6, n_sink=1, n_recent=2, group_reduce="none"),
     unrounded(n_fac=6, per="query_head", backend="reference"),
 ]
-
-
-@torch.no_grad()
-def token_by_token(model: PreTrainedModel, ids: Tensor, start: int) -> Tensor:
-    """Logits [T, V] of one row [T]: the first `start` tokens in one prefill, then one by one on a DynamicCache."""
-    cache = DynamicCache(config=model.config)
-    parts = [ids[:start], *(token[None] for token in ids[start:])]
-    return torch.cat([model(part[None], past_key_values=cache).logits[0] for part in parts])
-
-
-def close(got: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(got, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-5)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.n_fac} {c.n_sink}+{c.n_recent} {c.per} {c.group_reduce}")

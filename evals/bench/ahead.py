@@ -1,15 +1,15 @@
-"""Would it pay to fetch rows of host memory ahead, on a stream of their own, or narrower ones (FASA-M)? It is not done.
+"""Estimates the gain of two ideas for FASA-M that are not implemented: prefetching host rows, and narrower rows.
 
     python -m evals.bench.ahead --out runs               # on CUDA, with 20 GB of host memory
 
-A decode step of eight layers as a CUDA graph: the weights of Llama-3.1-8B's, and after the query's product the fetch of
-the selected rows, with the kernels of `fasa_flex.backends.triton.decode`. Either all new rows are fetched in line; or
-512 or 1024, the best of a step, ahead on a side stream, while the rest of the layer is computed, and in line what the
-next step misses. The shares that are new come from the reference model (evals/results/study/agreement.json, part
-"renewal"). The second selection, which fetching ahead needs too, is left out in its favour.
+Measures a decode step of eight layers of Llama-3.1-8B's shape as a CUDA graph, with the fetch of the selected rows
+after the query's product (kernels of `fasa_flex.backends.triton.decode`). The step fetches either all new rows in line,
+or the best 512 or 1024 rows of the last step ahead, on a side stream during the rest of the layer, and the missing ones
+in line. The shares of new rows come from the reference model (evals/results/study/agreement.json, part "renewal").
+Prefetching would need a second selection, which is not counted, in its favour.
 
-Narrower rows are those without a key's packed dimensions, which the device has: an eighth less. Putting the two parts
-of a key together is left out in their favour.
+Narrower rows lack a key's packed dimensions, which the device has, and are an eighth shorter. Joining the two parts of
+a key is not counted, in their favour.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ SHAPE = SHAPES["llama-3.1-8b"]
 LAYERS = 8
 SELECTED = 256
 NEW = 0.48
-"""Of 256 selected rows, between two steps; and, as is assumed here, of twice and four times as many."""
+"""Share of new rows among 256 selected ones from step to step; assumed to be the same for 512 and 1024."""
 
 MISSING = {512: 0.30, 1024: 0.16}
-"""Of 256 selected rows, those not among so many best ones of the step before."""
+"""Share of 256 selected rows that are not among the best 512 or 1024 of the last step."""
 
 UNPACKED = SHAPE.head_dim - 2 * FasaConfig().chunks_of(SHAPE.head_dim)
-"""Dimensions of a key that are not packed."""
+"""Number of a key's dimensions that are not packed."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights [in, out], keys and values in host memory, the rows that the device holds of them, and slots to fetch."""
+    """One layer: weights [in, out], keys and values in host memory, the device's rows of these, and slots to fetch."""
 
     weights: tuple[Tensor, ...]
     key: Tensor
@@ -57,7 +57,7 @@ class Layer:
 
     @classmethod
     def random(cls, batch: int, context: int) -> Layer:
-        """Slots lie scattered over the context."""
+        """A layer of random numbers, with slots scattered over the context."""
         hidden, inner = SHAPE.hidden, SHAPE.intermediate
         joint = (SHAPE.query_heads + 2 * SHAPE.kv_heads) * SHAPE.head_dim
         sizes = ((hidden, joint), (hidden, hidden), (hidden, 2 * inner), (inner, hidden))
@@ -67,12 +67,12 @@ class Layer:
         return cls(weights, *_rows(batch, context, SHAPE.head_dim), slots)
 
     def narrower(self) -> Layer:
-        """The same layer with keys of the dimensions that are not packed."""
+        """The layer with keys of the unpacked dimensions only."""
         key, value, held = _rows(self.key.shape[0], self.key.shape[2], UNPACKED)
         return replace(self, key=key, value=value, held=held)
 
     def fetch(self, count: int, share: float, programs: int) -> None:
-        """Fetch a share of ``count`` rows a key/value head."""
+        """Fetch ``share`` of ``count`` rows for each key/value head."""
         held = self.held[count]
         held.forget(share)
         decode.FETCH_PROGRAMS = programs
@@ -81,7 +81,7 @@ class Layer:
 
 
 def _rows(batch: int, context: int, key_dim: int) -> tuple[Tensor, Tensor, dict[int, HeldRows]]:
-    """Keys and values in host memory, and what the device is to hold of them."""
+    """Keys and values in host memory, and empty `HeldRows` for them on the device."""
     like = torch.empty(batch, SHAPE.kv_heads, 0, SHAPE.head_dim, device="cuda", dtype=torch.bfloat16)
     states = (like[..., :key_dim], like)
     key, value = split_rows(host_rows(*states, context, like.device), key_dim)
@@ -94,7 +94,7 @@ def _scattered(rows: int, context: int, count: int) -> Tensor:
 
 
 def step(layers: list[Layer], batch: int, in_line: float, ahead: tuple[int, int] | None) -> Callable[[], Tensor]:
-    """A decode step that fetches a share of its rows in line, and (so many rows, by so many programs) ahead."""
+    """A decode step that fetches the share ``in_line`` of its rows in line, and ``ahead`` = (rows, programs) ahead."""
     side: Any = torch.cuda.Stream()
     begun = torch.ones(batch, SHAPE.hidden, device="cuda", dtype=torch.bfloat16)
 
@@ -119,7 +119,7 @@ def step(layers: list[Layer], batch: int, in_line: float, ahead: tuple[int, int]
 
 @torch.no_grad()
 def measure(batch: int, context: int, seconds: float) -> list[dict[str, Any]]:
-    """Microseconds that a layer takes, by what is fetched when."""
+    """Microseconds of a layer for every way of fetching."""
     layers = [Layer.random(batch, context) for _ in range(LAYERS)]
     narrow = [layer.narrower() for layer in layers]
     ways: list[dict[str, Any]] = [

@@ -1,8 +1,8 @@
-"""One call of `fasa_attention` against a float64 reference: which there are, and whether one is right.
+"""Checks of single calls of `fasa_attention` against a float64 reference, and the list of cases.
 
-The reference is written here from the paper's definitions with plain torch operations in float64, one head at a time;
-nothing of fasa_flex is in it. Rows whose last key taken and first key left score within rounding of each other are not
-compared, and counted. The state of a completion has its reference in the operators that a CPU runs.
+The reference implements the paper's definitions in plain float64 torch operations, one head at a time, without code of
+fasa_flex. Rows in which the scores of the last selected and the first unselected key differ by rounding only are
+counted, not compared. The completion's state is compared with that of the CPU's operators.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from fasa_flex.core.scoring import DominantChunks
 
 KV_HEADS = 2
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
-"""Of a head's output, relative to its norm."""
+"""Largest error of a head's output, relative to its norm."""
 MARGIN = 1e-4
-"""Of the spread of a row's scores: nearer ones may be ranked otherwise in float32."""
+"""Least difference of two scores, as a share of the row's range, that float32 certainly ranks alike."""
 LEVELS = {"int8": 127, "int4": 7}
 FIRST, LAST = 4, 32
-"""The tokens that are always selected, by default."""
+"""Numbers of first and last tokens that the defaults always select."""
 SOFTCAP = 3.0
-"""Of the cases that have one: below their largest logits."""
+"""Soft cap of the cases with one, smaller than their largest logits."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Case:
 
 
 def rounded(rows: Tensor, packed: str) -> Tensor:
-    """Keys [T, D] as packed keys hold them."""
+    """Keys [T, D], rounded as packed keys are."""
     if packed not in LEVELS:
         return rows
     rows, most = rows.float(), LEVELS[packed]
@@ -125,7 +125,7 @@ def reference(
 
 
 def check(case: Case, device: torch.device) -> dict[str, Any]:
-    """One case: the worst relative error over the heads that are compared."""
+    """Check one case; the result has the largest relative error over the compared heads."""
     generator = torch.Generator(device).manual_seed(case.context + case.group)
     dtype = getattr(torch, case.dtype)
 
@@ -180,7 +180,7 @@ def check(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def cases(small: bool, kernels: bool) -> Iterator[Case]:
-    """All values of every setting; flex in fewer combinations, since each compiles a kernel."""
+    """Cases that cover all values of every setting; fewer for flex, since each case compiles a kernel."""
     contexts = (1024, 1500) if small else (1024, 4096, 16384 + 7, 32768, 131072)
     dtypes = ("float32",) if small else ("bfloat16", "float16")
     n_fac, packed = (64 if small else 256), ("tiles", "rows", "none")
@@ -211,7 +211,7 @@ def cases(small: bool, kernels: bool) -> Iterator[Case]:
 
 
 def check_state(dtype: str, head_dim: int, first_order: bool, device: torch.device) -> dict[str, Any]:
-    """A completion's state on the device against a CPU's, through a prompt, its answer, and a crop."""
+    """Compare a completion's state on the device and on a CPU, over a prompt, its answer and a crop."""
     length, batch = 1000, 3
     generator = torch.Generator().manual_seed(head_dim)
     size = (batch, KV_HEADS, length, head_dim)
@@ -232,8 +232,8 @@ def check_state(dtype: str, head_dim: int, first_order: bool, device: torch.devi
 
 
 def check_writing(dtype: str, packed: str, centred: bool, device: torch.device) -> dict[str, Any]:
-    """A decoded token by the kernel against PyTorch's operators, bit by bit."""
-    from fasa_flex.backends.triton.writing import write_token  # Triton is there with CUDA only
+    """Compare a decoded token's cache entries by the kernel and by PyTorch's operators, bit by bit."""
+    from fasa_flex.backends.triton.writing import write_token  # Triton is installed with CUDA only
 
     held, kind = (4, KV_HEADS, 100, 64), getattr(torch, dtype)
     generator = torch.Generator(device).manual_seed(0)
@@ -255,12 +255,12 @@ def check_writing(dtype: str, packed: str, centred: bool, device: torch.device) 
 
 
 def flex_by_its_decode_kernel(*arguments: Any, **named: Any) -> Any:
-    """`flex_attention`, which raises where Inductor would fall back to its kernel for many queries."""
+    """`flex_attention` that raises if Inductor would not use its decode kernel."""
     return flex_attention(*arguments, **{**named, "kernel_options": {"BACKEND": "TRITON_DECODE"}})
 
 
 def check_decode_kernel(case: Case, device: torch.device) -> dict[str, Any]:
-    """One case of the flex backend, whose decode kernel must serve it."""
+    """Check one case of the flex backend that Inductor's decode kernel must serve."""
     torch._dynamo.reset()
     with mock.patch("fasa_flex.core.method.flex_attention", flex_by_its_decode_kernel):
         return check(case, device)

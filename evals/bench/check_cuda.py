@@ -1,10 +1,10 @@
-"""Is FASA right on this device? Every backend against a float64 reference, and decoding against the plain reference.
+"""Checks FASA on this device: every backend against a float64 reference, decoding against the ``reference`` backend.
 
     python -m evals.bench.check_cuda --out runs          # on CUDA
     python -m evals.bench.check_cuda --small             # the same on CPU, small: a dry run
 
-The calls and their reference are those of `evals.bench.calls`. Writes JSON after every check, with what is still to be
-done; exit code 1 if one failed, or if none ran.
+The calls and their reference are in `evals.bench.calls`. Writes JSON after every check, with the remaining checks. The
+exit code is 1 if a check failed or none ran.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from fasa_flex.bench.record import Ledger, command_line, provenance, reason_of
 from fasa_flex.hf.compatibility import cache_argument
 
 NEAR_TIE = 1e-3
-"""Logits nearer than this may choose another token where operations are reordered."""
+"""Logits that differ by less may give another token if operations are reordered."""
 
 
 def decoding_model(device: torch.device) -> tuple[PreTrainedModel, FasaProfile]:
-    """A random model with attention far from uniform, and a profile of it."""
+    """A random model whose attention is far from uniform, and its profile."""
     torch.manual_seed(0)
     fields = {"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
     config = LlamaConfig(
@@ -56,7 +56,7 @@ def decoding_model(device: torch.device) -> tuple[PreTrainedModel, FasaProfile]:
 
 @torch.no_grad()
 def decode(model: PreTrainedModel, run: Any, prompt: Tensor, steps: int, cache: Cache) -> tuple[Tensor, Tensor]:
-    """Greedy tokens [steps] and their logits [steps, V]; ``run`` does the steps."""
+    """Greedy tokens [steps] and their logits [steps, V]; ``run`` computes the steps."""
     held = cache_argument(model, cache)
     row = model(prompt, **held).logits[:, -1]
     tokens, logits = [row.argmax(-1)], [row.float().clone()]
@@ -68,11 +68,11 @@ def decode(model: PreTrainedModel, run: Any, prompt: Tensor, steps: int, cache: 
 
 
 def check_decoding(device: torch.device, backend: str, placement: str, steps: int) -> dict[str, Any]:
-    """Decoding against the reference in plain tensor operations.
+    """Compare decoding with a backend and decoding with the ``reference`` backend.
 
-    It is compiled (CUDA graphs on CUDA) and of a static cache, keys at ``placement``; "growing" is `generate`'s default
-    instead, uncompiled on a growing cache. A compiled model's keys differ by an ulp, which may round to another code of
-    four bits and select other keys: compiled decoding is compared with packed keys in the cache's precision.
+    Decoding is compiled (with CUDA graphs on CUDA), on a static cache with keys in the memory ``placement``. With
+    ``placement`` "growing" it is uncompiled on a growing cache, `generate`'s default. A compiled model's keys may
+    differ by one ulp and so round to another 4-bit code, so compiled decoding packs keys in the cache's precision.
     """
     model, profile = decoding_model(device)
     prompt = torch.randint(3, 512, (1, 700 if steps > 100 else 80), generator=torch.Generator().manual_seed(1))
@@ -110,7 +110,7 @@ def check_decoding(device: torch.device, backend: str, placement: str, steps: in
 
 
 def perform(key: dict[str, Any], device: str, steps: int) -> dict[str, Any]:
-    """The check that ``key`` names, in whichever process; one that raises has failed."""
+    """Run the check that ``key`` names, in any process; an exception counts as a failure."""
     at, named = torch.device(device), dict(key)
     try:
         if named.pop("decoding", False):
@@ -129,7 +129,7 @@ def perform(key: dict[str, Any], device: str, steps: int) -> dict[str, Any]:
 
 
 def keys(small: bool, cuda: bool) -> list[dict[str, Any]]:
-    """What there is to check: decoding first, for it takes longest, then in an order that soon covers every setting."""
+    """The checks: first decoding, which takes longest, then calls in an order that soon covers every setting."""
     ways = [("gather", "device"), ("gather", "host"), ("gather", "growing")]
     if cuda:
         ways += [("triton", "device"), ("triton", "host"), ("triton", "growing")]  # flex has no float32 there
@@ -159,8 +159,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for check_<device>.json (default: runs)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="a dry run in float32")
-    parser.add_argument("--seconds", type=float, default=130, help="begin no check after so long (default: 130)")
-    parser.add_argument("--workers", type=int, help="processes (default: half the cores, 8 at most; 1 without CUDA)")
+    parser.add_argument("--seconds", type=float, default=130, help="start no check after these seconds (default: 130)")
+    parser.add_argument("--workers", type=int, help="processes (default: half the cores, at most 8; 1 without CUDA)")
     options = parser.parse_args()
     device, begun = torch.device(options.device), time.monotonic()
     cuda = device.type == "cuda"
@@ -171,7 +171,7 @@ def main() -> int:
     todo = [key for key in keys(options.small, cuda) if not ledger.has(key)]
     late = f"no time left of {options.seconds:.0f} s"
     ledger.data["left_out"] = [{**key, "reason": late} for key in todo]
-    # most of a check is compiling, which many processes do at once; each needs few more for it
+    # a check mostly compiles, which runs in parallel in several processes of few threads
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         running = {pool.submit(perform, key, options.device, 40 if options.small else 500): key for key in todo}
@@ -188,7 +188,7 @@ def main() -> int:
     ledger.data["seconds"] = round(time.monotonic() - begun)  # of this run
     ledger.write()
     wrong = [row for row in ledger.rows if not row["ok"]]
-    for row in ledger.rows:  # behind the failures, which were printed as they came
+    for row in ledger.rows:  # failures were printed when they occurred
         if row.get("decoding") and row["ok"]:
             print(f"ok: {row}")
     print(

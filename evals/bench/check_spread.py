@@ -1,10 +1,10 @@
-"""Does a model that is spread over two GPUs, or stands on the second one, decode as on the first?
+"""Checks that a model on two GPUs, or on the second GPU, decodes the same tokens as on the first.
 
     python -m evals.bench.check_spread --out runs                      # on two GPUs, with accelerate
     python -m evals.bench.check_spread --devices cpu,cpu --steps 8     # a dry run
 
-The model of `evals.bench.check_cuda`, eagerly, by `generate`: with every kind of cache, and each backend that a decoded
-token on CUDA has. Writes JSON after every check; exit code 1 if one failed.
+Uses the model of `evals.bench.check_cuda`, uncompiled, in `generate`, with every kind of cache and each backend for
+decoding on CUDA. Writes JSON after every check. The exit code is 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PROMPT = 700
 
 
 def places(model: PreTrainedModel, devices: list[str]) -> dict[str, tuple[PreTrainedModel, str]]:
-    """The model on each device and on both, and where its prompt goes."""
+    """The model on each device and on both, with the device of its prompt."""
     first, second = devices
     halves = {"model.embed_tokens": first, "model.rotary_emb": first, "model.layers.0": first}
     halves |= {"model.layers.1": second, "model.layers.2": second, "model.norm": second, "lm_head": second}
@@ -64,7 +64,7 @@ def decode(
 
 
 def compare(got: tuple[Tensor, Tensor, int], expected: tuple[Tensor, Tensor, int]) -> dict[str, Any]:
-    """Whether the tokens are the same, and how far their logits are apart."""
+    """Whether the tokens are the same, and the largest difference of their logits."""
     tokens, logits, sparse = got
     same = int((tokens == expected[0]).all(0).int().cumprod(0).sum())
     error = float((logits[:same] - expected[1][:same]).norm() / expected[1][:same].norm())
@@ -75,7 +75,7 @@ def compare(got: tuple[Tensor, Tensor, int], expected: tuple[Tensor, Tensor, int
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for check_spread.json (default: runs)")
-    parser.add_argument("--devices", default="cuda:0,cuda:1", help="two of them (default: cuda:0,cuda:1)")
+    parser.add_argument("--devices", default="cuda:0,cuda:1", help="two devices (default: cuda:0,cuda:1)")
     parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
     devices = options.devices.split(",")

@@ -1,10 +1,10 @@
-"""What a token costs in `generate`, on a growing cache, which is its default, and on a static one, which it compiles.
+"""Seconds of a token in `generate`, on a growing cache (its default) and on a static one (with compilation).
 
     python -m evals.bench.generate --out runs          # on CUDA
 
-Seconds of a token are those of a long answer less those of a short one, so that the prompt and what is compiled are
-left out; each is given twice, so that cuDNN has planned its lengths. The ways take turns. The model has Llama-3.1-8B's
-shape and random weights.
+The time of a token is the difference between a long and a short answer, divided by their tokens, so that prefill and
+compilation cancel. Each answer is generated twice, since cuDNN plans new lengths at the first time. The variants run in
+turns. The model has Llama-3.1-8B's shape and random weights.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CACHES: dict[str, dict[str, Any]] = {"growing": {}, "static": {"cache_implementa
 
 
 def seconds_a_token(model: PreTrainedModel, prompt: torch.Tensor, options: dict[str, Any]) -> float:
-    """Of greedy decoding."""
+    """Seconds of one token in greedy decoding."""
 
     def answer(length: int) -> float:
         synchronize(model.device)
@@ -50,10 +50,10 @@ def seconds_a_token(model: PreTrainedModel, prompt: torch.Tensor, options: dict[
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, default=32768, help="tokens of the prompt")
-    parser.add_argument("--layers", type=int, default=8, help="of the model's 32")
+    parser.add_argument("--layers", type=int, default=8, help="layers, of the model's 32")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the results")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():  # elsewhere transformers does not compile by itself
+    if not torch.cuda.is_available():  # transformers compiles on CUDA only
         print("it needs a CUDA device.", file=sys.stderr)
         return 1
     device, layers, context = torch.device("cuda"), arguments.layers, arguments.context

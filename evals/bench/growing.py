@@ -1,11 +1,11 @@
-"""A decode step as `generate` runs it unless told otherwise: uncompiled, on a growing cache.
+"""Seconds of a decode step with `generate`'s defaults: uncompiled, on a growing cache.
 
     python -m evals.bench.growing --device cuda --shape llama-3.1-8b --contexts 1024 8192 32768 65536 --out runs
     python -m evals.bench.growing --device cpu --shape llama-3.2-1b --layers 4 --contexts 1024 4096 16384 --out runs
 
-On a GPU such a step waits for Python, whatever the attention. Every step has a length of its own, as in a real
-decoding; the ways take turns, each with a cache of its own. "flash" is the model's attention where PyTorch is told to
-use no other kernel, so that cuDNN plans nothing.
+On a GPU such a step is limited by Python's speed under any attention. As in real decoding, every step has another
+length. The variants run in turns, each with its own cache. "flash" is the model's dense attention with PyTorch
+restricted to FlashAttention, so that cuDNN plans nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def filled(model: PreTrainedModel, shape: Shape, context: int) -> DynamicCache:
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, shape: Shape, context: int) -> dict[str, Any]:
-    """Seconds of a step in every way, at lengths from ``context`` on."""
+    """Seconds of a step in every variant, at lengths from ``context`` on."""
     layers = model.config.num_hidden_layers
     ways = ["dense", "dense, flash", *FASA] if model.device.type == "cuda" else ["dense", *FASA]
     models = {way: twin(model, layers) for way in ways}
@@ -83,7 +83,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", default="llama-3.2-1b", choices=sorted(SHAPES))
-    parser.add_argument("--layers", type=int, help="of the model; all of them unless given")
+    parser.add_argument("--layers", type=int, help="layers of the model (default: all)")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the results")
     arguments = parser.parse_args()

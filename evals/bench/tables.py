@@ -26,18 +26,18 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 
 
 def rivals(name: str) -> str:
-    """Every one of FASA's ways against the best dense one."""
+    """A table of FASA's rivals, with speed-ups over the best dense rival."""
     return summary(rows_of(f"bench_{name}"))
 
 
 def rankings(device: str, int8: str, rival: str) -> str:
-    """One of FASA's ways, by how the group ranks and what packed keys are held in."""
+    """A table of one of FASA's rivals by group_reduce and packed_dtype."""
     files = {"softmax (default)": device, "max": f"{device}_max", int8: f"{device}_int8"}
     return side_by_side({name: rows_of(f"bench_op_{file}") for name, file in files.items()}, rival)
 
 
 def growing(file: str) -> str:
-    """Milliseconds of an eager step on a growing cache, in every way; sparse ones are marked."""
+    """Milliseconds of an uncompiled step on a growing cache in every variant; sparse ones are marked."""
     rows = rows_of(file)
     names = [way["name"] for way in rows[0]["ways"]]
     lines = [["context", *names], ["--:"] * (1 + len(names))]
@@ -48,7 +48,7 @@ def growing(file: str) -> str:
 
 
 def generated(device: str) -> str:
-    """Milliseconds a token of `generate`, by its cache."""
+    """Milliseconds of a token in `generate`, by cache."""
     rows = rows_of(f"generate_{device}")
     names, found = list(dict.fromkeys(row["name"] for row in rows)), dict[str, dict[str, str]]()
     for row in rows:
@@ -59,7 +59,7 @@ def generated(device: str) -> str:
 
 
 def steps(rival: str) -> str:
-    """How many times as fast a step on an H100 is by one of FASA's ways, and how many times Amdahl's law allows."""
+    """Speed-up of a step on an H100 by one of FASA's rivals, and its limit by Amdahl's law."""
     rows = rows_of("bench_step_cuda")
     contexts = sorted({row["context"] for row in rows})
     cells = {

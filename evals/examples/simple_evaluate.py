@@ -1,4 +1,4 @@
-"""fasa_hf from Python: dense attention and FASA on the same documents, and what FASA's sparse queries read."""
+"""fasa_hf from Python: dense attention and FASA on the same documents, and the bytes that sparse queries read."""
 
 import torch
 from lm_eval import simple_evaluate

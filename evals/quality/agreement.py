@@ -1,17 +1,17 @@
-"""What the chunks agree on, measured in dense forwards of the reference model: the premise of FASA, table by table.
+"""Agreement of dominant chunks with full attention, FASA's premise, in dense forwards of the reference model.
 
     python -m evals.quality.agreement          # under ten minutes on one core; --quick: seconds, with wide intervals
 
-Chunks are chosen on documents of training text and measured on documents of held-out text, on decode steps that answer
-and on decode steps that write plain text, each calibrated on its own kind unless the row says otherwise. Every figure
-is a mean over documents, steps, layers and query heads, with a 95 % bootstrap interval over documents. These are cut
-from one text some 40 contexts long: they may overlap, but hardly in their steps. Writes ``agreement.json`` and pictures
-to ``evals/results/study/``. Started again, it goes on where it was stopped.
+Chunks are chosen on documents of training text and measured on documents of held-out text, in decode steps that answer
+and in decode steps that write plain text. Each kind of step has its own calibration unless the row says otherwise.
+Every figure is a mean over documents, steps, layers and query heads, with a 95 % bootstrap interval over documents. The
+documents are cut from one text of some 40 contexts, so they may overlap, but their steps hardly do. Writes
+``agreement.json`` and pictures to ``evals/results/study/``; a second start continues a stopped run.
 
 Parts: ``compound`` (the paper's Table 1; true planes and adjacent pairs; sets per KV head and per query head),
-``transfer`` (calibrated on shorter documents), ``sharing`` (a group's one selection), ``quintiles`` (the paper's
-Table 11), ``mass`` (attention that is held), ``precision`` (packed keys in fewer bits) and ``renewal`` (what a step
-selects that the one before did not).
+``transfer`` (calibrated on shorter documents), ``sharing`` (one selection of a group), ``quintiles`` (the paper's
+Table 11), ``mass`` (attention on the selected keys), ``precision`` (packed keys in fewer bits) and ``renewal`` (keys
+that a step selects and the last step did not).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ BUDGETS = (16, 64, 256)
 N_TIP = 8
 """A quarter of the 32 chunks, as the paper's 16 of 64."""
 RECENT = 8
-"""Last keys that are forced in where FASA is tried with some."""
+"""Number of forced last keys, in the rows with forced keys."""
 TRANSFER_TOP_K = 128
 """K of the calibrations on documents as short as 512 tokens."""
 FIFTHS = 5
@@ -83,7 +83,7 @@ def compound(study: Study) -> Rows:
             (method, None, top_k): overlap(full, slots, top_k)
             for method, slots in static.items()
             for top_k in TOP_KS
-            if method != "SnapKV" or top_k > WINDOW  # below, it would keep its window and nothing else
+            if method != "SnapKV" or top_k > WINDOW  # a smaller budget holds only SnapKV's own window
         }
         own, other = study.profiles[kind, "true planes"], study.profiles[OTHER[kind], "true planes"]
         adjacent = study.profiles[kind, "adjacent pairs"]
@@ -118,10 +118,10 @@ def compound(study: Study) -> Rows:
 
 
 def transfer(study: Study) -> Rows:
-    """Agreement of chunk sets that were chosen on documents of another length, as a method that finds planes may be.
+    """Agreement of chunk sets chosen on documents of another length, for true planes and adjacent pairs.
 
-    A plane's share of a dot product depends on the distance of query and key alone, that of two other dimensions also
-    on where they stand.
+    A plane's part of a dot product depends only on the distance of query and key, that of two other dimensions also on
+    their positions.
     """
     profiles = {length: study.calibrated(length, TRANSFER_TOP_K) for length in study.settings.calibration_lengths}
 
@@ -140,7 +140,7 @@ def transfer(study: Study) -> Rows:
 
 
 def sharing(study: Study) -> Rows:
-    """The selection of a GQA group: agreement with each head's own top-K, and the attention that it holds."""
+    """One selection of a GQA group: agreement with each head's own top-K, and the share of attention on its keys."""
 
     def measure(kind: str, steps: Steps) -> dict[Any, Tensor]:
         valid, weights = valid_of(steps), attention(steps, study.scaling)
@@ -164,7 +164,7 @@ def sharing(study: Study) -> Rows:
 
 
 def quintiles(study: Study) -> Rows:
-    """Of a head's own top-K, cut in fifths by attention weight (1: the heaviest), the share that a method finds."""
+    """Share of a head's own top-K that a method finds, by fifths of attention weight (1: the largest)."""
 
     def measure(kind: str, steps: Steps) -> dict[Any, Tensor]:
         valid = valid_of(steps)
@@ -186,7 +186,7 @@ def quintiles(study: Study) -> Rows:
 
 
 def mass(study: Study) -> Rows:
-    """Share of each head's attention that a selection holds, and how many keys would hold nine tenths of it."""
+    """Share of each head's attention on the selected keys, and the number of keys with nine tenths of it."""
 
     def measure(kind: str, steps: Steps) -> dict[Any, Tensor]:
         valid, weights = valid_of(steps), attention(steps, study.scaling)
@@ -218,7 +218,7 @@ def mass(study: Study) -> Rows:
 
 
 def precision(study: Study) -> Rows:
-    """What is left of the selection where packed keys are held in fewer bits, which only rank (``packed_dtype``)."""
+    """Agreement of the selection by packed keys of fewer bits (``packed_dtype``), which are used for ranking only."""
 
     def measure(kind: str, steps: Steps) -> dict[Any, Tensor]:
         valid, weights = valid_of(steps), attention(steps, study.scaling)
@@ -245,10 +245,10 @@ def precision(study: Study) -> Rows:
 
 
 def renewal(study: Study) -> Rows:
-    """Share of the selected keys that are not held: what FASA-M fetches when it could hold them already.
+    """Share of the selected keys that are not on the device, which FASA-M has to fetch.
 
-    It holds those of the last step. The other rows say what holding more would save: those of the last two steps, which
-    costs no transfer, or the best 2 or 4 budgets of the last step, which must be fetched behind its back.
+    FASA-M keeps the keys of the last step. The other rows show the effect of keeping more: the keys of the last two
+    steps, which needs no more transfers, or the best 2 or 4 budgets of the last step, which have to be prefetched.
     """
 
     def measure(kind: str, steps: Steps) -> dict[Any, Tensor]:
@@ -280,7 +280,7 @@ PARTS = (compound, transfer, sharing, quintiles, mass, precision, renewal)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two short documents: to see that it works")
+    parser.add_argument("--quick", action="store_true", help="two short documents, to test the script")
     parser.add_argument("--out", type=Path, default=RESULTS / "study", help="folder (default: evals/results/study)")
     options = parser.parse_args()
     from evals.quality.pictures import agreement_curves, mass_by_head, transfer_curves  # parts need no matplotlib

@@ -1,4 +1,4 @@
-"""The tables of evals/README.md about agreement: which keys chunks choose, and what calibration is worth."""
+"""The tables of evals/README.md on agreement of chunks and on calibration."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _compound(rows: Rows) -> str:
 
 
 def transfer() -> str:
-    """Planes and adjacent pairs by the length that was calibrated on."""
+    """Planes and adjacent pairs, by the length of the calibration documents."""
     rows = parts_of("agreement")["transfer"]["rows"]
     lengths = sorted({row["calibration_length"] for row in rows})
     return markdown(
@@ -51,7 +51,7 @@ def transfer() -> str:
 
 
 def held() -> str:
-    """Attention that 64 tokens hold: by how a group selects, and with the last keys forced in."""
+    """Share of attention on 64 selected tokens, by the group's ranking, and with forced last keys."""
     parts = parts_of("agreement")
     groups = {
         f"8 chunks, group ranked by {how}" if how != "none" else "8 chunks, each query head for itself": by_kind(
@@ -76,7 +76,7 @@ def held() -> str:
 
 
 def calibration() -> str:
-    """What a profile is worth by what it was calibrated on."""
+    """Agreement of profiles, by their calibration samples."""
     arms = {
         (row["method"], row["budget"], row["task"]): row
         for name, part in parts_of("calibration").items()

@@ -1,7 +1,7 @@
-"""What the parts of the study share: an arm of lm-eval, its rows, where results came from, results that go on.
+"""Shared by the parts of the study: arms of lm-eval and their rows, provenance of results, result files.
 
-An arm is one model in a comparison. Every arm must see the same prompts (`prompt_hashes`) and every sparse arm must
-have had sparse queries (`rows_of`). A `Ledger` keeps what is measured as soon as it is.
+An arm is one model in a comparison. All arms must see the same prompts (`prompt_hashes`) and every sparse arm must
+have sparse queries (`rows_of`). A `Ledger` writes each part as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import platform
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,18 +20,20 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evals.reference_model.corpus import training_text
 from fasa_flex import FasaProfile, RotaryLayout, calibrate
 from fasa_flex.baselines import adjacent_pairs, unheard
-from fasa_flex.calibration.from_texts import version_of
+from fasa_flex.bench import record
+from fasa_flex.calibration.provenance import version_of
 from fasa_flex.lm_eval import TASKS_PATH
 from fasa_flex.lm_eval.haystack import Document, document
 from fasa_flex.saving import replace_text
 
-ROOT = Path(os.path.relpath(Path(__file__).parents[2]))  # relative, so that results name no machine's folders
+ROOT = Path(os.path.relpath(Path(__file__).parents[2]))  # relative, so that results contain no local folders
 MODEL = ROOT / "evals" / "reference_model"
 RESULTS = ROOT / "evals" / "results"
 
@@ -48,13 +49,13 @@ FORMER: dict[str, Any] = {
     "packed_dtype": None,
     "completion": "none",
 }
-"""Fields of `fasa_flex.FasaConfig` that the study's results were measured with, its defaults at that time.
+"""Fields of `fasa_flex.FasaConfig` in the study's results, the defaults at that time.
 
 Chunks by agreement in the cache's precision, no forced tokens, groups ranked by attention weights, no completion.
 """
 CALIBRATION_SAMPLES = 4
 ANSWER_TOKENS = 5
-"""Decode steps a sample contributes: those that answer. Queries that write source text agree on other chunks."""
+"""Decode steps of a sample, those of the answer; queries that write source text agree on other chunks."""
 METRICS = {
     "fasa_needle": "exact_match",
     "fasa_needle_single": "exact_match",
@@ -71,12 +72,12 @@ METRICS = {
     "topics_needles": "acc",
     "topics_text": "nats",
 }
-"""The metric that stands for each task: the packaged ones, and the demo's."""
+"""The reported metric of each task, the packaged ones and the demo's."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One model in the table; a ``budget`` below 1 is a share of the keys."""
+    """One model of a comparison; a ``budget`` below 1 is a share of the keys."""
 
     method: str
     model: str
@@ -90,11 +91,11 @@ class Arm:
 
 
 class Ledger:
-    """A JSON file of parts, each written as soon as it is measured; a run that was stopped goes on where it was.
+    """A JSON file of parts, each written as soon as it is measured, so that a stopped run can be continued.
 
     Args:
-        path: The file; its folder is made.
-        head: Where the results come from (`provenance`), of the last run; the seconds are those of all parts.
+        path: the file; its folder is created.
+        head: `provenance` of the last run; its seconds are replaced by the sum over parts.
     """
 
     def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
@@ -104,12 +105,12 @@ class Ledger:
     def part(
         self, name: str, settings: Mapping[str, Any], measure: Callable[[], list[dict[str, Any]]]
     ) -> list[dict[str, Any]]:
-        """The rows of a part: those in the file if they were measured with the same settings, new ones otherwise.
+        """The rows of a part, from the file if its settings are the same, otherwise measured now.
 
         Args:
-            name: Of the part.
-            settings: All that decides its rows, JSON-ready.
-            measure: Makes the rows, JSON-ready.
+            name: name of the part.
+            settings: everything that decides its rows, JSON-ready.
+            measure: returns the rows, JSON-ready.
         """
         rows = self.kept(name, settings)
         if rows is None:
@@ -119,7 +120,7 @@ class Ledger:
         return rows
 
     def kept(self, name: str, settings: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-        """The rows of a part that was measured with the same settings; None if there is none."""
+        """The rows of a part in the file with the same settings; None if there is none."""
         part = self.parts.get(name)
         if part is None or part["settings"] != json.loads(json.dumps(settings)):
             return None
@@ -127,26 +128,26 @@ class Ledger:
         return rows
 
     def keep(self, name: str, settings: Mapping[str, Any], seconds: float, rows: list[dict[str, Any]]) -> None:
-        """Put the rows of a part into the file, in place of what it has under this name."""
+        """Write the rows of a part to the file, in place of former rows under this name."""
         self.parts[name] = {"settings": json.loads(json.dumps(settings)), "seconds": round(seconds), "rows": rows}
         self.write()
 
     def write(self) -> None:
-        """Replace the file in one step, so that no reader and no interruption finds half of it."""
+        """Replace the file atomically."""
         seconds = sum(part["seconds"] for part in self.parts.values())
         replace_text(self.path, json.dumps({**self.head, "seconds": seconds, "parts": self.parts}, indent=1) + "\n")
 
 
 def quiet() -> None:
-    """Leave the terminal to the study: no warnings of lm-eval and fasa_hf, no progress of transformers."""
-    for name in ("lm_eval", "fasa_flex"):  # an arm without sparse queries is `rows_of`'s to refuse
+    """Silence warnings of lm-eval and fasa_hf, and progress bars of transformers."""
+    for name in ("lm_eval", "fasa_flex"):  # `rows_of` refuses arms without sparse queries
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
 def haystack(seed: str, length: int, tokenizer: Any, text: str | None = None) -> Document:
-    """A document of at most ``length`` tokens with `N_FACTS` facts; of held-out text if ``text`` is None."""
+    """A document of at most ``length`` tokens with `N_FACTS` facts, cut from ``text`` or the held-out text."""
     return document(
         Random(seed),
         length=length,
@@ -157,7 +158,7 @@ def haystack(seed: str, length: int, tokenizer: Any, text: str | None = None) ->
 
 
 def calibration_prompts(tokenizer: Any) -> list[str]:
-    """What the reference model is calibrated on: a few documents made of training text, which end on a question."""
+    """The reference model's calibration texts: a few documents of training text, which end on a question."""
     text = training_text()
     return [
         haystack(f"calibration/{number}", LENGTH - 64, tokenizer, text).prompt for number in range(CALIBRATION_SAMPLES)
@@ -168,9 +169,9 @@ def calibrate_reference(folder: Path, steps: int = ANSWER_TOKENS, adjacent: bool
     """The reference model's profile, from ``steps`` decode steps on each of the `calibration_prompts`.
 
     Args:
-        folder: Where it is saved.
-        steps: Of each prompt.
-        adjacent: Take adjacent pairs of dimensions in place of the model's planes.
+        folder: folder for the profile.
+        steps: decode steps of each prompt.
+        adjacent: measure adjacent pairs of dimensions in place of the model's planes.
     """
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL)
@@ -185,11 +186,11 @@ def evaluate(arm: Arm, counts: Mapping[str, int], length: int = LENGTH) -> dict[
     """lm-eval's results of one arm.
 
     Args:
-        arm: The model.
-        counts: For each task, how many of its first documents are used.
-        length: Of the documents, in tokens.
+        arm: the arm.
+        counts: for each task, the number of its first documents to use.
+        length: tokens of a document.
     """
-    from lm_eval import simple_evaluate  # here, because parts that read dense forwards do without lm-eval
+    from lm_eval import simple_evaluate  # imported here, since some parts do not need lm-eval
     from lm_eval.tasks import TaskManager
 
     metadata = {"max_seq_lengths": [length], "tokenizer": str(MODEL), "num_docs": max(counts.values())}
@@ -208,13 +209,13 @@ def evaluate(arm: Arm, counts: Mapping[str, int], length: int = LENGTH) -> dict[
 
 
 def heard(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of ``fasa_hf`` without those of `FORMER` that its method does not hear."""
-    deaf = unheard(arguments.get("method", "fasa"))
-    return {name: value for name, value in arguments.items() if name not in deaf}
+    """The arguments of ``fasa_hf`` without those that its method does not use."""
+    unused = unheard(arguments.get("method", "fasa"))
+    return {name: value for name, value in arguments.items() if name not in unused}
 
 
 def rows_of(arm: Arm, results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """One row a task, with the account of its sparse queries: what they attend to and, ranking included, read."""
+    """One row for each task, with the shares of keys that its sparse queries attend to and read, ranking included."""
     fasa = results["config"].get("fasa", {})
     for task in (task for task in METRICS if task in results["configs"]):
         metric = METRICS[task]
@@ -222,7 +223,7 @@ def rows_of(arm: Arm, results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         kind = results["configs"][task]["output_type"]
         account = fasa.get("tasks", {}).get(task) or fasa.get("requests", {}).get(kind, {})
         if arm.budget is not None and not account.get("sparse_queries"):
-            sys.exit(f"{arm} had no sparse query in {task}: its result is dense attention, and the table would mislead")
+            sys.exit(f"{arm} had no sparse query in {task}, so its result is dense attention; use longer documents.")
         stderr = scores.get(f"{metric}_stderr,none")
         yield {
             "task": task,
@@ -264,27 +265,20 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def hardware() -> str:
-    """Processor and number of usable cores."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if info.exists()
-        else []
-    )
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    """Processor and number of cores."""
+    machine = record.hardware(torch.device("cpu"))
+    return f"{machine['cpu']}, {machine['cores']} cores"
 
 
 def provenance(begun: float, **shared: Any) -> dict[str, Any]:
-    """What made a result: command, date, duration, machine, versions, and what its rows share.
+    """Origin of a result: command, date, duration, machine, versions, and settings of all rows.
 
     Args:
         begun: `time.time` at the start.
-        shared: Settings of all rows, JSON-ready.
+        shared: settings of all rows, JSON-ready.
     """
-    module = "evals.quality." + Path(sys.argv[0]).stem
-    words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])
     return {
-        "command": shlex.join(["python", "-m", module, *words]),
+        "command": record.command_line("evals.quality." + Path(sys.argv[0]).stem),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(time.time() - begun),
         "hardware": hardware(),

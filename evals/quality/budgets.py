@@ -1,12 +1,12 @@
-"""How FASA's budget is spread over layers and heads, and which layers stay dense, on the reference model.
+"""Scores of FASA on the reference model by the budgets of layers and heads, and by the dense layers.
 
     python -m evals.quality.budgets          # ten minutes on two cores; --quick: seconds, one arm
 
-The mean over sparse layers is the same in every arm: spread evenly; falling with depth as PyramidKV's (the paper's
-Table 4); rising with depth; or in proportion to what each layer or key/value head needs, the keys that hold nine tenths
-of its attention (``agreement.json``, part ``mass``). A layer that stays dense reads everything: ``kv_bytes_all_layers``
-is the share of the bytes that all layers read. Writes ``budgets.json`` and a picture to ``evals/results/study/``.
-Started again, it goes on where it was stopped.
+The mean budget of sparse layers is the same in every arm. It is spread evenly; falling with depth as in PyramidKV (the
+paper's Table 4); rising with depth; or in proportion to the number of keys with nine tenths of a layer's or key/value
+head's attention (``agreement.json``, part ``mass``). A dense layer reads all keys: ``kv_bytes_all_layers`` is the share
+of bytes read over all layers. Writes ``budgets.json`` and a picture to ``evals/results/study/``; a second start
+continues a stopped run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LAYERS = 4
 GROUP = 2
 """Query heads of a key/value head."""
 LEAST = 0.05
-"""Weight of the layer that gets least where the budget rises, the mean being 1: PyramidKV's, the other way round."""
+"""Smallest weight of a layer in the rising spread, PyramidKV's reversed; the mean weight is 1."""
 EVEN = "even"
 SPREADS = (EVEN, "falling", "rising", "by need of layers", "by need of heads")
 DENSE = ("none", "0", "1", "2", "3", "0+1")
@@ -40,10 +40,10 @@ QUICK = (Questions({"fasa_needle": 2, "fasa_ppl": 1}, length=512),)
 
 
 def needs(mass: Rows) -> list[list[float]]:
-    """Keys that hold nine tenths of the attention, by layer and key/value head; means over its query heads and steps.
+    """Number of keys with nine tenths of the attention by layer and key/value head, averaged over its query heads.
 
     Args:
-        mass: Rows of `evals.quality.agreement.mass`.
+        mass: rows of `evals.quality.agreement.mass`.
     """
     rows = [row for row in mass if row["method"] == "keys for 90 %" and row["layer"] is not None]
     return [
@@ -56,7 +56,7 @@ def needs(mass: Rows) -> list[list[float]]:
 
 
 def weights(spread: str, dense_layers: str, needed: Sequence[Sequence[float]]) -> str:
-    """``layer_budgets`` of ``fasa_hf``; weights of dense layers are written, and ignored."""
+    """The argument ``layer_budgets`` of ``fasa_hf``; weights of dense layers are included but ignored."""
     if spread == EVEN:
         return "uniform"
     if spread == "falling":
@@ -71,7 +71,7 @@ def weights(spread: str, dense_layers: str, needed: Sequence[Sequence[float]]) -
 
 
 def arms(needed: Sequence[Sequence[float]]) -> Iterator[Arm]:
-    """Without a dense layer and with layer 0 dense, every spread; an even one with other layers dense."""
+    """Every spread without dense layers and with layer 0 dense; the even spread also with other dense layers."""
     for budget in MEANS:
         for dense_layers in DENSE:
             for spread in SPREADS if dense_layers in ("none", "0") else (EVEN,):
@@ -109,7 +109,7 @@ def in_all_layers(parts: Mapping[str, Any]) -> Rows:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one arm and two documents: to see that it works")
+    parser.add_argument("--quick", action="store_true", help="one arm and two documents, to test the script")
     parser.add_argument("--processes", type=int, default=2, help="arms that run at one time (default: 2)")
     parser.add_argument("--out", type=Path, default=RESULTS / "study", help="folder (default: evals/results/study)")
     options = parser.parse_args()

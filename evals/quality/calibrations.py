@@ -1,15 +1,15 @@
-"""How much calibration a model needs, and of what: samples, their kind, K; what the profile is then worth.
+"""Profiles of the reference model by number and kind of calibration samples and by K: their chunks and scores.
 
     python -m evals.quality.calibrations          # ten minutes on an idle core; --quick: seconds, without lm-eval
 
-Samples are documents of training text, each calibrated on its own: a profile of n samples is the mean of n such tables,
-as `fasa_flex.calibrate` makes it. ``recall`` samples end on a question and contribute the steps of the answer, ``text``
-samples end within the source and contribute steps that continue it, ``mixed`` ones are half of each. Where the samples
-suffice, a setting stands for several profiles of other samples, at most `SUBSETS`. Writes ``calibration.json`` and a
-picture to ``evals/results/study/``. Started again, it goes on where it was stopped.
+Samples are documents of training text, each calibrated alone: a profile of n samples is the mean of n such tables, as
+in `fasa_flex.calibrate`. ``recall`` samples end on a question and give the steps of the answer, ``text`` samples end
+within the source and give steps that continue it, ``mixed`` ones are half of each. If there are enough samples, a
+setting has several profiles of disjoint samples, at most `SUBSETS`. Writes ``calibration.json`` and a picture to
+``evals/results/study/``; a second start continues a stopped run.
 
-Parts: ``overlaps`` (dominant chunks in common; the paper's Table 10), ``worth`` (agreement and attention held on
-held-out documents; Table 5 for K) and one for each arm of lm-eval (needles and perplexity at small budgets).
+Parts: ``overlaps`` (dominant chunks in common; the paper's Table 10), ``worth`` (agreement, and attention on selected
+keys, of held-out documents; Table 5 for K) and one for each arm of lm-eval (needles and perplexity at small budgets).
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ from fasa_flex.report import inspection
 SOURCES = ("recall", "text", "mixed")
 SUBSETS = 4
 TOP_K_SAMPLES = 4
-"""Samples of the profiles that differ in K."""
+"""Number of samples of the profiles that differ in K."""
 COMPARED = (64, 256)
-"""The top keys that are compared."""
+"""K of the reported agreement."""
 BUDGETS = (16, 64, 256)
-"""Tokens that hold attention."""
+"""Numbers of selected tokens whose attention is reported."""
 COUNTS = {"fasa_needle": 64, "fasa_ppl": 4}
 ARM_BUDGETS = (16, 32)
 
@@ -81,7 +81,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides every row; ``length`` is of the held-out documents, in tokens."""
+    """Settings of all rows; ``length`` is the number of tokens of the held-out documents."""
 
     samples: tuple[int, ...] = (1, 2, 4, 8, 16)
     top_ks: tuple[int, ...] = (16, 64, 128, 256, 512)
@@ -94,7 +94,7 @@ QUICK = Settings(samples=(1, 2), top_ks=(64, 256), documents=2, length=1280)
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to calibrate: the kind of samples, how many, K."""
+    """One way to calibrate: kind and number of samples, and K."""
 
     calibrated_on: str
     samples: int
@@ -114,7 +114,7 @@ ARMS = (
 
 
 class Calibrations:
-    """Profiles of single samples, made when one asks for them, and their means."""
+    """Profiles of single samples, calibrated when they are needed, and their means."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -125,19 +125,19 @@ class Calibrations:
         self._document = cache(self._haystack)
 
     def all(self) -> Iterator[Setting]:
-        """Every setting that is compared."""
+        """All settings."""
         for source in SOURCES:
             yield from (Setting(source, n) for n in self.settings.samples if source != "mixed" or n > 1)
         few = min(TOP_K_SAMPLES, max(self.settings.samples))
         yield from (Setting(source, few, k) for source in SOURCES[:2] for k in self.settings.top_ks if k != TOP_K)
 
     def profiles(self, setting: Setting) -> list[FasaProfile]:
-        """Profiles of disjoint samples with one setting, at most `SUBSETS`."""
+        """Profiles of disjoint samples for one setting, at most `SUBSETS`."""
         most = max(self.settings.samples) // setting.samples
         return [self._mean(setting, subset * setting.samples) for subset in range(min(SUBSETS, most))]
 
     def _mean(self, setting: Setting, first: int) -> FasaProfile:
-        """The profile of the samples ``first``, ``first + 1``, ...; mixed ones take every second from each kind."""
+        """The profile of the samples ``first``, ``first + 1``, ...; mixed ones alternate between the kinds."""
         kinds = SOURCES[:2] if setting.calibrated_on == "mixed" else (setting.calibrated_on,)
         parts = [
             self.single(kinds[number % len(kinds)], number, setting.calibration_top_k)
@@ -160,7 +160,7 @@ class Calibrations:
 
 
 def overlaps(calibrations: Calibrations) -> Rows:
-    """Dominant chunks that profiles have in common: of the settings' first profiles, and of one setting's profiles."""
+    """Dominant chunks in common, between the settings' first profiles and between the profiles of one setting."""
     settings = list(calibrations.all())
     firsts = inspection.overlap(
         [calibrations.profiles(setting)[0] for setting in settings], N_TIP, criterion=FORMER["criterion"]
@@ -180,7 +180,7 @@ def overlaps(calibrations: Calibrations) -> Rows:
 
 
 def worth(calibrations: Calibrations) -> Rows:
-    """What a setting's profiles find on held-out documents, in the mean, and the poorest and best of them."""
+    """Agreement and attention of a setting's profiles on held-out documents: mean, worst and best profile."""
     length, count = calibrations.settings.length, calibrations.settings.documents
     documents = [steps_of(calibrations.model, calibrations.tokenizer, f"worth/{n}", length) for n in range(count)]
     scaling = calibrations.model.config.head_dim**-0.5
@@ -217,7 +217,7 @@ def arm_rows(calibrations: Calibrations, setting: Setting, budget: int) -> Rows:
 
 
 def _over_profiles(measured: Sequence[dict[Any, Tensor]], kind: str) -> Iterator[dict[str, Any]]:
-    """Rows of figures by (setting, profile, name): intervals of the mean over a setting's profiles, and their range."""
+    """Rows by (setting, profile, name): intervals of the mean over a setting's profiles, and the profiles' range."""
     keys = list(dict.fromkeys((setting, name) for setting, _, name in measured[0]))
     numbers = {key: [n for setting, n, name in measured[0] if (setting, name) == key] for key in keys}
     means = [
@@ -246,7 +246,7 @@ def _common(shared: Tensor) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few samples and documents: to see that it works")
+    parser.add_argument("--quick", action="store_true", help="few samples and documents, to test the script")
     parser.add_argument("--out", type=Path, default=RESULTS / "study", help="folder (default: evals/results/study)")
     options = parser.parse_args()
     quiet()

@@ -1,10 +1,10 @@
-"""Two choices the paper leaves open, measured on the reference model with the packaged tasks, at two budgets.
+"""Two choices that the paper leaves open, measured with the packaged tasks on the reference model at two budgets.
 
     python -m evals.quality.choices          # about six minutes on two cores
 
-How should the query heads of a GQA group rank keys as one (``group_reduce``)? And which decode steps should calibration
-look at: the five that answer, or sixteen, eleven of which go on writing source text? Writes ``choices.json`` and
-the profile of five steps, which the study and the recipes take, to ``evals/results/``.
+How should the query heads of a GQA group rank keys together (``group_reduce``)? And which decode steps should
+calibration measure: the five of the answer, or sixteen, of which eleven write source text? Writes ``choices.json`` and
+the profile of five steps, which the study and the recipes use, to ``evals/results/``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fasa_flex.saving import replace_text
 
 BUDGETS = (64, 256)
 COUNTS = {"fasa_needle": 32, "fasa_recall": 32, "fasa_ppl": 4}
-"""How many documents of each task are used."""
+"""Number of documents of each task."""
 REDUCTIONS: tuple[GroupReduce, ...] = ("max", "mean", "softmax_exact", "none")
 STEPS = (ANSWER_TOKENS, 16)
 

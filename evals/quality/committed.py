@@ -1,4 +1,4 @@
-"""The study's committed results, and how the tables made of them show a row."""
+"""Reading of the study's committed results, and formatting of their rows in tables."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ def rows_of(name: str, sweep: str) -> Rows:
 
 
 def row_of(rows: Rows, task: str, method: str, budget: float | None = None) -> dict[str, Any]:
-    """The row of a task, a method and a budget, which dense attention has none of."""
+    """The row of a task, a method and a budget; None for dense attention."""
     wanted = (task, method, None if method == "dense" else budget)
     (row,) = (row for row in rows if (row["task"], row["method"], row["budget"]) == wanted)
     return row
 
 
 def by_kind(rows: Rows, **wanted: Any) -> str:
-    """A figure on steps that answer, and on steps that write text."""
+    """A figure for steps that answer, and for steps that write text."""
     found = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
     (answer,), (text,) = ([row["mean"] for row in found if row["queries"] == kind] for kind in ("answer", "text"))
     return f"{answer:.3f} / {text:.3f}"
 
 
 def score_of(row: Mapping[str, Any]) -> str:
-    """The score, with its interval where it has digits to spare."""
+    """The score, with its interval unless it is bits a byte."""
     if row["metric"] != "bits_per_byte":
         return f"{row['score']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
     return f"{row['score']:.3f}"
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table whose columns are numbers, but the first."""
+    """A Markdown table with numbers in all columns but the first."""
     ruler = ["---", *("--:" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ruler, *lines))
 

@@ -1,13 +1,13 @@
-"""How criteria differ in a model: which chunks each chooses, what these explain, and the attention that they find.
+"""Comparison of the criteria in one model: their chunks, the explained variance, and the attention on selected keys.
 
     python -m evals.quality.criteria FOLDER TEXT [TEXT ...] [--gguf-file FILE] > criteria.json
 
-Of each text one passage is calibrated on and another, later one measured, at its last tokens. Prints JSON: for every
-number of chunks and criterion, figures of each layer. ``common``: share of its chunks that variance chooses, too.
-``place``: their mean place by frequency, 0 the fastest, 1 the slowest. ``explained``: share of the logits' variance
-that they explain with their best weights. ``held``: share of the attention on the best keys by their scores (a group
-selects as one). ``recent``: share of these among the latest keys. ``correlation``: Spearman's over a head's chunks, of
-agreement with variance, and with agreement without the latest keys (``far``).
+One passage of each text is for calibration; a later one is measured at its last tokens. Prints JSON with figures of
+each layer, for every number of chunks and criterion. ``common``: share of the chunks that variance also chooses.
+``place``: their mean place by frequency, from 0 (fastest) to 1 (slowest). ``explained``: share of the logits' variance
+that they explain with the best weights. ``held``: share of attention on the best keys (one selection a group).
+``recent``: share of these keys among the latest. ``correlation``: Spearman's correlation over a head's chunks between
+agreement and variance, and between agreement with and without the latest keys (``far``).
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def steps_of(model: Any, ids: Tensor) -> Steps:
 
 
 def agreement(steps: Steps, layout: RotaryLayout, top_k: int, drop: int = 0) -> Tensor:
-    """Of all layers, float64 [L, Hq, chunks], without the ``drop`` latest keys."""
+    """Contextual agreement of all layers, float64 [L, Hq, chunks], without the ``drop`` latest keys."""
     pairs = zip(steps.query, steps.key[:, :, : steps.key.shape[2] - drop], strict=True)
     return torch.stack([contextual_agreement(q[None], k[None], layout, top_k) for q, k in pairs]).double()
 
 
 def statistics(steps: Steps, layout: RotaryLayout, name: str) -> Tensor:
-    """A table of `criteria.LogitStatistics`, of all layers."""
+    """The table ``name`` of `LogitStatistics`, for all layers."""
     visible = valid_of(steps)[:, 0, 0]
     pairs = zip(steps.query[:, None], steps.key[:, None], strict=True)
     return torch.stack([getattr(criteria.logit_statistics(q, k, visible, layout.chunks, 1.0), name) for q, k in pairs])
@@ -64,7 +64,7 @@ def mean(tables: Iterable[Tensor]) -> Tensor:
 
 
 def correlation(one: Tensor, other: Tensor) -> Tensor:
-    """Spearman's over chunks, the mean over heads: [L]."""
+    """Spearman's correlation over chunks, averaged over heads: [L]."""
     ranks = torch.stack([one, other]).argsort(-1).argsort(-1).double()
     return torch.nn.functional.cosine_similarity(*(ranks - ranks.mean(-1, keepdim=True)), dim=-1).mean(1)
 

@@ -1,14 +1,13 @@
-"""The library's defaults against the former ones, on the self-trained models: where is a setting worse than before?
+"""Comparison of the library's defaults with its former defaults, on the self-trained models.
 
     python -m evals.quality.defaults          # half an hour on two cores; --device cuda; --quick: seconds
 
-Calibrated as the study is, on training text, and measured on documents of the packaged tasks: ``needle`` (does greedy
-decoding write the answer), ``recall`` (four questions about a text; as in lm-eval, and ``decoded`` with the question
-sparse too) and ``text`` (bits a byte of the last tokens). The dense prefix of a document runs once. Every arm continues
-a copy of its cache in one forward with sparse queries at its end, which equals decoding.
-Writes ``defaults.json`` to ``evals/results/``: a part for a few documents of a task, and for each model ``summary``:
-means, and how much better the defaults are, with paired 95 % intervals over documents. Started again, it goes on where
-it was stopped.
+Profiles are calibrated on training text, as in the study. The tasks are ``needle`` (does greedy decoding write the
+answer), ``recall`` (four questions about a text; as in lm-eval, and ``decoded``, with a sparse question) and ``text``
+(bits a byte of the last tokens). The dense prefix of a document runs once; every arm continues a copy of its cache in
+one forward with sparse queries at its end, which equals decoding. Writes ``defaults.json`` to ``evals/results/``: parts
+of a few documents of a task, and for each model a ``summary`` of means and of the differences between the defaults,
+with paired 95 % intervals over documents. A second start continues a stopped run.
 """
 
 from __future__ import annotations
@@ -54,16 +53,16 @@ BUDGETS = (16, 32, 64, 128, 256)
 TASKS = ("needle", "recall", "recall, decoded", "text")
 HIGHER_IS_BETTER = {"needle": 1, "recall": 1, "recall, decoded": 1, "text": -1}
 DECODED = 16
-"""Last tokens of a prompt, its question, that are sparse in ``recall, decoded``."""
+"""Last tokens of a prompt, with its question, that are sparse in ``recall, decoded``."""
 SHARED = 64
-"""A dense prefix has a multiple of so many tokens, so that questions about one text share it."""
+"""The length of a dense prefix is a multiple of this, so that questions about one text share it."""
 
 Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A document: token ids [n], the first sparse query, the first token that is scored, bytes of these if text."""
+    """A document: token ids [n], the first sparse query, the first scored token, and for text the scored bytes."""
 
     ids: Tensor
     sparse_from: int
@@ -71,7 +70,7 @@ class Case:
     n_bytes: int = 0
 
     def figure(self, logits: Tensor) -> float:
-        """Bits a byte of text; of an answer whether all of it is the likeliest. Logits from ``scored_from - 1`` on."""
+        """Bits a byte for text, else 1 if all answer tokens are the likeliest; logits from ``scored_from - 1`` on."""
         expected = self.ids[self.scored_from :]
         if not self.n_bytes:
             return float((logits.argmax(-1) == expected).all())
@@ -80,15 +79,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a model's rows: lengths in tokens, and counts of documents.
+    """Lengths in tokens, and numbers of documents, which decide a model's rows.
 
     Attributes:
-        length: Of documents.
-        questions: Of each task with questions.
-        texts: To be continued.
-        scored: Last tokens of a text that are.
-        samples: To calibrate on.
-        piece: Questions of a part.
+        length: tokens of a document.
+        questions: questions of each task with questions.
+        texts: texts to continue.
+        scored: last tokens of a text that are scored.
+        samples: calibration samples.
+        piece: questions of a part.
     """
 
     length: int = LENGTH
@@ -115,7 +114,7 @@ class Trial:
 
     @cached_property
     def profile(self) -> FasaProfile:
-        """Calibrated on documents of training text that end on a question, the steps that answer."""
+        """The profile from the answers to documents of training text that end on a question."""
         text, length = training_text(), self.settings.length - 64
         prompts = [
             haystack(f"calibration/{number}", length, self.tokenizer, text).prompt
@@ -124,7 +123,7 @@ class Trial:
         return calibrate(self.model, prompts, max_new_tokens=ANSWER_TOKENS, progress=False, tokenizer=self.tokenizer)
 
     def pieces(self, task: str) -> Iterator[range]:
-        """The numbers of a task's documents, part by part."""
+        """The numbers of the documents in each part of a task."""
         count, size = (self.settings.texts, 1) if task == "text" else (self.settings.questions, self.settings.piece)
         return (range(first, min(first + size, count)) for first in range(0, count, size))
 
@@ -144,7 +143,7 @@ class Trial:
 
     @torch.no_grad()
     def measured(self, task: str, number: int) -> dict[str, float]:
-        """Each arm's figure of a document."""
+        """Each arm's figure for one document."""
         case = self.case(task, number)
         prefix = min(case.sparse_from, case.scored_from - 1) // SHARED * SHARED
         cache = self._prefilled(case.ids[:prefix])
@@ -161,7 +160,7 @@ class Trial:
         return figures
 
     def _prefilled(self, ids: Tensor) -> DynamicCache:
-        """A dense prefill; that of the last document is kept, since the next often begins alike."""
+        """The cache of a dense prefill; the last one is reused if the next document begins alike."""
         if not torch.equal(ids, self._prefix):
             self._prefix, self._cache = ids, DynamicCache(config=self.model.config)
             self.model(ids[None], logits_to_keep=1, **cache_argument(self.model, self._cache))
@@ -172,16 +171,16 @@ class Trial:
 
 
 def arms() -> Iterator[tuple[str, FasaConfig]]:
-    """Both settings at every budget."""
+    """Both defaults at every budget."""
     for budget in BUDGETS:
         yield f"former, {budget}", FasaConfig(n_fac=budget, **FORMER)
         yield f"default, {budget}", FasaConfig(n_fac=budget)
 
 
 def summary(found: dict[str, list[dict[str, float]]]) -> Rows:
-    """A row for each task and budget, of figures by task, document and arm.
+    """A row for each task and budget, from figures by task, document and arm.
 
-    ``better`` is how much better the default is than the former one: mean, low, high; below 0 where it is worse.
+    ``better`` is the improvement over the former defaults: mean, low, high; negative if the defaults are worse.
     """
     rows = []
     for task, figures in found.items():
@@ -209,7 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quick", action="store_true", help="two short documents of one model: to see that it works")
+    parser.add_argument("--quick", action="store_true", help="two short documents of one model, to test the script")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: evals/results)")
     options = parser.parse_args()
     quiet()
@@ -222,7 +221,7 @@ def main() -> None:
 
 
 def run(trial: Trial, name: str, ledger: Ledger) -> None:
-    """Measure what is not in the ledger, and say where the defaults are worse."""
+    """Measure what is missing in the ledger, and print where the defaults are worse."""
     on_cuda = trial.model.device.type == "cuda"
     settings = {
         **vars(trial.settings),

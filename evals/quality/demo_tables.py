@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 def summary(rows: list[Row]) -> list[Row]:
-    """Both tasks of each arm in one row, perplexity also over dense attention's, paired by text."""
+    """One row for each arm with both tasks, and perplexity relative to dense attention, paired by text."""
     dense = next(row for row in rows if row["method"] == "dense" and row["task"] == TEXT)
     lines = []
     for needles, text in zip(*([row for row in rows if row["task"] == task] for task in (NEEDLES, TEXT)), strict=True):
@@ -36,7 +36,7 @@ def summary(rows: list[Row]) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """A line an arm, in Markdown."""
+    """A Markdown table with a line for each arm."""
     lines = summary(rows)
     head = ["attention", f"needles found, of {lines[0]['questions']}", "perplexity", "over dense"]
     return markdown(

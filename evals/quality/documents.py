@@ -1,4 +1,4 @@
-"""The documents and profiles that the parts of the agreement study share."""
+"""Documents and profiles of the agreement study, shared by its parts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides every row: lengths in tokens, and counts of documents and of random draws."""
+    """Settings of all rows: lengths in tokens, numbers of documents and of random draws."""
 
     length: int = 4096
     documents: int = 32
@@ -38,13 +38,13 @@ QUICK = Settings(length=1280, documents=2, calibration=2, draws=2, calibration_l
 
 
 class Study:
-    """The documents and profiles that the parts share, made when one asks for them.
+    """Documents and profiles, made when they are first needed.
 
     Args:
-        settings: Of all rows.
-        folder: Of the model.
-        device: Where it runs, in float32.
-        text: That it was trained on; of the running Python if None.
+        settings: settings of all rows.
+        folder: the model's folder.
+        device: device of the model, in float32.
+        text: the model's training text; None: that of the running Python.
     """
 
     def __init__(self, settings: Settings, folder: Path = MODEL, device: str = "cpu", text: str | None = None) -> None:
@@ -58,7 +58,7 @@ class Study:
 
     @cached_property
     def documents(self) -> list[dict[str, Steps]]:
-        """Steps of held-out text, which neither the model nor calibration saw."""
+        """Steps of held-out text, which is in neither training nor calibration."""
         return [self._steps(f"agreement/{number}", self.settings.length) for number in range(self.settings.documents)]
 
     @cached_property
@@ -76,7 +76,7 @@ class Study:
         }
 
     def rows(self, measure: Callable[[str, Steps], dict[Any, Tensor]], *names: str) -> Rows:
-        """Rows of what ``measure`` finds in each document's steps of each kind, its keys spelt out under ``names``."""
+        """Rows of ``measure``'s figures over the documents' steps of each kind; ``names`` are its keys' columns."""
         rows: Rows = []
         for kind in KINDS:
             figures = with_interval([measure(kind, document[kind]) for document in self.documents])

@@ -1,4 +1,4 @@
-"""Tables of the answers that were generated: RULER's tasks, and long answers beside dense attention's.
+"""Tables of generated answers: RULER's tasks, and long answers compared with dense attention's.
 
 python -m evals.quality.generation_tables          # writes them between the page's markers
 """
@@ -28,7 +28,7 @@ NAMES = {
 
 
 def paired(differences: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95 % bootstrap interval over documents, with the same draws for all that have as many."""
+    """Mean and 95 % bootstrap interval over documents; the draws depend on the number of documents only."""
     values = np.array(differences)
     drawn = np.random.default_rng(0).integers(0, len(values), size=(DRAWS, len(values)))
     low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
@@ -48,21 +48,21 @@ def parts_of(name: str) -> dict[str, Any]:
 
 
 def scores(parts: dict[str, Any], arm: str, task: str, length: int) -> list[float]:
-    """A score for every document."""
+    """An arm's score for every document."""
     (row,) = (row for row in parts[f"{arm}/{task}"]["rows"] if row["length"] == length)
     found: list[float] = row["scores"]
     return found
 
 
 def ruler() -> str:
-    """Dense attention's score, and each arm's less that on the same documents; at the foot the mean over tasks."""
+    """Dense attention's scores, each arm's paired differences to them, and below the means over tasks."""
     parts = parts_of("ruler_smollm2")
     tasks = [task for task in TASKS if all(f"{arm}/{task}" in parts for arm in ARMS)]
     lengths = [row["length"] for row in parts[f"dense/{tasks[0]}"]["rows"]]
     others = [arm for arm in ARMS if arm != "dense"]
 
     def line(name: str, length: int, among: Sequence[str]) -> list[str]:
-        """The mean over tasks, each of which has as many documents."""
+        """The mean over tasks, which have equally many documents."""
         own = {arm: [score for task in among for score in scores(parts, arm, task, length)] for arm in ARMS}
         dense = own["dense"]
         cells = [f"{sum(dense) / len(dense):.2f}"]
@@ -82,9 +82,10 @@ def rows_of(parts: dict[str, Any], arm: str) -> list[dict[str, Any]]:
 
 
 def long_generation() -> str:
-    """Where answers part from dense attention's, and what dense attention thinks of them.
+    """The first tokens that differ from dense attention's answers, and dense attention's likelihood of the answers.
 
-    Margins are those of the first token that differs, logits; likelihoods are nats a token, under dense attention.
+    A margin is the difference of logits at the first differing token; likelihoods are in nats a token, under dense
+    attention.
     """
     parts = parts_of("long_generation")
     dense = rows_of(parts, "dense")
@@ -113,7 +114,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "ruler table": ("ruler_smollm2", ruler),
     "long generation table": ("long_generation", long_generation),
 }
-"""By the page's marker: the result file, and the table of it."""
+"""The result file and the function of each table, by the page's marker."""
 
 if __name__ == "__main__":
     fill(PAGE, {name: made for name, (file, made) in TABLES.items() if (RESULTS / f"{file}.json").exists()})

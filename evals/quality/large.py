@@ -1,16 +1,15 @@
-"""The large reference model at 8192 tokens: which chunks agree, and what FASA keeps of dense attention by budget.
+"""The large reference model at 8192 tokens: agreement of chunks, and scores relative to dense attention by budget.
 
     python -m evals.reference_model.eight_bits unpack evals/reference_model_large runs/reference_model_large
     python -m evals.quality.large --model runs/reference_model_large     # --device cuda; --quick: seconds
 
-Parts: ``needles`` (a fact is asked for behind 8192 tokens: the whole answer right), ``text`` (nats a token of the last
-256 of a window of text) and ``compound`` (as in `evals.quality.agreement`). In the first two each document is
-prefilled once, densely, and every arm goes on from a copy of its cache: the steps behind it in one forward of
-sparse queries, which equals decoding them one by one. An answer's tokens stand behind the true ones: all are the
-likeliest exactly if greedy decoding writes the answer. ``question decoded`` is as in evals/README.md: the
-prefill ends before the question. Intervals are over documents; those of ``needles`` are cut from one text some twenty
-contexts long and overlap, the windows of ``text`` do not. Writes ``large.json`` to ``evals/results/study_large/``.
-Started again, it goes on where it was stopped.
+Parts: ``needles`` (a question about a fact after 8192 tokens; is the whole answer right), ``text`` (nats a token of the
+last 256 tokens of a window of text) and ``compound`` (as in `evals.quality.agreement`). In the first two each document
+is prefilled once, densely, and every arm continues a copy of its cache in one forward of sparse queries, which equals
+decoding token by token. The true answer is fed in: greedy decoding writes it if and only if each of its tokens is the
+likeliest. ``question decoded`` is as in evals/README.md: the prefill ends before the question. Intervals are over
+documents; those of ``needles`` are cut from one text of some twenty contexts and overlap, the windows of ``text`` do
+not. Writes ``large.json`` to ``evals/results/study_large/``; a second start continues a stopped run.
 """
 
 from __future__ import annotations
@@ -42,22 +41,22 @@ from fasa_flex.model.handle import Fasa
 MODEL = ROOT / "runs" / "reference_model_large"
 BUDGETS = (16, 64, 256, 1024)
 SCORED = 256
-"""Tokens of a window of text that are decoded."""
+"""Decoded tokens of a window of text."""
 ARMS = ("FASA", f"FASA, {RECENT} recent", "oracle", "random chunks", "sinks + recent")
 LARGE = Settings(length=8192, documents=12, calibration=4, draws=3)
 ASKED = 32
-"""Documents of ``needles``, and most windows of ``text``: they cost less than those of ``compound``."""
+"""Documents of ``needles``, and most windows of ``text``; more than of ``compound``, since they cost less."""
 PARTS = ("needles", "text", "compound")
 
 
 @dataclass(frozen=True)
 class Tail:
-    """What is decoded behind the dense prefill of a document.
+    """The decoded end of a document.
 
     Attributes:
-        cache: Of the prefill; every arm goes on from a copy.
-        ids: Token ids [n] behind it.
-        expected: Token ids [m]: what follows the last m of ``ids``.
+        cache: cache of the dense prefill; every arm continues a copy.
+        ids: token ids [n] after the prefill.
+        expected: token ids [m], the true continuations of the last m of ``ids``.
     """
 
     cache: Cache
@@ -66,15 +65,15 @@ class Tail:
 
 
 Figure = Callable[[Tensor, Tensor], Tensor]
-"""What is made of logits [m, vocabulary] and the token ids that were expected [m]."""
+"""Computes a figure from logits [m, vocabulary] and expected token ids [m]."""
 
 
 class Trial:
-    """The model's documents, and what arms make of them.
+    """The model's documents, and the arms' figures on them.
 
     Args:
-        study: Model, tokenizer, texts and settings.
-        asked: Documents with a question.
+        study: model, tokenizer, texts and settings.
+        asked: number of documents with a question.
     """
 
     def __init__(self, study: Study, asked: int) -> None:
@@ -82,7 +81,7 @@ class Trial:
 
     @cached_property
     def profile(self) -> FasaProfile:
-        """Calibrated on documents of training text that end on a question, as one would before use."""
+        """The profile from documents of training text that end on a question."""
         settings, tokenizer = self.study.settings, self.study.tokenizer
         samples = [
             haystack(f"calibration/{number}", settings.length - 64, tokenizer, self.study.text).prompt
@@ -93,7 +92,7 @@ class Trial:
 
     @cached_property
     def questions(self) -> list[Tail]:
-        """Documents of held-out text; what is decoded is the question and the answer."""
+        """Documents of held-out text, whose question and answer are decoded."""
         tails = []
         for number in range(self.asked):
             found = haystack(f"large/{number}", self.study.settings.length, self.study.tokenizer)
@@ -105,13 +104,13 @@ class Trial:
 
     @cached_property
     def windows(self) -> list[Tail]:
-        """Windows of held-out text that do not overlap, as many as there are."""
+        """All windows of held-out text, without overlap."""
         ids, length = self._ids(heldout_text()), self.study.settings.length
         pieces = ids[: len(ids) // length * length].view(-1, length)[: self.asked]
         return [self._tail(piece, length - SCORED - 1, SCORED) for piece in pieces]
 
     def arm(self, method: str, budget: int) -> Fasa:
-        """The model under a method; no layer is dense."""
+        """Enable a method on the model, without dense layers."""
         config = FasaConfig(n_fac=budget, dense_layers=(), backend="gather", **FORMER)
         if method == "FASA":
             return enable(self.study.model, self.profile, config)
@@ -126,7 +125,7 @@ class Trial:
         return enable(self.study.model, config=config, scorer=scorer_factory("oracle"))
 
     def logits(self, tail: Tail) -> Tensor:
-        """Logits of what is expected, float32 [m, vocabulary], by the model as it is now."""
+        """Logits of the expected tokens, float32 [m, vocabulary], under the currently enabled method."""
         model = self.study.model
         held = cache_argument(model, copy.deepcopy(tail.cache))
         found = model(tail.ids[None], logits_to_keep=len(tail.expected), **held)
@@ -134,12 +133,12 @@ class Trial:
         return logits
 
     def measured(self, tails: list[Tail], figure: Figure, sparse: int | None = None) -> Rows:
-        """The figure of every arm at every budget, its bytes, and by how much it is above dense attention's.
+        """Every arm's figure at every budget, its bytes, and its difference to dense attention.
 
         Args:
-            tails: The documents.
-            figure: Of each.
-            sparse: How many of the last queries are sparse; None: all behind the prefill.
+            tails: the documents.
+            figure: computes a document's figure.
+            sparse: number of sparse last queries; None: all after the prefill.
         """
         found: dict[Any, list[Tensor]] = {("dense", None): [figure(self.logits(tail), tail.expected) for tail in tails]}
         bytes_read: dict[Any, float | None] = {("dense", None): 1.0}
@@ -179,12 +178,12 @@ class Trial:
 
 
 def answered(logits: Tensor, expected: Tensor) -> Tensor:
-    """Whether every token is the likeliest."""
+    """1 if every expected token is the likeliest, else 0."""
     return (logits.argmax(-1) == expected).all().float()
 
 
 def needles(trial: Trial) -> Rows:
-    """Share of answers that are all right: the question prefilled, as a prompt's is, or decoded."""
+    """Share of right answers, with the question prefilled or decoded."""
     answer = len(trial.questions[0].expected)
     return [
         {"task": task, **row}
@@ -202,11 +201,11 @@ def text(trial: Trial) -> Rows:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of the unpacked model")
-    parser.add_argument("--text", type=Path, help="that it was trained on; default: the running Python's library")
+    parser.add_argument("--text", type=Path, help="its training text (default: the running Python's library)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--quick", action="store_true", help="two short documents: to see that it works")
+    parser.add_argument("--quick", action="store_true", help="two short documents, to test the script")
     parser.add_argument("--out", type=Path, default=RESULTS / "study_large", help="folder")
     options = parser.parse_args()
     quiet()

@@ -1,10 +1,10 @@
-r"""Answers of 500 tokens, greedy, by dense and by sparse attention: where they part, and how likely dense finds them.
+r"""Greedy answers of 500 tokens under dense and sparse attention: first differing token, likelihood under dense.
 
     python -m evals.quality.long_generation --pretrained FOLDER --gguf-file FILE --profile FOLDER \
         --text BOOK --text BOOK
 
-Half of the prompts are text to be continued, half ask about a text by the chat template. Dense attention reads what
-each arm wrote, in one forward: its own text is what others are compared with.
+Half of the prompts are texts to continue, half are questions about a text in the chat template. Dense attention scores
+each arm's answer in one forward; the arms' answers are compared with its own.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ ARMS: dict[str, FasaConfig | None] = {
     "fasa 128": FasaConfig(n_fac=128),
     "paper 256": FasaConfig.paper(n_fac=256),
 }
-"""None: dense. It comes first, since what the others write is compared with its text."""
+"""Config by arm; None: dense attention, which comes first, since the others are compared with its text."""
 REQUEST = "\n\nRetell the passage above in your own words, in detail and in the order in which things happen."
 
 
 class Prompt(NamedTuple):
-    """Token ids int64 [n], which text they are of and whether that is continued or asked about."""
+    """Token ids int64 [n], the name of their text, and whether it is continued or asked about."""
 
     kind: str
     text: str
@@ -46,7 +46,7 @@ class Prompt(NamedTuple):
 def prompts_of(
     tokenizer: PreTrainedTokenizerBase, texts: dict[str, str], count: int, shortest: int, longest: int
 ) -> list[Prompt]:
-    """Stretches of the texts by turns, of lengths from ``shortest`` to ``longest`` tokens, each kind by turns.
+    """Passages of ``shortest`` to ``longest`` tokens; texts and kinds alternate.
 
     Raises:
         ValueError: a text is shorter than a prompt.
@@ -61,7 +61,7 @@ def prompts_of(
         own, turns = ids[name], -(-count // len(names))
         start = (len(own) - length) * (number // len(names)) // turns
         if start < 0:
-            raise ValueError(f"{name} has {len(own)} tokens where a prompt needs {length}; pass a longer text.")
+            raise ValueError(f"{name} has {len(own)} tokens, a prompt needs {length}; pass a longer text.")
         stretch = own[start : start + length]
         if number % 2:
             message = {"role": "user", "content": tokenizer.decode(stretch[: length - 64]) + REQUEST}
@@ -73,13 +73,13 @@ def prompts_of(
 
 @torch.no_grad()
 def generate(model: PreTrainedModel, prompts: Sequence[Tensor], tokens: int, pad: int) -> list[Tensor]:
-    """What the model writes after each prompt, greedily: up to ``tokens`` ids, the end among them where it came to one.
+    """The model's greedy answers: up to ``tokens`` token ids each, with the end token if there is one.
 
     Args:
-        model: dense, or with FASA enabled.
-        prompts: int64 [n] each; they are padded on the left and run together.
-        tokens: at most.
-        pad: token id.
+        model: the model, dense or with FASA enabled.
+        prompts: int64 [n] each; run as one batch, padded on the left.
+        tokens: most tokens of an answer.
+        pad: token id of padding.
     """
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad)
@@ -104,14 +104,14 @@ def generate(model: PreTrainedModel, prompts: Sequence[Tensor], tokens: int, pad
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, prompt: Tensor, written: Tensor) -> Tensor:
-    """The logits from which each written token was chosen: float32 [n, V]."""
+    """The logits that predict each written token: float32 [n, V]."""
     ids = torch.cat([prompt, written])[None].to(model.device)
     logits: Tensor = model(ids, logits_to_keep=len(written) + 1, use_cache=False).logits[0, :-1]
     return logits.float().cpu()
 
 
 def first_divergence(own: Tensor, dense: Tensor) -> int | None:
-    """The first token that differs, counted from 0; None if none does."""
+    """Index of the first token that differs; None if none does."""
     shared = min(len(own), len(dense))
     differing = (own[:shared] != dense[:shared]).nonzero()
     if len(differing):
@@ -120,14 +120,14 @@ def first_divergence(own: Tensor, dense: Tensor) -> int | None:
 
 
 def row_of(prompt: Prompt, own: Tensor, logits: Tensor, dense: Tensor, dense_logits: Tensor) -> dict[str, Any]:
-    """What is kept of an answer.
+    """The row of an answer in the results.
 
     Args:
         prompt: its prompt.
         own: the answer's token ids.
-        logits: dense attention's, of each of its tokens.
+        logits: dense attention's logits of each of its tokens.
         dense: dense attention's answer.
-        dense_logits: and its logits.
+        dense_logits: dense attention's logits of its own answer.
     """
     at = first_divergence(own, dense)
     margin = None
@@ -163,16 +163,16 @@ def measure(
     pad: int,
     dense: Sequence[Tensor] | None,
 ) -> list[dict[str, Any]]:
-    """An arm's rows of some prompts.
+    """An arm's rows for some prompts.
 
     Args:
-        model: dense.
-        profile: of the model.
-        arm: of `ARMS`.
-        prompts: run together.
-        tokens: to write.
-        pad: token id.
-        dense: dense attention's answers; None where the arm is dense.
+        model: the model without FASA.
+        profile: its profile.
+        arm: a name in `ARMS`.
+        prompts: prompts of one batch.
+        tokens: most tokens of an answer.
+        pad: token id of padding.
+        dense: dense attention's answers; None if the arm is dense.
     """
     config, ids = ARMS[arm], [prompt.ids for prompt in prompts]
     if config is None:
@@ -181,7 +181,7 @@ def measure(
         with enable(model, profile, config) as fasa:
             written = generate(model, ids, tokens, pad)
             if not fasa.stats.sparse_queries:
-                raise ValueError(f"{arm} had no sparse query: its answers are dense attention's; use longer prompts.")
+                raise ValueError(f"{arm} had no sparse query, so its answers are dense; use longer prompts.")
     rows = []
     for number, (prompt, own) in enumerate(zip(prompts, written, strict=True)):
         logits = logits_of(model, prompt.ids, own)
@@ -193,7 +193,7 @@ def measure(
 
 
 def main() -> None:
-    """Write, and say where answers part."""
+    """Generate the answers, and print the first differences."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained", required=True, help="folder of the model")
     parser.add_argument("--gguf-file", help="file in the folder")
@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--shortest", type=int, default=1500, help="tokens of a prompt (default: %(default)s)")
     parser.add_argument("--longest", type=int, default=7500, help="tokens of a prompt (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=500, help="to write (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=500, help="tokens of an answer (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=10, help="prompts run together (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS / "long_generation.json", help="default: %(default)s")
     options = parser.parse_args()

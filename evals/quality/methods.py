@@ -1,14 +1,14 @@
-"""Every method at the same budget in tokens and in bytes read, on the packaged tasks with the reference model.
+"""Scores of all methods at equal budgets in tokens and in bytes, on the packaged tasks with the reference model.
 
     python -m evals.quality.methods          # forty minutes on two cores; --quick: a minute, two arms
 
-Scores of all methods at five budgets, and perplexity by retained share. All see the same documents, select through the
-same code, read what `fasa_flex.core.bytes_read` says, and keep no layer dense; Quest's paper keeps two. Tasks:
-`QUESTIONS`. In ``fasa_recall, question decoded`` the prefill ends 16 tokens before the prompt does, as in a second turn
-of a chat, so that what a method has dropped by then is gone when the question comes. Perplexity by share has the
-paper's form, a dense prefill and 256 teacher-forced steps behind it, with 4096 tokens of prefill where the paper has
-8000: the model has 4608 positions. Writes ``methods.json`` and pictures to ``evals/results/study/``. Started again, it
-goes on where it was stopped.
+Measures scores at five budgets, and perplexity by the share of selected keys. All methods use the same documents and
+the same selection code, count bytes by `fasa_flex.core.bytes_read`, and have no dense layers (Quest's paper has two).
+The tasks are `QUESTIONS`. In ``fasa_recall, question decoded`` the prefill ends 16 tokens before the prompt's end, as
+in a second turn of a chat, so that evicted keys are missing when the question comes. Perplexity by share is as in the
+paper, a dense prefill and 256 teacher-forced steps, with 4096 tokens of prefill instead of 8000, since the model has
+4608 positions. Writes ``methods.json`` and pictures to ``evals/results/study/``; a second start continues a stopped
+run.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "R-KV": {"method": "rkv"},
     "H2O": {"method": "h2o"},
 }
-"""Arguments of ``fasa_hf``, beside `FORMER`; ``n_sink`` None for eight sinks."""
+"""Arguments of ``fasa_hf`` in addition to `FORMER`; ``n_sink`` None is eight sinks."""
 OPEN_PAGE = "Quest, open page competes"
-"""Quest without its rule that the page being written is always taken."""
+"""Quest without the rule that the page being written is always selected."""
 BY_SHARE = ("FASA", f"FASA, {RECENT} recent", "oracle", "SparQ", "Quest", "sinks + recent", "SnapKV")
 
 CHECKS = (
@@ -53,7 +53,7 @@ CHECKS = (
     sparse_arm("FASA, layer 0 dense", 0.4, "0", method="fasa"),
     sparse_arm("oracle, layer 0 dense", 0.4, "0", method="oracle"),
 )
-"""Perplexities by share that explain others: what SnapKV loses by its window, the oracle in diffuse heads."""
+"""Arms that explain other perplexities: SnapKV's loss by its window, the oracle's loss in diffuse heads."""
 
 QUESTIONS = (
     Questions({"fasa_needle": 24, "fasa_recall": 16, "fasa_recall_long": 8, "fasa_ppl": 6}),
@@ -64,7 +64,7 @@ QUICK = (Questions({"fasa_needle": 2, "fasa_ppl": 1}, length=512),)
 
 
 def arm(method: str, budget: int | float) -> Arm:
-    """A method at a budget; Quest's page being written is taken, in half of the budget at most."""
+    """A method at a budget; Quest always selects the page being written, up to half of the budget."""
     arguments = dict(METHODS[method])
     if method == "Quest":
         arguments["n_recent"] = min(PAGE, budget // 2) if isinstance(budget, int) else PAGE
@@ -80,7 +80,7 @@ def arms() -> Iterator[Arm]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two arms and two documents: to see that it works")
+    parser.add_argument("--quick", action="store_true", help="two arms and two documents, to test the script")
     parser.add_argument("--processes", type=int, default=2, help="arms that run at one time (default: 2)")
     parser.add_argument("--out", type=Path, default=RESULTS / "study", help="folder (default: evals/results/study)")
     options = parser.parse_args()

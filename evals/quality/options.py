@@ -1,6 +1,6 @@
-"""The tables of evals/evaluate.md: every option of ``--model_args``, made of the signatures and docstrings.
+"""The tables of evals/evaluate.md: every option of ``--model_args``, from signatures and docstrings.
 
-python -m evals.quality.options          # writes it
+python -m evals.quality.options          # writes the page
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ VALUES = {
     "dense_layers": "`0`, `0+1`, `none`; from Python a list, too",
     "completion_strength": "a number",
 }
-"""Of the options that are no choice between words, as one writes them."""
+"""Values of the options that are not a choice between words, as written on the command line."""
 
 
 def rows() -> list[tuple[str, str, str, str]]:
-    """Name, default, values and meaning of every option, in the order of the code."""
+    """Name, default, values and meaning of every option, in the order of the signatures."""
     signature = inspect.signature(FasaHFLM.__init__).parameters
-    defaults = {name: signature[name].default for name in own_names() if name not in OPTIONS}
+    defaults = {name: signature[name].default for name in own_names(FasaHFLM) if name not in OPTIONS}
     defaults |= {field.name: field.default for field in dataclasses.fields(FasaConfig)}
     hints = {**get_type_hints(FasaHFLM.__init__), **get_type_hints(FasaConfig)}
     meanings = {**arguments_of(FasaHFLM), **arguments_of(FasaConfig)}
     return [
         (name, written(name, defaults[name]), values_of(name, hints[name], defaults[name]), meanings[name])
-        for name in own_names()
+        for name in own_names(FasaHFLM)
     ]
 
 
@@ -60,7 +60,7 @@ def table() -> str:
 
 
 def published() -> str:
-    """The defaults that a baseline has instead, in Markdown."""
+    """The baselines' own defaults, in Markdown."""
     own = FasaConfig().to_dict()
     methods: dict[str, list[str]] = {}
     for method in get_args(Method):
@@ -71,14 +71,14 @@ def published() -> str:
 
 
 def arguments_of(documented: type) -> dict[str, str]:
-    """What the section ``Args`` of a class says of each argument, in Markdown on one line."""
+    """The description of each argument in a class's section ``Args``, as one line of Markdown."""
     section = (inspect.getdoc(documented) or "").split("Args:\n", 1)[1].split("\n\n", 1)[0]
     entries = re.split(r"\n?^    (\w+): ", section, flags=re.MULTILINE)[1:]
     return {name: _markdown(text) for name, text in zip(entries[::2], entries[1::2], strict=True)}
 
 
 def written(name: str, default: Any) -> str:
-    """A default as it is written in ``--model_args``."""
+    """A default as written in ``--model_args``."""
     if default is inspect.Parameter.empty:
         return "required"
     if name == "dense_layers":
@@ -87,10 +87,10 @@ def written(name: str, default: Any) -> str:
 
 
 def values_of(name: str, hint: object, default: object) -> str:
-    """What an option takes: the words of its type, or what `VALUES` says."""
+    """The values of an option: those in `VALUES`, or the words of its type."""
     if name in VALUES:
         return VALUES[name]
-    words = [word for word in _words(hint) if word != "fastest"]  # which fasa_hf refuses
+    words = [word for word in _words(hint) if word != "fastest"]  # fasa_hf refuses it
     words += ["none"] if default is not None and type(None) in get_args(hint) else []
     return ", ".join(f"`{word}`" for word in words)
 
@@ -100,7 +100,7 @@ def _word(value: object) -> str:
 
 
 def _words(hint: object) -> list[str]:
-    """What a Literal names, also one within a union."""
+    """The values of a Literal, also of one inside a union."""
     if get_origin(hint) is Literal:
         return [str(word) for word in get_args(hint)]
     return [word for part in get_args(hint) for word in _words(part)]
@@ -113,7 +113,7 @@ def _markdown(text: str) -> str:
 
 
 def example() -> str:
-    """The example from Python, as it stands in its file."""
+    """The file of the Python example, as a block of Markdown."""
     return f"```python\n{EXAMPLE.read_text().strip()}\n```"
 
 

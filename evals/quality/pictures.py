@@ -1,4 +1,4 @@
-"""Pictures of the study, drawn from its rows."""
+"""Pictures of the study's rows."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _LOOKS = {
     "R-KV": ("#c2558f", "d", "--"),
     "H2O": ("#7a4a2b", "*", "--"),
 }
-"""Colour, marker and line of each method; those that drop keys for good, or never look at them, are dashed."""
+"""Colour, marker and line of each method; methods that evict or ignore keys have dashed lines."""
 _OPEN = ("FASA, 8 recent", "Double Sparsity", "SnapKV")
 _LINEAR = 0.01
-"""Differences to dense attention below this are drawn to a linear scale, others to a logarithmic one."""
+"""Differences to dense attention up to this are on a linear scale, larger ones on a logarithmic scale."""
 _SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 1.0)
 
 
@@ -50,8 +50,8 @@ def agreement_curves(rows: Rows, top_ks: Sequence[int] = (64, 256)) -> Figure:
     """Compound agreement against the number of chunks; a row of panels for each kind of step, a column for each K.
 
     Args:
-        rows: Of `evals.quality.agreement.compound`.
-        top_ks: The columns.
+        rows: rows of `evals.quality.agreement.compound`.
+        top_ks: K of the columns.
     """
     figure = Figure(figsize=(9.5, 7.2), layout="constrained")
     panels = figure.subplots(len(STEPS), len(top_ks), sharey="row", squeeze=False)
@@ -72,10 +72,10 @@ def agreement_curves(rows: Rows, top_ks: Sequence[int] = (64, 256)) -> Figure:
 
 
 def transfer_curves(rows: Rows, top_k: int = 256) -> Figure:
-    """Agreement against the length of the documents that were calibrated on; a panel for each kind of step.
+    """Agreement against the length of the calibration documents; a panel for each kind of step.
 
     Args:
-        rows: Of `evals.quality.agreement.transfer`.
+        rows: rows of `evals.quality.agreement.transfer`.
         top_k: K of the agreement.
     """
     figure = Figure(figsize=(9.5, 3.9), layout="constrained")
@@ -93,11 +93,11 @@ def transfer_curves(rows: Rows, top_k: int = 256) -> Figure:
 
 
 def mass_by_head(rows: Rows, budget: int = 64) -> Figure:
-    """Share of attention that a selection holds, head by head; a panel for each kind of step.
+    """Share of attention on the selected keys, head by head; a panel for each kind of step.
 
     Args:
-        rows: Of `evals.quality.agreement.mass`.
-        budget: Tokens of the selection.
+        rows: rows of `evals.quality.agreement.mass`.
+        budget: number of selected tokens.
     """
     figure = Figure(figsize=(9.5, 6.4), layout="constrained")
     for (kind, words), axes in zip(STEPS.items(), figure.subplots(len(STEPS), 1, sharex=True), strict=True):
@@ -129,12 +129,12 @@ def mass_by_head(rows: Rows, budget: int = 64) -> Figure:
 
 
 def calibration_curves(rows: Rows) -> Figure:
-    """What a profile is worth by the number of its samples, and by K; a column for each kind of step.
+    """Agreement and attention of profiles by the number of samples, and by K; a column for each kind of step.
 
-    Bars are intervals over documents, the bands reach from the poorest to the best choice of samples.
+    Bars are intervals over documents; bands extend from the worst to the best choice of samples.
 
     Args:
-        rows: Of `evals.quality.calibrations.worth`.
+        rows: rows of `evals.quality.calibrations.worth`.
     """
     figure = Figure(figsize=(9.5, 7.0), layout="constrained")
     upper, lower = figure.subplots(2, len(STEPS), sharey="row")
@@ -161,7 +161,7 @@ def scores_by_budget(rows: Rows) -> Figure:
     """Score against tokens and against bytes read: a row of panels for each task that dense attention can do.
 
     Args:
-        rows: Of `evals.quality.methods`.
+        rows: rows of `evals.quality.methods`.
     """
     dense = {row["task"]: row for row in rows if row["budget"] is None and row["score"] > 0}
     figure = Figure(figsize=(9.5, 1.0 + 3.3 * len(dense)), layout="constrained")
@@ -174,10 +174,10 @@ def scores_by_budget(rows: Rows) -> Figure:
 
 
 def scores_by_share(rows: Rows) -> Figure:
-    """Perplexity behind a dense prefill, by how much it is above dense, by the share of tokens and of bytes read.
+    """Increase of perplexity over dense attention after a dense prefill, against the shares of tokens and bytes read.
 
     Args:
-        rows: Of `evals.quality.methods`, at budgets that are shares.
+        rows: rows of `evals.quality.methods`, at budgets that are shares.
     """
     (whole,) = (row for row in rows if row["budget"] is None)
     sparse = [row for row in rows if row["budget"] is not None]
@@ -190,10 +190,10 @@ def scores_by_share(rows: Rows) -> Figure:
 
 
 def layer_budgets(rows: Rows) -> Figure:
-    """Scores of the ways to spread a budget over layers, way by way; a panel for each task.
+    """Scores of the spreads of a budget over layers; a panel for each task.
 
     Args:
-        rows: Of `evals.quality.budgets`.
+        rows: rows of `evals.quality.budgets`.
     """
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     ways = list(dict.fromkeys(row["method"] for row in rows if row["budget"] is not None))
@@ -223,7 +223,7 @@ def layer_budgets(rows: Rows) -> Figure:
 
 
 def _methods(axes: Axes, rows: Rows, dense: Mapping[str, Any], across: str, words: str) -> None:
-    """A line for each method of `_LOOKS`; of perplexities the paired difference to dense attention."""
+    """A line for each method of `_LOOKS`; perplexities are paired differences to dense attention."""
     paired = dense["metric"] in POOLED
     axes.axhline(0 if paired else dense["score"], color=_DENSE, linestyle=":", linewidth=1.5, label="dense")
     for method, (colour, marker, style) in _LOOKS.items():

@@ -1,14 +1,15 @@
-r"""Dense attention, FASA and rivals on a real pretrained model: perplexity of long text, needles in it.
+r"""Dense attention, FASA and baselines on a pretrained model: perplexity of long texts, and needles.
 
     python -m evals.quality.real --pretrained FOLDER --gguf-file FILE --text BOOK --text BOOK --calibrate BOOK \
         --profile FOLDER --arms study --processes 8 --out JSON
     python -m evals.quality.real --pretrained FOLDER --text topics --calibrate topics --profile FOLDER \
         --arm "fasa 128" --arm "paper 256" --arm "fasa 128 completion=none" --out JSON
 
-Calibrated on some texts and reported on others, books of 20,000 tokens and more, or the topics of Python's language
-reference. A document's prefix runs densely, once; each arm then decodes the tail on a copy of its cache, every query of
-it sparse (methods that evict are shown the prefix, too). Started again, with more arms perhaps, it measures what the
-file does not hold. Several processes share the documents of one GPU, each with a file of its own, which are joined.
+The model is calibrated on some texts and evaluated on others: books of at least 20,000 tokens, or the topics of
+Python's language reference. A document's prefix runs densely, once; each arm then decodes the tail on a copy of its
+cache, with all queries sparse (methods that evict also see the prefix). A second start, also with more arms, measures
+what is missing in the file. Several processes can share the documents on one GPU; each writes its own file, and the
+files are joined.
 """
 
 from __future__ import annotations
@@ -47,15 +48,15 @@ from fasa_flex.saving import replace_text
 
 
 class Evaluation:
-    """A model, its profile and arms, and what they scored.
+    """A model, its profile and arms, and their scores.
 
     Args:
-        model: evaluated.
-        profile: its own.
-        arms: by name.
-        results: read and written.
-        lengths: of all documents.
-        channels: what Double Sparsity is calibrated to.
+        model: the model.
+        profile: its profile.
+        arms: arms by name.
+        results: the results, updated by `score`.
+        lengths: lengths of all documents.
+        channels: channel weights of Double Sparsity.
     """
 
     def __init__(
@@ -71,16 +72,16 @@ class Evaluation:
         self._channels = channels
 
     def lacks(self, kind: str, name: str) -> set[str]:
-        """The arms that a document has no score of, of those that are measured on it; ``dense`` with any other."""
+        """The arms whose score of a document is missing; ``dense`` is included if any other is."""
         length, number = map(int, name.split("/"))
         wanted = {key for key, arm in self.arms.items() if arm.reaches(kind, length, number, self.lengths)}
         return wanted - self.results[kind].get(name, {}).keys()
 
     @torch.no_grad()
     def score(self, documents: list[Document]) -> None:
-        """Score each document by the arms that it lacks.
+        """Score each document under its missing arms.
 
-        Nats a token of a window's tail, or whether a needle was found (1 or 0).
+        The score is nats a token of a window's tail, or 1 if a needle was found and else 0.
         """
         caches = {document[:2]: self._prefix(document) for document in documents}
         for name, arm in self.arms.items():
@@ -101,7 +102,7 @@ class Evaluation:
             return nullcontext()
         scorer = arm.scorer(self.profile, self._channels)
         fasa = enable(self.model, self.profile, arm.config, scorer=scorer)
-        # bytes are those of a 16-bit cache, whatever the precision that is evaluated in
+        # bytes are counted for a 16-bit cache, also if another precision is evaluated
         dtype, packs = torch.bfloat16, arm.config.per == "kv_head"
         given = (self.model, arm.config, packs, fasa.completion, dtype)
         fasa.stats._reads = {number: read_share(layer.scorer, *given) for number, layer in fasa._layers.items()}
@@ -114,7 +115,7 @@ class Evaluation:
         return cache
 
     def _tail(self, document: Document, cache: DynamicCache, fasa: Fasa | None) -> Tensor:
-        """Logits of the scored tokens: the prefix was dense, and is decoded on."""
+        """Logits of the scored tokens, decoded after the dense prefix."""
         ids, prefix = document.ids[None].to(self.model.device), document.prefix
         copied = cache_argument(self.model, copy.deepcopy(cache))
         with nullcontext() if fasa is None else fasa.sparse_from(torch.tensor([prefix])):
@@ -122,7 +123,7 @@ class Evaluation:
         return kept
 
     def _whole(self, document: Document, fasa: Fasa | None) -> Tensor:
-        """The same in one forward, of which the method sees the prefix's dense queries."""
+        """Logits of the scored tokens from one forward, in which the method also sees the prefix's dense queries."""
         assert fasa is not None
         with fasa.sparse_from(torch.tensor([document.prefix])):
             ids = document.ids[None].to(self.model.device)
@@ -138,34 +139,34 @@ def _score(document: Document, logits: Tensor) -> float:
 
 
 def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
-    """The options, which `evals.quality.real_heads` shares."""
+    """The options, also of `evals.quality.real_heads`."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--pretrained", required=True, help="folder of the model")
     made.add_argument("--gguf-file", help="file in the folder")
     made.add_argument("--tokenizer", help="folder of the tokenizer, where it is not the model's own")
-    made.add_argument("--text", action="append", required=True, help="a file to report on, or topics; repeatable")
+    made.add_argument("--text", action="append", required=True, help="a file to evaluate, or topics; repeatable")
     made.add_argument("--calibrate", action="append", required=True, help="a file to calibrate on, or topics")
     made.add_argument("--arm", action="append", default=[], help="such as 'fasa 128 completion=none'; repeatable")
     made.add_argument("--arms", choices=SETS, help="a named set of arms")
     made.add_argument("--out", type=Path, required=True, help="JSON file of results")
-    made.add_argument("--windows", type=int, default=30, help="of each length")
+    made.add_argument("--windows", type=int, default=30, help="windows of each length")
     made.add_argument("--length", default="8192", help="tokens of a window; several as 1024,8192")
-    made.add_argument("--tail", type=int, default=512, help="of these, sparse, and at most half of them")
+    made.add_argument("--tail", type=int, default=512, help="sparse tokens of a window, at most half of them")
     made.add_argument("--prompts", type=int, default=100, help="needle prompts of each length")
     made.add_argument("--lengths", default="1024,2048,4096,7680", help="tokens of a needle prompt")
     made.add_argument("--calibration-length", type=int, default=4096)
-    made.add_argument("--profile", type=Path, help="folder where the profile is kept; needed with --processes")
-    made.add_argument("--backend", default="auto", help="of the sparse arms")
+    made.add_argument("--profile", type=Path, help="folder of the profile; needed with --processes")
+    made.add_argument("--backend", default="auto", help="backend of the sparse arms")
     made.add_argument("--bos", action="store_true", help="windows begin with the model's first token")
-    made.add_argument("--together", type=int, default=8, help="documents whose caches are held at once")
-    made.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after so many")
-    made.add_argument("--processes", type=int, default=1, help="that share the documents")
+    made.add_argument("--together", type=int, default=8, help="documents whose caches are in memory at one time")
+    made.add_argument("--seconds", type=float, default=math.inf, help="start nothing new after these seconds")
+    made.add_argument("--processes", type=int, default=1, help="processes that share the documents")
     made.add_argument("--shard", help=argparse.SUPPRESS)
     return made
 
 
 class Run:
-    """What a run has loaded: the model, texts, profile, arms and the settings that results are kept by."""
+    """The loaded model, texts, profile and arms of a run, and its settings, by which results are identified."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -205,7 +206,7 @@ class Run:
 
     @functools.cache  # noqa: B019 - one run a process
     def channels(self) -> Tensor:
-        """`channel_weights` of the calibration's samples, for Double Sparsity."""
+        """`channel_weights` of the calibration samples, for Double Sparsity."""
         return channel_weights(self.model, self.samples)
 
     def _profile(self, folder: Path | None) -> FasaProfile:
@@ -217,12 +218,12 @@ class Run:
         return profile
 
     def jobs(self, windows: int, prompts: int) -> list[Job]:
-        """All documents, those first that most arms are measured on; exits where the texts hold no window."""
+        """All documents, first those of most arms; exits if the texts are shorter than a window."""
         held = {length: self.documents.windows(length, windows) for length in self.lengths.windows}
         for length, count in held.items():
             if not count and windows:
                 names = ", ".join(text.name for text in self.texts)
-                sys.exit(f"{names} hold no window of {length} tokens; pass a longer text or a smaller --length.")
+                sys.exit(f"{names} have no window of {length} tokens; pass a longer text or a smaller --length.")
             if count < windows:
                 print(f"the texts hold {count} of {windows} windows of {length} tokens whose tails do not meet")
         jobs: list[Job] = [("windows", n, i, windows) for n, count in held.items() for i in range(count)]
@@ -232,7 +233,7 @@ class Run:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Calibrate, measure what the file does not hold, and keep every document's results at once."""
+    """Calibrate, measure what is missing in the file, and write every document's results at once."""
     began = time.monotonic()
     if options.processes > 1:
         share_documents(options)
@@ -269,7 +270,7 @@ def run(options: argparse.Namespace) -> None:
 def share_documents(options: argparse.Namespace) -> None:
     """Measure in several processes of this command, and join their files."""
     if options.profile is None:
-        sys.exit("--processes needs --profile, the folder from which all of them read the profile.")
+        sys.exit("--processes needs --profile, a folder for the profile that all of them read.")
     begun, of = time.monotonic(), options.processes
     loaded = None if (options.profile / "config.json").exists() else Run(options)
     command = [sys.executable, "-m", "evals.quality.real", *sys.argv[1:], "--processes=1"]
@@ -286,7 +287,7 @@ def share_documents(options: argparse.Namespace) -> None:
         replace_text(options.out, json.dumps(whole, indent=1) + "\n")
         print("\n".join(summary(whole)))
     if failed:
-        sys.exit(f"{len(failed)} of {of} processes failed; what they measured is kept, run the same command again.")
+        sys.exit(f"{len(failed)} of {of} processes failed; run the same command again, which continues their results.")
     for file in files:
         file.unlink()
 

@@ -1,9 +1,9 @@
-"""The arms of the study on real models: ways to attend by name, and named sets of them with their reach.
+"""The arms of the study on real models: methods by name, and named sets of arms with their documents.
 
-A name is ``METHOD BUDGET key=value ...``, such as ``oracle 128 completion=none``: fields of `fasa_flex.FasaConfig` that
-are not named have its defaults, so that methods differ in how they rank alone. With the word ``published`` they are as
-in the method's own paper (`fasa_flex.baselines.as_published`). ``only=5`` keeps all other layers dense; of a
-``vattention`` budget ``sample=0.25`` draws a quarter at random, ``vattention_oracle`` has the best by exact scores.
+A name is ``METHOD BUDGET key=value ...``, such as ``oracle 128 completion=none``. Other fields of
+`fasa_flex.FasaConfig` have its defaults, so that methods differ in their ranking only; with the word ``published`` they
+are those of the method's paper (`fasa_flex.baselines.as_published`). ``only=5`` keeps all other layers dense. For
+``vattention``, ``sample=0.25`` draws a quarter of the budget at random; ``vattention_oracle`` ranks by exact scores.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Factory = Callable[[int], Scorer | SequenceScorer]
 
 
 class Reach(NamedTuple):
-    """Which documents an arm is measured on.
+    """The documents of an arm.
 
     Attributes:
-        windows: the first so many of a length; None: all.
-        prompts: the first so many of a length; None: all.
-        all_lengths: whether of all lengths, or windows of one and prompts of two alone (`Lengths`).
+        windows: number of first windows of each length; None: all.
+        prompts: number of first prompts of each length; None: all.
+        all_lengths: all lengths, or only those of `Lengths.chosen`: one of windows and two of prompts.
     """
 
     windows: int | None = None
@@ -43,7 +43,7 @@ class Lengths(NamedTuple):
     needles: tuple[int, ...]
 
     def chosen(self, kind: str) -> tuple[int, ...]:
-        """Those that arms of little reach are measured on: windows of 8192 or the longest, prompts of two lengths."""
+        """The lengths for arms with few documents: windows of 8192 tokens or the longest, and two of prompts."""
         if kind == "windows":
             return (8192 if 8192 in self.windows else max(self.windows),) if self.windows else ()
         ordered = sorted(self.needles)
@@ -51,7 +51,7 @@ class Lengths(NamedTuple):
 
 
 class Arm(NamedTuple):
-    """One way to attend: its config, None for dense; ``method`` as in `scorer_factory`, or ``fasa``."""
+    """One arm: its config, None for dense attention; ``method`` is one of `scorer_factory`, or ``fasa``."""
 
     config: FasaConfig | None
     method: str = "fasa"
@@ -60,7 +60,7 @@ class Arm(NamedTuple):
     sample: float = 0.5
 
     def record(self) -> dict[str, Any] | None:
-        """All that decides its scores, JSON-ready."""
+        """Everything that decides the arm's scores, JSON-ready."""
         if self.config is None:
             return None
         own = {"method": self.method, "config": json.loads(json.dumps(self.config.to_dict()))}
@@ -69,7 +69,7 @@ class Arm(NamedTuple):
         return {**own, "sample": self.sample} if self.method.startswith("vattention") else own
 
     def reaches(self, kind: str, length: int, number: int, lengths: Lengths) -> bool:
-        """Whether it is measured on a document; its budget is at most half of it."""
+        """Whether the arm is measured on a document, of which its budget must be at most half."""
         if self.config is None:
             return True
         if self.config.n_fac > length // 2:
@@ -81,7 +81,7 @@ class Arm(NamedTuple):
 
     @property
     def sees_prefix(self) -> bool:
-        """Whether it has to be shown the prefix, too, since what it evicts goes by it."""
+        """Whether the method has to see the prefix too, since it decides which keys are evicted."""
         return self.method in ("snapkv", "h2o", "rkv")
 
     def scorer(self, profile: FasaProfile, channels: Callable[[], Tensor]) -> Factory | None:
@@ -99,7 +99,7 @@ class Arm(NamedTuple):
         if self.n_tip is not None and "n_tip" not in unheard(self.method):
             chunks = FasaConfig(n_tip=self.n_tip).chunks_of(profile.layout.head_dim)
         return scorer_factory(
-            self.method,  # type: ignore[arg-type]  # a word of the command line, which is checked there
+            self.method,  # type: ignore[arg-type]  # checked when the command line is parsed
             profile,
             n_tip=chunks,
             per=config.per,
@@ -113,9 +113,9 @@ def arms_of(
     """Arms by name, ``dense`` first.
 
     Args:
-        names: of the others; with a reach, or of all documents.
-        backend: theirs.
-        layers: of the model.
+        names: names of the others, with their `Reach`; without it, all documents.
+        backend: backend of the others.
+        layers: the model's layers.
     """
     arms = {"dense": Arm(None)}
     reaches = names if isinstance(names, Mapping) else {name: Reach() for name in names}
@@ -150,10 +150,10 @@ ALL = (
     "sparq 128 published",
     "sparq 128 n_tip=0.125 published",
 )
-"""Arms that are measured on all documents."""
+"""Arms with all documents."""
 FEW = Reach(windows=12, prompts=25, all_lengths=False)
 FEWER = Reach(windows=6, prompts=10, all_lengths=False)
-"""For methods that evict, whose tail is decoded query by query."""
+"""Documents of methods that evict, which decode the tail token by token."""
 
 
 def _of(form: str, *budgets: int) -> list[str]:
@@ -161,7 +161,7 @@ def _of(form: str, *budgets: int) -> list[str]:
 
 
 def study(layers: Iterable[int]) -> dict[str, Reach]:
-    """Every method at its budgets, and every completion on every ranking that estimates logits."""
+    """Every method at its budgets, and every completion with every ranking that estimates logits."""
     few = [
         *_of("fasa {}", 32, 512, 1024),
         *_of("paper {}", 64, 128, 512, 1024),
@@ -190,12 +190,12 @@ def study(layers: Iterable[int]) -> dict[str, Reach]:
 
 
 def defaults(layers: Iterable[int]) -> dict[str, Reach]:
-    """What is measured on all documents."""
+    """The arms with all documents."""
     return {name: Reach() for name in ALL}
 
 
 def grid(layers: Iterable[int]) -> dict[str, Reach]:
-    """One setting of the default at a time, at 128 tokens."""
+    """The default with one setting changed at a time, at 128 tokens."""
     changes = ["completion_strength=0.5", "completion_strength=0.25", "completion_strength=1.0", "completion=none"]
     changes += ["completion=mean", "criterion=agreement", "criterion=explained_variance", "n_tip=0.25", "n_tip=1.0"]
     changes += ["n_tip=0.25 criterion=explained_variance", "packed_dtype=int8", "n_sink=0 n_recent=0"]
@@ -205,7 +205,7 @@ def grid(layers: Iterable[int]) -> dict[str, Reach]:
 
 
 def by_layer(layers: Iterable[int]) -> dict[str, Reach]:
-    """One sparse layer at a time: what each loses, as published and by default."""
+    """One sparse layer at a time, with the published settings and with the defaults."""
     reach = Reach(windows=4, prompts=0, all_lengths=False)
     arms = ("fasa 64", "fasa 64 completion=none", "paper 64")
     return {f"{arm} only={layer}": reach for arm in arms for layer in layers}

@@ -1,7 +1,7 @@
-"""The documents that a real model is measured on: windows of long text, and needles in it.
+"""The documents of the study on real models: windows of long texts, and needles in them.
 
-Texts are files, such as books, or `TOPICS`: the language reference that every Python carries, of which one third of the
-topics calibrates and the others are reported on.
+Texts are files, such as books, or `TOPICS`, the language reference that is part of every Python: one third of the
+topics is for calibration, the others are evaluated.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from transformers import PreTrainedTokenizerBase
 CITIES = ["Bremen", "Turin", "Lagos", "Perth", "Izmir", "Osaka", "Tampa", "Minsk", "Quebec", "Malaga", "Lisbon"]
 CITIES += ["Tokyo", "Nairobi", "Oslo", "Cairo", "Lima", "Quito"]
 FIRST_TOKEN, STRIDE = 12_000, 9_000
-"""Where the first window of a text begins, and how far the next one is, where the text is long enough."""
+"""First token of a text's first window, and the distance to the next one, if the text is long enough."""
 FRONT_MATTER = 20_000
-"""Characters at the start of a file that are left out."""
+"""Number of characters at the start of a file that are left out."""
 TOPICS = "topics"
 
 
 class Text(NamedTuple):
-    """A text by its name in the results, with what it is known by and its token ids."""
+    """A text: its name in the results, its identification there, and its token ids."""
 
     name: str
     sha256: str
@@ -35,7 +35,7 @@ class Text(NamedTuple):
 
 
 class Document(NamedTuple):
-    """Token ids, of which ``prefix`` run densely and the last ``scored`` are scored; kind and name in the results."""
+    """Token ids with a dense prefix of ``prefix`` and ``scored`` last tokens to score; kind and name in the results."""
 
     kind: Literal["windows", "needles"]
     name: str
@@ -45,7 +45,7 @@ class Document(NamedTuple):
 
 
 def read_text(tokenizer: PreTrainedTokenizerBase, source: str, calibrates: bool) -> Text:
-    """A file, or the topics that calibrate or the others; single line breaks as spaces."""
+    """Read a file, or the topics for calibration or evaluation; single line breaks become spaces."""
     if source == TOPICS:
         from pydoc_data.topics import topics
 
@@ -64,7 +64,7 @@ def read_text(tokenizer: PreTrainedTokenizerBase, source: str, calibrates: bool)
 def needle(
     tokenizer: PreTrainedTokenizerBase, book: Tensor, length: int, seed: int, name: str = "", count: int = 4
 ) -> Document:
-    """Six-digit numbers hidden in a text of ``length`` tokens; the prompt asks for one of them."""
+    """A text of ``length`` tokens with hidden six-digit numbers; the prompt asks for one of them."""
     rng = random.Random(seed)
     start = rng.randrange(min(5_000, len(book) - length - 1), len(book) - length)
     keys = rng.sample(CITIES, count)
@@ -92,16 +92,16 @@ def needle(
     return Document("needles", name, torch.tensor(head + opening + answer), len(head), len(answer))
 
 
-def window_starts(held: int, length: int, count: int, tail: int) -> list[int]:
-    """Where windows of ``length`` tokens begin in a text that holds ``held``: at most ``count``, so that no tails meet.
+def window_starts(tokens: int, length: int, count: int, tail: int) -> list[int]:
+    """Starts of at most ``count`` windows of ``length`` tokens in a text of ``tokens``; their tails do not overlap.
 
-    `STRIDE` tokens apart or a window's length, if that is more; closer, so that only their prefixes meet, where the
-    text is too short for that.
+    Windows are `STRIDE` tokens or a window's length apart, whichever is more. In a shorter text they are closer, so
+    that only prefixes overlap.
     """
     stride = max(STRIDE, length)
-    if FIRST_TOKEN + stride * (count - 1) + length <= held:
+    if FIRST_TOKEN + stride * (count - 1) + length <= tokens:
         return [FIRST_TOKEN + stride * number for number in range(count)]
-    room = held - length
+    room = tokens - length
     if room < 0:
         return []
     count = min(count, room // tail + 1)
@@ -111,7 +111,7 @@ def window_starts(held: int, length: int, count: int, tail: int) -> list[int]:
 def calibration_samples(
     tokenizer: PreTrainedTokenizerBase, books: Sequence[Tensor], length: int, start: Tensor
 ) -> list[Tensor]:
-    """Three stretches of text and three needle prompts up to where the answer begins."""
+    """Three passages of text, and three needle prompts that end where the answer begins."""
     rng = random.Random(1)
     texts = [torch.cat([start, rng.choice(books)[1_000 * i :][: length - len(start)]]) for i in (3, 4, 5)]
     prompts = [needle(tokenizer, rng.choice(books), length, seed=77 + i) for i in range(3)]
@@ -119,27 +119,27 @@ def calibration_samples(
 
 
 class Documents:
-    """All documents of a run, made when they are asked for.
+    """All documents of a run, made when they are needed.
 
     Args:
         tokenizer: the model's.
-        texts: those that are reported on, taken in turn.
-        tail: tokens of a window that are sparse; at most half of it.
-        start: token ids that a window begins with.
+        texts: the evaluated texts, used in turn.
+        tail: sparse tokens of a window, at most half of it.
+        start: token ids at the beginning of each window.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], tail: int, start: Tensor) -> None:
         self._tokenizer, self._texts, self._tail, self._start = tokenizer, texts, tail, start
 
     def windows(self, length: int, count: int) -> int:
-        """How many of ``count`` windows the texts hold."""
+        """Number of windows in the texts, at most ``count``."""
         number = 0
         while number < count and self._window(length, count, number) is not None:
             number += 1
         return number
 
     def make(self, kind: Literal["windows", "needles"], length: int, number: int, count: int) -> Document:
-        """The document of a number, of ``count`` of its kind and length."""
+        """Document ``number`` of the ``count`` documents of a kind and length."""
         name = f"{length}/{number}"
         if kind == "needles":
             ids = self._texts[number % len(self._texts)].ids

@@ -1,12 +1,12 @@
-"""Which layers and heads lose what: the error of sparse attention where everything before it was dense.
+"""Errors of sparse attention by layer and head, with dense attention in all earlier layers.
 
     python -m evals.quality.real_heads --pretrained FOLDER --gguf-file FILE --text BOOK --calibrate BOOK \
         --profile FOLDER --windows 4 --arm "fasa 128" --arm "paper 128" --out JSON
 
-In each layer the tail's queries attend as the arm has it, beside dense attention, which the model goes on with. The
-error is the norm of the difference over that of the dense output, the root mean square over the tail's queries, for
-each query head; so no layer's error comes from another's. What one sparse layer costs in perplexity is
-``evals.quality.real --arms layers``.
+In each layer the tail's queries attend under the arm and densely; the model continues with the dense output, so that a
+layer's error does not depend on other layers. The error of a query head is the norm of the difference relative to that
+of the dense output, as a root mean square over the tail's queries. ``evals.quality.real --arms layers`` measures the
+perplexity with one sparse layer.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fasa_flex.saving import replace_text
 
 
 def errors_of(loaded: Run, arms: Mapping[str, Arm], windows: int) -> dict[str, dict[str, list[float]]]:
-    """Errors of every query head, by arm and layer: those that cannot be sparse are left out."""
+    """Errors of every query head, by arm and layer, without layers that cannot be sparse."""
     squares: dict[str, dict[int, list[Tensor]]] = {name: {} for name in arms}
     length = loaded.lengths.chosen("windows")[0]
     scorers = {name: _scorers(loaded, arm) for name, arm in arms.items()}
@@ -83,7 +83,7 @@ def _scorers(loaded: Run, arm: Arm) -> Any:
 def _focused(
     arm: Arm, scorer: Scorer, query: Tensor, key: Tensor, value: Tensor, prefix: int, scaling: float, step: int = 64
 ) -> Tensor:
-    """Sparse attention of the queries from ``prefix`` on, a few at a time: [B, Hq, Q, Dv]."""
+    """Sparse attention of the queries from ``prefix`` on, in pieces: [B, Hq, Q, Dv]."""
     config = arm.config
     assert config is not None
     if isinstance(scorer, DominantChunks):
@@ -117,7 +117,7 @@ def _focused(
 
 
 def main() -> None:
-    """Measure, and write the file."""
+    """Measure the errors and write the file."""
     began, options = time.time(), parser(__doc__).parse_args()
     loaded = Run(options)
     arms = {name: arm for name, arm in loaded.arms.items() if arm.config is not None}

@@ -1,10 +1,10 @@
-"""The tables and pictures of the page about real models, made of its results.
+"""The tables and pictures of evals/study_real.md, from the results of real models.
 
 python -m evals.quality.real_page          # writes them between the markers of evals/study_real.md
 
-Of every study NAME in `STUDIES` it takes evals/results/study_real/NAME.json, and where they are there NAME_layers.json
-(``--arms layers``), NAME_heads.json and the profile NAME_profile. What was not measured is left out:
-rows, columns, sections, lines of a picture.
+For every study NAME in `STUDIES` it reads evals/results/study_real/NAME.json and, if they exist, NAME_layers.json
+(``--arms layers``), NAME_heads.json and the profile NAME_profile. Rows, columns, sections and lines of a picture
+without measurements are left out.
 """
 
 from __future__ import annotations
@@ -59,19 +59,19 @@ RANKINGS = {
 
 
 def arm_of(results: Results, form: str, budget: int) -> str | None:
-    """A method's arm at a budget, if it was measured; at 64 tokens a random sample has fewer forced tokens."""
+    """The measured arm of a method at a budget; at 64 tokens a random sample has fewer forced tokens."""
     name = form.format(budget)
     return next((known for known in (name, f"{name} n_recent=8") if known in results["arms"]), None)
 
 
 def window_length(results: Results) -> int:
-    """Tokens of the windows that most arms were measured on: 8192, or the longest."""
+    """Length of the windows with most arms: 8192 tokens, or the longest."""
     lengths = {int(name.split("/")[0]) for name in results["windows"]}
     return 8192 if 8192 in lengths else max(lengths)
 
 
 def shown(made: Interval | None, digits: int = 3, signed: bool = False) -> str:
-    """With its interval."""
+    """A value with its interval."""
     if made is None:
         return ""
     mark = "+" if signed else ""
@@ -79,14 +79,14 @@ def shown(made: Interval | None, digits: int = 3, signed: bool = False) -> str:
 
 
 def label_of(arm: str) -> str:
-    """An arm of `METHODS` in words, the default in bold; another by its name."""
+    """The label of an arm: that of `METHODS`, the default's in bold, or its name."""
     labels = {form.format(budget): f"{label}, {budget} tokens" for label, form in METHODS.items() for budget in BUDGETS}
     label = labels.get(arm, arm)
     return f"**{label}**" if arm in DEFAULTS else label
 
 
 def filled(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """The table of the rows and columns that have a measurement; empty if none has."""
+    """A table of the rows and columns with a measurement; empty if there are none."""
     lines = [line for line in lines if any(line[1:])]
     kept = [column for column in range(len(head)) if column == 0 or any(line[column] for line in lines)]
     made = [[line[column] for column in kept] for line in lines]
@@ -94,7 +94,7 @@ def filled(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def tokens(results: Results) -> str:
-    """Perplexity over dense attention's at the same tokens."""
+    """Perplexity relative to dense attention, at equal tokens."""
     length = window_length(results)
     lines = []
     for label, form in METHODS.items():
@@ -104,7 +104,7 @@ def tokens(results: Results) -> str:
 
 
 def equal_bytes(results: Results) -> str:
-    """The best arm of each method that reads no more than the default, and what it loses to it."""
+    """Each method's best arm that reads at most as many bytes as the default, and its loss to the default."""
     length = window_length(results)
     lines = []
     for default in DEFAULTS:
@@ -136,7 +136,7 @@ def equal_bytes(results: Results) -> str:
 
 
 def needles(results: Results) -> str:
-    """Needles found of the prompts of each length, and over all lengths the share more than dense attention finds."""
+    """Needles found by length, and over all lengths the difference of shares to dense attention."""
     lengths = sorted({int(name.split("/")[0]) for name in results["needles"]})
     lines = []
     for arm in results["arms"]:
@@ -150,7 +150,7 @@ def needles(results: Results) -> str:
 
 
 def completions(results: Results) -> str:
-    """Every completion on every ranking that estimates logits, at 128 tokens; empty where there is but one."""
+    """Every completion with every ranking that estimates logits, at 128 tokens; empty if there is only one."""
     length = window_length(results)
     lines = []
     for label, method in RANKINGS.items():
@@ -164,7 +164,7 @@ def completions(results: Results) -> str:
 
 
 def lengths(results: Results) -> str:
-    """Perplexity over dense attention's by context; empty where there is but one."""
+    """Perplexity relative to dense attention by context; empty if there is only one context."""
     known = sorted({int(name.split("/")[0]) for name in results["windows"]})
     arms = [arm for arm in ALL if arm in results["arms"]]
     lines = [[label_of(arm), *(shown(perplexity(results, arm, length)) for length in known)] for arm in arms]
@@ -172,7 +172,7 @@ def lengths(results: Results) -> str:
 
 
 def layers(results: Results) -> str:
-    """The layers that cost most when they alone are sparse, each with its perplexity over dense attention's."""
+    """The layers with the largest perplexity relative to dense attention when only they are sparse."""
     by_arm: dict[str, dict[int, float]] = {}
     for name in results["arms"]:
         arm, _, layer = name.partition(" only=")
@@ -188,7 +188,7 @@ def layers(results: Results) -> str:
 
 
 def heads(results: Results) -> str:
-    """The query heads whose output is furthest from dense attention's."""
+    """The query heads with the largest errors."""
     lines = []
     for arm, by_layer in results["errors"].items():
         flat = [(error, layer, head) for layer, held in by_layer.items() for head, error in enumerate(held)]
@@ -200,7 +200,7 @@ def heads(results: Results) -> str:
 
 
 def read(name: str) -> Results | None:
-    """The results of a study; None where there are none."""
+    """The results of a study; None if there are none."""
     path = FOLDER / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -214,18 +214,18 @@ SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "One sparse layer at a time": ("_layers", layers),
     "Heads": ("_heads", heads),
 }
-"""Headings, each with the end of its file's name and what makes its table."""
+"""Sections: heading, suffix of the result file, and function of the table."""
 
 
 def table(study: str, heading: str) -> str:
-    """A section's table; empty where nothing was measured."""
+    """A section's table; empty if nothing was measured."""
     end, make = SECTIONS[heading]
     results = read(study + end)
     return "" if results is None else make(results)
 
 
 def sections(study: str) -> str:
-    """A study's headings and tables; empty where nothing was measured."""
+    """A study's headings and tables; empty if nothing was measured."""
     made = [f"### {heading}\n\n{text}" for heading in SECTIONS if (text := table(study, heading))]
     return "\n\n".join([f"## {STUDIES[study]}", *made]) if made else ""
 
@@ -234,7 +234,7 @@ TABLES: dict[str, Callable[[], str]] = {study: functools.partial(sections, study
 
 
 def points(results: Results) -> dict[str, list[Point]]:
-    """Share of bytes and perplexity over dense of every method, at each budget that was measured."""
+    """Share of bytes and relative perplexity of every method, at each measured budget."""
     length = window_length(results)
     made: dict[str, list[Point]] = {}
     for label, form in METHODS.items():
@@ -247,7 +247,7 @@ def points(results: Results) -> dict[str, list[Point]]:
 
 
 def draw(folder: Path = FOLDER) -> list[Path]:
-    """The pictures of what is there."""
+    """Draw the pictures of all results that exist; returns their files."""
     from fasa_flex import FasaProfile
 
     drawn = []

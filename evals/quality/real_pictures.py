@@ -1,4 +1,4 @@
-"""The pictures of the page about real models."""
+"""The pictures of evals/study_real.md."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Point(NamedTuple):
-    """What an arm reads, as a share of a dense step's bytes, and its perplexity over dense with its interval."""
+    """An arm's bytes as a share of a dense step's, and its perplexity relative to dense with its interval."""
 
     share: float
     mean: float
@@ -18,12 +18,12 @@ class Point(NamedTuple):
 def draw_bytes(
     panels: Mapping[str, tuple[int, Mapping[str, Sequence[Point]]]], methods: Sequence[str], most: float = 1.3
 ) -> Any:
-    """Perplexity over dense against the share of bytes read, a panel for each study, a line for each method.
+    """Relative perplexity against the share of bytes read: a panel for each study, a line for each method.
 
     Args:
-        panels: Tokens of the context and points by method, by title.
-        methods: All methods there are; a method has its colour whether or not the others were measured.
-        most: Where the perplexity axis ends.
+        panels: for each title, the tokens of the context and the points by method.
+        methods: all methods, so that a method's colour does not depend on the measured ones.
+        most: upper limit of the perplexity axis.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
@@ -62,7 +62,7 @@ def draw_bytes(
 
 
 def draw_criteria(profile: Any, title: str) -> Any:
-    """What each criterion goes by, a row for each layer (the mean of its heads), with the chunks it mostly keeps."""
+    """Heat maps of each criterion's table, a row for each layer (the mean of its heads), dominant chunks marked."""
     from matplotlib.figure import Figure
 
     from fasa_flex.report.inspection import choosing, default_n_tip, is_dominant, measured, period

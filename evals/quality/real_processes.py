@@ -1,4 +1,4 @@
-"""How several processes share the documents of a run on one GPU."""
+"""Division of a run's documents among several processes on one GPU."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from evals.quality.real_arms import Arm, Lengths
 
 Job = tuple[Any, int, int, int]
-"""Kind, length and number of a document, and of how many."""
+"""Kind, length and number of a document, and the number of such documents."""
 
 
 def shared(jobs: list[Job], arms: dict[str, Arm], lengths: Lengths, of: int) -> list[list[Job]]:
-    """The jobs of each of several processes, which take about as long: the dearest first, each to who has least."""
+    """Jobs of about equal cost for each of ``of`` processes: each job, longest first, goes to the least busy one."""
 
     def cost(job: Job) -> int:
         reached = [arm for arm in arms.values() if arm.reaches(*job[:3], lengths)]
@@ -28,5 +28,5 @@ def shared(jobs: list[Job], arms: dict[str, Arm], lengths: Lengths, of: int) -> 
 
 
 def shard_file(out: Path, number: int, of: int) -> Path:
-    """The file of one of several processes."""
+    """The result file of process ``number`` of ``of``."""
     return out.with_name(f"{out.stem}.{number}of{of}.json")

@@ -1,4 +1,4 @@
-"""Results of real models: a file that goes on, files of several processes as one, and what pairs of arms say."""
+"""Results of real models: reading and joining of files, and paired comparisons of arms."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Results = dict[str, Any]
 
 
 def opened(path: Path, settings: Mapping[str, Any], arms: Mapping[str, Arm]) -> Results:
-    """The results in the file, or empty ones; exits where the file's are of other settings or of another such arm."""
+    """The results in a file, or empty ones; exits if the file has other settings or an arm with other options."""
     results: Results = json.loads(path.read_text()) if path.exists() else {}
     for key, value in settings.items():
         if results.get(key, value) != value:
@@ -31,13 +31,13 @@ def opened(path: Path, settings: Mapping[str, Any], arms: Mapping[str, Arm]) -> 
 
 
 def _holds(own: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
-    """Whether an arm is one of the file, which may be older and know fewer fields."""
+    """Whether an arm equals the file's, which may be older and have fewer fields."""
     rest = ({key: value for key, value in record.items() if key != "config"} for record in (known, own))
     return known["config"].items() <= own["config"].items() and next(rest) == next(rest)
 
 
 def joined(parts: Sequence[Results]) -> Results:
-    """Parts that several processes measured, with the same settings, as one."""
+    """Join the results of several processes with the same settings."""
     whole = dict(parts[0])
     for kind in ("windows", "needles"):
         of_kind: dict[str, dict[str, float]] = {}
@@ -52,7 +52,7 @@ def joined(parts: Sequence[Results]) -> Results:
 
 
 class Interval(NamedTuple):
-    """A mean of paired differences with its 95 % interval (Student's t), and of how many."""
+    """Mean of paired differences, its 95 % interval (Student's t), and the number of pairs."""
 
     mean: float
     low: float
@@ -61,7 +61,7 @@ class Interval(NamedTuple):
 
 
 def interval(differences: Iterable[float]) -> Interval:
-    """Of at least two."""
+    """The interval of at least two differences."""
     values = torch.tensor(list(differences), dtype=torch.float64)
     mean, count = float(values.mean()), len(values)
     half = _student(count - 1) * float(values.std()) / math.sqrt(count)
@@ -76,7 +76,7 @@ def _student(freedom: int) -> float:
 
 
 def pairs(results: Results, kind: str, arm: str, other: str, length: int | None = None) -> list[tuple[float, float]]:
-    """Scores of two arms on the documents that have both, of one length or all."""
+    """Pairs of two arms' scores on the same documents, of one length or all."""
     return [
         (scores[arm], scores[other])
         for name, scores in results[kind].items()
@@ -85,7 +85,7 @@ def pairs(results: Results, kind: str, arm: str, other: str, length: int | None 
 
 
 def perplexity(results: Results, arm: str, length: int | None = None, other: str = "dense") -> Interval | None:
-    """Perplexity over another arm's on the same windows: geometric mean and interval; None: fewer than two windows."""
+    """Ratio of two arms' perplexities on the same windows: geometric mean and interval; None for fewer than two."""
     found = pairs(results, "windows", arm, other, length)
     if len(found) < 2:
         return None
@@ -94,19 +94,19 @@ def perplexity(results: Results, arm: str, length: int | None = None, other: str
 
 
 def found(results: Results, arm: str, length: int | None = None, other: str = "dense") -> Interval | None:
-    """Needles found more than by another arm, as a share of prompts; None: fewer than two prompts."""
+    """Difference of two arms' shares of found needles; None for fewer than two prompts."""
     both = pairs(results, "needles", arm, other, length)
     return interval(own - others for own, others in both) if len(both) > 1 else None
 
 
 def bytes_of(results: Results, arm: str, length: int) -> float | None:
-    """Share of a dense step's bytes that an arm reads, with a 16-bit cache, in its sparse layers."""
+    """Share of a dense step's bytes that an arm's sparse layers read, for a 16-bit cache."""
     share: float | None = 1.0 if arm == "dense" else results["bytes_read_share"].get(f"{arm} @ {length // 100 * 100}")
     return share
 
 
 def summary(results: Results) -> list[str]:
-    """A line an arm: perplexity over dense with its interval, by length, needles found by length."""
+    """A line for each arm: relative perplexity with its interval and found needles, by length."""
     lines = []
     window_lengths, needle_lengths = (
         sorted({int(name.split("/")[0]) for name in results[kind]}) for kind in ("windows", "needles")

@@ -1,4 +1,4 @@
-"""The tables of the real model in README.md and evals/docs/how_it_works.md, made of the committed results.
+"""The tables of the real model in README.md and evals/docs/how_it_works.md, from the committed results.
 
 python -m evals.quality.real_tables          # writes them between the pages' markers
 """
@@ -43,11 +43,11 @@ SETTINGS: tuple[tuple[str, str, str, str, str], ...] = (
     ("chunks", "a quarter", "half", "fasa 128 n_tip=0.25", "more chunks in fewer bits rank better"),
     ("precision", "int8", "int4", "fasa 128 packed_dtype=int8", "eight bits add nothing that shows"),
 )
-"""Setting, the other value, the default, the arm with the other value, and why the default."""
+"""Setting, the other value, the default, the arm with the other value, and the reason for the default."""
 
 
 def _perplexity(results: Results, arm: str) -> str:
-    """Over dense attention's, with its standard error over windows."""
+    """Perplexity relative to dense attention, with its standard error over windows."""
     differences = torch.tensor(
         [window[arm] - window["dense"] for window in results["windows"].values() if arm in window]
     )
@@ -56,7 +56,7 @@ def _perplexity(results: Results, arm: str) -> str:
 
 
 def defaults() -> str:
-    """Perplexity over dense attention's, needles found of the prompts that every arm answered, and bytes read."""
+    """Relative perplexity, needles found among the prompts of all arms, and bytes read."""
     results: Results = json.loads(STUDY.read_text())
     length = window_length(results)
     answered = [hits for hits in results["needles"].values() if ARMS.keys() <= hits.keys()]
@@ -75,7 +75,7 @@ def defaults() -> str:
 
 
 def settings() -> str:
-    """One setting at a time at another value, the others at their defaults, 128 tokens."""
+    """One setting at a time changed from the defaults, at 128 tokens."""
     results: Results = json.loads((RESULTS / "real_smollm2.json").read_text())
     default = _perplexity(results, "fasa 128")
     return markdown(

@@ -1,11 +1,11 @@
-r"""RULER's tasks that need no network, by lm-eval's own command: dense attention, the default and the paper's settings.
+r"""RULER's tasks that need no network, by the command ``lm_eval``: dense attention, defaults, and the paper's settings.
 
     python -m evals.quality.ruler --pretrained FOLDER --gguf-file FILE --profile FOLDER --processes 6
 
-Every arm and task is one ``lm_eval`` command (`command`) in a process of its own, since RULER draws from generators
-that a process goes on with. A result is kept as soon as it is there; started again, the script measures what the file
-does not hold. Several machines can share the work by ``--arms`` or ``--tasks`` and files of their own: ``--join FILE``
-takes over what another file holds. Needs lm-eval's extra ``ruler``.
+Every arm and task is one ``lm_eval`` command (`command`) in its own process, since RULER draws from global generators.
+Each result is written at once; a second start measures what is missing in the file. Several machines can share the work
+by ``--arms`` or ``--tasks`` with their own files; ``--join FILE`` adds the results of another file. Needs lm-eval's
+extra ``ruler``.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from fasa_flex.report.compare import Run
 
 
 def rows_of(run: Run, task: str, arm: str, asked: Questions) -> list[dict[str, Any]]:
-    """A row a length: a score for every document, and one hash of all their prompts.
+    """A row for each length: every document's score, and one hash of all prompts.
 
     Raises:
-        ValueError: a length has other documents than were asked for, or a sparse arm had no sparse query.
+        ValueError: another number of documents than requested, or a sparse arm without sparse queries.
     """
     account = run.account.get("tasks", {}).get(task, {})
     if ARMS[arm] is not None and not account.get("sparse_queries"):
-        raise ValueError(f"{arm} had no sparse query in {task}: its scores are dense attention's; ask longer prompts.")
+        raise ValueError(f"{arm} had no sparse query in {task}, so its scores are dense; use longer prompts.")
     rows = []
     for place, length in enumerate(asked.lengths):
         scores = run.scores.get((task, str(length)), {})
         wanted = [str(MADE * place + number) for number in range(asked.documents)]
         if set(scores) != set(wanted):
             raise ValueError(
-                f"{task} has {len(scores)} scores at {length} tokens where {asked.documents} documents were asked for; "
+                f"{task} has {len(scores)} scores at {length} tokens, but {asked.documents} were requested; "
                 f"choose lengths for which RULER makes its {MADE} documents."
             )
         prompts = "".join(run.prompts[task][document] for document in wanted)
@@ -65,10 +65,10 @@ def rows_of(run: Run, task: str, arm: str, asked: Questions) -> list[dict[str, A
 
 
 def check_prompts(parts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse arms that were asked other questions.
+    """Refuse arms with different prompts.
 
     Raises:
-        ValueError: the first task and length whose prompts differ between arms.
+        ValueError: with the first such task and length.
     """
     seen: dict[tuple[str, int], tuple[str, str]] = {}
     for name, part in parts.items():
@@ -83,14 +83,14 @@ def check_prompts(parts: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 class Runner:
-    """Runs commands, several at a time, and keeps what they measured."""
+    """Runs commands, several at a time, and writes their results."""
 
     def __init__(self, model: Model, asked: Questions, ledger: Ledger, folder: Path, device: str) -> None:
         self.model, self.asked, self.ledger, self.folder, self.device = model, asked, ledger, folder, device
         self.fingerprint = FasaProfile.from_pretrained(model.profile).fingerprint
 
     def settings(self, arm: str, task: str) -> dict[str, Any]:
-        """All that decides a part's rows; folders by their names alone."""
+        """Everything that decides a part's rows; of folders only the names."""
         own = self.model.arguments(arm) | {"pretrained": Path(self.model.pretrained).name}
         if "profile" in own:
             own["profile"] = self.fingerprint
@@ -98,13 +98,13 @@ class Runner:
         return {"model_args": own, "task": task, **told}
 
     def run(self, arms: Sequence[str], tasks: Sequence[str], processes: int, seconds: float) -> list[str]:
-        """Measure what the ledger does not hold; the parts that failed, with the reason.
+        """Measure what is missing in the ledger; returns the failed parts with their reasons.
 
         Args:
-            arms: of `ARMS`.
-            tasks: of `TASKS`.
-            processes: side by side.
-            seconds: nothing new begins after so many.
+            arms: names in `ARMS`.
+            tasks: names in `TASKS`.
+            processes: number of processes at one time.
+            seconds: time after which no part starts.
         """
         begun, failed = time.monotonic(), []
         jobs = [(arm, task) for task in tasks for arm in arms]
@@ -133,7 +133,7 @@ class Runner:
         paths = (str(self.folder / "tokenizer"), str(output))
         samples = json.dumps(self.asked.samples(task))
         words = command(self.model, self.asked, arm, task, samples, *paths, self.device)
-        # "lm_eval" where the package is installed; this way it need not be
+        # works without the installed entry point `lm_eval`
         done = subprocess.run(
             [sys.executable, "-m", "fasa_flex.lm_eval", *words],
             stdout=subprocess.PIPE,
@@ -148,29 +148,29 @@ class Runner:
 
 
 def take_over(ledger: Ledger, paths: Iterable[Path]) -> None:
-    """Put the parts of other files into the ledger."""
+    """Add the parts of other files to the ledger."""
     for path in paths:
         for name, part in json.loads(path.read_text())["parts"].items():
             ledger.keep(name, part["settings"], part["seconds"], part["rows"])
 
 
 def main() -> None:
-    """Run the arms, and say how they scored."""
+    """Run the arms and print their scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained", required=True, help="folder of the model")
     parser.add_argument("--gguf-file", help="file in the folder")
     parser.add_argument("--profile", required=True, help="folder of its profile, the same for all arms")
     parser.add_argument("--lengths", default="2048,4096,8000", help="default: %(default)s")
-    parser.add_argument("--documents", type=int, default=100, help="of each length (default: %(default)s)")
+    parser.add_argument("--documents", type=int, default=100, help="documents of each length (default: %(default)s)")
     parser.add_argument("--arms", default=",".join(ARMS), help="default: %(default)s")
     parser.add_argument("--tasks", default=",".join(TASKS), help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=25, help="prompts at a time (default: %(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", help="of the model (default: %(default)s)")
-    parser.add_argument("--no-chat", action="store_true", help="leave the chat template out")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of the model (default: %(default)s)")
+    parser.add_argument("--no-chat", action="store_true", help="use no chat template")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--processes", type=int, default=1, help="commands side by side (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing new after so many")
-    parser.add_argument("--join", action="append", type=Path, default=[], help="take over a file's parts; repeatable")
+    parser.add_argument("--processes", type=int, default=1, help="commands at one time (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing new after these seconds")
+    parser.add_argument("--join", action="append", type=Path, default=[], help="add the parts of a file; repeatable")
     parser.add_argument("--out", type=Path, default=RESULTS / "ruler_smollm2.json", help="default: %(default)s")
     options = parser.parse_args()
     arms, tasks = options.arms.split(","), options.tasks.split(",")

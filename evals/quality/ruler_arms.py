@@ -1,4 +1,4 @@
-"""What is asked of RULER, of whom, and the words of the ``lm_eval`` command that asks it."""
+"""Tasks and arms of the RULER evaluation, and their ``lm_eval`` commands."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from fasa_flex import FasaConfig
 
 TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
-"""Of RULER's thirteen, those that make their own text. The others fetch essays, SQuAD or HotpotQA."""
+"""The six of RULER's thirteen tasks that generate their text; the others download essays, SQuAD or HotpotQA."""
 MADE = 500
-"""Documents of each length that lm-eval's RULER makes, whatever is asked for."""
+"""Documents of each length that lm-eval's RULER always generates."""
 SHORTEST = 1024
 
 
@@ -27,12 +27,12 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "fasa 128": {"n_fac": 128},
     "paper 256": paper(256),
 }
-"""Fields of `FasaConfig` by arm; None: lm-eval's own ``hf``."""
+"""Fields of `FasaConfig` for each arm; None: lm-eval's own ``hf``."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What every arm loads."""
+    """The model of all arms."""
 
     pretrained: str
     gguf_file: str | None
@@ -50,13 +50,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Questions:
-    """What every arm is asked.
+    """The documents of all arms.
 
     Attributes:
-        lengths: tokens of a prompt and its answer, as RULER counts them, without the chat template's.
-        documents: the first so many of each length.
-        batch: prompts at a time.
-        chat: whether they are put into the model's chat template.
+        lengths: tokens of a prompt and its answer as RULER counts them, without the chat template's.
+        documents: number of first documents of each length.
+        batch: prompts of one batch.
+        chat: whether prompts are put into the model's chat template.
     """
 
     lengths: tuple[int, ...]
@@ -65,12 +65,12 @@ class Questions:
     chat: bool
 
     def samples(self, task: str) -> dict[str, list[int]]:
-        """``--samples``: ``--limit`` would see the first length only."""
+        """The argument ``--samples``; ``--limit`` would take documents of the first length only."""
         return {task: [MADE * place + number for place in range(len(self.lengths)) for number in range(self.documents)]}
 
 
 def word(value: object) -> str:
-    """A value in ``--model_args``."""
+    """A value as written in ``--model_args``."""
     if value is None or value in ((), []):
         return "none"
     return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
@@ -82,14 +82,14 @@ def command(
     """The words after ``lm_eval``.
 
     Args:
-        model: of all arms.
-        asked: of all arms.
-        arm: of `ARMS`.
-        task: of `TASKS`.
+        model: the model of all arms.
+        asked: the documents of all arms.
+        arm: a name in `ARMS`.
+        task: a name in `TASKS`.
         samples: numbers of the documents by task, as JSON.
-        tokenizer: a folder of the model's tokenizer: RULER reads none from a GGUF file.
-        output: folder.
-        device: of torch.
+        tokenizer: folder of the model's tokenizer; RULER cannot read it from a GGUF file.
+        output: folder of the results.
+        device: torch device.
     """
     arguments = ",".join(f"{name}={word(value)}" for name, value in model.arguments(arm).items())
     metadata = {"tokenizer": tokenizer, "max_seq_lengths": list(asked.lengths)}

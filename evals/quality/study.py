@@ -1,9 +1,9 @@
-"""The whole study, part by part, and the tables of evals/README.md; or `nox -s study`.
+"""Runs all parts of the study, and writes the tables of evals/README.md; also `nox -s study`.
 
     python -m evals.quality.study          # two hours on two cores; --quick: minutes
 
-Every part goes on where it was stopped and measures nothing twice. The tables are written only into the README of the
-committed results, not for another ``--out``.
+A second start continues a stopped run without measuring anything twice. The tables are written for the committed
+results only, not for another ``--out``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PARTS = ("agreement", "calibrations", "methods", "budgets", "zero_setup")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few documents and arms: to see that it works")
+    parser.add_argument("--quick", action="store_true", help="few documents and arms, to test the scripts")
     parser.add_argument("--out", type=Path, help="folder (default: evals/results/study)")
     options = parser.parse_args()
     given = [*(["--quick"] if options.quick else []), *(["--out", str(options.out)] if options.out else [])]

@@ -1,6 +1,6 @@
-"""Sweeps over arms of lm-eval: several at one time, each kept as soon as it is measured, every score with an interval.
+"""Sweeps over arms of lm-eval: several run at one time, each is written when measured, scores have intervals.
 
-An arm answers the first documents of each task; all arms see the same ones, or the sweep stops. Intervals are 95 %
+An arm answers the first documents of each task. The sweep stops if arms see different documents. Intervals are 95 %
 bootstrap intervals over documents, with the same draws in every arm, so that differences can be paired.
 """
 
@@ -38,20 +38,20 @@ from evals.quality.arms import (
 
 DRAWS = 10_000
 POOLED = {"bits_per_byte": 1 / math.log(2), "token_perplexity": 1.0}
-"""Metrics that divide by the units of all documents, and what turns nats into theirs."""
+"""Metrics that divide by the units of all documents, with the factor from nats to their unit."""
 
 Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What one run of lm-eval asks.
+    """The documents of one run of lm-eval.
 
     Attributes:
-        counts: For each task, how many of its first documents are used.
-        length: Of the documents, in tokens.
-        arguments: Of ``fasa_hf``, beside the arm's own.
-        suffix: Of the tasks' names in rows.
+        counts: for each task, the number of its first documents to use.
+        length: tokens of a document.
+        arguments: arguments of ``fasa_hf`` in addition to the arm's.
+        suffix: suffix of the tasks' names in rows.
     """
 
     counts: Mapping[str, int]
@@ -62,12 +62,12 @@ class Questions:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What methods learn of the reference model, once for all arms and from the same prompts.
+    """Calibrations of the methods to the reference model, on the same prompts, once for all arms.
 
     Attributes:
-        arguments: Of ``fasa_hf``, for each method that is calibrated.
-        fingerprints: Of the dimensions or the text that it takes; that of a profile also covers frequencies, which are
-            measured anew each time.
+        arguments: arguments of ``fasa_hf`` for each calibrated method.
+        fingerprints: hashes of the dimensions or the text that each method uses; a profile's own fingerprint would also
+            cover frequencies, which are measured anew each time.
     """
 
     arguments: Mapping[str, Mapping[str, str]]
@@ -75,7 +75,7 @@ class Calibrated:
 
     @classmethod
     def into(cls, folder: Path) -> Calibrated:
-        """Calibrate, and keep profiles and prompts in ``folder``."""
+        """Calibrate, and write profiles and prompts to ``folder``."""
         profiles = calibrate_reference(folder / "planes"), calibrate_reference(folder / "pairs", adjacent=True)
         planes, pairs = (
             hashlib.sha256(profile.dominant_dims(N_TIP, criterion=FORMER["criterion"]).numpy().tobytes()).hexdigest()
@@ -94,7 +94,7 @@ class Calibrated:
 
 
 def sparse_arm(name: str, budget: int | float, dense_layers: str = "none", **arguments: Any) -> Arm:
-    """An arm of ``fasa_hf`` with the `FORMER` settings, but for ``arguments``."""
+    """An arm of ``fasa_hf`` with the settings `FORMER`, overridden by ``arguments``."""
     given = {**FORMER, "n_fac": budget, "dense_layers": dense_layers, **arguments}
     return Arm(name, "fasa_hf", budget, given)
 
@@ -105,15 +105,15 @@ DENSE = Arm("dense", "hf")
 def sweep(
     ledger: Ledger, arms: Sequence[Arm], asked: Sequence[Questions], calibrated: Calibrated, processes: int, name: str
 ) -> Rows:
-    """The rows of all arms, dense attention's first; those that the ledger has are not measured again.
+    """The rows of all arms, first dense attention's; arms in the ledger are not measured again.
 
     Args:
-        ledger: Where each arm is a part.
-        arms: The sparse ones.
-        asked: What every arm answers.
-        calibrated: What the methods know.
-        processes: Arms that run at one time, each with one thread.
-        name: Of the sweep, before the arm's in the ledger.
+        ledger: the ledger, with one part for each arm.
+        arms: the sparse arms.
+        asked: the documents of every arm.
+        calibrated: the methods' calibrations.
+        processes: arms that run at one time, each with one thread.
+        name: name of the sweep, a prefix of its parts' names.
     """
     begun = time.time()
     by_name = {f"{name}: {arm}": arm for arm in (DENSE, *arms)}
@@ -139,7 +139,7 @@ def sweep(
 
 
 def measured(arm: Arm, asked: Sequence[Questions], calibrated: Calibrated) -> tuple[float, Rows]:
-    """The seconds that an arm took, and its rows."""
+    """Seconds and rows of an arm."""
     begun = time.time()
     rows: Rows = []
     for questions in asked:
@@ -152,7 +152,7 @@ def measured(arm: Arm, asked: Sequence[Questions], calibrated: Calibrated) -> tu
 
 
 def row_of(row: Mapping[str, Any], results: Mapping[str, Any], suffix: str = "") -> dict[str, Any]:
-    """A row of `rows_of` with its interval, its documents' scores and the hash of their prompts."""
+    """A row of `rows_of`, with its interval, its documents' scores and the hash of their prompts."""
     task, metric = row["task"], row["metric"]
     samples = sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
     if metric in POOLED:
@@ -191,21 +191,21 @@ def drawn_scores(row: Mapping[str, Any]) -> Any:
 
 
 def difference(row: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float, float]:
-    """By how much ``row`` scores more than ``other``, with the paired interval: mean, low, high."""
+    """Score of ``row`` less that of ``other``, with the paired interval: mean, low, high."""
     check_prompts([row, other])
     low, high = np.quantile(drawn_scores(row) - drawn_scores(other), [0.025, 0.975])
     return row["score"] - other["score"], float(low), float(high)
 
 
 def check_prompts(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Stop where the arms of a task saw different prompts."""
+    """Exit if the arms of a task have different prompts."""
     prompts: dict[str, str] = {}
     for row in rows:
         if prompts.setdefault(row["task"], row["prompts"]) != row["prompts"]:
-            sys.exit(f"{row['method']} saw other prompts of {row['task']} than others did: scores cannot be compared")
+            sys.exit(f"{row['method']} has other prompts of {row['task']}, so scores cannot be compared.")
 
 
 def _alone() -> None:
-    """Make a worker quiet, with one thread."""
+    """Set up a worker process: quiet, with one thread."""
     quiet()
     torch.set_num_threads(1)

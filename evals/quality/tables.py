@@ -1,4 +1,4 @@
-"""The tables of evals/README.md, made of the committed results.
+"""The tables of evals/README.md, from the committed results.
 
 python -m evals.quality.tables          # writes them between the README's markers
 """
@@ -17,7 +17,7 @@ from evals.quality.sweep import difference
 
 README = ROOT / "evals" / "README.md"
 LIMITS = (0.10, 0.20, 0.35)
-"""Shares of the bytes of keys and values at which methods are compared."""
+"""Shares of the bytes of keys and values for the comparison at equal bytes."""
 
 
 def defaults() -> str:
@@ -37,7 +37,7 @@ def defaults() -> str:
 
 
 def tokens() -> str:
-    """All methods at the same tokens."""
+    """All methods at equal tokens."""
     rows = rows_of("methods", "tokens")
     cells = [(NEEDLE, 16), (NEEDLE, 64), (DECODED, 16), (DECODED, 64), *((TEXT, n) for n in sorted(BUDGETS))]
     words = {NEEDLE: "needles", DECODED: "question decoded", TEXT: "bits/byte"}
@@ -54,7 +54,7 @@ def tokens() -> str:
 
 
 def same_bytes() -> str:
-    """All methods at the same bytes: each at the largest budget that reads no more."""
+    """All methods at equal bytes: each at the largest budget that reads at most as many."""
     rows = rows_of("methods", "tokens")
     dense = row_of(rows, TEXT, "dense")
 
@@ -79,7 +79,7 @@ def same_bytes() -> str:
 
 
 def shares() -> str:
-    """Perplexity by retained share."""
+    """Perplexity by the share of selected keys."""
     rows = rows_of("methods", "shares")
     dense = row_of(rows, "fasa_ppl_position", "dense")
 
@@ -117,7 +117,7 @@ def budgets() -> str:
 
 
 def zero_setup() -> str:
-    """Chunks from a prompt against a profile made ahead."""
+    """Chunks calibrated on a prompt, compared with a profile made ahead."""
     parts = parts_of("zero_setup")
     names = {"needles": "needles", "text": "nats a token"}
     rows = {(part, row["chunks_from"], row["budget"]): row for part in names for row in parts[part]["rows"]}
@@ -159,7 +159,7 @@ def large() -> str:
 
 
 def large_text() -> str:
-    """The large reference model: how far text is above dense attention, in nats a token."""
+    """The large reference model: loss on text above that of dense attention, in nats a token."""
     rows = parts_of("large", LARGE / "cpu")["text"]["rows"]
     budgets = sorted({row["budget"] for row in rows} - {None})
     return markdown(

@@ -1,7 +1,7 @@
-"""Text that every Python carries: its language reference, `pydoc_data.topics`, cut into documents for a real model.
+"""Documents for a real model from Python's language reference, `pydoc_data.topics`, which is part of every Python.
 
-Some topics are calibrated on and others reported on. The topics of the two sets share no passage, although others of
-the reference repeat each other (``customization`` is a part of ``specialnames``).
+Some topics are for calibration, others are evaluated. The two sets share no passage, although other topics of the
+reference repeat each other (``customization`` is a part of ``specialnames``).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ INTRODUCTION = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize them. I will quiz you "
     "about the numbers afterwards.\n"
 )
-_DEPTHS = 20  # places in a text where a needle can stand
+_DEPTHS = 20  # possible places of a needle in a text
 
 
 def text_of(name: str) -> str:
     """The text of a topic.
 
     Raises:
-        ValueError: This Python's reference has no such topic.
+        ValueError: this Python's reference has no such topic.
     """
     if name not in topics:
         raise ValueError(f"this Python's reference has no topic {name!r}; run with Python 3.10 to 3.14.")
@@ -42,12 +42,12 @@ def text_of(name: str) -> str:
 
 
 def sha256_of(names: Iterable[str]) -> str:
-    """SHA-256 of the topics' text, which differs a little between versions of Python."""
+    """SHA-256 of the topics' text, which differs between versions of Python."""
     return hashlib.sha256("\0".join(map(text_of, names)).encode()).hexdigest()
 
 
 def windows(tokenizer: PreTrainedTokenizerBase, names: Iterable[str], length: int) -> list[str]:
-    """Texts of ``length`` tokens that do not overlap: the first of every topic, then the second, and so on."""
+    """Texts of ``length`` tokens without overlap: the first of every topic, then the second, and so on."""
     columns = []
     for name in names:
         ids = tokenizer(text_of(name), add_special_tokens=False).input_ids
@@ -57,21 +57,21 @@ def windows(tokenizer: PreTrainedTokenizerBase, names: Iterable[str], length: in
 
 
 def continuations(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], scored: int) -> list[dict[str, Any]]:
-    """Each text in two: a ``prompt``, and its last ``scored`` ``tokens`` or a few more as the ``target``."""
+    """Each text as a ``prompt`` and a ``target`` of its last ``scored`` tokens or a few more (``tokens``)."""
     rows = []
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False).input_ids
-        prompt = tokenizer.decode(ids[:-scored]).rstrip()  # lm-eval moves space at a context's end behind it, too
+        prompt = tokenizer.decode(ids[:-scored]).rstrip()  # lm-eval would move whitespace at its end to the target
         tokens = len(ids) - len(tokenizer(prompt, add_special_tokens=False).input_ids)
         rows.append({"prompt": prompt, "target": text[len(prompt) :], "tokens": tokens})
     return rows
 
 
 def needles(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[dict[str, Any]]:
-    """Six six-digit numbers hidden in each text; each is asked for by a ``prompt`` of its own.
+    """Texts with six hidden six-digit numbers; a row's ``prompt`` asks for one of them.
 
-    Rows of one text have its number as ``text``. The answer begins with ``opening`` and goes on with ``answer``. The
-    cities of a text have equally many tokens, so that its prompts are equal up to the question and as long.
+    Rows of one text have the same number ``text``. The answer is ``opening`` followed by ``answer``. The cities of a
+    text have equally many tokens, so that its prompts have equal lengths and are the same up to the question.
     """
     by_size: dict[int, list[str]] = {}
     for city in CITIES:
@@ -84,7 +84,7 @@ def needles(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[di
         values = [str(rng.randrange(100_000, 1_000_000)) for _ in keys]
         parts, last = [], 0
         for depth, key, value in zip(sorted(rng.sample(range(1, _DEPTHS), QUESTIONS)), keys, values, strict=True):
-            end = max(last, text.rfind(" ", last, len(text) * depth // _DEPTHS))  # between two words
+            end = max(last, text.rfind(" ", last, len(text) * depth // _DEPTHS))  # cuts between words
             parts += [text[last:end], f" The special magic number for {key} is: {value}."]
             last = end
         haystack = INTRODUCTION + "".join(parts) + text[last:]
@@ -98,10 +98,10 @@ def needles(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[di
 
 
 def needle_results(_: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
-    """Whether greedy decoding would write the whole number."""
+    """Accuracy: 1 if greedy decoding writes the whole number, else 0."""
     return {"acc": float(results[0][1])}
 
 
 def continuation_results(row: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
-    """Nats a token."""
+    """Negative log-likelihood in nats a token."""
     return {"nats": -results[0][0] / row["tokens"]}

@@ -1,13 +1,13 @@
-"""Chunks from the prompt itself against a profile made ahead: what zero set-up finds, keeps and costs.
+"""Calibration on the prompt compared with a profile made ahead: chunks, scores and time.
 
     python -m evals.quality.zero_setup          # six minutes on two cores; --quick: seconds
 
-Arms: the shipped profile (``ahead``), a profile from each document's own prompt (``own prompt``), and that of the first
-document for all of them (``first prompt``), which is what ``enable(model)`` does. Parts: ``needles`` (the answer's
-tokens, each decoded sparsely behind the true ones, all right), ``text`` (nats a token behind 1024 tokens of dense
-context), ``chunks`` (dominant chunks in common with the profile made ahead) and ``cost`` (how much longer the prefill
-takes while it calibrates). The documents are not those that the settings of `fasa_flex.calibration.from_prompt` were
-chosen on. Writes ``zero_setup.json`` to ``evals/results/study/``. Started again, it goes on where it was stopped.
+Arms: the shipped profile (``ahead``), a profile from each document's own prompt (``own prompt``), and the first
+document's profile for all documents (``first prompt``), as in ``enable(model)``. Parts: ``needles`` (are all tokens of
+the answer right, each decoded sparsely after the true ones), ``text`` (nats a token after 1024 tokens of dense
+context), ``chunks`` (dominant chunks in common with the profile made ahead) and ``cost`` (increase of the prefill's
+time by calibration). The settings of `fasa_flex.calibration.from_prompt` were chosen on other documents. Writes
+``zero_setup.json`` to ``evals/results/study/``; a second start continues a stopped run.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from fasa_flex.report import inspection
 ARMS = ("ahead", "own prompt", "first prompt")
 BUDGETS = (16, 32, 64)
 SEEN = 64
-"""Documents of ``fasa_needle`` that settings were chosen on."""
+"""Number of documents of ``fasa_needle`` on which settings were chosen."""
 CONTEXT, SCORED, STRIDE, OFFSET = 1024, 512, 4000, 2000
-"""Tokens of a window of text, and where the windows lie."""
+"""Dense and scored tokens of a window of text, the distance of windows, and the first one's start."""
 LENGTHS = (512, 2048, 4096)
 ROUNDS = 7
 
@@ -70,11 +70,11 @@ class Trial:
         return [ids[start : start + CONTEXT + SCORED] for start in starts][: self.documents]
 
     def arm(self, name: str, budget: int) -> Fasa:
-        """The model under an arm's chunks."""
+        """Enable FASA with an arm's chunks."""
         return enable(self.model, self.ahead if name == "ahead" else None, FasaConfig(n_fac=budget, **FORMER))
 
     def losses(self, fasa: Fasa, name: str, ids: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Logits and loss of the tokens from ``start`` on, their queries behind the context sparse."""
+        """Logits and loss of the tokens from ``start`` on, whose queries after the context are sparse."""
         if name == "own prompt" and fasa.profile is not None:
             fasa.recalibrate()
         with fasa.sparse_from(torch.tensor([start])):
@@ -86,7 +86,7 @@ class Trial:
 
 
 def needles(trial: Trial) -> Rows:
-    """Share of documents whose every answer token is right."""
+    """Share of documents in which every answer token is right."""
     prompts = trial.prompts()
 
     def right(name: str, budget: int) -> Iterator[Tensor]:
@@ -99,7 +99,7 @@ def needles(trial: Trial) -> Rows:
 
 
 def text(trial: Trial) -> Rows:
-    """Nats a token of plain text."""
+    """Loss on plain text, in nats a token."""
     windows = trial.windows()
 
     def loss(name: str, budget: int) -> Iterator[Tensor]:
@@ -125,7 +125,7 @@ def chunks(trial: Trial) -> Rows:
 
 
 def cost(trial: Trial) -> Rows:
-    """How much longer a prefill takes that calibrates, interleaved with one that does not; needs an idle machine."""
+    """Times of prefills with and without calibration, interleaved; needs an idle machine."""
     rows = []
     ids = trial._ids(heldout_text())
     for length in LENGTHS:
@@ -157,7 +157,7 @@ def _rows(found: dict[tuple[str, int | None], list[Tensor]], figure: str) -> Row
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two documents: to see that it works")
+    parser.add_argument("--quick", action="store_true", help="two documents, to test the script")
     parser.add_argument("--out", type=Path, default=RESULTS / "study", help="folder (default: evals/results/study)")
     options = parser.parse_args()
     quiet()

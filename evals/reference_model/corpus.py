@@ -1,4 +1,4 @@
-"""The text: the standard library of the running Python, split into a training part and a held-out part.
+"""The training and held-out text of the reference model: the standard library of the running Python.
 
 ``python -m evals.reference_model.corpus`` rebuilds the package's held-out text from the running Python.
 """
@@ -23,11 +23,11 @@ HELDOUT = (
 """Modules that make up the held-out text, relative to the standard library."""
 
 DROPPED = ("optparse.py", "getopt.py", "distutils/fancy_getopt.py", "distutils/text_file.py", "idlelib/config.py")
-"""Modules in neither part: they resemble a held-out one."""
+"""Modules in neither part, since they resemble a held-out module."""
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings"}
 SKIPPED_FOLDERS |= {"pydoc_data", "ensurepip"}
-"""Third-party code, tests and tables."""
+"""Folders that are left out: third-party code, tests and tables."""
 
 HELDOUT_FILE = Path(__file__).parents[2] / "fasa_flex" / "lm_eval" / "data" / "heldout.txt.gz"
 
@@ -38,7 +38,7 @@ def stdlib() -> Path:
 
 
 def read(names: list[str] | tuple[str, ...]) -> str:
-    """The modules' sources one behind the other, each ending with a line end."""
+    """The modules' sources in one string, each with a final line end."""
     sources = ((stdlib() / name).read_text(encoding="utf-8", errors="replace") for name in names)
     return "".join(source.rstrip("\n") + "\n\n" for source in sources)
 
@@ -57,7 +57,7 @@ def training_text() -> str:
 
 
 def write_heldout(path: Path = HELDOUT_FILE) -> None:
-    """Write the held-out text, compressed, with no time stamp in it."""
+    """Write the held-out text, compressed, without a time stamp."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(read(HELDOUT).encode(), mtime=0))
 

@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
-    """Loss on text and share of right answer tokens over the training tokens, with the stages behind them."""
+    """Plot loss on text and share of right answer tokens over training tokens, with the stages marked."""
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(8, 5), layout="constrained")
     tokens = [row["tokens"] / 1e6 for row in rows]
     has_text = [i for i, row in enumerate(rows) if row["stage"] not in ("copy", "bare")]

@@ -14,7 +14,7 @@ from fasa_flex.lm_eval.haystack import KEY_SYLLABLES, MAX_FACTS, SYLLABLES, VALU
 Ids = NDArray[np.int64]
 
 NOISE, TEXT, ANSWER = 0, 1, 2
-"""Role of a token: nothing predicts it (no loss), ordinary text, or determined by what stands earlier."""
+"""Role of a token: unpredictable (no loss), ordinary text, or determined by earlier tokens."""
 
 FACT_TOKENS = max(KEY_SYLLABLES) + VALUE_SYLLABLES + 3
 
@@ -24,7 +24,7 @@ class Vocabulary:
     """The token ids that sequences are built from.
 
     Attributes:
-        size: Number of tokens; ids 0 and 1 are the special ones.
+        size: number of tokens; ids 0 and 1 are the special ones.
         syllables: [100] one id for each syllable.
         assign, quote, newline: The ids of ``="``, ``"`` and the line end.
     """
@@ -41,7 +41,7 @@ class Vocabulary:
         syllables = [encode(syllable) for syllable in SYLLABLES]
         (assign,), (quote,), (newline,) = encode('="'), encode('"'), encode("\n")
         if any(len(ids) != 1 for ids in syllables):
-            raise ValueError("every syllable must be one token: train the tokenizer with train_tokenizer()")
+            raise ValueError("every syllable must be one token; train the tokenizer with train_tokenizer().")
         return cls(size, np.array(syllables, dtype=np.int64)[:, 0], assign, quote, newline)
 
 
@@ -50,8 +50,8 @@ class Sampler:
 
     Args:
         text: [n] ids of the text.
-        vocabulary: The ids of the fact language.
-        bos: Id that replaces the first token of every second sequence.
+        vocabulary: the ids of the fact language.
+        bos: id that replaces the first token of every second sequence.
     """
 
     def __init__(self, text: Ids, vocabulary: Vocabulary, bos: int) -> None:
@@ -67,7 +67,7 @@ class Sampler:
         return batch, role
 
     def silence(self, rng: Generator, roles: Ids, share: float) -> Ids:
-        """``roles`` [rows, length] with text that has no loss in all rows but a random ``share`` of them."""
+        """``roles`` [rows, length] in which text has a loss only in a random ``share`` of the rows."""
         silent = rng.random((len(roles), 1)) >= share
         return np.where(silent & (roles == TEXT), NOISE, roles)
 
@@ -89,12 +89,12 @@ class Sampler:
         return np.resize(ids, length), np.where(np.arange(length) < len(ids), np.resize(roles, length), NOISE)
 
     def facts(self, rng: Generator, length: int) -> tuple[Ids, Ids]:
-        """Text with facts at random depths and an answered question about each somewhere behind it, or at the end."""
+        """Text with facts at random depths, and an answered question about each fact at a later depth or at the end."""
         most = min(MAX_FACTS, length // (4 * FACT_TOKENS))
         return self._place(rng, length, self._items(rng, int(rng.integers(1, most + 1)), bool(rng.integers(0, 2))))
 
     def final(self, rng: Generator, length: int, n_facts: int = 8) -> tuple[Ids, Ids]:
-        """What the tasks ask for: ``n_facts`` facts in text and one answered question at the end."""
+        """Sequences as in the tasks: ``n_facts`` facts in text and one answered question at the end."""
         items = self._items(rng, n_facts, False)
         kept = [item for item in items if item[0] < 1.0] + [item for item in items if item[0] == 1.0][:1]
         return self._place(rng, length, kept)
@@ -116,7 +116,7 @@ class Sampler:
         return sorted((items[i] for i in order), key=lambda item: item[0])
 
     def _place(self, rng: Generator, length: int, items: list[tuple[float, Ids, Ids]]) -> tuple[Ids, Ids]:
-        """A cut of the text that ends with a line, with each item in front of the first line behind its depth."""
+        """A cut of the text that ends at a line end, with each item inserted before the first line after its depth."""
         size = length - sum(len(ids) for _, ids, _ in items)
         first = int(np.searchsorted(self.starts, size))
         end = int(self.starts[rng.integers(first, len(self.starts))])
@@ -137,5 +137,5 @@ class Sampler:
 
 
 def _repeat(ids: Ids, length: int, role: int) -> tuple[Ids, Ids]:
-    """``ids`` over and over; ``role`` for the first time and the first token of the second, then ANSWER."""
+    """``ids`` repeated; the role is ``role`` in the first period and the next token, then ANSWER."""
     return np.resize(ids, length), np.where(np.arange(length) <= len(ids), role, ANSWER)

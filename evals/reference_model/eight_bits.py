@@ -1,12 +1,12 @@
-"""Weights in eight bits, so that a model of 48 M parameters can be kept in a repository.
+"""Weights in eight bits, so that a model of 48 M parameters fits into the repository.
 
     python -m evals.reference_model.eight_bits pack runs/large evals/reference_model_large
     python -m evals.reference_model.eight_bits unpack evals/reference_model_large runs/reference_model_large
 
-Every row of a matrix, which makes one output, is rounded to 255 levels between plus and minus its largest weight, so
-that no weight moves by more than half of a level; vectors (of norms) stay float32. `pack` writes shards of less than
-16 MiB and an index, beside copies of config and tokenizer; `unpack` makes an ordinary folder for ``from_pretrained``
-of them, in float32.
+Every row of a matrix, the weights of one output, is rounded to 255 levels between plus and minus its largest weight, so
+that no weight changes by more than half a level; vectors (of norms) stay float32. `pack` writes shards of less than
+16 MiB, an index, and copies of config and tokenizer; `unpack` turns them into a float32 folder for
+``from_pretrained``.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from fasa_flex.saving import replacing
 
 INDEX = "eight_bits.index.json"
 SHARD_BYTES = 16 * 2**20 - 2**16
-"""Most bytes of a shard's tensors, which leaves room for its header within 16 MiB."""
+"""Most bytes of a shard's tensors, so that with its header it stays below 16 MiB."""
 SCALE = ".scale"
-"""Behind the name of a matrix: its rows' levels, float32 [rows, 1]."""
+"""Suffix of a matrix's name for the size of its rows' levels, float32 [rows, 1]."""
 WEIGHTS = "model.safetensors"
 BESIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-"""Files that are copied as they are."""
+"""Files that are copied unchanged."""
 
 
 def rounded(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices as int8 with the level of each row, vectors in float32."""
+    """Matrices as int8 with the size of each row's levels, vectors in float32."""
     packed = {}
     for name, weight in weights.items():
         weight = weight.float()
@@ -48,7 +48,7 @@ def rounded(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def restored(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `rounded` made, in float32 and under the names that went in."""
+    """The inverse of `rounded`: weights in float32 under their original names."""
     return {
         name: tensor.float() * packed[name + SCALE] if name + SCALE in packed else tensor
         for name, tensor in packed.items()
@@ -57,12 +57,12 @@ def restored(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pack(trained: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a trained folder's weights into ``out`` in eight bits; what ``out`` has of an earlier packing goes.
+    """Write a trained model's weights into ``out`` in eight bits, in place of an earlier packing.
 
     Args:
-        trained: With ``model.safetensors``, config and tokenizer.
-        out: Made if it is not there.
-        shard_bytes: Most bytes of a shard's tensors.
+        trained: folder of ``model.safetensors``, config and tokenizer.
+        out: created if it does not exist.
+        shard_bytes: most bytes of a shard's tensors.
     """
     packed = rounded(load_file(trained / WEIGHTS))
     shards: list[dict[str, Tensor]] = [{}]
@@ -83,17 +83,17 @@ def pack(trained: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> None:
 
 
 def unpack(folder: Path, out: Path) -> None:
-    """Make an ordinary folder of a packed one.
+    """Make a folder for ``from_pretrained`` from a packed one.
 
     Raises:
         ValueError: ``folder`` is not packed, or has lost tensors.
     """
     if not (folder / INDEX).exists():
-        raise ValueError(f"{folder} has no {INDEX}, so it is not packed: make it with pack, or load it as it is")
+        raise ValueError(f"{folder} has no {INDEX}, so it is not packed; make it with pack, or load it as it is.")
     index = json.loads((folder / INDEX).read_text())
     packed = {name: tensor for shard in index["shards"] for name, tensor in load_file(folder / shard).items()}
     if len(packed) != index["tensors"]:
-        raise ValueError(f"{folder} has {len(packed)} tensors, its index {index['tensors']}: pack the model again")
+        raise ValueError(f"{folder} has {len(packed)} tensors, its index {index['tensors']}; pack the model again.")
     with replacing(out) as beside:
         save_file(restored(packed), beside / WEIGHTS, metadata={"format": "pt"})
         for name in BESIDE:
@@ -103,7 +103,7 @@ def unpack(folder: Path, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("pack", "unpack"))
-    parser.add_argument("folder", type=Path, help="what is packed, or unpacked")
+    parser.add_argument("folder", type=Path, help="folder to pack or unpack")
     parser.add_argument("out", type=Path, help="folder of the result")
     args = parser.parse_args()
     convert = pack if args.action == "pack" else unpack

@@ -1,20 +1,18 @@
-"""Make the large reference model in one go: train it, pack it in eight bits, score what was packed.
+"""Make the large reference model: train it, pack it in eight bits, score the packed weights.
 
     python -m evals.reference_model.make_large --text text.txt --out large --device cuda --minutes 6.5
 
-Leaves in ``--out`` the shards of the weights and ``beside.tar`` with all the small files of
-``evals/reference_model_large``, the log of the training and the scores: first without scores, so that weights are
-safe before anything is measured. The run itself, its checkpoint and the unpacked model stay in ``--work``; started
-again with the same one, it goes on where it was.
+Writes to ``--out`` the shards of the weights and ``beside.tar`` with the small files of
+``evals/reference_model_large``, the training log and the scores; it is first written without scores, so that the
+weights are safe before scoring. The training run, its checkpoint and the unpacked model are in ``--work``; a second
+start with the same folder continues the run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import shutil
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -25,6 +23,7 @@ from evals.reference_model import eight_bits
 from evals.reference_model.recipe import RECIPES, Recipe
 from evals.reference_model.score import scores, show
 from evals.reference_model.train import Run, prepare
+from fasa_flex.bench.record import command_line
 from fasa_flex.saving import replace_text
 
 BUNDLE = "beside.tar"
@@ -34,16 +33,16 @@ LOG, SCORES = "log.jsonl", "scores.json"
 def make(
     recipe: Recipe, text: str, work: Path, out: Path, device: torch.device, minutes: float | None, questions: int
 ) -> None:
-    """Train, pack, and score what was packed.
+    """Train, pack, and score the packed weights.
 
     Args:
-        recipe: Of the model.
-        text: To train on.
-        work: Folder of the run; the packed and the unpacked model become folders in it.
-        out: Folder of what is kept.
-        device: Where to train and to score.
-        minutes: Most that training may take.
-        questions: For each length and number of facts.
+        recipe: the model's recipe.
+        text: the training text.
+        work: folder of the run, of the packed and of the unpacked model.
+        out: folder of the results.
+        device: device of training and scoring.
+        minutes: most minutes of training.
+        questions: number of questions for each length and number of facts.
     """
     begun = time.monotonic()
 
@@ -60,7 +59,7 @@ def make(
     deliver(packed, out)
     say("packed")
     eight_bits.unpack(packed, unpacked)
-    command = shlex.join(["python", "-m", "evals.reference_model.make_large", *map(_nameless, sys.argv[1:])])
+    command = command_line("evals.reference_model.make_large")
     found = {"command": command, **scores(unpacked, questions, device)}
     replace_text(packed / SCORES, json.dumps(found, indent=2) + "\n")
     deliver(packed, out)
@@ -69,7 +68,7 @@ def make(
 
 
 def deliver(packed: Path, out: Path) -> None:
-    """Copy the shards of a packed folder, and its other files as one."""
+    """Copy the shards of a packed folder, and its other files as one tar file."""
     out.mkdir(parents=True, exist_ok=True)
     with tarfile.open(out / BUNDLE, "w") as bundle:
         for path in sorted(packed.iterdir()):
@@ -79,20 +78,15 @@ def deliver(packed: Path, out: Path) -> None:
                 bundle.add(path, path.name)
 
 
-def _nameless(word: str) -> str:
-    """A word of the command line with no folder of this machine in it."""
-    return Path(word).name if Path(word).is_absolute() else word
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="file to train on")
-    parser.add_argument("--out", type=Path, required=True, help="folder of what is kept")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--work", type=Path, default=Path("runs/large"), help="folder of the run (default: runs/large)")
     parser.add_argument("--recipe", choices=RECIPES, default="large")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--minutes", type=float, help="most that training may take")
-    parser.add_argument("--questions", type=int, default=200, help="for each length and number of facts")
+    parser.add_argument("--minutes", type=float, help="most minutes of training")
+    parser.add_argument("--questions", type=int, default=200, help="questions for each length and number of facts")
     args = parser.parse_args()
     text = args.text.read_text(encoding="utf-8")
     device = torch.device(args.device)

@@ -10,11 +10,11 @@ class Stage:
     """One stage of the curriculum.
 
     Attributes:
-        name: For the log.
-        tokens: Training tokens, at most.
+        name: for the log.
+        tokens: training tokens, at most.
         mix: (kind of sequence, length, share of the steps).
-        lr: Learning rate at the start and at the end of the stage, linear between.
-        until: Go on to the next stage once the share of right answer tokens over 50 steps reaches this.
+        lr: learning rate at the start and at the end of the stage, linear between.
+        until: go on to the next stage once the share of right answer tokens over 50 steps reaches this.
     """
 
     name: str
@@ -30,9 +30,9 @@ class Recipe:
 
     Attributes:
         heads, kv_heads: Of 64 dimensions each.
-        max_length: Positions of the model.
-        text_share: Share of the sequences whose text has a loss; in the others only answers have one.
-        workers: Processes that draw sequences ahead; 0 draws them between steps. The sequences are the same.
+        max_length: positions of the model.
+        text_share: share of the sequences whose text has a loss; in the others only answers have one.
+        workers: processes that draw sequences ahead; 0 draws them between steps. The sequences are the same.
     """
 
     stages: tuple[Stage, ...]
@@ -155,8 +155,8 @@ LARGE = Recipe(
     text_share=0.4,
     workers=8,
 )
-"""45 times the parameters, twice the distance, and the same text, of which less may be learnt by heart: some ten passes
-at most have a loss, and weights decay ten times as much."""
+"""45 times the parameters of `SMALL`, twice the length, the same text. Against memorising it, at most some ten passes
+have a loss, and weight decay is ten times larger."""
 
 QUICK = Recipe(
     stages=(
@@ -172,6 +172,6 @@ QUICK = Recipe(
     text_share=0.5,
     workers=1,
 )
-"""A few steps of a tiny model: to see that everything behind them works."""
+"""A few steps of a tiny model, to test the scripts that follow training."""
 
 RECIPES = {"small": RECIPE, "large": LARGE, "quick": QUICK}

@@ -1,7 +1,7 @@
 """Score a reference model on held-out text: exact answers by length and depth, perplexity by length.
 
 ``python -m evals.reference_model.score`` takes some minutes on two cores and writes evals/results/reference_model.json.
-Lengths go up to what the model has positions for.
+Lengths go up to the model's number of positions.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import argparse
 import hashlib
 import json
 import platform
-import shlex
-import sys
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -25,6 +23,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from fasa_flex.bench.record import command_line
 from fasa_flex.lm_eval.haystack import Document, document, heldout_text
 from fasa_flex.saving import replace_text
 
@@ -37,12 +36,12 @@ BATCH_TOKENS = 16_384
 
 
 def lengths_of(model: PreTrainedModel) -> tuple[int, ...]:
-    """The lengths that a model is scored at."""
+    """The lengths at which a model is scored, in tokens."""
     return tuple(length for length in LENGTHS if length < model.config.max_position_embeddings)
 
 
 def documents(tokenizer: PreTrainedTokenizerBase, length: int, n: int, n_facts: int) -> list[Document]:
-    """``n`` documents of ``length`` tokens, document i drawn with seed i; tokens are counted line by line."""
+    """``n`` documents of ``length`` tokens; document i has seed i, and tokens are counted line by line."""
 
     @cache
     def tokens(line: str) -> int:
@@ -58,8 +57,8 @@ def documents(tokenizer: PreTrainedTokenizerBase, length: int, n: int, n_facts: 
 def answered(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: list[Document]) -> list[bool]:
     """Whether greedy decoding writes each document's whole answer.
 
-    The answer is fed in one pass: greedy decoding writes it exactly if each of its tokens is the likeliest one after
-    the tokens before it. Rows are padded on the right, where causal attention does not look.
+    One forward scores the whole answer: greedy decoding writes it if and only if each of its tokens is the likeliest
+    one after the tokens before. Rows are padded on the right, which causal attention does not see.
     """
     prompts = [tokenizer.encode(doc.prompt) for doc in batch]
     answers = [tokenizer.encode(doc.answer) for doc in batch]
@@ -96,8 +95,8 @@ def retrieval(
 def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Perplexity of the same held-out tokens after inputs of growing length.
 
-    At regular places of the held-out text, half of the greatest length apart, the ``TARGETS`` tokens before are
-    predicted from inputs that begin ``TARGETS`` tokens to the greatest length before.
+    At places of the held-out text half of the greatest length apart, the last ``TARGETS`` tokens are predicted from
+    inputs of ``TARGETS`` tokens up to the greatest length.
     """
     lengths = lengths_of(model)
     ids = torch.tensor(tokenizer.encode(heldout_text()), device=model.device)
@@ -115,7 +114,7 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def scores(folder: Path, questions: int, device: torch.device) -> dict[str, Any]:
-    """All scores of the model in a folder, and what they were made with."""
+    """All scores of the model in a folder, with versions and hardware."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return {
@@ -138,14 +137,14 @@ def scores(folder: Path, questions: int, device: torch.device) -> dict[str, Any]
 
 
 def hardware(device: torch.device) -> str:
-    """Where the model is scored."""
+    """The device of the scores, in words."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, float32"
     return f"CPU, {platform.machine()}, {torch.get_num_threads()} thread(s), float32"
 
 
 def show(results: dict[str, Any]) -> None:
-    """Print the scores, a line each."""
+    """Print the scores, one a line."""
     for row in results["retrieval"]:
         print(f"{row['length']:>5} tokens, {row['n_facts']:>2} facts: {row['exact']:.3f} exact")
     for row in results["perplexity"]:
@@ -156,12 +155,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=FOLDER)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--questions", type=int, default=200, help="for each length")
+    parser.add_argument("--questions", type=int, default=200, help="questions for each length")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    command = shlex.join(["python", "-m", "evals.reference_model.score", *sys.argv[1:]])
+    command = command_line("evals.reference_model.score")
     results = {"command": command, **scores(args.model, args.questions, torch.device(args.device))}
     replace_text(args.out, json.dumps(results, indent=2) + "\n")
     show(results)

@@ -1,4 +1,4 @@
-"""The tokenizer: byte-level BPE in which every syllable of a fact is one token and no token reaches over a line end."""
+"""The tokenizer: byte-level BPE in which every syllable of a fact is one token and no token crosses a line end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from fasa_flex.lm_eval.haystack import MAX_FACTS, draw_facts
 
 PIECES = r"\n|[B-DF-HJ-NPR-TV-Z][AEIOU]| ?[A-Za-z][a-z]*| ?[0-9]{1,3}| ?[^\sA-Za-z0-9]+| +|\s"
-"""What BPE may merge within: a line end, a syllable, a word, a number, punctuation, blanks."""
+"""Pieces within which BPE may merge: a line end, a syllable, a word, a number, punctuation, blanks."""
 
 BOS, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -24,8 +24,8 @@ BOS, PAD = "<|endoftext|>", "<|pad|>"
 def train_tokenizer(text: str, vocab_size: int, max_length: int = 4608) -> PreTrainedTokenizerFast:
     """Train on ``text`` and on enough fact lines for every syllable to become a token.
 
-    No special token is added to a text, so that encoding two parts that meet at a line end, or at the ``="`` of a
-    question, equals encoding the whole.
+    No special tokens are added, so that encoding two parts split at a line end or at the ``="`` of a question equals
+    encoding the whole.
     """
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = Sequence([Split(Regex(PIECES), "isolated"), ByteLevel(False, use_regex=False)])
@@ -46,6 +46,6 @@ def train_tokenizer(text: str, vocab_size: int, max_length: int = 4608) -> PreTr
 
 
 def encode_lines(tokenizer: PreTrainedTokenizerFast, text: str) -> NDArray[np.int64]:
-    """Ids of a long text, encoded line by line, which is the same as encoding it whole."""
+    """Token ids of a long text, encoded line by line, which equals encoding the whole."""
     encodings = tokenizer.backend_tokenizer.encode_batch(text.splitlines(keepends=True))
     return np.concatenate([np.array(encoding.ids, dtype=np.int64) for encoding in encodings])

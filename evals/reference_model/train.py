@@ -1,8 +1,8 @@
 """Train a reference model: copying first, then facts, then facts in text at growing lengths.
 
 ``python -m evals.reference_model.train --out runs/reference`` takes about an hour and a half on two cores;
-``--recipe large`` needs an accelerator. Every batch is a function of the seed and the step: an interrupted run goes on
-where it was when started with the same ``--out``.
+``--recipe large`` needs an accelerator. Every batch depends on the seed and the step only; a second start with the same
+``--out`` continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -31,21 +31,23 @@ from evals.reference_model.tokenizer import encode_lines, train_tokenizer
 from fasa_flex.saving import replace_text, replacing
 
 REPORT = 50
-"""Steps between two reports; checkpoints are written at a report only, so that a resumed run repeats nothing."""
+"""Steps between two reports; checkpoints are written at reports only, so that a continued run repeats no report."""
 
 PROGRESS = ("step", "tokens", "stage", "used", "seconds", "work")
-"""The numbers of a run that a checkpoint keeps."""
+"""The counters of a run that a checkpoint stores."""
 
 
 LINEAR_MEMORY = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-"""Attention on CUDA, so that a machine without it fails at the first step and not for want of memory at 8192 tokens."""
+"""Attention kernels on CUDA; a machine without them fails at the first step instead of running out of memory at 8192
+tokens."""
 
 LENGTH_COST = {"cpu": 1300, "cuda": 13_000}
-"""Length at which a token takes twice the time of one in a very short sequence: measured on CPU, estimated on CUDA."""
+"""Length of a sequence in which a token takes twice as long as in a very short one; measured on CPU, estimated on CUDA.
+"""
 
 
 class Batches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """The batches of a stage by the run's step: ids and roles, both [rows, length]."""
+    """The batches of a stage, indexed by the run's step: ids and roles, both [rows, length]."""
 
     def __init__(self, recipe: Recipe, sampler: Sampler, stage: Stage) -> None:
         self.recipe, self.sampler, self.stage = recipe, sampler, stage
@@ -60,7 +62,7 @@ class Batches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return torch.from_numpy(ids), torch.from_numpy(roles)
 
     def since(self, step: int) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
-        """All batches from a step on, drawn ahead if the recipe has workers."""
+        """All batches from a step on; the recipe's workers draw them ahead."""
         return DataLoader(
             self, batch_size=None, sampler=itertools.count(step), num_workers=self.recipe.workers,
             prefetch_factor=4 if self.recipe.workers else None,
@@ -90,7 +92,7 @@ def build_model(recipe: Recipe) -> LlamaForCausalLM:
 
 
 def build_optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW; only the layers' matrices decay."""
+    """AdamW with weight decay on the layers' matrices only."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in n)]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -117,15 +119,15 @@ def losses(model: LlamaForCausalLM, ids: torch.Tensor, roles: torch.Tensor) -> d
 
 
 class Run:
-    """A training run that lives in a folder: ``checkpoint.pt``, ``log.jsonl`` and, once finished, the model.
+    """A training run in a folder: ``checkpoint.pt``, ``log.jsonl`` and, once finished, the model.
 
     Args:
-        recipe: What to train.
-        sampler: Where the sequences come from.
-        out: The run's folder; an existing checkpoint in it is continued.
-        device: Where to train.
-        minutes: Most that the run may take, over all its starts: stages give up tokens, each the same share of them,
-            and learning rates still go to their ends. Stages that wait for a skill (``until``) give up none.
+        recipe: the recipe.
+        sampler: draws the sequences.
+        out: folder of the run; a checkpoint in it is continued.
+        device: device of training.
+        minutes: most minutes of the run over all starts. If needed, stages are shortened, all by the same share of
+            their tokens, and learning rates still reach their ends; stages with ``until`` are not shortened.
     """
 
     def __init__(
@@ -144,7 +146,7 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        """The file that holds everything needed to go on."""
+        """The file from which the run can be continued."""
         return self.out / "checkpoint.pt"
 
     @property
@@ -153,7 +155,7 @@ class Run:
         return self.out / "log.jsonl"
 
     def train(self) -> None:
-        """Run every stage that is left, then write the model."""
+        """Run the remaining stages, then write the model."""
         while self.stage < len(self.recipe.stages):
             self._train_stage(self.recipe.stages[self.stage])
             self.stage, self.used = self.stage + 1, 0
@@ -178,7 +180,7 @@ class Run:
                 recent = []
 
     def _end_of(self, stage: Stage) -> float:
-        """The second of the run at which a stage that begins or goes on now must end: by its share of the time left."""
+        """The second of the run at which this stage must end, by its share of the remaining time."""
         if stage.until or self.limit == math.inf or self.used >= stage.tokens:
             return math.inf
         costs = self._costs_left()
@@ -224,7 +226,7 @@ class Run:
         return row
 
     def _costs_left(self) -> list[float]:
-        """What is left of this stage and of each behind it, in tokens of a very short sequence."""
+        """Remaining cost of this stage and of each later one, in tokens of a very short sequence."""
         stages = self.recipe.stages[self.stage :]
         left = stages[0].tokens - self.used, *(later.tokens for later in stages[1:])
         return [n * self._stage_cost(stage) for n, stage in zip(left, stages, strict=True)]
@@ -234,7 +236,7 @@ class Run:
         return sum(share * self._cost(length) for _, length, share in stage.mix) / total
 
     def _cost(self, length: int) -> float:
-        """Time of a token relative to one in a very short sequence; for the ETA, and to share out the time."""
+        """Time of a token relative to one in a very short sequence, for the ETA and the stages' shares of the time."""
         return 1 + length / LENGTH_COST[self.device.type]
 
     def _save(self) -> None:
@@ -251,7 +253,7 @@ class Run:
     def _load(self) -> None:
         state = torch.load(self.checkpoint, map_location=self.device)
         if state["recipe"] != repr(self.recipe):
-            raise ValueError(f"{self.checkpoint} was made by another recipe: choose another --out or remove it")
+            raise ValueError(f"{self.checkpoint} was made by another recipe; choose another --out or remove it.")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name, value in state["progress"].items():
@@ -266,7 +268,7 @@ def _mean(rows: list[dict[str, float]], name: str) -> float | None:
 
 
 def prepare(recipe: Recipe, text: str, out: Path) -> Sampler:
-    """Train the tokenizer, save it into ``out``, and tokenise the text."""
+    """Train the tokenizer, save it to ``out``, and tokenise the text."""
     tokenizer = train_tokenizer(text, recipe.vocab, recipe.max_length)
     vocabulary = Vocabulary.of(tokenizer.encode, recipe.vocab)
     print(f"training text: {len(text)} characters, SHA-256 {hashlib.sha256(text.encode()).hexdigest()}", flush=True)
@@ -278,8 +280,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; continued if it has a checkpoint")
     parser.add_argument("--recipe", choices=RECIPES, default="small")
-    parser.add_argument("--minutes", type=float, help="end by then, with fewer tokens if need be")
-    parser.add_argument("--text", type=Path, help="train on this file, not on the running Python's library")
+    parser.add_argument("--minutes", type=float, help="most minutes; uses fewer tokens if needed")
+    parser.add_argument("--text", type=Path, help="training text (default: the running Python's library)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

@@ -1,6 +1,7 @@
-"""Rival ways to choose the same number of keys: same budget, same selection, same attention, another scorer.
+"""Baselines: other scorers under the same budget, selection and attention as FASA.
 
-Each states the bytes it reads (`fasa_flex.core.bytes_read`), and in its docstring what it leaves out of its paper.
+Each baseline states the bytes it reads (`fasa_flex.core.bytes_read`); its docstring lists its differences from the
+paper.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ Method = Literal[
     "vattention",
 ]
 
-_AS_THEY_ARE: dict[str, Callable[[], Scorer | SequenceScorer]] = {
+_WITHOUT_OPTIONS: dict[str, Callable[[], Scorer | SequenceScorer]] = {
     "streaming_llm": Recency,
     "oracle": AllDimensions,
     "snapkv": SnapKV,
@@ -68,9 +69,9 @@ _AS_THEY_ARE: dict[str, Callable[[], Scorer | SequenceScorer]] = {
 
 
 RANKING_OPTIONS = ("n_tip", "criterion", "packed_dtype")
-"""Fields of `FasaConfig` that say how FASA ranks keys, and mean nothing to many a baseline."""
+"""Fields of `FasaConfig` that decide how FASA ranks keys; many baselines do not use them."""
 
-_HEARD: dict[str, tuple[str, ...]] = {
+_USED: dict[str, tuple[str, ...]] = {
     "fasa": RANKING_OPTIONS,
     "random_chunks": ("n_tip", "packed_dtype"),
     "adjacent_pairs": ("n_tip", "packed_dtype"),
@@ -81,8 +82,8 @@ _HEARD: dict[str, tuple[str, ...]] = {
 
 
 def unheard(method: str) -> tuple[str, ...]:
-    """Which of `RANKING_OPTIONS` a method, ``"fasa"`` or a baseline, does not go by."""
-    return tuple(name for name in RANKING_OPTIONS if name not in _HEARD.get(method, ()))
+    """The `RANKING_OPTIONS` that a method, ``"fasa"`` or a baseline, does not use."""
+    return tuple(name for name in RANKING_OPTIONS if name not in _USED.get(method, ()))
 
 
 def scorer_factory(
@@ -95,31 +96,31 @@ def scorer_factory(
     channels: Tensor | None = None,
     packed_dtype: PackedDtype | None = None,
 ) -> Callable[[int], Scorer | SequenceScorer]:
-    """The ``scorer=`` argument of `enable` for a baseline; a new one for every `enable`.
+    """The ``scorer=`` argument of `enable` for a baseline; make a new one for every `enable`.
 
     Args:
-        method: ``"streaming_llm"`` (most recent; force sinks with ``FasaConfig(n_sink=8)``), ``"oracle"`` (the full dot
-            product), ``"random_chunks"`` (as FASA, with chunks drawn at random), ``"adjacent_pairs"`` (as FASA's
-            released code, with chunks (2i, 2i + 1)), ``"snapkv"``, ``"h2o"``, ``"rkv"`` (these three evict for good),
-            ``"quest"``, ``"sparq"``, ``"double_sparsity"`` or ``"vattention"`` (half of the budget a random sample of
-            the other keys, `Sampled`; the best by exact scores, or as FASA ranks where there is a profile).
-        profile: the model's: ``"random_chunks"`` takes its shape; of ``"adjacent_pairs"``, one calibrated with that
-            layout (`adjacent_pairs`).
-        n_tip: chunks, for methods that score by some dimensions: ``"sparq"`` and ``"double_sparsity"`` take
-            ``2 * n_tip`` of them, as many as FASA reads; by default all read a quarter of a key.
-        per: as in `FasaConfig`, for chunks.
-        seed: of the private generator that draws the chunks, or of what ``"vattention"`` draws.
-        channels: what `channel_weights` makes, for ``"double_sparsity"``.
-        packed_dtype: as in `FasaConfig`, for ``"vattention"``; chunks of the other methods follow the config's.
+        method: ``"streaming_llm"`` (latest keys; force sinks with ``FasaConfig(n_sink=8)``), ``"oracle"`` (the full dot
+            product), ``"random_chunks"`` (as FASA, with random chunks), ``"adjacent_pairs"`` (chunks (2i, 2i + 1), as
+            in FASA's released code), ``"snapkv"``, ``"h2o"``, ``"rkv"`` (these three evict keys), ``"quest"``,
+            ``"sparq"``, ``"double_sparsity"`` or ``"vattention"`` (`Sampled`: half of the budget is a random sample,
+            the other half the best keys by exact scores, or by FASA's scores with a profile).
+        profile: the model's profile. ``"random_chunks"`` takes its shape; ``"adjacent_pairs"`` needs one that was
+            calibrated with the layout `adjacent_pairs`.
+        n_tip: chunks of a head, for methods that score by some dimensions: ``"sparq"`` and ``"double_sparsity"`` take
+            ``2 * n_tip`` dimensions, as many as FASA; the default is a quarter of a head's dimensions.
+        per: heads that share chunks, as in `FasaConfig`.
+        seed: seed of the private generator of random chunks or of ``"vattention"``'s sample.
+        channels: the result of `channel_weights`, for ``"double_sparsity"``.
+        packed_dtype: as in `FasaConfig`, for ``"vattention"``; the other methods take it from the config.
 
     Raises:
-        ValueError: an unknown method, one without what it needs, or ``n_tip`` for one that takes none.
+        ValueError: an unknown method, a method without its profile or channels, or ``n_tip`` for one without chunks.
     """
     check_choice("method", method, Method)
     if n_tip is not None and "n_tip" in unheard(method):
         raise ValueError(f"method {method!r} scores by no chunks, so it takes no n_tip, got {n_tip}; leave it out.")
-    if method in _AS_THEY_ARE:
-        return lambda layer: _AS_THEY_ARE[method]()
+    if method in _WITHOUT_OPTIONS:
+        return lambda layer: _WITHOUT_OPTIONS[method]()
     if method == "sparq":
         return lambda layer: SparQ(n_tip=n_tip)
     if method == "double_sparsity":

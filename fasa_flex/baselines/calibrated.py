@@ -1,4 +1,4 @@
-"""What baselines find out about a model before it is used: heavy channels, and chunks of adjacent dimensions."""
+"""Calibration of baselines: Double Sparsity's heavy channels, and chunks of adjacent dimensions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fasa_flex.hf.wrappers import unwrapped
 
 
 def adjacent_pairs(layout: RotaryLayout) -> RotaryLayout:
-    """The chunks (2i, 2i + 1) of FASA's released code, whatever the model's planes are: ``calibrate(layout=...)``."""
+    """A layout of the chunks (2i, 2i + 1) of FASA's released code, for ``calibrate(layout=...)``."""
     chunks = RotaryLayout.interleaved(layout.head_dim).chunks
     return RotaryLayout(chunks, len(chunks), unrotated_layers=layout.unrotated_layers)
 
@@ -28,15 +28,15 @@ def channel_weights(
     samples: Sequence[Tensor] | Sequence[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Tensor:
-    """How much each channel of a head adds to attention scores: Double Sparsity's offline calibration.
+    """Weight of each channel of a head by Double Sparsity's offline calibration (Yang et al., 2024).
 
-    As in the published code, the mean of ``|q_d * k_d|`` over tokens, each with its own key, post-RoPE, in dense
-    forwards; averaged over the query heads of a group.
+    As in the published code: the mean of ``|q_d * k_d|`` over tokens, each query with the key of its own token,
+    post-RoPE, in dense forwards, averaged over the query heads of a group.
 
     Args:
         model: a transformers causal language model.
-        samples: 1-D LongTensors of token ids, or texts with ``tokenizer=``. Every token weighs the same.
-        tokenizer: encodes the samples when they are texts.
+        samples: 1-D LongTensors of token ids, or texts with ``tokenizer=``. Every token has the same weight.
+        tokenizer: encodes samples that are texts.
 
     Returns:
         float32 [layers, Hkv, D], on CPU.
@@ -71,18 +71,18 @@ def channel_weights(
 
 
 def heavy_channels(weights: Tensor, count: int) -> Tensor:
-    """The ``count`` channels of largest weight: int64 [layers, Hkv, count], ascending, ties to the lower channel.
+    """The ``count`` channels of largest weight: int64 [layers, Hkv, count], ascending; ties to the lower channel.
 
     Args:
-        weights: float32 [layers, Hkv, D], of `channel_weights`.
-        count: channels of a head.
+        weights: float32 [layers, Hkv, D], from `channel_weights`.
+        count: channels of a head, 1 to D.
 
     Raises:
-        ValueError: weights of another shape, or more channels than a head has.
+        ValueError: another shape, or ``count`` out of range.
     """
     if weights.dim() != 3 or not 1 <= count <= weights.shape[2]:
         raise ValueError(
             f"double_sparsity takes 1 to D channels of weights [layers, Hkv, D], got {count} of "
-            f"{tuple(weights.shape)}; pass what channel_weights(model, samples) makes, and 2 * n_tip of at most D."
+            f"{tuple(weights.shape)}; pass the result of channel_weights(model, samples), and 2 * n_tip of at most D."
         )
     return weights.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(dim=-1).values

@@ -1,7 +1,7 @@
-"""What methods that evict have in common: a key once dropped is gone for good, whatever a later query would like.
+"""The base of methods that evict: a dropped key cannot be selected again.
 
-Dense queries drop nothing. A sparse query finds room made for its own key, by what the queries before it have shown:
-between queries a head keeps one key less than the budget, so that with its own a query attends to the budget.
+Dense queries drop no keys. Before a sparse query, a head drops keys until one less than the budget is left, ranked by
+the earlier queries; with its own key the query then attends to as many keys as the budget.
 """
 
 from __future__ import annotations
@@ -17,29 +17,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fasa_flex.backends.gather import take_rows
+from fasa_flex.baselines.scorers import group_scores
+from fasa_flex.core import pieces
 from fasa_flex.core.budget import Budget
-from fasa_flex.core.packed_keys import dot_products
 from fasa_flex.core.ranking import INVALID, rank_keys
 from fasa_flex.core.scoring import Forward
+from fasa_flex.errors import NotSupportedError, StateError
 
 ABSENT = -1
-"""In place of a slot: padding, or fewer kept keys than another head has."""
-
-_BYTES = 1 << 26
+"""In place of a slot: padding, or a head with fewer kept keys than another."""
 
 _numbers, _alone = itertools.count(), threading.Lock()
 
 
 class Evicting(ABC):
-    """A `SequenceScorer` that keeps what it may attend to, for causal masks with or without padding.
+    """A `SequenceScorer` that keeps a subset of the keys, for causal masks with or without padding.
 
-    What it remembers is of each cache by itself (`of`), so that several sequences are continued in turn or in threads.
-
-    Forced tokens (``n_sink``, ``n_recent``) are never dropped. One selection for each key/value head. What a query head
-    of a group attends to is taken to be a plain softmax, without a cap or learned sinks.
+    Each cache has its own state (`of`), so that several sequences can be continued in turn or in threads. Forced tokens
+    (``n_sink``, ``n_recent``) are never dropped. A group's query heads share one selection. Attention weights are taken
+    to be a plain softmax, without cap and learned sinks.
 
     Attributes:
-        kept: int64 [B, Hkv, K], each head's slots, ascending; ABSENT in front where a head keeps fewer.
+        kept: int64 [B, Hkv, K], slots of each head's kept keys, ascending; `ABSENT` in front if a head keeps fewer.
     """
 
     kept: Tensor
@@ -50,30 +49,31 @@ class Evicting(ABC):
 
     @abstractmethod
     def begin(self, forward: Forward) -> None:
-        """Forget the former sequence."""
+        """Start a new sequence."""
 
     @abstractmethod
     def observe(self, query: Tensor, slots: Tensor, key: Tensor, scaling: float) -> None:
-        """Learn from queries [B, Hq, q, D] at ``slots`` int64 [B, q], ABSENT for padding, whose own keys are kept."""
+        """Update the state by queries [B, Hq, q, D], with kept keys, at ``slots`` int64 [B, q] (padding: ABSENT)."""
 
     @abstractmethod
     def recent(self, allowed: Tensor) -> Tensor:
-        """How many of the latest kept keys are not dropped: int64, shaped as the budget ``allowed`` [B, Hkv]."""
+        """Number of latest kept keys that are not dropped, int64 [B, Hkv], for the budget ``allowed`` [B, Hkv]."""
 
     @abstractmethod
     def rank(self, key: Tensor, recent: Tensor, scaling: float) -> Tensor:
-        """Scores of the kept keys, by which others than the ``recent`` int64 [B, Hkv] stay: float32, as ``kept``."""
+        """Scores of the kept keys, float32 [B, Hkv, K]; the ``recent`` int64 [B, Hkv] latest stay anyway."""
 
     def follow(self, forward: Forward) -> Tensor:
-        """As `SequenceScorer`: 0 for the keys that are kept, -inf for the others.
+        """As `SequenceScorer`: 0 for kept keys, -inf for the others.
 
         Raises:
-            ValueError: a forward that does not continue the former one, forced tokens that fill the budget, or
-                torch.compile, which does not know about memory.
+            NotImplementedError: called under torch.compile, which cannot keep the state.
+            RuntimeError: a forward that does not continue the former one.
+            ValueError: forced tokens that fill the budget.
         """
         if torch.compiler.is_compiling():
-            raise ValueError(
-                f"{type(self).__name__} remembers what it drops and does not compile; run the model eagerly."
+            raise NotSupportedError(
+                f"{type(self).__name__} remembers dropped keys and does not compile; run the model eagerly."
             )
         if forward.cache is None:
             with _alone:
@@ -81,11 +81,11 @@ class Evicting(ABC):
         return self.of(forward.cache)._follow(forward)
 
     def of(self, cache: object) -> Evicting:
-        """The one that remembers a cache. The cache holds it, so that a copy of the cache has a copy of it."""
-        held: dict[int, Evicting] = vars(cache).setdefault("_fasa_followers", {})
-        if self._number not in held:
-            held[self._number] = copy.deepcopy(self)
-        return held[self._number]
+        """The copy of this scorer with a cache's state, stored on the cache, so that copies of a cache include it."""
+        followers: dict[int, Evicting] = vars(cache).setdefault("_fasa_followers", {})
+        if self._number not in followers:
+            followers[self._number] = copy.deepcopy(self)
+        return followers[self._number]
 
     def _follow(self, forward: Forward) -> Tensor:
         self._continue(forward)
@@ -118,33 +118,33 @@ class Evicting(ABC):
             or forward.first_slot != self._length
             or not torch.equal(self._last_key, forward.key[:, :, self._length - 1])
         ):
-            raise ValueError(
-                f"{type(self).__name__} has followed {self._length} slots, the cache's {forward.first_slot} are others "
-                "and what was dropped stays dropped: begin the sequence anew, without beam search, assisted generation "
-                "or a cropped cache."
+            raise StateError(
+                f"{type(self).__name__} has followed {self._length} slots, but the cache's {forward.first_slot} are "
+                "others, and dropped keys cannot come back; begin the sequence anew, without beam search, assisted "
+                "generation or a cropped cache."
             )
         self._length = forward.first_slot + forward.query.shape[2]
         self._last_key = forward.key[:, :, self._length - 1].clone()
 
     def _make_room(self, forward: Forward, key: Tensor, allowed: Tensor, sparse: Tensor) -> None:
-        """Drop all but one less than ``allowed`` int64 [B, Hkv] in rows that are ``sparse`` bool [B, 1]; unsorted."""
+        """Keep ``allowed - 1`` keys, int64 [B, Hkv], in rows that are ``sparse`` bool [B, 1]; `kept` is unsorted."""
         budget, width = forward.budget, self.kept.shape[-1]
-        room = torch.where(sparse, allowed - 1, width)
-        if width <= int(room.min()):
+        keep = torch.where(sparse, allowed - 1, width)
+        if width <= int(keep.min()):
             return
-        _check_forced(budget, int(room.min()) + 1)
+        _check_forced(budget, int(keep.min()) + 1)
         present = self.kept != ABSENT
-        column = torch.arange(width, device=room.device)
+        column = torch.arange(width, device=keep.device)
         nth = column - (~present).sum(-1, keepdim=True)
-        sinks, recent_ones = budget.forced(int(room.min()) + 1)
-        forced = (nth < sinks) | (column >= width - max(0, recent_ones - 1))
+        sinks, latest_forced = budget.forced(int(keep.min()) + 1)
+        forced = (nth < sinks) | (column >= width - max(0, latest_forced - 1))
         recent = self.recent(allowed)
-        latest = torch.finfo(torch.float32).max * ((column + 1) / width)  # the later, the higher
+        latest = torch.finfo(torch.float32).max * ((column + 1) / width)  # above other scores, later keys higher
         scores = self.rank(key, recent, forward.scaling)
         scores = torch.where(column >= width - recent[..., None], latest, scores)
         order = torch.where(present, rank_keys(scores, first=forced), INVALID)
-        best = order.topk(int(room.clamp(max=width).max()), dim=-1)
-        taken = (best.values > INVALID) & (torch.arange(best.values.shape[-1], device=room.device) < room[..., None])
+        best = order.topk(int(keep.clamp(max=width).max()), dim=-1)
+        taken = (best.values > INVALID) & (torch.arange(best.values.shape[-1], device=keep.device) < keep[..., None])
         self.kept = torch.where(taken, self.kept.gather(-1, best.indices), ABSENT)
 
     def _keep(self, slots: Tensor) -> None:
@@ -156,70 +156,67 @@ class Evicting(ABC):
 
 
 class Window:
-    """The last real queries of every row, which a method observes its keys with.
+    """The last real queries of every row, SnapKV's observation window.
 
     Args:
-        size: W, how many.
+        size: W, number of queries.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
 
     def begin(self, query: Tensor) -> None:
-        """Forget; ``query`` [B, Hq, Q, D] is of the sequence that begins."""
+        """Empty the window; ``query`` [B, Hq, Q, D] is of the new sequence."""
         batch, heads, _, dim = query.shape
         self.query = query.new_zeros(batch, heads, self.size, dim)
         self.slots = torch.full((batch, self.size), ABSENT, device=query.device)
 
     def add(self, query: Tensor, slots: Tensor) -> None:
-        """Queries [B, Hq, q, D] at ``slots`` int64 [B, q], ABSENT for padding."""
+        """Add queries [B, Hq, q, D] at ``slots`` int64 [B, q], ABSENT for padding."""
         last = torch.cat([self.slots, slots], dim=1).topk(self.size)
         self.slots, rows = last.values.flip(1), last.indices.flip(1)
         rows = rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
         self.query = torch.cat([self.query, query], dim=2).gather(2, rows)
 
     def sees(self, recent: Tensor) -> Tensor:
-        """Which of the queries count where a head's window is of ``recent`` int64 [B, Hkv]: bool [B, Hkv, W]."""
+        """Mask of the queries in each head's window of ``recent`` int64 [B, Hkv] queries: bool [B, Hkv, W]."""
         number = torch.arange(self.size, device=recent.device)
         return (number >= self.size - recent[..., None]) & (self.slots[:, None] != ABSENT)
 
 
 def kept_keys(key: Tensor, kept: Tensor) -> Tensor:
-    """The rows of ``key`` [B, Hkv, T, D] at the slots ``kept`` [B, Hkv, K], of ABSENT any: [B, Hkv, K, D]."""
+    """Rows of ``key`` [B, Hkv, T, D] at the slots ``kept`` [B, Hkv, K], any row for ABSENT: [B, Hkv, K, D]."""
     return take_rows(key, kept.clamp(min=0)[:, :, None, None])
 
 
 def attention_logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """Scaled dot products of queries [B, Hq, q, D] with kept keys [B, Hkv, K, D]: float32 [B, Hkv, G, q, K]."""
-    batch, query_heads, q_len, dim = query.shape
-    kv_heads = key.shape[1]
-    logits = dot_products(query.reshape(batch, kv_heads, -1, dim), key) * scaling
-    return logits.view(batch, kv_heads, query_heads // kv_heads, q_len, -1)
+    return group_scores(query, key) * scaling
 
 
 def seen(kept: Tensor, slots: Tensor) -> Tensor:
-    """Which kept keys [B, Hkv, K] queries at ``slots`` [B, q] see: bool [B, Hkv, 1, q, K], none for padding."""
+    """Causal mask of kept keys [B, Hkv, K] for queries at ``slots`` [B, q]: bool [B, Hkv, 1, q, K]; padding: False."""
     keys = kept[:, :, None, None]
     return (keys != ABSENT) & (keys <= slots[:, None, None, :, None])
 
 
 def softmax_over(logits: Tensor, allowed: Tensor) -> Tensor:
-    """Attention weights over the ``allowed`` keys, all 0 where there is none."""
+    """Attention weights over the ``allowed`` keys, all 0 if there is none."""
     return torch.where(allowed, logits, -torch.inf).softmax(-1).nan_to_num(0.0)
 
 
 def max_pool(scores: Tensor, kernel: int) -> Tensor:
-    """The largest of ``kernel`` neighbours, the own score in the middle: shaped as ``scores`` [B, H, K]."""
+    """Maximum over ``kernel`` neighbours centred on each score: [B, H, K], as ``scores``."""
     return F.max_pool1d(scores, kernel, stride=1, padding=kernel // 2)
 
 
 def rows_that_fit(width: int) -> int:
-    """How many rows of ``width`` float32 numbers are made at one time."""
-    return max(1, _BYTES // (4 * max(1, width)))
+    """Number of rows of ``width`` float32 numbers that are computed at one time."""
+    return pieces.rows_that_fit(4 * width)
 
 
 def _blocks(stepped: list[bool]) -> Iterator[tuple[int, int, bool]]:
-    """Where queries are taken together, [start, stop), and alone: whether it is one that drops keys."""
+    """Ranges [start, stop) of queries observed together, and whether keys are dropped: a sparse query is alone."""
     start = 0
     while start < len(stepped):
         stop = start + 1

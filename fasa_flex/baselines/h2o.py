@@ -1,4 +1,4 @@
-"""H2O: keys stay by all the attention they have received."""
+"""H2O: keeps the keys with the largest sum of attention weights so far."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fasa_flex.core.scoring import Forward
 
 
 class H2O(Evicting):
-    """H2O (Zhang et al., 2023): half of the budget to the keys of most attention so far, half to the latest keys.
+    """H2O (Zhang et al., 2023): half of the budget is the keys with most attention so far, half the latest keys.
 
-    The attention weights of all queries are added up, the prefill's too, those of later queries over what is kept; each
-    step drops the least of the keys that are not among the latest. Weights are averaged over a group's query heads,
-    where the published code keeps a cache for each.
+    Attention weights are summed over all queries, the prefill's included; later queries' weights are over the kept
+    keys. Each step drops the key of smallest sum that is not among the latest. Weights are averaged over a group's
+    query heads; the published code keeps a cache for each query head.
     """
 
     def begin(self, forward: Forward) -> None:
@@ -41,7 +41,7 @@ class H2O(Evicting):
             self._received.scatter_add_(-1, index, weights.mean(2).sum(2))
 
     def recent(self, allowed: Tensor) -> Tensor:
-        """As `Evicting`: with the query's own key they are half of the budget."""
+        """As `Evicting`: half of the budget, less the query's own key."""
         return (allowed // 2).clamp(min=1) - 1
 
     def rank(self, key: Tensor, recent: Tensor, scaling: float) -> Tensor:
@@ -49,5 +49,5 @@ class H2O(Evicting):
         return self._received.gather(-1, self.kept.clamp(min=0))
 
     def reads(self, head_dim: int, query_heads: int, kv_heads: int) -> ReadShare:
-        """The kept keys and values; ranking adds up the attention weights that are made of them anyhow."""
+        """The kept keys and values; ranking sums attention weights, which attention computes anyway."""
         return ReadShare(ranking=0.0, together=True)

@@ -1,4 +1,4 @@
-"""What the baselines' papers set where nothing else is said: `FasaConfig` fields of a method and a budget."""
+"""The baselines' published settings, as fields of `FasaConfig`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _PLAIN: dict[str, Any] = {
     "packed_dtype": None,
     "completion": "none",
 }
-"""Papers force, round and complete nothing that is not named."""
+"""Settings of all baselines, unless a method's own differ: no forced tokens, no rounding, no completion."""
 
 
 def as_published(method: str, n_fac: int | float) -> dict[str, Any]:
     """Fields of `fasa_flex.FasaConfig` as in a method's paper.
 
-    StreamingLLM forces 8 sinks, or half of a budget below 16. SparQ forces the latest quarter of the budget, as in its
-    evaluation, and completes by the mean value; of a budget that is a share, the latest as in `fasa_flex.core.budget`.
-    vAttention forces first and latest tokens, by default as many as FASA.
+    StreamingLLM forces 8 sinks, or half of the budget if that is less. SparQ forces the latest quarter of the budget,
+    as in its paper's evaluation, and completes by the mean value; if the budget is a share, it forces the latest tokens
+    of `fasa_flex.core.budget`. vAttention forces as many first and latest tokens as FASA.
 
     Args:
-        method: of `fasa_flex.baselines.Method`.
+        method: one of `fasa_flex.baselines.Method`.
         n_fac: the budget, as in `fasa_flex.FasaConfig`.
     """
     count = n_fac if isinstance(n_fac, int) else None

@@ -1,4 +1,4 @@
-"""Quest: pages of keys by an upper bound of their scores."""
+"""Quest: selects pages of keys by an upper bound of their scores."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from fasa_flex.core.scoring import Forward
 
 
 class Quest:
-    """Quest (Tang et al., 2024): a page of 16 keys is worth at most ``sum_d max(q_d * min_d, q_d * max_d)``.
+    """Quest (Tang et al., 2024): the scores of a page of 16 keys are at most ``sum_d max(q_d * min_d, q_d * max_d)``.
 
-    The minimum and maximum of every dimension are taken over a page's keys that the query may attend to, pages counted
-    from the first real token. All tokens of a page have its bound, so whole pages are selected, the last one in part
-    where the budget is not a multiple of them. The page that is being written competes as any other, as in the
-    published evaluation, whose least of three pages is left out; the published kernels always take that page
-    (``FasaConfig(n_recent=)`` does). Quest's own setting keeps the first two layers dense, ``dense_layers=(0, 1)``, and
-    selects for every query head, ``group_reduce="none"``. For causal masks with or without padding; nothing is
-    remembered.
+    Minimum and maximum of every dimension are over the page's keys that the query may attend to; pages start at the
+    first real token. All tokens of a page get its bound, so whole pages are selected, and the last page in part if the
+    budget is no multiple of the page. The page being written competes like any other, as in the published evaluation,
+    without that evaluation's minimum of three pages; the published kernels always select it (as
+    ``FasaConfig(n_recent=)`` does). The paper keeps the first two layers dense, ``dense_layers=(0, 1)``, and selects
+    for every query head, ``group_reduce="none"``. For causal masks with or without padding; stateless.
 
     Args:
         page: keys of a page.
@@ -55,7 +54,7 @@ class Quest:
         return scores.gather(-1, pages)
 
     def _bounds(self, key: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Minimum and maximum over a page up to each of the real keys, side by side: float32 [B, Hkv, N * page, D]."""
+        """Running minimum and maximum within each page of real keys, each float32 [B, Hkv, N * page, D]."""
         batch, kv_heads, kv_len, dim = key.shape
         count = -(-kv_len // self.page)
         order = (~real).to(torch.uint8).argsort(dim=-1, stable=True).expand(batch, -1)
@@ -65,5 +64,5 @@ class Quest:
         return pages.cummin(3).values.flatten(2, 3), pages.cummax(3).values.flatten(2, 3)
 
     def reads(self, head_dim: int, query_heads: int, kv_heads: int) -> ReadShare:
-        """A minimum and a maximum of every dimension for each page, as much as one key and value."""
+        """A minimum and a maximum key of each page, as many bytes as one key and value."""
         return ReadShare(ranking=1 / self.page)

@@ -1,4 +1,4 @@
-"""A random sample of the remainder beside the best keys: vAttention's idea, and a rival of completion."""
+"""vAttention: the best keys, and a random sample that stands for all other keys; an alternative to completion."""
 
 from __future__ import annotations
 
@@ -14,25 +14,29 @@ from fasa_flex.core.ranking import INVALID, is_first
 from fasa_flex.core.scoring import Scorer
 from fasa_flex.core.selection import Selection
 from fasa_flex.core.softmax import Softmax
+from fasa_flex.errors import NotSupportedError
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """vAttention (Desai et al., 2025, arXiv 2510.05688): the best keys, and a sample that stands for the remainder.
+    """vAttention (Desai et al., 2025, arXiv 2510.05688): the best keys, and a random sample of the others.
 
-    A part of the budget, forced tokens among it, goes to the best keys; the rest is drawn uniformly, without
-    replacement, from the other valid keys. Their exact logits enter the softmax with the log of |R| / m, the size of
-    the remainder R over that of the sample, so that numerator and denominator of attention are unbiased. Left out: the
-    paper chooses m for each head and query by a bound on the error, here it is a share of the budget; MagicPIG (Chen et
-    al., 2025, arXiv 2410.16179) draws by hashing, near keys more often. A draw depends on the seed, the head and the
-    numbers of the query and the key among valid tokens alone, so that decoding and many queries at once agree.
+    One part of the budget, which includes forced tokens, is the best keys; the rest is drawn uniformly, without
+    replacement, from the remainder R of the valid keys. The sample's exact logits enter the softmax plus log(|R| / m)
+    for m drawn keys, so that numerator and denominator of attention are unbiased. Differences: the paper chooses m for
+    each head and query by an error bound, here it is a share of the budget. (MagicPIG, Chen et al., 2025, arXiv
+    2410.16179, draws by hashing, near keys more often.) A draw depends on the seed, the head and the positions of query
+    and key among valid tokens only, so that decoding and one forward of many queries draw the same keys.
 
-    Attention is by gathered rows, on any device and whatever the backend.
+    Attention gathers rows, whatever the backend is.
 
     Args:
-        ranker: chooses the best keys; it also says what ranking reads.
-        share: of the budget that is drawn at random.
-        seed: of the draws; give each layer another.
+        ranker: ranks the keys, and states the bytes that ranking reads.
+        share: share of the budget that is drawn at random, in [0, 1).
+        seed: seed of the draws; each layer needs another one.
+
+    Raises:
+        ValueError: ``share`` out of range.
     """
 
     ranker: Scorer
@@ -44,15 +48,13 @@ class Sampled:
             raise ValueError(f"share of the budget that is drawn at random must lie in [0, 1), got {self.share}.")
 
     def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
-        """As `Scorer`: the ranker's."""
+        """As `Scorer`: the ranker's scores."""
         return self.ranker(query, key, packed_keys)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, selection: Selection, softmax: Softmax
     ) -> tuple[Tensor, Tensor | None]:
-        """As `fasa_flex.backends.gather.gather_focused`, for a part of the selection and the sample in place of the
-        rest.
-        """
+        """As `fasa_flex.backends.gather.gather_focused`, with the sample in place of the selection's last keys."""
         order, valid = selection.order, selection.order > INVALID
         best = order.gather(-1, selection.slots).masked_fill(~selection.taken, INVALID).sort(-1, descending=True)
         slots, count = selection.slots.gather(-1, best.indices), selection.count[..., None]
@@ -73,13 +75,13 @@ class Sampled:
         return gather_focused(query, key, value, both, softmax, log_weights)
 
     def reads(self, head_dim: int, query_heads: int, kv_heads: int) -> ReadShare:
-        """As the ranker's: a key and value that is drawn is one of the budget."""
+        """The ranker's; drawn keys and values are part of the budget."""
         if not isinstance(self.ranker, StatesReads):
-            raise ValueError(f"{type(self.ranker).__name__} does not state what it reads; give it `reads`.")
+            raise NotSupportedError(f"{type(self.ranker).__name__} does not state what it reads; give it `reads`.")
         return self.ranker.reads(head_dim, query_heads, kv_heads)
 
     def _lots(self, valid: Tensor) -> Tensor:
-        """A random number of every key for every query, by a hash (splitmix64): int64 [B, H, G, Q, T], at least 0."""
+        """Random numbers by a hash (splitmix64) for every query and key: int64 [B, H, G, Q, T], at least 0."""
         number, heads = valid.cumsum(-1), torch.arange(valid.shape[1] * valid.shape[2], device=valid.device)
         own = (self.seed * 1_000_003 + heads.view(valid.shape[1:3])) * 0x2545F4914F6CDD1D
         mixed = _mix(own[:, :, None, None] + number[..., -1:])
@@ -87,7 +89,7 @@ class Sampled:
 
 
 def _mix(number: Tensor) -> Tensor:
-    """Well mixed bits of int64; products wrap."""
+    """The finaliser of splitmix64 on int64; products wrap."""
     for shift, factor in ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB)):
         number = (number ^ ((number >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return number ^ ((number >> 31) & ((1 << 33) - 1))

@@ -1,4 +1,4 @@
-"""The scorers of the baselines."""
+"""Stateless scorers of baselines: the exact dot product, and recency."""
 
 from __future__ import annotations
 
@@ -11,27 +11,31 @@ from fasa_flex.core.bytes_read import ReadShare
 from fasa_flex.core.packed_keys import PackedKeys, dot_products
 
 
+def group_scores(query: Tensor, key: Tensor) -> Tensor:
+    """Dot products of queries [B, Hq, Q, D] with their group's keys [B, Hkv, T, D]: float32 [B, Hkv, G, Q, T]."""
+    (batch, query_heads, q_len, dim), (_, kv_heads, kv_len, _) = query.shape, key.shape
+    products = dot_products(query.reshape(batch, kv_heads, -1, dim), key)
+    return products.view(batch, kv_heads, query_heads // kv_heads, q_len, kv_len)
+
+
 @dataclass(frozen=True)
 class AllDimensions:
-    """The oracle: the full dot product, so the selection is the true top of the attention weights."""
+    """The oracle: ranks by the full dot product, so it selects the largest attention weights."""
 
     estimates_logits = True
 
     def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
         """As `Scorer`."""
-        batch, query_heads, q_len, head_dim = query.shape
-        kv_heads, kv_len = key.shape[1:3]
-        grouped = query.reshape(batch, kv_heads, -1, head_dim)
-        return dot_products(grouped, key).view(batch, kv_heads, query_heads // kv_heads, q_len, kv_len)
+        return group_scores(query, key)
 
     def reads(self, head_dim: int, query_heads: int, kv_heads: int) -> ReadShare:
-        """Every key to rank, then the values alone."""
+        """All keys to rank, then only the selected values."""
         return ReadShare(ranking=0.5, rows=0.5)
 
 
 @dataclass(frozen=True)
 class Recency:
-    """The latest keys first: with forced sinks this is StreamingLLM's window (Xiao et al., 2024), nothing evicted."""
+    """Ranks later keys higher; with forced sinks this is StreamingLLM (Xiao et al., 2024), without eviction."""
 
     def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
         """As `Scorer`."""
@@ -40,5 +44,5 @@ class Recency:
         return slots.expand(batch, kv_heads, 1, query.shape[2], kv_len)
 
     def reads(self, head_dim: int, query_heads: int, kv_heads: int) -> ReadShare:
-        """Nothing to rank."""
+        """No bytes to rank."""
         return ReadShare(ranking=0.0, together=True)

@@ -1,4 +1,4 @@
-"""SparQ: a few dimensions of every key, those in which the query is large."""
+"""SparQ: scores every key by the dimensions in which the query is largest."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fasa_flex.baselines.scorers import group_scores
 from fasa_flex.core.budget import check_count
 from fasa_flex.core.bytes_read import ReadShare
-from fasa_flex.core.packed_keys import PackedKeys, dot_products
+from fasa_flex.core.packed_keys import PackedKeys
 from fasa_flex.core.ranking import rank_keys
 
 
@@ -17,18 +18,21 @@ from fasa_flex.core.ranking import rank_keys
 class SparQ:
     """SparQ Attention (Ribar et al., 2024): the dot product over the r dimensions of largest ``|q|``.
 
-    As in the paper's code (appendix B), a group's query heads share their dimensions, by the sum of ``|q|`` over them,
-    and every head's softmax has the temperature ``sqrt(D * |q_r|_1 / |q|_1)``; it matters where the heads rank as one
-    with ``group_reduce="softmax_exact"``, which is the paper's sum. The mean value (section 3, algorithm 1) is
-    ``FasaConfig(completion="mean")``: the selected keys' share of the approximate softmax weighs exact attention to
-    them, the rest of it the mean of all valid values. The paper's evaluation always takes the latest quarter of the
-    budget, ``n_recent=n_fac // 4``. Both are what ``method=sparq`` is evaluated with (`as_published`). The paper keeps
-    the keys twice, once by dimension, and a running mean of the values, which cost memory; a step reads r dimensions
-    of every key, the selected rows and the mean value, as is counted. Here the mean is taken anew in each step.
+    As in the paper's code (appendix B), a group's query heads share the r dimensions of largest sum of ``|q|``, and
+    each head's softmax has the temperature ``sqrt(D * |q_r|_1 / |q|_1)``, which matters if the heads rank together with
+    ``group_reduce="softmax_exact"``, the paper's sum. The mean value (section 3, algorithm 1) is
+    ``FasaConfig(completion="mean")``: attention to the selected keys is weighted by their share of the approximate
+    softmax, the mean of all valid values by the rest. The paper's evaluation always selects the latest quarter of the
+    budget, ``n_recent=n_fac // 4``. ``method=sparq`` sets both (`as_published`). The paper stores the keys twice, once
+    by dimension, and a running mean of the values; a step reads r dimensions of every key, the selected rows and the
+    mean value, which `reads` counts. Here each step computes the mean anew.
 
     Args:
-        r: dimensions; None is ``2 * n_tip``, or a quarter of the head's.
-        n_tip: half as many, as FASA counts them.
+        r: number of dimensions; None is ``2 * n_tip``, or a quarter of the head's.
+        n_tip: half of ``r``, as FASA counts chunks.
+
+    Raises:
+        ValueError: ``r`` or ``n_tip`` out of range, or both given.
     """
 
     r: int | None = None
@@ -46,19 +50,17 @@ class SparQ:
 
     def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
         """As `Scorer`."""
-        batch, query_heads, q_len, head_dim = query.shape
-        kv_heads, kv_len = key.shape[1:3]
-        grouped = query.reshape(batch, kv_heads, -1, q_len, head_dim).float()
+        grouped = query.unflatten(1, (key.shape[1], -1)).float()
         size = grouped.abs()
-        largest = rank_keys(size.sum(2, keepdim=True)).topk(self._dims(head_dim), dim=-1).indices
+        largest = rank_keys(size.sum(2, keepdim=True)).topk(self._dims(query.shape[-1]), dim=-1).indices
         chosen = torch.zeros_like(size[:, :, :1]).scatter_(-1, largest, 1.0)
         tiny = torch.finfo(size.dtype).tiny  # a query of zeros scores zeros, not NaN
         share = (size * chosen).sum(-1, keepdim=True) / size.sum(-1, keepdim=True).clamp(min=tiny)
         cooled = grouped * chosen / share.clamp(min=tiny).sqrt()
-        return dot_products(cooled.flatten(2, 3), key).view(batch, kv_heads, query_heads // kv_heads, q_len, kv_len)
+        return group_scores(cooled.flatten(1, 2), key)
 
     def reads(self, head_dim: int, query_heads: int, kv_heads: int) -> ReadShare:
-        """The r dimensions of every key, once for a group."""
+        """R dimensions of every key, once for a group."""
         return ReadShare(ranking=self._dims(head_dim) / (2 * head_dim))
 
     def _dims(self, head_dim: int) -> int:

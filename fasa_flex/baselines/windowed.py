@@ -1,4 +1,4 @@
-"""SnapKV and R-KV: keys stay by the attention of the last queries, the observation window."""
+"""SnapKV and R-KV: keep keys by the attention of the last queries, the observation window."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from fasa_flex.core.scoring import Forward
 
 
 class _Windowed(Evicting):
-    """Methods that remember the queries of an observation window, whose keys they keep.
+    """Methods with an observation window of queries, whose own keys are always kept.
 
-    The window is of ``window`` queries, or half of a budget that is too small for it, and at least of one.
+    The window has ``window`` queries, at most half of the budget and at least one.
     """
 
     def __init__(self, window: int, kernel: int) -> None:
@@ -51,14 +51,14 @@ class _Windowed(Evicting):
         return (allowed // 2).clamp(1, self.window.size)
 
     def reads(self, head_dim: int, query_heads: int, kv_heads: int) -> ReadShare:
-        """The kept keys and values to attend, and the keys once more to rank them; the dropped ones never again.
+        """The kept keys and values, and the keys once more to rank them; no dropped ones.
 
-        What is read once, where the prefill ends and all but the budget is dropped, is not counted.
+        Not counted: the single read of all keys at the end of the prefill, when most are dropped.
         """
         return ReadShare(ranking=0.0, rows=1.5, together=True)
 
     def _pooled(self, votes: Tensor, others: Tensor) -> Tensor:
-        """Max-pooled ``votes`` [B, Hkv, K] of the ``others`` than the window's keys, neighbours among these."""
+        """Max-pooled ``votes`` [B, Hkv, K] of the ``others``, the keys before the window; neighbours among these."""
         return max_pool(torch.where(others, votes, -torch.inf), self.kernel)
 
     def _others(self, recent: Tensor) -> Tensor:
@@ -69,17 +69,20 @@ class _Windowed(Evicting):
 
 
 class SnapKV(_Windowed):
-    """SnapKV (Li et al., 2024): what the prompt's last queries attend to, and its neighbours.
+    """SnapKV (Li et al., 2024): keeps the keys to which the prompt's last queries attend, and their neighbours.
 
     At the end of the prefill the attention weights of the last 32 prompt queries are summed for every earlier key and
-    max-pooled over 7 neighbours; the best stay, and the window's own keys. Generated keys are kept. As soon as there
-    are more than the budget, which is at once where the prompt exceeds it, the same is done with the last 32 queries
-    over what is kept; the paper lets the cache grow instead. Weights are averaged over a group's query heads, where the
-    published code keeps a cache for each.
+    max-pooled over 7 neighbours; the best keys and the window's own keys stay. Generated keys are kept. Whenever there
+    are more keys than the budget, for a long prompt at every step, the same is repeated with the last 32 queries over
+    the kept keys; the paper lets the cache grow instead. Weights are averaged over a group's query heads; the published
+    code keeps a cache for each query head.
 
     Args:
-        window: queries that observe, half of a budget below twice as many.
-        kernel: neighbours that are pooled.
+        window: queries of the observation window; at most half of the budget is used.
+        kernel: neighbours of the max-pooling, odd.
+
+    Raises:
+        ValueError: ``window`` or ``kernel`` out of range.
     """
 
     def __init__(self, window: int = 32, kernel: int = 7) -> None:
@@ -94,19 +97,22 @@ class SnapKV(_Windowed):
 
 
 class RKV(_Windowed):
-    """R-KV (Cai et al., 2025): important to the last queries, and not said again by a later key.
+    """R-KV (Cai et al., 2025): keeps keys that are important to the last queries and unlike later keys.
 
     ``score = mix * importance - (1 - mix) * redundancy``. Importance: attention weights of the last 8 queries over the
-    keys before them, the largest logit of a group's query heads taken first, averaged over the queries and max-pooled
-    over 7 neighbours. Redundancy: softmax of a key's mean cosine similarity to the others, in which every key spares
-    the latest one that it resembles by more than ``threshold`` (the first kept one where it resembles none: so does the
-    published code). The paper drops keys 128 at a time; here each query makes room, and no budget is exceeded.
+    keys before them, from the largest logit of a group's query heads, averaged over the queries and max-pooled over 7
+    neighbours. Redundancy: softmax over keys of the mean cosine similarity to the others; each key adds nothing to the
+    latest key that it resembles by more than ``threshold`` (to the first kept key if it resembles none, as in the
+    published code). The paper drops 128 keys at a time; here every query drops keys, so the budget is never exceeded.
 
     Args:
-        window: queries that observe, half of a budget below twice as many.
-        kernel: neighbours that are pooled.
-        mix: the paper's lambda.
-        threshold: of cosine similarity.
+        window: queries of the observation window; at most half of the budget is used.
+        kernel: neighbours of the max-pooling, odd.
+        mix: the paper's lambda, in [0, 1].
+        threshold: least cosine similarity of keys that resemble each other.
+
+    Raises:
+        ValueError: an argument out of range.
     """
 
     def __init__(self, window: int = 8, kernel: int = 7, mix: float = 0.1, threshold: float = 0.5) -> None:
@@ -127,7 +133,7 @@ class RKV(_Windowed):
 
 
 def _redundancy(keys: Tensor, present: Tensor, threshold: float) -> Tensor:
-    """R-KV's redundancy of ``keys`` [B, Hkv, K, D], of those ``present`` bool [B, Hkv, K]: float32 [B, Hkv, K]."""
+    """R-KV's redundancy of the ``present`` bool [B, Hkv, K] among ``keys`` [B, Hkv, K, D]: float32 [B, Hkv, K]."""
     unit = F.normalize(keys.float(), dim=-1, eps=1e-8) * present[..., None]
     batch, heads, width, _ = unit.shape
     column = torch.arange(width, dtype=torch.int32, device=keys.device)

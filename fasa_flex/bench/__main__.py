@@ -1,4 +1,4 @@
-"""``python -m fasa_flex.bench``: the command ``fasa-flex bench``; see `fasa_flex.bench.command`."""
+"""``python -m fasa_flex.bench``, the same as ``fasa-flex bench`` (`fasa_flex.bench.command`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fasa_flex import cli
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``fasa-flex bench``; returns the exit code."""
+    """Run ``fasa-flex bench``; returns the exit code."""
     return cli.main(["bench", *(sys.argv[1:] if arguments is None else arguments)])
 
 

@@ -1,4 +1,4 @@
-"""Static caches for the step benchmark: filled without a prefill, rewound after every step, and counted in bytes."""
+"""Static caches of the step benchmark: fill them without a prefill, rewind them after each step, count their bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHARED = ("keys", "values", "dtype", "device", "batch_size", "num_heads", "k_he
 
 @torch.no_grad()
 def fill(cache: Any, layers: int, shape: Shape, batch: int, length: int, dtype: torch.dtype, device: Any) -> None:
-    """Write ``length`` random tokens into every layer, the same ones; one in host memory gets them at once."""
+    """Write the same ``length`` random tokens into every layer, in pieces, or in one piece for host memory."""
     generator = torch.Generator(device).manual_seed(0)
     pieces: list[list[Tensor]] = []
     for start in range(0, length, _PIECE):
@@ -36,24 +36,24 @@ def _append(cache: Any, layers: int, key: Tensor, value: Tensor) -> None:
 
 
 def share(cache: Any, source: Any, length: int) -> bool:
-    """Let ``cache`` hold the keys, values and packed keys of ``source``, which is filled; False where it cannot."""
+    """Let ``cache`` use the keys, values and packed keys of the filled ``source``; False if the two differ in kind."""
     pairs = list(zip(cache.layers, source.layers, strict=True))
-    for mine, theirs in pairs:
-        placed = isinstance(mine, StaticHostLayer) == isinstance(theirs, StaticHostLayer)
-        if not placed or not theirs.is_initialized or theirs.keys.shape[2] != length:
+    for layer, filled in pairs:
+        same_place = isinstance(layer, StaticHostLayer) == isinstance(filled, StaticHostLayer)
+        if not same_place or not filled.is_initialized or filled.keys.shape[2] != length:
             return False
-    for mine, theirs in pairs:
-        for name in (*_SHARED, "packed", "held", "rows") if type(mine) is type(theirs) else _SHARED:
-            if hasattr(theirs, name):
-                setattr(mine, name, getattr(theirs, name))
-        mine.cumulative_length = mine.cumulative_length.to(theirs.keys.device)
-        torch._dynamo.mark_static_address(mine.cumulative_length)
-        mine.is_initialized = True
+    for layer, filled in pairs:
+        for name in (*_SHARED, "packed", "held", "rows") if type(layer) is type(filled) else _SHARED:
+            if hasattr(filled, name):
+                setattr(layer, name, getattr(filled, name))
+        layer.cumulative_length = layer.cumulative_length.to(filled.keys.device)
+        torch._dynamo.mark_static_address(layer.cumulative_length)
+        layer.is_initialized = True
     return True
 
 
 def rewind(cache: Any, length: int) -> None:
-    """Make every layer hold ``length`` tokens again."""
+    """Set the length of every layer back to ``length`` tokens."""
     for layer in cache.layers:
         layer.cumulative_length.fill_(length)
         if isinstance(layer, CountedStaticLayer):
@@ -61,14 +61,14 @@ def rewind(cache: Any, length: int) -> None:
 
 
 def forget(cache: Any, share: float) -> None:
-    """Let the device forget a share of the rows that it holds of the host's keys and values."""
+    """Mark a share of the rows on the device as absent, so that they are fetched from host memory again."""
     for layer in cache.layers:
         if isinstance(layer, StaticHostLayer) and layer.held is not None:
             layer.held.forget(share)
 
 
 def nbytes(cache: Any) -> dict[str, int]:
-    """Bytes of all tensors that a cache holds, by the type of their device."""
+    """Bytes of a cache's tensors by device type; mapped host memory counts as ``cpu``."""
     mapped = {
         states.untyped_storage().data_ptr()
         for layer in cache.layers

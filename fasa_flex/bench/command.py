@@ -1,8 +1,8 @@
-"""Measure dense attention and FASA: one attention call (op), or a whole decode step, over contexts and batches.
+"""``fasa-flex bench``: time one attention call (op) or a whole decode step (step) over contexts and batches.
 
-All rivals of one context and batch run interleaved in one process. Weights, queries and keys are random, so times say
-nothing about quality: n_tip and n_fac are what evals/results measures quality at. Writes JSON after every row (a run
-that was stopped goes on where it was), and a table and a picture at the end.
+All rivals of one context and batch run interleaved in one process. Weights, queries and keys are random, so a run
+measures no quality; evals/results has the quality at the default n_tip and n_fac. The command writes JSON after every
+row, so that a stopped run can be continued, and a table and a picture at the end.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fasa_flex.bench.settings import Settings, quick
 from fasa_flex.bench.shapes import SHAPES
 from fasa_flex.bench.timing import bandwidth, free_memory
 from fasa_flex.core.config import FasaConfig
+from fasa_flex.errors import StateError
 from fasa_flex.saving import replacing
 
 Key = dict[str, Any]  # shape, batch and context
@@ -40,10 +41,11 @@ _QUALITY = "random weights: for quality at n_tip and n_fac see choices.json in e
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure what ``options`` ask for.
+    """Run the benchmark.
 
     Raises:
-        ValueError: options that cannot be, or a part without a single row.
+        ValueError: options out of range.
+        RuntimeError: a part in which no row, or no sparse rival, could be measured.
     """
     try:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -53,15 +55,15 @@ def run(options: argparse.Namespace) -> None:
         settings = _settings(options, part, device)
         rows = _measure_part(part, settings, options)
         if not rows:
-            raise ValueError(f"part {part} has not a single row; the reasons are above.")
+            raise StateError(f"part {part} has no row; the reasons are above.")
         if not any(rival["kind"] == "sparse" for row in rows for rival in row["rivals"]):
-            raise ValueError(f"part {part} measured dense attention alone; the reasons are above.")
+            raise StateError(f"part {part} measured only dense attention; the reasons are above.")
 
 
 def _settings(options: argparse.Namespace, part: str, device: torch.device) -> Settings:
     kind = "cuda" if device.type == "cuda" else "cpu"
     if kind == "cpu" and "triton" in (options.backends or ()):
-        raise ValueError("backend triton has kernels for CUDA alone, got --device cpu; name gather, flex or permuted.")
+        raise ValueError("backend triton needs CUDA, got --device cpu; name gather, flex or permuted.")
     settings = Settings(
         device=device,
         dtype=getattr(torch, options.dtype or ("float32" if kind == "cpu" else "bfloat16")),
@@ -105,13 +107,13 @@ def _measure_part(part: str, settings: Settings, options: argparse.Namespace) ->
                 ledger.leave_out(key, reason_of(error))
             else:
                 ledger.add(row)
-                print(f"[{time.monotonic() - begun:.0f} s] {_told(row)}", flush=True)
+                print(f"[{time.monotonic() - begun:.0f} s] {_line(row)}", flush=True)
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     except KeyboardInterrupt:
-        kept = f"{len(ledger.rows)} finished rows are kept in {ledger.path}; the same command goes on behind them."
-        print(f"stopped: {kept}", file=sys.stderr)
+        finished = f"{len(ledger.rows)} finished rows are in {ledger.path}; the same command continues after them."
+        print(f"stopped: {finished}", file=sys.stderr)
         raise
     _report(ledger, part)
     return ledger.rows
@@ -121,7 +123,7 @@ def _op_rows(settings: Settings, ledger: Ledger) -> Iterator[tuple[Key, Measure 
     for name in settings.shapes:
         shape = SHAPES[name]
         for batch in settings.batches:
-            torch._dynamo.reset()  # compiled for one shape and batch; among its contexts only lengths differ
+            torch._dynamo.reset()  # so that compiled code is specific to a shape and batch, with dynamic lengths only
             dense, sparse = rivals.dense_rivals(settings), rivals.sparse_rivals(settings)
             for context in settings.contexts:
                 key = {"shape": name, "batch": batch, "context": context}
@@ -129,7 +131,7 @@ def _op_rows(settings: Settings, ledger: Ledger) -> Iterator[tuple[Key, Measure 
                     continue
                 needed, free = 2 * op.bytes_needed(shape, batch, context, settings), free_memory(settings.device)
                 if needed > free:
-                    yield key, f"needs about {needed >> 20} MiB, {free >> 20} are free"
+                    yield key, f"needs about {needed >> 20} MiB, but {free >> 20} MiB are free"
                 else:
                     yield key, partial(op.measure, shape, batch, context, settings, dense, sparse)
 
@@ -152,8 +154,8 @@ def _step_rows(settings: Settings, ledger: Ledger) -> Iterator[tuple[Key, Measur
         del model
 
 
-def _told(row: dict[str, Any]) -> str:
-    """A row in a line: the best dense time, and every sparse one against it."""
+def _line(row: dict[str, Any]) -> str:
+    """A row in one line: the best dense time, and each sparse rival's speed-up over it."""
     times = {rival["name"]: rival["seconds"] for rival in row["rivals"]}
     sparse = [f"{r['name']} {r['speedup']:.2f}x" for r in row["rivals"] if r["kind"] == "sparse"]
     where = f"{row['shape']}, batch {row['batch']}, {row['context']} tokens"
@@ -161,7 +163,7 @@ def _told(row: dict[str, Any]) -> str:
 
 
 def _report(ledger: Ledger, part: str) -> None:
-    """Crossovers and the table into the file, the picture beside it, and all of it in words."""
+    """Write crossovers and the table into the file and a picture beside it, and print them."""
     rows = ledger.rows
     if rows:
         ledger.data["crossovers"] = crossovers(rows)

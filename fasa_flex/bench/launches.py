@@ -1,4 +1,4 @@
-"""What a call launches, kernels on CUDA and operators elsewhere, and where its time goes."""
+"""Profile of one call: its kernels (on CUDA) or operators (elsewhere), with their times."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _NAME = 80
 
 
 def launches_of(call: Callable[[], Any], device: torch.device) -> dict[str, Any]:
-    """One call, or one replay of its graph, under torch's profiler; warm it up first.
+    """Run one call, or one replay of its graph, under torch's profiler; warm it up first.
 
     Returns:
-        ``count`` of launches, their ``seconds`` (own time, so that nested operators add up), and the ``longest`` by
-        name: each with its ``count`` and ``seconds``.
+        ``count`` of launches, their ``seconds`` (self time, so that nested operators are not counted twice), and the
+        ``longest`` by name, each with its ``count`` and ``seconds``.
     """
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:

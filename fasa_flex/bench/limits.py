@@ -1,7 +1,7 @@
-"""What to expect from counting bytes: limits, ceilings and crossovers. Plain arithmetic, no tensors.
+"""Expected speed-ups from counted bytes: limits, Amdahl ceilings and crossovers; arithmetic without tensors.
 
-A decode step reads its keys and values once and computes little with them, so time follows bytes. FASA reads the packed
-dominant dimensions of every key, then the selected rows (the paper's FASA-C).
+A decode step reads its keys and values once and computes little with them, so its time is proportional to bytes. FASA
+reads the packed dominant dimensions of every key, then the selected rows (the paper's FASA-C).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Reads:
-    """What one attention call must read, in bytes.
+    """Bytes that one attention call must read.
 
     Attributes:
-        dense: all keys and values.
-        sparse: packed keys, the selected rows of keys and values, and what completes them.
+        dense: bytes of all keys and values.
+        sparse: bytes of packed keys, of the selected rows of keys and values, and of the completion's state.
     """
 
     dense: int
@@ -25,7 +25,7 @@ class Reads:
 
     @property
     def limit(self) -> float:
-        """The largest speed-up that fewer bytes allow: ``1 / (n_tip / d + n_fac / t)`` where dtypes are equal."""
+        """The largest speed-up by fewer bytes: ``1 / (n_tip / d + n_fac / t)`` if all dtypes are equal."""
         return self.dense / self.sparse
 
 
@@ -44,11 +44,11 @@ def attention_reads(
 
     Args:
         context: keys of a row.
-        n_tip: dominant chunks a head scores with.
+        n_tip: dominant chunks of a head.
         n_fac: tokens a query attends to.
         itemsize: bytes of a number in the cache.
         packed_token_bytes: bytes of one token's packed key in one head, scales included; None: the cache's dtype.
-        state_bytes: what a sparse call reads of the completion's state, in all rows and heads.
+        state_bytes: bytes of the completion's state that a sparse call reads, in all rows and heads.
     """
     token = 2 * n_tip * itemsize if packed_token_bytes is None else packed_token_bytes
     taken = min(n_fac, context)
@@ -64,8 +64,8 @@ def amdahl(step: float, attention: float, limit: float, sparse_share: float = 1.
 
     Args:
         step: time of the dense step.
-        attention: time that dense attention takes in it, all layers.
-        limit: of attention alone.
+        attention: time of dense attention in it, over all layers, in the unit of ``step``.
+        limit: largest speed-up of attention (`Reads.limit`).
         sparse_share: share of the layers whose attention is sparse.
     """
     attention = min(attention, step)
@@ -76,15 +76,15 @@ def amdahl(step: float, attention: float, limit: float, sparse_share: float = 1.
 def project(
     step: float, dense: float, head: float, batch: int, layers: tuple[int, int], sparse: bool
 ) -> dict[str, float] | None:
-    """A step at full depth, from that of the first layers; None where these are all.
+    """Project the step of a cut model to all layers; None if no layer was cut.
 
     Args:
-        step: time of the step.
-        dense: time of the dense one with as many layers.
-        head: time of what is no layer in both.
+        step: seconds of the step.
+        dense: seconds of the dense step of as many layers.
+        head: seconds outside of layers, in both steps.
         batch: rows.
-        layers: as measured, and of the whole model.
-        sparse: whether its attention is; layer 0 is then dense at full depth, as in `FasaConfig`.
+        layers: number of measured layers, and of the whole model's.
+        sparse: whether the step is sparse; the whole model's layer 0 is then dense, as in `FasaConfig`.
     """
     measured, full = layers
     if measured == full:
@@ -96,11 +96,11 @@ def project(
 
 @dataclass(frozen=True)
 class Crossover:
-    """Where sparse begins to beat dense.
+    """The context from which sparse attention is faster than dense attention.
 
     Attributes:
-        context: tokens, or None where no measured context shows it.
-        how: "interpolated", "below the smallest context measured" or "above the largest context measured".
+        context: tokens; None if it lies outside of the measured contexts.
+        how: "interpolated", "below the smallest context measured (...)" or "above the largest context measured (...)".
     """
 
     context: int | None
@@ -108,10 +108,10 @@ class Crossover:
 
 
 def crossover(speedups: Sequence[tuple[int, float]]) -> Crossover:
-    """The smallest context from which on speed-ups are above 1, interpolated in logarithms of both.
+    """The smallest context from which on all speed-ups exceed 1, interpolated in logarithms of both.
 
     Args:
-        speedups: (context, dense time / sparse time) pairs of one method; at least one.
+        speedups: pairs (context, dense time / sparse time) of one method, at least one.
     """
     points = sorted(speedups)
     lost = [index for index, (_, ratio) in enumerate(points) if ratio <= 1]

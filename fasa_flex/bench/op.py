@@ -1,8 +1,8 @@
-"""One attention call of one decode step: dense attention in every available form, and FASA, side by side.
+"""Part ``op``: one attention call of a decode step, for every available form of dense attention and for FASA.
 
-Keys and values are whole buffers of exactly the context's length, so nothing is charged for growing. Where they would
-fit in the processor's cache, a call goes over several copies, as a model goes over its layers: a real decode step finds
-no key in the cache either. Keys are random, so selected rows lie scattered over the whole context.
+Keys and values are buffers of exactly the context's length, so no time is spent on growing. If they would fit in the
+processor's cache, a call runs over several copies, as a model runs over its layers, since a real decode step finds no
+keys in that cache. Keys are random, so selected rows are scattered over the whole context.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from fasa_flex.bench.timing import Timing, free_memory, graphed, interleave, las
 
 _MOST_COPIES = 64
 _MOST_BYTES = {"cpu": 2 << 30, "cuda": 8 << 30}
-_LEAST_CALLS = {"cpu": 1, "cuda": 16}  # that share the launch of a graph, as a model's layers do
+_LEAST_CALLS = {"cpu": 1, "cuda": 16}  # calls in one graph, which share its launch as a model's layers do
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Relative error between rivals of one kind, beyond which one of them computes something else."""
+"""Largest relative error between rivals of one kind; a rival with a larger one is left out."""
 
 
 def reads_of(x: Inputs, shape: Shape, settings: Settings) -> Reads:
-    """What one call must read, counted on the tensors themselves."""
+    """Bytes that one call must read, counted on its tensors."""
     batch, heads, context, dim = x.k.shape
     token = x.packed.n_bytes / (batch * heads * context)
     n_tip = settings.chunks_of(shape)
@@ -41,7 +41,7 @@ def reads_of(x: Inputs, shape: Shape, settings: Settings) -> Reads:
 
 
 def bytes_needed(shape: Shape, batch: int, context: int, settings: Settings) -> int:
-    """Of keys, values, packed keys, and the scores and copies that calls make of them."""
+    """Bytes of keys, values and packed keys, and of the scores and copies that calls make."""
     item = settings.dtype.itemsize
     token = shape.kv_heads * 2 * (shape.head_dim + 2 * settings.chunks_of(shape)) * item + shape.query_heads * 24
     return batch * context * token
@@ -56,11 +56,15 @@ def measure(
     dense: Mapping[str, Call],
     sparse: Mapping[str, Call | str],
 ) -> dict[str, Any]:
-    """One row: all rivals at one context and batch.
+    """Measure one row: all rivals at one context and batch.
 
     Args:
-        dense: from `dense_rivals`; kept over the rows of one batch, so that they compile once.
-        sparse: from `sparse_rivals`, likewise.
+        shape: shape of the model.
+        batch: rows.
+        context: keys of a row.
+        settings: settings of the run.
+        dense: result of `dense_rivals`; reuse it for the rows of one batch, so that rivals compile once.
+        sparse: result of `sparse_rivals`, reused likewise.
     """
     device = settings.device
     first = Inputs.random(shape, batch, context, settings)
@@ -122,7 +126,7 @@ def measure(
 def _warmed(
     rivals: Mapping[str, Call | str], dense: set[str], x: Inputs
 ) -> tuple[dict[str, Call], dict[str, float], dict[str, str]]:
-    """The rivals that run and agree with the first of their kind, their errors, and why the others are left out."""
+    """The rivals that run and agree with the first of their kind, their errors, and the reasons against the others."""
     good: dict[str, Call] = {}
     errors: dict[str, float] = {}
     left_out: dict[str, str] = {}
@@ -133,7 +137,7 @@ def _warmed(
             continue
         try:
             out = call(x).float()
-        except Exception as error:  # whatever a rival cannot do, the others are measured
+        except Exception as error:  # a failing rival must not stop the others
             left_out[name] = reason_of(error)
             continue
         expected = first.setdefault(name in dense, out)
@@ -148,7 +152,7 @@ def _warmed(
 
 
 def describe(name: str, kind: str, timing: Timing, best: Timing, read: int) -> dict[str, Any]:
-    """What every rival's entry says about its time."""
+    """The fields of a rival's entry about its time."""
     first, third = timing.quartiles()
     speedup, low, high = timing.ratio(best)
     return {

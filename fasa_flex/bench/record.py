@@ -1,4 +1,4 @@
-"""Results on disk: where they came from, and every row as soon as it is measured."""
+"""Results on disk: command, machine and versions, and every row as soon as it is measured."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fasa_flex.calibration.provenance import version_of
 from fasa_flex.saving import replace_text
 
 
@@ -32,32 +32,26 @@ def provenance(command: str, device: torch.device) -> dict[str, Any]:
 
 
 def command_line(module: str) -> str:
-    """How this process was called, with no folder of this machine in it."""
+    """The command of this process, with absolute paths cut to their last part."""
     words = [word for place, word in enumerate(sys.argv[1:]) if (place, word) != (0, "bench")]
     return shlex.join(["python", "-m", module, *(Path(w).name if Path(w).is_absolute() else w for w in words)])
 
 
 def reason_of(error: Exception) -> str:
-    """An error's kind and the first line of its message, which may have none."""
+    """An error's type and the first line of its message, if it has one."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}".removesuffix(": ")
 
 
 def versions() -> dict[str, str]:
-    """Of what decides speed."""
-    found = {"torch": str(torch.__version__)}
-    for name in ("transformers", "fasa-flex", "triton"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            if name == "fasa-flex":
-                found[name] = "source tree"
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
+    """Versions of the packages that decide speed, as far as they are installed."""
+    found = {"torch": str(torch.__version__), "fasa-flex": version_of("fasa-flex", missing="source tree")}
+    found |= {name: version_of(name, missing="") for name in ("transformers", "triton")}
+    found["cuda"] = torch.version.cuda or ""
+    return {name: version for name, version in found.items() if version}
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Processor, threads, and the accelerator if one is used."""
+    """Processor, cores, threads, and the GPU if ``device`` is one."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -75,7 +69,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def revision() -> str | None:
-    """The git revision of this source tree, marked if it has been changed; None outside a repository."""
+    """The git revision of this source tree, with a mark if files are changed; None outside a repository."""
     folder = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str:
@@ -90,16 +84,16 @@ def revision() -> str | None:
 
 
 class Ledger:
-    """A JSON file of rows that is written after each of them; a run that was stopped goes on where it was.
+    """A JSON file of rows, written after each of them, so that a stopped run can be continued.
 
     Args:
         path: the file.
-        head: what describes the run.
-        fresh: begin anew.
+        head: description of the run, such as `provenance` and settings.
+        fresh: drop the rows of an existing file.
 
     Raises:
-        ValueError: the file's rows have other settings, hardware or versions and cannot stand beside new ones; or it is
-            no such file, or cannot be written.
+        ValueError: the file's rows have other settings, hardware, versions or revision, or it is no such file or cannot
+            be written.
     """
 
     def __init__(self, path: Path, head: Mapping[str, Any], fresh: bool = False) -> None:
@@ -126,24 +120,24 @@ class Ledger:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The rows so far."""
+        """The rows measured so far."""
         rows: list[dict[str, Any]] = self.data["rows"]
         return rows
 
     def has(self, key: Mapping[str, Any]) -> bool:
-        """Whether a row with these fields is there."""
+        """Whether there is a row with these fields."""
         return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Keep a row."""
+        """Add a row and write the file."""
         self.rows.append({**row, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")})
         self.write()
 
     def leave_out(self, key: Mapping[str, Any], reason: str) -> None:
-        """Keep that a row was not measured, and why."""
+        """Note a row that was not measured, with the reason, and write the file."""
         self.data["left_out"].append({**key, "reason": reason})
         self.write()
 
     def write(self) -> None:
-        """Replace the file in one move."""
+        """Replace the file atomically."""
         replace_text(self.path, json.dumps(self.data, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""A benchmark's rows as a Markdown table, as crossovers in words, and as a picture (needs matplotlib)."""
+"""A benchmark's rows as Markdown tables, as sentences on crossovers, and as a picture (needs matplotlib)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Row = Mapping[str, Any]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Every rival of every row; the best dense one is marked, and what the others are measured against."""
+    """A table of every rival of every row, with its speed-up over the marked best dense rival."""
     if not rows:
         return "no rows"
     whole_step = "layers" in rows[0]
@@ -29,9 +29,9 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """In short: what the best dense attention or step takes, how many times as fast FASA is, and could be at most."""
+    """A short table: time of the best dense rival, speed-up of each sparse rival, and the largest possible speed-up."""
     graphs = [{**row, "rivals": [r for r in row["rivals"] if not r["timed"].startswith("calls (")]} for row in rows]
-    names = _names(graphs, "sparse")  # what no CUDA graph could hold was timed with its launches
+    names = _names(graphs, "sparse")  # without rivals timed outside of a CUDA graph
     bound, word = ("ceiling", "Amdahl ceiling") if rows and "ceiling" in rows[0] else ("limit", "byte-count limit")
     header = ["batch", "context", "best dense", *names, word]
     lines = [header, ["--:", "--:", "---", *("--:" for _ in names), "--:"]]
@@ -46,11 +46,11 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def side_by_side(runs: Mapping[str, Sequence[Row]], name: str) -> str:
-    """One rival under several settings: how many times as fast as the best dense attention, and of what byte limit.
+    """A table of one rival under several settings: speed-up over the best dense rival, and its share of the byte limit.
 
     Args:
-        runs: rows of the op part, by what to call their settings.
-        name: of the rival.
+        runs: rows of the op part, by a name of their settings.
+        name: name of the rival.
     """
     header = ["batch", "context", *runs]
     lines = [header, ["--:"] * len(header)]
@@ -67,7 +67,7 @@ def side_by_side(runs: Mapping[str, Sequence[Row]], name: str) -> str:
 
 def _shared(row: Row, rival: Row) -> list[str]:
     name = rival["name"] + (" (best dense)" if rival["name"] == row["best_dense"] else "")
-    if rival["timed"].startswith("calls ("):  # on CUDA, where the others are graphs
+    if rival["timed"].startswith("calls ("):  # on CUDA, where the other rivals are graphs
         name += ", launch by launch"
     shape = row["shape"]
     if "layers" in row and row["layers"] != row["full_layers"]:
@@ -91,7 +91,7 @@ def _step(row: Row, rival: Row) -> list[str]:
 
 
 def crossovers(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Where each sparse method begins to beat the best dense one, for every shape and batch."""
+    """The crossover of each sparse rival with the best dense one, for every shape and batch."""
     found = []
     for shape, batch in _panels(rows):
         for name in _names(rows, "sparse"):
@@ -103,7 +103,7 @@ def crossovers(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def sentences(found: Iterable[Row]) -> str:
-    """Crossovers in words."""
+    """Crossovers as sentences."""
     return "\n".join(
         f"{c['shape']}, batch {c['batch']}: {c['name']} beats the best dense attention "
         + (f"from {c['context']} tokens on ({c['how']})" if c["context"] else f"at a context {c['how']}")
@@ -112,7 +112,7 @@ def sentences(found: Iterable[Row]) -> str:
 
 
 def absences(rows: Sequence[Row]) -> str:
-    """What was not measured within rows, or under a reserve, and why."""
+    """Rivals that rows lack or that were timed outside of a graph, with reasons and contexts."""
     found: dict[str, list[int]] = {}
     for row in rows:
         launched = {r["name"]: r["timed"] for r in row["rivals"] if r["timed"].startswith("calls (")}
@@ -122,7 +122,7 @@ def absences(rows: Sequence[Row]) -> str:
 
 
 def picture(rows: Sequence[Row], title: str) -> Any:
-    """Speed-up over the best dense rival and its limit above, times below; a column for each shape and batch."""
+    """A figure with a column for each shape and batch: speed-ups over the best dense rival above, times below."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
@@ -174,11 +174,11 @@ def picture(rows: Sequence[Row], title: str) -> Any:
 
 
 def _plot(
-    axes: Any, at: list[int], entries: list[Row], field: str, spread: str, unit: float, colour: str, label: str
+    axes: Any, at: list[int], entries: list[Row], field: str, quartiles: str, unit: float, colour: str, label: str
 ) -> None:
     middle = [unit * entry[field] for entry in entries]
-    low = [max(0.0, unit * (entry[field] - entry[spread][0])) for entry in entries]
-    high = [max(0.0, unit * (entry[spread][1] - entry[field])) for entry in entries]
+    low = [max(0.0, unit * (entry[field] - entry[quartiles][0])) for entry in entries]
+    high = [max(0.0, unit * (entry[quartiles][1] - entry[field])) for entry in entries]
     axes.errorbar(at, middle, yerr=[low, high], color=colour, marker="o", markersize=4, capsize=2, label=label)
 
 

@@ -1,4 +1,4 @@
-"""The rivals of one attention call: dense attention in every available form, and FASA in each of its own."""
+"""The rivals of the op benchmark: every available form of dense attention, and FASA with each backend."""
 
 from __future__ import annotations
 
@@ -15,34 +15,43 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from fasa_flex.backends.table import sparse_attention
+from fasa_flex.baselines.scorers import group_scores
 from fasa_flex.bench.settings import BACKENDS, Settings
 from fasa_flex.bench.shapes import Shape, random_chunks
 from fasa_flex.caches.pinned_memory import host_rows, split_rows
 from fasa_flex.core import method
 from fasa_flex.core.completion import Completion, CompletionState
 from fasa_flex.core.config import Backend
-from fasa_flex.core.packed_keys import PackedKeys, dot_products
+from fasa_flex.core.packed_keys import PackedKeys
 from fasa_flex.core.resident_rows import HeldRows
 from fasa_flex.core.scoring import DominantChunks
 from fasa_flex.core.selection import Marks, valid_keys
 from fasa_flex.core.softmax import Softmax
 
 HALF_HELD = "half the rows held"
-"""What a step finds of its rows on the device: of 64 to 256 rows, the reference model's steps select 41 to 64 % anew
-(evals/results/study/agreement.json, part "renewal")."""
+"""Suffix of FASA-M with half of the selected rows on the device: in the reference model a step newly selects 41 to 64 %
+of 64 to 256 rows (evals/results/study/agreement.json, part "renewal")."""
 
 _NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """One layer's query [B, Hq, 1, D], keys and values [B, Hkv, T, D], packed keys and chunks.
+    """The inputs of one layer's attention call.
 
-    ``valid`` says which keys count, bool [1, 1, 1, 1, T], and ``marks`` which of them all layers treat alike: a decode
-    step finds that out once. ``state`` is the completion's, None where there is none.
-    ``host`` holds keys and values in pinned memory, where there is an accelerator, of which ``held`` are on the device,
-    and ``permuted`` the keys with each head's dominant dimensions in front, in the order of ``front`` int64 [Hkv, D],
-    whose completion's state is ``front_state``.
+    Attributes:
+        q: query [B, Hq, 1, D].
+        k, v: keys and values [B, Hkv, T, D].
+        packed: packed keys.
+        chunks: dominant chunks, int64 [Hkv, n_tip, 2].
+        valid: valid keys, bool [1, 1, 1, 1, T].
+        marks: forced and sampled keys, which a decode step computes once for all layers.
+        state: state of the completion; None: no completion.
+        host: keys and values in pinned host memory (FASA-M); None without CUDA.
+        held: the rows of ``host`` that are on the device.
+        permuted: keys with each head's dominant dimensions first.
+        front: order of dimensions in ``permuted``, int64 [Hkv, D].
+        front_state: state of the completion for ``permuted``.
     """
 
     q: Tensor
@@ -61,12 +70,12 @@ class Inputs:
 
     @property
     def nbytes(self) -> int:
-        """Of keys, values and packed keys."""
+        """Bytes of keys, values and packed keys."""
         return self.k.nbytes + self.v.nbytes + self.packed.n_bytes
 
     @classmethod
     def random(cls, shape: Shape, batch: int, context: int, settings: Settings) -> Inputs:
-        """Normal numbers."""
+        """Inputs of normally distributed numbers."""
         device, dtype = settings.device, settings.dtype
         generator = torch.Generator(device).manual_seed(0)
 
@@ -82,8 +91,8 @@ class Inputs:
         if device.type == "cuda":
             host = split_rows(host_rows(k, v, context, device), shape.head_dim)
             held = HeldRows.empty(k, v, settings.n_fac)
-            for theirs, states in zip(host, (k, v), strict=True):
-                theirs.copy_(states)
+            for pinned, states in zip(host, (k, v), strict=True):
+                pinned.copy_(states)
         valid = valid_keys(1, context, None, device)
         completes = settings.completion != "none"
         marks, state = Marks.of(valid, settings.budget, settings.group_reduce == "softmax" or completes), None
@@ -95,7 +104,7 @@ class Inputs:
         return x.with_permuted() if "permuted" in settings.backends else x
 
     def with_permuted(self) -> Inputs:
-        """The same with ``permuted`` keys."""
+        """A copy with ``permuted`` keys."""
         dims = self.chunks.flatten(1)
         behind = torch.ones(len(dims), self.k.shape[3], device=dims.device).scatter_(1, dims, 0.0)
         front = torch.cat([dims, behind.argsort(dim=1, descending=True, stable=True)[:, : -dims.shape[1]]], dim=1)
@@ -107,7 +116,7 @@ class Inputs:
         return replace(self, permuted=permuted, front=front, front_state=state)
 
     def clone(self) -> Inputs:
-        """The same elsewhere in memory."""
+        """A copy with its own memory."""
         packed = self.packed.change(Tensor.clone)
         permuted = None if self.permuted is None else self.permuted.clone()
         held = None if self.held is None else self.held.change(Tensor.clone)
@@ -120,19 +129,19 @@ Call = Callable[[Inputs], Tensor]
 
 
 def sdpa(x: Inputs) -> Tensor:
-    """`scaled_dot_product_attention` as it stands."""
+    """`scaled_dot_product_attention` without a mask."""
     return F.scaled_dot_product_attention(x.q, x.k, x.v, enable_gqa=x.q.shape[1] != x.k.shape[1])
 
 
 def grouped_sdpa(x: Inputs) -> Tensor:
-    """The query heads of a key/value head as rows of queries: every key is read once a group."""
+    """SDPA with a group's query heads as rows of queries, so that each key is read once for a group."""
     batch, heads, _, dim = x.q.shape
     rows = x.q.view(batch, x.k.shape[1], -1, dim)
     return F.scaled_dot_product_attention(rows, x.k, x.v).view(batch, heads, 1, dim)
 
 
 def grouped_matmul(x: Inputs) -> Tensor:
-    """Plain matrix products with the keys on the left, which a CPU streams best, and a softmax between them."""
+    """Two matrix products and a softmax; keys are the left factor, which is fastest on CPUs."""
     batch, heads, _, dim = x.q.shape
     rows = x.q.view(batch, x.k.shape[1], -1, dim)
     weights = ((x.k @ rows.mT) * dim**-0.5).softmax(2)
@@ -141,14 +150,14 @@ def grouped_matmul(x: Inputs) -> Tensor:
 
 
 def flex(x: Inputs) -> Tensor:
-    """`flex_attention` without a mask, to be compiled."""
+    """`flex_attention` without a mask, for torch.compile."""
     out: Any = flex_attention(x.q, x.k, x.v, enable_gqa=x.q.shape[1] != x.k.shape[1])
     whole: Tensor = out
     return whole
 
 
 def grouped_flex(x: Inputs) -> Tensor:
-    """`flex` with grouped rows, to be compiled."""
+    """`flex` with a group's query heads as rows of queries, for torch.compile."""
     batch, heads, _, dim = x.q.shape
     out: Any = flex_attention(x.q.view(batch, x.k.shape[1], -1, dim), x.k, x.v)
     by_head: Tensor = out.view(batch, heads, 1, dim)
@@ -164,7 +173,7 @@ def _with_kernel(call: Call, kernel: SDPBackend) -> Call:
 
 
 def dense_rivals(settings: Settings, compiled_flex: bool = True) -> dict[str, Call]:
-    """Every way to attend to all keys that this device offers; the fastest of them is what FASA is compared with."""
+    """The dense rivals of this device; FASA is compared with the fastest of them."""
     forms: dict[str, Call] = {"SDPA": sdpa, "grouped SDPA": grouped_sdpa}
     if settings.device.type == "cpu":
         forms["grouped matmul"] = grouped_matmul
@@ -183,10 +192,7 @@ def dense_rivals(settings: Settings, compiled_flex: bool = True) -> dict[str, Ca
 
 
 def sparse_rivals(settings: Settings) -> dict[str, Call | str]:
-    """FASA's ways; a sentence instead of a call says why one is not measured here.
-
-    flex is there compiled only: uncompiled it computes every score and drops most.
-    """
+    """FASA's rivals, or the reason why one is not measured; flex only compiled, since uncompiled it is not sparse."""
     rivals: dict[str, Call | str] = {}
     if "eager" in settings.modes and "gather" in settings.backends:
         rivals["FASA-C gather"] = _fasa(settings, "gather")
@@ -202,7 +208,7 @@ def sparse_rivals(settings: Settings) -> dict[str, Call | str]:
         if "permuted" in settings.backends:
             rivals["FASA permuted keys, compiled"] = _compiled(_permuted(settings), settings)
         for backend in (name for name in BACKENDS if name in settings.backends):
-            if backend == "triton":  # nothing is left to compile
+            if backend == "triton":  # its kernels are compiled already
                 continue
             # torch 2.13's CPU code for flex does not compile where two lengths (of keys, of packed tiles) are dynamic
             static = backend == "flex" and settings.device.type == "cpu"
@@ -213,7 +219,7 @@ def sparse_rivals(settings: Settings) -> dict[str, Call | str]:
 
 @dataclass(frozen=True, eq=False)
 class LeadingDims:
-    """TIP where the dominant dimensions lead: a strided view of the keys, and nothing packed (`Inputs.permuted`)."""
+    """Scores by the first ``width`` dimensions, the dominant ones of `Inputs.permuted`, without packed keys."""
 
     width: int
 
@@ -221,13 +227,11 @@ class LeadingDims:
 
     def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
         """As `fasa_flex.core.scoring.Scorer`."""
-        (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = query.shape, key.shape
-        grouped = query[..., : self.width].reshape(batch, kv_heads, -1, self.width)
-        return dot_products(grouped, key[..., : self.width]).view(batch, kv_heads, heads // kv_heads, q_len, kv_len)
+        return group_scores(query[..., : self.width], key[..., : self.width])
 
 
 def _permuted(settings: Settings) -> Call:
-    """FASA on `Inputs.permuted`: the query is permuted alike, so attention is the same."""
+    """FASA on `Inputs.permuted`; permuting the query in the same way leaves attention unchanged."""
 
     def run(x: Inputs) -> Tensor:
         assert x.permuted is not None
@@ -246,10 +250,10 @@ def _permuted(settings: Settings) -> Call:
 
 
 def _fasa(settings: Settings, backend: Backend, new_rows: float | None = None) -> Call:
-    """What a model under `enable` runs: without `fasa_attention`'s checks, which read all keys.
+    """The attention call of a model under `enable`, without `fasa_attention`'s checks, which read all keys.
 
-    With ``new_rows``, from keys and values in host memory, that share of the rows having been forgotten first: every
-    call selects the same.
+    With ``new_rows`` keys and values are in host memory. Every call selects the same rows, so that share of them is
+    first marked as absent from the device.
     """
 
     def run(x: Inputs) -> Tensor:
@@ -281,10 +285,10 @@ def _compiled(call: Call, settings: Settings) -> Call:
         front: Tensor | None,
         front_state: CompletionState | None,
     ) -> Tensor:
-        there: dict[str, Any] = {"permuted": permuted, "front": front, "front_state": front_state}
-        return call(Inputs(q, k, v, packed, chunks, valid, marks, state, **there))
+        changed: dict[str, Any] = {"permuted": permuted, "front": front, "front_state": front_state}
+        return call(Inputs(q, k, v, packed, chunks, valid, marks, state, **changed))
 
-    # a code object of its own: dynamo counts recompilations by code object and gives up after a few
+    # a separate code object: dynamo limits the recompilations of each one
     code = unpacked.__code__.replace(co_name=f"rival_{next(_NUMBERS)}")
     own = types.FunctionType(code, unpacked.__globals__, code.co_name, None, unpacked.__closure__)
     run: Callable[..., Tensor] = torch.compile(own, fullgraph=True, dynamic=settings.dynamic)

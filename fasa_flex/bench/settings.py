@@ -1,4 +1,4 @@
-"""What a benchmark run measures."""
+"""Settings of a benchmark run."""
 
 from __future__ import annotations
 
@@ -13,35 +13,37 @@ from fasa_flex.bench.shapes import SHAPES, Shape
 from fasa_flex.core.budget import Budget, check_count
 from fasa_flex.core.config import Completion, FasaConfig, GroupReduce
 from fasa_flex.core.packed_keys import PackedDtype
+from fasa_flex.errors import StateError
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One run.
+    """Settings of one benchmark run.
 
     Attributes:
-        device: where it runs.
-        dtype: of weights, queries, keys and values.
+        device: device of the run.
+        dtype: dtype of weights, queries, keys and values.
         shapes: names in `SHAPES`.
-        contexts: keys of a row, the one being decoded included.
-        batches: rows.
-        n_tip: dominant chunks a head scores with; None: as in `FasaConfig`.
+        contexts: keys of a row, the decoded token's included.
+        batches: numbers of rows.
+        n_tip: dominant chunks of a head; None: as in `FasaConfig`.
         n_fac: tokens a query attends to.
-        group_reduce: how a GQA group ranks as one.
-        packed_dtype: of the packed keys, None: the cache's.
-        completion: what stands for the unselected keys.
+        group_reduce: how a GQA group's heads rank keys together.
+        packed_dtype: dtype of packed keys; None: the cache's.
+        completion: estimate for the unselected keys, as in `FasaConfig`.
         modes: "eager", "compiled" or both.
-        backends: FASA's, of `BACKENDS`; in the op part also "permuted", which packs nothing (`Inputs.permuted`).
-        repeats: rounds at most.
-        seconds: time for the rounds of one row, after a few of which it ends.
-        layers: of the model in the step part; None: as many as fit.
-        dense_layers: layers that stay dense in the step part; None: layer 0 at full depth, none in a cut model, where
-            one layer would weigh too much.
-        static_lengths: compile every context for itself; otherwise torch decides (the second length makes lengths
-            dynamic).
+        backends: FASA's backends, of `BACKENDS`; in the op part also "permuted", without packed keys
+            (`Inputs.permuted`).
+        repeats: most rounds of a row.
+        seconds: time for the rounds of one row, checked after the first few.
+        layers: layers of the model in the step part; None: as many as fit.
+        dense_layers: dense layers in the step part; None: layer 0 of a whole model, none of a cut one, in which one
+            layer would be too large a share.
+        static_lengths: compile each context separately; otherwise torch makes lengths dynamic at the second one.
 
     Raises:
-        ValueError: a value out of its range, or a device that is not there.
+        ValueError: a value out of range.
+        RuntimeError: no CUDA device.
     """
 
     device: torch.device
@@ -81,8 +83,8 @@ class Settings:
         for shape in (SHAPES[name] for name in self.shapes):
             if self.chunks_of(shape) > shape.head_dim // 2:
                 raise ValueError(
-                    f"n_tip must be at most {shape.head_dim // 2} for shape {shape.name!r}, whose heads have so many "
-                    f"chunks, got {self.n_tip}."
+                    f"n_tip must be at most {shape.head_dim // 2}, the chunks of a head of shape {shape.name!r}, "
+                    f"got {self.n_tip}."
                 )
             depth = min(shape.layers, self.layers or shape.layers)
             if max(self.dense_layers or (0,)) >= depth:
@@ -95,29 +97,29 @@ class Settings:
         if self.device.type not in ("cpu", "cuda"):
             raise ValueError(f"device must be cpu or cuda, got {self.device.type!r}.")
         if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("no CUDA device is available; use --device cpu.")
+            raise StateError("no CUDA device is available; use --device cpu.")
 
     @property
     def dynamic(self) -> bool | None:
-        """What `torch.compile` is told about lengths."""
+        """The argument ``dynamic`` of `torch.compile`."""
         return False if self.static_lengths else None
 
     @property
     def budget(self) -> Budget:
-        """``n_fac``, with as many forced tokens as in `FasaConfig`."""
+        """The budget ``n_fac``, with `FasaConfig`'s forced tokens."""
         return FasaConfig(n_fac=self.n_fac).budget
 
     @property
     def strength(self) -> float:
-        """Of the completion."""
+        """The completion's strength, as `FasaConfig.completion_strength`; 0 unless it is of first order."""
         return FasaConfig().completion_strength if self.completion == "first_order" else 0.0
 
     def chunks_of(self, shape: Shape) -> int:
-        """``n_tip`` for a shape."""
+        """Dominant chunks of a shape's head."""
         return FasaConfig().chunks_of(shape.head_dim) if self.n_tip is None else self.n_tip
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values: all that a row's number depends on."""
+        """The settings that decide a row's numbers, JSON-ready."""
         names = {name: value for name, value in vars(self).items() if name not in ("shapes", "contexts", "batches")}
         return {
             **{name: list(value) if isinstance(value, tuple) else value for name, value in names.items()},
@@ -127,7 +129,7 @@ class Settings:
 
 
 def quick(settings: Settings) -> Settings:
-    """The smallest run that goes through everything: a tiny shape and two contexts."""
+    """The settings for the option ``--quick``: a tiny shape and two contexts."""
     smallest: dict[str, Any] = {"shapes": ("tiny",), "contexts": (64, 128), "batches": (1,), "n_fac": 16}
     fastest: dict[str, Any] = {"modes": ("eager",), "backends": ("gather",), "repeats": 3, "seconds": 0.2}
     return replace(settings, **smallest, **fastest)

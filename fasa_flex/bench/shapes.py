@@ -1,8 +1,8 @@
-"""Model shapes by name: what decides bytes and operations of a decode step. No weights are downloaded."""
+"""Model shapes by name, which decide the bytes and operations of a decode step; weights are random."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,25 +10,25 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from fasa_flex.calibration.profile import FasaProfile
-from fasa_flex.calibration.provenance import Provenance, config_hash
+from fasa_flex.calibration.provenance import Provenance
 from fasa_flex.calibration.rotary import RotaryLayout
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a model's config.
+    """The sizes of a model's config.
 
     Attributes:
-        name: as in `SHAPES`.
+        name: key in `SHAPES`.
         layers: transformer layers of the whole model.
         hidden: width of the residual stream.
-        query_heads: a multiple of ``kv_heads``.
+        query_heads: query heads, a multiple of ``kv_heads``.
         kv_heads: key/value heads.
         head_dim: dimensions of a head.
         intermediate: width of the MLP.
-        vocabulary: tokens.
-        tied: whether the output head is the embedding.
-        family: the transformers family that is built.
+        vocabulary: tokens of the vocabulary.
+        tied: whether the output head shares the embedding's weights.
+        family: ``Llama`` or ``Qwen2``, the architecture in transformers.
     """
 
     name: str
@@ -48,20 +48,20 @@ class Shape:
         return self.query_heads // self.kv_heads
 
     def layer_parameters(self) -> int:
-        """Weights of one layer, biases and norms left out."""
+        """Number of weights of one layer, without biases and norms."""
         attention = self.hidden * self.head_dim * (2 * self.query_heads + 2 * self.kv_heads)
         return attention + 3 * self.hidden * self.intermediate
 
     def head_parameters(self) -> int:
-        """Weights of embedding and output head that are kept in memory."""
+        """Number of weights of embedding and output head in memory."""
         return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     def read_parameters(self, layers: int) -> int:
-        """Weights that a decode step of ``layers`` layers reads: the embedding only where it is the output head."""
+        """Number of weights that a decode step of ``layers`` layers reads: of the layers and the output head."""
         return layers * self.layer_parameters() + self.vocabulary * self.hidden
 
     def model(self, layers: int, positions: int, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-        """A model of this shape with random weights, ``layers`` layers and room for ``positions`` tokens."""
+        """A model of this shape with random weights, ``layers`` layers and ``positions`` positions."""
         fields: dict[str, Any] = {
             "vocab_size": self.vocabulary,
             "hidden_size": self.hidden,
@@ -103,11 +103,11 @@ SHAPES = {
         Shape("tiny", 2, 64, 4, 2, 16, 96, 256),
     )
 }
-"""Shapes by name; ``llama-2-7b`` is the one without grouped queries, ``tiny`` is for tests."""
+"""Shapes by name; ``llama-2-7b`` has no grouped queries, ``tiny`` is for tests."""
 
 
 def random_chunks(shape: Shape, n_tip: int, device: torch.device, seed: int = 0) -> Tensor:
-    """Random dominant chunks of one layer: int64 [Hkv, n_tip, 2]. Which chunks they are does not change the work."""
+    """Random dominant chunks of one layer, int64 [Hkv, n_tip, 2]; times do not depend on which ones."""
     generator = torch.Generator().manual_seed(seed)
     planes = RotaryLayout.half_split(shape.head_dim).chunks
     picked = [torch.randperm(len(planes), generator=generator)[:n_tip].sort().values for _ in range(shape.kv_heads)]
@@ -115,17 +115,8 @@ def random_chunks(shape: Shape, n_tip: int, device: torch.device, seed: int = 0)
 
 
 def random_profile(shape: Shape, model: PreTrainedModel, layers: int) -> FasaProfile:
-    """A profile that fits ``model`` and says nothing about it: calibration does not change the work either."""
+    """A random profile that fits ``model``; times do not depend on its contents."""
     table = torch.rand(layers, shape.query_heads, shape.head_dim // 2, generator=torch.Generator().manual_seed(0))
-    provenance = Provenance(
-        model_id=f"random weights of shape {shape.name}",
-        model_type=model.config.get_text_config().model_type,
-        config_hash=config_hash(model),
-        kv_heads=shape.kv_heads,
-        top_k=1,
-        max_new_tokens=1,
-        queries=1,
-        sample_hashes=(),
-        versions={},
-    )
+    provenance = Provenance.of(model, top_k=1, max_new_tokens=1, queries=1)
+    provenance = replace(provenance, model_id=f"random weights of shape {shape.name}")
     return FasaProfile(table, RotaryLayout.half_split(shape.head_dim), provenance)

@@ -1,7 +1,6 @@
-"""Where the time of one sparse attention call goes: its stages, each alone.
+"""Times of the stages of one sparse attention call, each measured alone.
 
-What a compiled call fuses is apart here, so the stages take longer together than the call; their shares are what
-counts.
+A compiled call fuses stages, which are separate here, so their sum exceeds the call's time; compare their shares.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ STAGES = ("scores", "group ranking", "selection", "attention", "completion")
 
 
 def stage_seconds(layers: Sequence[Inputs], settings: Settings) -> dict[str, float]:
-    """Median seconds of each of `STAGES` in one call of the gather backend, compiled if anything is.
+    """Median seconds of each of `STAGES` in one call of the gather backend, compiled if the run compiles.
 
     Args:
-        layers: inputs that take turns, so that none is found in a cache.
-        settings: of the run.
+        layers: inputs that are used in turn, so that none is in the processor's cache.
+        settings: settings of the run.
     """
     compiled = "compiled" in settings.modes
     calls = {
@@ -44,7 +43,7 @@ def stage_seconds(layers: Sequence[Inputs], settings: Settings) -> dict[str, flo
 
 
 def _stages(settings: Settings) -> dict[str, tuple[Callable[..., Any], Callable[[Inputs], tuple[Any, ...]]]]:
-    """Each stage, and what it starts from."""
+    """Each stage's function, and a function that computes its arguments."""
     budget = settings.budget
 
     def softmax(x: Inputs) -> Softmax:
@@ -61,7 +60,7 @@ def _stages(settings: Settings) -> dict[str, tuple[Callable[..., Any], Callable[
         return chosen.slots, chosen.taken
 
     def attention(slots: Tensor, taken: Tensor, x: Inputs) -> Tensor:
-        chosen = Selection(slots, taken, slots)  # no mask is asked of it, so no order is needed
+        chosen = Selection(slots, taken, slots)  # the order is needed for masks only
         return gather_focused(x.q, x.k, x.v, chosen, softmax(x))[0]
 
     def completion(out: Tensor, found: Tensor, slots: Tensor, taken: Tensor, x: Inputs) -> Tensor:
@@ -70,8 +69,8 @@ def _stages(settings: Settings) -> dict[str, tuple[Callable[..., Any], Callable[
         logits, sample = softmax(x).logits(found), _marks(x).sample
         assert sample is not None
         share = kept_share(logits, weigh(logits, x.valid, sample), Selection(slots, taken, slots))
-        asked = Completion(settings.strength, x.state)
-        return completed(out, None, share, asked, softmax(x), x.q, x.k, x.v, x.valid)
+        estimate = Completion(settings.strength, x.state)
+        return completed(out, None, share, estimate, softmax(x), x.q, x.k, x.v, x.valid)
 
     def chosen(x: Inputs) -> tuple[Tensor, Tensor]:
         return selection(ranking(scores(x), x), x)

@@ -1,10 +1,9 @@
-"""A whole decode step of a model with random weights: dense attention and FASA on the same weights and buffers.
+"""Part ``step``: a whole decode step of a model with random weights, under dense attention and under FASA.
 
-Every rival decodes the last token of a context, one less where a block of 64 ends with it, whose cache is a buffer of
-exactly that length, and sets the cache's
-counters back first. Dense rivals attend without a mask, all slots being valid; one does what transformers does by
-itself. Layers are cut where the model does not fit, and a row says so; what the whole model would take is then
-projected from the time of a layer.
+All rivals use the same weights, keys and values. Each one sets the cache's counters back and decodes the last token of
+the context, in a cache of exactly that length. (The context is one token shorter if a block of 64 would end with it.)
+All slots are valid, so dense rivals attend without a mask; one rival is transformers' own attention. If the model does
+not fit, it is cut to its first layers, which the row records, and the whole model's time is projected from a layer's.
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ _COMPILATIONS = 256
 
 
 def layers_that_fit(shape: Shape, batch: int, context: int, settings: Settings) -> int:
-    """How many of the shape's layers fit with their caches, before the model is built; 0 if not one does."""
+    """Number of the shape's layers that fit in memory with their caches, 0 if none does; call it before building."""
     item = settings.dtype.itemsize
     buffers = op.bytes_needed(shape, batch, context, settings)
     if settings.device.type == "cpu":
-        buffers *= 2  # dense and FASA-C share keys and values; FASA-M's host memory is the same memory here
-    repeated = 2 * batch * context * shape.query_heads * shape.head_dim * item  # by transformers, for every query head
+        buffers *= 2  # FASA-M's host memory is the same memory; dense and FASA-C share keys and values
+    repeated = 2 * batch * context * shape.query_heads * shape.head_dim * item  # transformers' keys by query head
     spare = shape.head_parameters() * item + 2 * buffers + repeated
     free = int(_SHARE_OF_MEMORY * free_memory(settings.device)) - spare
     fit = free // (shape.layer_parameters() * item + buffers)
@@ -55,7 +54,7 @@ def layers_that_fit(shape: Shape, batch: int, context: int, settings: Settings) 
 
 
 def twin(model: PreTrainedModel, layers: int, attention: str = "sdpa") -> PreTrainedModel:
-    """The first layers of ``model`` as a model of its own, on the same weights, with an attention of its own."""
+    """A second model of the first ``layers`` layers, on the same weights, with its own attention implementation."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     other = copy.deepcopy(model, shared)
     other.model.layers = other.model.layers[:layers]
@@ -73,16 +72,16 @@ class Stage:
         self, model: PreTrainedModel, shape: Shape, batch: int, context: int, layers: int, settings: Settings
     ) -> None:
         self.model, self.shape, self.layers, self.settings = model, shape, layers, settings
-        # one step in so many brings the completion's state up to date, which is not the one that is measured
+        # every BLOCK-th token also updates the completion's state; that step is not measured
         self.batch, self.context = batch, context - (context % BLOCK == 0)
-        chosen = (0,) if 1 < layers == shape.layers else ()
-        self.dense_layers = chosen if settings.dense_layers is None else settings.dense_layers
+        default = (0,) if 1 < layers == shape.layers else ()
+        self.dense_layers = default if settings.dense_layers is None else settings.dense_layers
         self.caches: dict[str, Any] = {}
         self.enabled: dict[str, Fasa] = {}
         self._profile: FasaProfile | None = None
 
     def step(self, variant: Variant, stack: ExitStack) -> Callable[[], Tensor]:
-        """The decode step of a variant, until ``stack`` closes."""
+        """The decode step of a variant, usable until ``stack`` closes."""
         model = twin(self.model, self.layers, variant.attention)
         cache = self._cache(variant, model)
         self.caches[variant.name] = cache
@@ -100,18 +99,18 @@ class Stage:
 
         if not variant.compiled:
             return lambda: decode(model)
-        decode(model)  # what a cache settles at its first use must not be in the graph
+        decode(model)  # keeps the cache's first-use initialisation out of the graph
         compiled: Callable[..., Any] = torch.compile(model, fullgraph=True, dynamic=False)
         return lambda: decode(compiled)
 
     def profile(self, model: PreTrainedModel) -> FasaProfile:
-        """Random, and the same for all variants."""
+        """A random profile, the same for all variants."""
         if self._profile is None:
             self._profile = random_profile(self.shape, model, self.layers)
         return self._profile
 
     def _cache(self, variant: Variant, model: PreTrainedModel) -> Any:
-        """A cache of the variant's own, on keys and values that variants on the device share."""
+        """A cache for one variant, which shares keys and values with the other variants in the same memory."""
         settings, length = self.settings, self.context
         cache: Any
         if variant.kind == "dense":
@@ -119,7 +118,7 @@ class Stage:
         else:
             config = self._config(variant)
             placement: Any = variant.placement
-            with warnings.catch_warnings():  # on a CPU FASA-M saves nothing; what it costs there is measured
+            with warnings.catch_warnings():  # FASA-M saves nothing on a CPU, but its cost is measured
                 warnings.simplefilter("ignore")
                 cache = FasaCache(model, self.profile(model), config, placement=placement, max_cache_len=length)
         if any(caches.share(cache, other, length) for other in self.caches.values()):
@@ -136,13 +135,13 @@ class Stage:
 def measure(
     shape: Shape, batch: int, context: int, settings: Settings, model: PreTrainedModel, layers: int
 ) -> dict[str, Any]:
-    """One row: a decode step of ``layers`` layers of ``model`` at one context and batch, in every variant."""
+    """Measure one row: a decode step of ``layers`` layers of ``model`` at one context and batch, in every variant."""
     eager = replace(settings, modes=("eager",), seconds=settings.seconds / 4)
     attention = op.measure(shape, batch, context, eager, rivals.dense_rivals(eager), {})
     alone = next(entry for entry in attention["rivals"] if entry["name"] == attention["best_dense"])
     stage = Stage(model, shape, batch, context, layers, settings)
     with ExitStack() as stack:
-        # sparse ones first: their cache is made once, and the dense ones take its keys and values
+        # sparse variants first: dense ones then share the keys and values of their cache
         ordered = sorted(
             variants(settings), key=lambda variant: (variant.backend == "fastest", variant.kind != "sparse")
         )
@@ -185,8 +184,8 @@ def measure(
         variant = by_name[name]
         sparse = sparse_layers if name in stage.enabled and stage.enabled[name].stats.sparse_queries else 0
         read = read_weights + sparse * reads["sparse"] + (layers - sparse) * reads["dense"]
-        held = caches.nbytes(stage.caches[name])
-        on_device = held.get(settings.device.type, 0)
+        cache_bytes = caches.nbytes(stage.caches[name])
+        on_device = cache_bytes.get(settings.device.type, 0)
         extra = beyond[name]
         entry = op.describe(name, variant.kind, timing, times[best], read)
         entry |= {
@@ -195,7 +194,7 @@ def measure(
             "error": errors[name],
             "memory": {
                 "weights": weights,
-                "cache": held,
+                "cache": cache_bytes,
                 "beyond": extra.bytes,
                 "how": f"bytes of weights and cache tensors, and {extra.how} during a step",
                 "peak": weights + on_device + (extra.bytes or 0),
@@ -213,7 +212,7 @@ def measure(
 def _warmed(
     stage: Stage, wanted: list[Variant], stack: ExitStack
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, float], dict[str, str]]:
-    """The steps that run and agree with the first of their kind, their errors, and why others are left out."""
+    """The steps that run and agree with the first of their kind, their errors, and the reasons against the others."""
     steps: dict[str, Callable[[], Any]] = {}
     errors: dict[str, float] = {}
     left_out: dict[str, str] = {}
@@ -222,14 +221,14 @@ def _warmed(
         try:
             step = stage.step(variant, stack)
             logits = step().float()
-        except Exception as error:  # whatever a variant cannot do, the others are measured
+        except Exception as error:  # a failing variant must not stop the others
             left_out[variant.name] = reason_of(error)
             continue
         first.setdefault(variant.kind, logits)
-        alike = first.values() if variant.backend == "fastest" else [first[variant.kind]]  # dense where that is faster
+        alike = first.values() if variant.backend == "fastest" else [first[variant.kind]]  # "fastest" may be dense
         wrong = min(float((logits - expected).norm() / expected.norm()) for expected in alike)
-        slack = 10 if variant.kind == "sparse" else 1  # rounding decides near ties, and another key changes more
-        if wrong <= slack * op.TOLERANCE[stage.settings.dtype] * stage.layers**0.5:  # it grows with the depth
+        slack = 10 if variant.kind == "sparse" else 1  # rounding may select other keys in near ties
+        if wrong <= slack * op.TOLERANCE[stage.settings.dtype] * stage.layers**0.5:  # errors add up over layers
             steps[variant.name], errors[variant.name] = step, wrong
         else:
             left_out[variant.name] = f"differs from the first {variant.kind} step by {wrong:.2g} of its norm"
@@ -239,7 +238,7 @@ def _warmed(
 
 
 def plan(shape: Shape, settings: Settings) -> Mapping[tuple[int, int], int]:
-    """Layers of every (batch, context), before the model takes its memory."""
+    """Number of layers for every (batch, context); call it before the model exists."""
     return {
         (batch, context): layers_that_fit(shape, batch, context, settings)
         for batch in settings.batches

@@ -1,4 +1,4 @@
-"""Timing rivals side by side: interleaved rounds, medians and quartiles, a synchronised clock, memory."""
+"""Timing of rivals in interleaved rounds, CUDA graphs, memory bandwidth and peak memory."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ _LARGEST_CACHE = 1 << 25
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what the device was given to do."""
+    """Wait until the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of one rival, seconds a call, one for each round.
+    """Times of one rival.
 
     Attributes:
-        seconds: in the order of the rounds, so that rounds of several rivals pair up.
+        seconds: seconds of one call, in the order of the rounds, so that rounds of two rivals can be paired.
     """
 
     seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The middle round."""
+        """Median over rounds, in seconds."""
         return statistics.median(self.seconds)
 
     def quartiles(self) -> tuple[float, float]:
-        """First and third quartile."""
+        """First and third quartile, in seconds."""
         return _quartiles(self.seconds)
 
     def ratio(self, other: Timing) -> tuple[float, float, float]:
-        """How many times faster this is than ``other``, round by round: median, first and third quartile."""
-        ratios = [theirs / mine for mine, theirs in zip(self.seconds, other.seconds, strict=True)]
+        """Speed-up over ``other``, round by round: median, first and third quartile."""
+        ratios = [theirs / own for own, theirs in zip(self.seconds, other.seconds, strict=True)]
         return (statistics.median(ratios), *_quartiles(ratios))
 
 
@@ -62,15 +62,15 @@ def interleave(
     repeats: int = 15,
     seconds: float = 20.0,
 ) -> dict[str, Timing]:
-    """Time all rivals round by round, each round beginning with another one; what disturbs a round disturbs all.
+    """Time all rivals in rounds, so that a disturbance affects all of them; each round starts with another rival.
 
-    On CUDA a call is timed by events, between synchronisations. Call every rival once before: nothing here warms up.
+    On CUDA a call is timed by events, between synchronisations. The caller has to warm up every rival.
 
     Args:
-        rivals: what to call.
-        device: where they run.
-        repeats: rounds.
-        seconds: stop after so long, but not before a few rounds are done.
+        rivals: the calls by name.
+        device: their device.
+        repeats: most rounds.
+        seconds: time after which no round starts, except for the first `LEAST_ROUNDS`.
     """
     names = list(rivals)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -99,10 +99,10 @@ def time_call(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def graphed(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], Any], str]:
-    """``call`` as a CUDA graph's replay, so that launches cost next to nothing, and what it became.
+    """``call`` as the replay of a CUDA graph, so that its time contains almost no launches.
 
     Returns:
-        the call as it is with "calls" off CUDA, and with "calls (<reason>)" where it cannot be captured.
+        the replay and "graph"; without CUDA the call and "calls"; if it cannot be captured, "calls (<reason>)".
     """
     if device.type != "cuda":
         return call, "calls"
@@ -116,14 +116,14 @@ def graphed(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[],
     try:
         with torch.cuda.graph(graph):
             call()
-    except Exception as error:  # whatever cannot be captured is timed call by call
+    except Exception as error:  # time calls that cannot be captured one by one
         torch.cuda.synchronize(device)
         return call, f"calls (in capture {reason_of(error)})"
     return graph.replay, "graph"
 
 
 def bandwidth(device: torch.device, repeats: int = 9) -> dict[str, float]:
-    """The machine's own rates, GB/s: a large copy, bytes read and written counted, and a large read (a sum)."""
+    """The machine's memory bandwidth in GB/s: of a large copy (bytes read and written) and of a large read (a sum)."""
     size = _COPY_BYTES[device.type] // 4
     source, target = torch.ones(size, device=device), torch.empty(size, device=device)
     calls: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source), "read": lambda: source.sum()}
@@ -134,7 +134,7 @@ def bandwidth(device: torch.device, repeats: int = 9) -> dict[str, float]:
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Bytes of the cache that repeated calls must not be served from."""
+    """Bytes of the last-level cache, which repeated calls must not read from."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [_bytes(file.read_text()) for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -149,11 +149,11 @@ def _bytes(size: str) -> int:
 
 @dataclass(frozen=True)
 class Peak:
-    """Memory that a call needed beyond what was there before it.
+    """Peak memory of a call.
 
     Attributes:
-        bytes: at most, or None where it could not be measured.
-        how: what was read.
+        bytes: largest number of bytes beyond those allocated before the call; None if not measurable.
+        how: how it was measured.
     """
 
     bytes: int | None
@@ -161,7 +161,7 @@ class Peak:
 
 
 def peak_of(call: Callable[[], Any], device: torch.device) -> Peak:
-    """What one call allocates at most, on top of everything that exists; warm it up first."""
+    """Peak memory of one call beyond the memory in use; warm it up first."""
     if device.type == "cuda":
         synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -186,7 +186,7 @@ def _status(file: Path, field: str) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that may still be taken."""
+    """Bytes of free memory."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     info = Path("/proc/meminfo")

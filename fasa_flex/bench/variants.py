@@ -1,4 +1,4 @@
-"""The ways to decode that the step benchmark compares."""
+"""The variants of decoding that the step benchmark compares."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from fasa_flex.core.config import Backend, FasaConfig
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to decode.
+    """One variant of decoding.
 
     Attributes:
-        name: in the table.
+        name: name in the table.
         kind: "dense" or "sparse".
-        attention: for a dense one, the name of its attention function in transformers.
-        backend: for a sparse one.
-        placement: where a sparse one keeps keys and values: "device" (FASA-C) or "host" (FASA-M).
-        new_rows: share of the selected rows that the device does not hold from the step before, where keys and values
-            are the host's; every step here decodes the same token, so it forgets so many.
+        attention: name of a dense variant's attention function in transformers.
+        backend: backend of a sparse variant.
+        placement: memory of a sparse variant's keys and values: "device" (FASA-C) or "host" (FASA-M).
+        new_rows: share of the selected rows that a step fetches from host memory. Every step decodes the same token, so
+            this share is first marked as absent from the device.
         compiled: whether the whole step is compiled.
     """
 
@@ -40,7 +40,7 @@ class Variant:
 
 
 def variants(settings: Settings) -> list[Variant]:
-    """All of them; another one is a line here."""
+    """All variants for the settings."""
     dense = [
         Variant("transformers' SDPA", "dense"),
         Variant("SDPA", "dense", _register("sdpa", rivals.sdpa)),
@@ -53,7 +53,7 @@ def variants(settings: Settings) -> list[Variant]:
     if settings.device.type == "cuda":
         host.append(replace(host[0], name=f"FASA-M, {rivals.HALF_HELD}", new_rows=0.5))
     if ("triton" if settings.device.type == "cuda" else "gather") in settings.backends:
-        host.append(Variant("FASA-C fastest", "sparse", backend="fastest"))  # on CPU it compiles where it is sparse
+        host.append(Variant("FASA-C fastest", "sparse", backend="fastest"))  # on CPU it compiles sparse layers itself
     found = [*dense, *sparse] if "eager" in settings.modes else []
     if settings.device.type == "cuda":
         found.append(Variant("compiled flex", "dense", _register("flex", _flex_region(settings))))
@@ -68,7 +68,7 @@ def _backends(settings: Settings) -> list[Backend]:
 
 
 def _register(name: str, call: rivals.Call) -> str:
-    """Make an attention call known to transformers, without a mask; the name it has there."""
+    """Register an attention call without mask in transformers; returns its name there."""
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any

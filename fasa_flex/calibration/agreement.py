@@ -1,4 +1,4 @@
-"""Contextual agreement: how well one chunk alone ranks the keys as the full head does (Wang et al., 2026)."""
+"""Contextual agreement: how many of a head's top keys one chunk's scores alone find (FASA, arXiv 2602.03152)."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import torch
 from torch import Tensor
 
 from fasa_flex.calibration.rotary import RotaryLayout
+from fasa_flex.core.pieces import rows_that_fit
 from fasa_flex.core.ranking import INVALID, rank_keys
 from fasa_flex.core.shapes import check_heads
-
-_BYTES = 1 << 26
 
 
 @torch.no_grad()
 def contextual_agreement(query: Tensor, key: Tensor, layout: RotaryLayout, top_k: int = 256) -> Tensor:
-    """Mean share of the full head's top-k keys that each chunk's own top-k finds.
+    """Mean share of the full head's top-k keys that are also in each chunk's own top-k.
 
     ``CA_K(i) = |TopK(q.k) & TopK(q[i].k[i])| / K`` over raw post-RoPE dot products, ties to the lower slot, averaged
-    over batch and queries. A query with fewer than ``top_k`` keys says nothing (CA is 1) and is left out.
+    over batch and queries. Queries with fewer than ``top_k`` keys are left out: their agreement is 1 for any chunk.
 
     Args:
-        query: float [B, Hq, Q, D], post-RoPE; the queries of the last Q positions of the keys, causal.
+        query: float [B, Hq, Q, D], post-RoPE; causal queries at the last Q positions of the keys.
         key: float [B, Hkv, T, D], post-RoPE; Hq a multiple of Hkv.
         layout: the chunks, with ``layout.head_dim == D``.
         top_k: K.
@@ -46,7 +45,7 @@ def contextual_agreement(query: Tensor, key: Tensor, layout: RotaryLayout, top_k
     if query.isnan().any() or key.isnan().any():
         raise ValueError("queries or keys hold NaN; check the model's weights and dtype.")
     first = max(0, top_k - 1 - (kv_len - q_len))
-    rows = max(1, _BYTES // (8 * query.shape[0] * query.shape[1] * kv_len))
+    rows = rows_that_fit(8 * query.shape[0] * query.shape[1] * kv_len)
     hits = sum(
         _hits(query[:, :, start : min(start + rows, q_len)], key, kv_len - q_len + start, layout, top_k)
         for start in range(first, q_len, rows)
@@ -56,7 +55,7 @@ def contextual_agreement(query: Tensor, key: Tensor, layout: RotaryLayout, top_k
 
 
 def _hits(query: Tensor, key: Tensor, first_slot: int, layout: RotaryLayout, top_k: int) -> Tensor:
-    """Shared members of the two top-k sets, summed over batch and queries; float64 [Hq, chunks]."""
+    """Number of keys in both top-k sets, summed over batch and queries: float64 [Hq, chunks]."""
     batch, query_heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
     query = query.reshape(batch, kv_heads, -1, head_dim)

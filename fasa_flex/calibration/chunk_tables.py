@@ -1,4 +1,4 @@
-"""Tables of what was measured of every chunk, and the dominant chunks that each criterion chooses from them."""
+"""Tables of every chunk's measured agreement and variance, and the dominant chunks by each criterion."""
 
 from __future__ import annotations
 
@@ -13,27 +13,22 @@ from fasa_flex.core.criteria import Criterion, least_squares_weights, most_expla
 
 
 class ChunkTables:
-    """What is known of every chunk of one model, and which ones each criterion chooses.
+    """Measurements of every chunk of one model, and the dominant chunks by each criterion.
 
-    Args:
-        agreement: as the attribute.
-        layout: as the attribute.
-        provenance: as the attribute.
-        variance: as the attribute.
-        covariance: as the attribute.
-        mean_key: as the attribute; None: zeros.
+    The arguments are the attributes.
 
     Attributes:
         agreement: float32 [layers, query heads, chunks], mean contextual agreement in [0, 1].
-        variance: float32 [layers, query heads, chunks], variance over keys of the chunk's part of the logits, as the
-            model scales them; None in a profile of an older version.
-        covariance: float32 [layers, Hkv, chunks, chunks], between the parts, the mean over a group; None as above.
-        mean_key: float32 [layers, Hkv, head_dim], post-RoPE.
-        layout: the chunks that are counted.
+        variance: float32 [layers, query heads, chunks], variance over keys of the chunk's part of the scaled logits;
+            None in a profile of format 1.
+        covariance: float32 [layers, Hkv, chunks, chunks], covariance over keys of the chunks' parts, averaged over a
+            group's query heads; None in a profile of format 1.
+        mean_key: float32 [layers, Hkv, head_dim], post-RoPE; the argument None is zeros.
+        layout: the chunks.
         provenance: model, samples and settings of the calibration.
 
     Raises:
-        ValueError: tables that do not fit each other, or hold what no calibration finds.
+        ValueError: tables whose shapes do not fit each other, or with values out of range.
     """
 
     def __init__(
@@ -62,8 +57,8 @@ class ChunkTables:
         self.agreement = _table("agreement", agreement, agreement.shape)
         self.variance = None if variance is None else _table("variance", variance, agreement.shape)
         self.covariance = None if covariance is None else _table("covariance", covariance, (*shared, chunks, chunks))
-        known = torch.zeros(*shared, layout.head_dim) if mean_key is None else mean_key
-        self.mean_key = _table("mean_key", known, (*shared, layout.head_dim))
+        mean_key = torch.zeros(*shared, layout.head_dim) if mean_key is None else mean_key
+        self.mean_key = _table("mean_key", mean_key, (*shared, layout.head_dim))
         if not ((self.agreement >= 0) & (self.agreement <= 1)).all():
             raise ValueError("agreement must lie in [0, 1]; calibrate again.")
         for name, variances in (("variance", self.variance), ("covariance", self._own_covariance)):
@@ -72,25 +67,25 @@ class ChunkTables:
 
     @property
     def criteria(self) -> tuple[Criterion, ...]:
-        """The criteria that `dominant` can choose by."""
-        served: list[Criterion] = ["agreement"]
-        served += [] if self.variance is None else ["variance"]
-        served += [] if self.covariance is None else ["explained_variance", "weighted_variance"]
-        return tuple(served)
+        """The criteria that these tables serve."""
+        found: list[Criterion] = ["agreement"]
+        found += [] if self.variance is None else ["variance"]
+        found += [] if self.covariance is None else ["explained_variance", "weighted_variance"]
+        return tuple(found)
 
     def dominant(self, n_tip: int, per: Sharing = "kv_head", criterion: Criterion | None = None) -> Tensor:
-        """The ``n_tip`` chunks that a head keeps (the paper's I_dom, there by agreement); ties to the lower chunk.
+        """The ``n_tip`` dominant chunks of each head (the paper's I_dom, there by agreement); ties to the lower chunk.
 
         Args:
-            n_tip: chunks a head keeps.
-            per: ``"kv_head"`` averages over the query heads of each GQA group; ``"query_head"`` does not.
-            criterion: one of `criteria`; None: by variance, or by agreement where no variance is known.
+            n_tip: dominant chunks of a head.
+            per: ``"kv_head"`` averages the table over the query heads of each GQA group; ``"query_head"`` does not.
+            criterion: one of `criteria`; None is variance, or agreement if the variance was not measured.
 
         Returns:
             int64 [layers, Hkv or Hq, n_tip], chunk numbers, ascending.
 
         Raises:
-            ValueError: more chunks than there are, or a criterion that this profile does not serve.
+            ValueError: ``n_tip`` out of range, or a criterion that this profile does not serve.
         """
         check_choice("per", per, Sharing)
         criterion = self.criterion(criterion)
@@ -115,10 +110,10 @@ class ChunkTables:
         return self.layout.chunks[self.dominant(n_tip, per, criterion)]
 
     def weights(self, n_tip: int, criterion: Criterion | None = None) -> Tensor | None:
-        """The weight of each chunk of `dominant` in a score, to multiply its part of the query with.
+        """Factors for the query's dominant chunks when keys are scored.
 
         Returns:
-            float32 [layers, Hkv, n_tip] for ``"weighted_variance"``, in the order of `dominant`; None: all weigh 1.
+            float32 [layers, Hkv, n_tip] for ``"weighted_variance"``, in the order of `dominant`; otherwise None: 1.
 
         Raises:
             ValueError: as `dominant`.
@@ -129,35 +124,35 @@ class ChunkTables:
         assert self.covariance is not None
         return least_squares_weights(self.covariance, chosen)
 
-    def criterion(self, asked: Criterion | None = None) -> Criterion:
-        """The criterion that ``asked`` stands for: itself, or for None the best that the profile serves.
+    def criterion(self, name: Criterion | None = None) -> Criterion:
+        """``name``, checked; None is variance, or agreement if the variance was not measured.
 
         Raises:
-            ValueError: no criterion, or one that this profile does not serve.
+            ValueError: an unknown criterion, or one that this profile does not serve.
         """
-        if asked is None:
+        if name is None:
             return "agreement" if self.variance is None else "variance"
-        check_choice("criterion", asked, Criterion)
-        if asked not in self.criteria:
+        check_choice("criterion", name, Criterion)
+        if name not in self.criteria:
             raise ValueError(
                 f"the profile of {self.provenance.model_id} serves {', '.join(self.criteria)} and was made before "
-                f"criterion {asked!r} was measured; calibrate again."
+                f"criterion {name!r} was measured; calibrate again."
             )
-        return asked
+        return name
 
     @property
     def _own_covariance(self) -> Tensor | None:
         return None if self.covariance is None else self.covariance.diagonal(dim1=-2, dim2=-1)
 
     def _counts(self) -> Tensor:
-        """Agreement as the counts it was made from, where it was, so that equal ones tie exactly: float64."""
+        """Agreement as float64 counts of common keys, so that equal counts tie exactly; not rounded if none fit."""
         counts = self.agreement.double() * self.provenance.queries * self.provenance.top_k
         whole = counts.round()
-        rounding = max(0.1, float(counts.max()) * torch.finfo(torch.float32).eps)  # beyond 0.5, a count is not known
+        rounding = max(0.1, float(counts.max()) * torch.finfo(torch.float32).eps)  # from 0.5 on, counts are not known
         return whole if (counts - whole).abs().max() < min(rounding, 0.5) else counts
 
     def tables(self) -> dict[str, Tensor]:
-        """All that is known, by name, as `ChunkTables` takes it; a mean key of zero is not known."""
+        """The measured tables by name, as arguments of `ChunkTables`; a mean key of zeros is left out."""
         mean_key = self.mean_key if self.mean_key.any() else None
         tables = {
             "agreement": self.agreement,
@@ -169,7 +164,7 @@ class ChunkTables:
 
 
 def _table(name: str, table: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A table as a profile keeps it: float32, on CPU, its own, checked."""
+    """A checked copy of a table: float32, on CPU, contiguous."""
     table = table.detach().to("cpu", torch.float32, copy=True).contiguous()
     if table.shape != shape:
         raise ValueError(f"{name} must be {list(shape)} in this profile, got {list(table.shape)}; calibrate again.")

@@ -1,56 +1,54 @@
-"""Zero set-up: a model's dominant chunks, from the last queries of the first long prompt that it reads.
+"""Calibration without set-up: dominant chunks from the last queries of the first long prompt.
 
-No decoding and no second forward: what `calibrate` measures of decoded queries is estimated from a few of the prompt's
-own, among a sample of its keys, while the prefill runs.
+`calibrate` measures decoded queries; here a few of the prompt's last queries and a sample of its keys estimate the same
+tables during the prefill, without decoding and without a second forward.
 """
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fasa_flex.calibration.from_texts import version_of
 from fasa_flex.calibration.profile import FasaProfile
 from fasa_flex.calibration.profile_scorers import dominant_chunks
-from fasa_flex.calibration.provenance import Provenance, config_hash
+from fasa_flex.calibration.provenance import Provenance
 from fasa_flex.calibration.rotary import RotaryLayout
 from fasa_flex.core.config import FasaConfig
 from fasa_flex.core.criteria import LogitStatistics, logit_statistics
 from fasa_flex.core.packed_keys import dot_products
+from fasa_flex.core.pieces import rows_that_fit
 from fasa_flex.core.scoring import DominantChunks
 from fasa_flex.hf.masks import valid_from_mask
 from fasa_flex.hf.model_structure import attention_shape, dense_layers
 
 LEAST_KEYS = 128
-"""Real keys that a row must have for its prompt to say something."""
+"""Fewest valid keys of a prompt that is measured."""
 
 _TOP_K = 256
-"""K of contextual agreement, as in the paper; a quarter of the keys where the prompt is short."""
+"""K of contextual agreement, as in the paper; a quarter of the keys if the prompt is short."""
 
 _TOP_SAMPLED = 32
-"""Members of the top-k among the sampled keys: so every (K / 32)th key is looked at."""
+"""K among the sampled keys, of which there is one in K / 32."""
 
 _QUERIES = 4
-"""The last queries of a row that are looked at: few, as it is what a prompt ends on that decoding goes on with."""
-
-_BYTES = 1 << 26
+"""Last queries of a row that are measured: few, since decoding continues the end of the prompt."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """The queries and keys of a forward that are compared.
+    """The queries and keys of one forward that are measured.
 
     Attributes:
         rows: int64 [R], rows of the batch.
-        queries: int64 [R, N], their queries, latest first.
-        slots: int64 [R, S], their keys, spread evenly over the real ones.
-        visible: bool [R, N, S], which of these keys each query may attend to.
+        queries: int64 [R, N], positions of the sampled queries, latest first.
+        slots: int64 [R, S], slots of the sampled keys, spread evenly over the valid ones.
+        visible: bool [R, N, S], the sampled keys that each query may attend to.
         top_k: K among the S keys.
-        length: real keys of the longest row.
+        length: valid keys of the longest row.
     """
 
     rows: Tensor
@@ -62,15 +60,15 @@ class Sample:
 
     @classmethod
     def of(cls, attention_mask: Tensor | None, n_valid: Tensor, sparse: Tensor | None, kv_len: int) -> Sample | None:
-        """Choose; None where no row has `LEAST_KEYS`.
+        """Choose the sample; None if no row has `LEAST_KEYS` valid keys.
 
-        A query of padding has as many valid keys as the query before it, a real one has more; so the first query of a
-        forward is left out. Rows with fewer keys than are sampled are left out, too.
+        A real query has more valid keys than the query before it, a query of padding as many. So the first query of a
+        forward is never sampled. Rows with fewer valid keys than the sample are left out.
 
         Args:
-            attention_mask: as transformers hands it to the attention function (`valid_from_mask`).
-            n_valid: int64 [B, Q], valid keys of each query.
-            sparse: bool [B or 1, Q], queries that are not to be looked at; None: none.
+            attention_mask: the mask that transformers passes to the attention function (`valid_from_mask`).
+            n_valid: int64 [B, Q], number of valid keys of each query.
+            sparse: bool [B or 1, Q], sparse queries, which are not measured; None: all are dense.
             kv_len: T.
         """
         batch, q_len = n_valid.shape
@@ -99,10 +97,10 @@ class Sample:
 
     @torch.no_grad()
     def agreement(self, query: Tensor, key: Tensor, layout: RotaryLayout) -> Tensor:
-        """Mean agreement of each chunk with its head (`contextual_agreement`), estimated.
+        """An estimate of `contextual_agreement`, averaged over the sampled queries.
 
-        It differs in three ways. The top K of all T keys are estimated by the top ``K * S / T`` of S of them. Equal
-        scores may rank in any order, where `contextual_agreement` ranks the lower slot first. Few queries are averaged.
+        The top K of T keys are estimated by the top ``K * S / T`` of S sampled keys. Equal scores may rank in any
+        order; `contextual_agreement` ranks the lower slot first.
 
         Args:
             query: float [B, Hq, Q, D], post-RoPE.
@@ -112,7 +110,7 @@ class Sample:
         Returns:
             float64 [Hq, D // 2].
         """
-        query, key, visible = self._of(query, key)
+        query, key, visible = self._take(query, key)
         (n_rows, heads, n_queries, _), (kv_heads, n_keys) = query.shape, key.shape[1:3]
         unseen = ~visible[:, None, None, None]
 
@@ -124,8 +122,7 @@ class Sample:
 
         whole = top(torch.arange(query.shape[3], device=query.device)[None])
         found = torch.zeros(*whole.shape[:-1], n_keys, dtype=torch.bool, device=query.device).scatter_(-1, whole, True)
-        at_once = max(1, _BYTES // (8 * found.numel()))
-        parts = [top(chunks) for chunks in layout.chunks.to(query.device).split(at_once)]
+        parts = [top(chunks) for chunks in layout.chunks.to(query.device).split(rows_that_fit(8 * found.numel()))]
         hits = [
             found.expand(-1, -1, part.shape[2], -1, -1, -1).gather(-1, part).sum((0, 4, 5)).transpose(1, 2)
             for part in parts
@@ -134,26 +131,26 @@ class Sample:
         return counts / (n_rows * n_queries * self.top_k)
 
     def statistics(self, query: Tensor, key: Tensor, layout: RotaryLayout, scaling: float) -> LogitStatistics:
-        """`logit_statistics` of the sample.
+        """`logit_statistics` of the sampled queries and keys.
 
         Args:
             query: float [B, Hq, Q, D], post-RoPE.
             key: float [B, Hkv, T, D], post-RoPE.
             layout: the chunks.
-            scaling: of the softmax.
+            scaling: factor of the logits in the softmax.
         """
-        return logit_statistics(*self._of(query, key), layout.chunks, scaling)
+        return logit_statistics(*self._take(query, key), layout.chunks, scaling)
 
-    def _of(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The sample of a layer's states: query [R, Hq, N, D], key [R, Hkv, S, D] and bool [R, N, S], what is seen."""
+    def _take(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The sampled query [R, Hq, N, D], key [R, Hkv, S, D] and ``visible`` bool [R, N, S] of a layer."""
         rows, queries, slots, visible = (  # layers may be on several devices
             chosen.to(query.device) for chosen in (self.rows[:, None], self.queries, self.slots, self.visible)
         )
         return query[rows, :, queries].transpose(1, 2), key[rows, :, slots].transpose(1, 2), visible
 
 
-class _Reading(threading.local):
-    """What a thread has measured of the prompt that it reads."""
+class _Prompt(threading.local):
+    """One thread's measurements of the prompt that it is prefilling."""
 
     def __init__(self) -> None:
         self.sample: Sample | None = None
@@ -162,17 +159,17 @@ class _Reading(threading.local):
 
 
 class PromptCalibration:
-    """A `FasaProfile` in the making, layer by layer, while the model reads a prompt.
+    """Measures a `FasaProfile` layer by layer while the model prefills a prompt.
 
-    Every thread measures its own prompt; the first that has measured every layer decides for all.
+    Every thread measures its own prompt. The first thread that has measured every layer sets the profile for all.
 
     Args:
-        model: whose queries and keys will be measured.
-        config: of `enable`.
+        model: the model whose queries and keys will be measured.
+        config: the config given to `enable`.
 
     Attributes:
-        profile: what was found, once every layer has been measured; None before.
-        scorers: by layer, likewise; empty before.
+        profile: the profile; None until every layer has been measured.
+        scorers: the scorers by layer; empty until then.
 
     Raises:
         ValueError: a model without RoPE, or a config that does not fit it.
@@ -181,10 +178,10 @@ class PromptCalibration:
     def __init__(self, model: PreTrainedModel, config: FasaConfig) -> None:
         self.layout = RotaryLayout.detect(model)
         self._config = config
-        layers, query_heads, self._kv_heads, _ = attention_shape(model)
-        bounded = dense_layers(model, (), self.layout.unrotated_layers)  # never sparse, so nothing is asked of them
-        self._layers = [layer for layer in range(layers) if layer not in bounded]
-        chunks, kv_heads = len(self.layout.chunks), self._kv_heads
+        layers, query_heads, kv_heads, _ = attention_shape(model)
+        never_sparse = dense_layers(model, (), self.layout.unrotated_layers)
+        self._layers = [layer for layer in range(layers) if layer not in never_sparse]
+        chunks = len(self.layout.chunks)
         shapes = {
             "agreement": (query_heads, chunks),
             "variance": (query_heads, chunks),
@@ -192,45 +189,33 @@ class PromptCalibration:
             "mean_key": (kv_heads, self.layout.head_dim),
         }
         self._shapes = {name: (layers, *shape) for name, shape in shapes.items()}
-        self._model = (model.config.name_or_path or type(model).__name__, model.config.get_text_config().model_type)
-        self._hash = config_hash(model)
-        self._versions = {name: version_of(name) for name in ("fasa_flex", "torch", "transformers")}
-        self._reading, self._lock = _Reading(), threading.Lock()
+        self._provenance = Provenance.of(model, top_k=1, max_new_tokens=0, queries=1)
+        self._prompt, self._lock = _Prompt(), threading.Lock()
         self.profile: FasaProfile | None = None
         self.scorers: dict[int, DominantChunks] = {}
         dominant_chunks(self.blank, config)  # refuses settings that do not fit
 
     @property
     def blank(self) -> FasaProfile:
-        """A profile of the right shape that says nothing."""
-        return self._profile(self._empty(), "nothing", 1, 1)
+        """A profile of the model's shape, with tables of zeros."""
+        return self._profile(self._zeros(), "nothing", 1, 1)
 
-    def _empty(self) -> dict[str, Tensor]:
+    def _zeros(self) -> dict[str, Tensor]:
         """Tables of every layer, before anything is measured."""
         return {name: torch.zeros(shape) for name, shape in self._shapes.items()}
 
     def _profile(self, tables: dict[str, Tensor], source: str, queries: int, top_k: int) -> FasaProfile:
-        provenance = Provenance(
-            model_id=self._model[0],
-            model_type=self._model[1],
-            config_hash=self._hash,
-            kv_heads=self._kv_heads,
-            top_k=top_k,
-            max_new_tokens=0,
-            queries=queries,
-            sample_hashes=(source,),
-            versions=self._versions,
-        )
+        provenance = replace(self._provenance, top_k=top_k, queries=queries, sample_hashes=(source,))
         return FasaProfile(layout=self.layout, provenance=provenance, **tables)
 
     def scorer(self, layer: int) -> DominantChunks | None:
-        """The scorer of a layer: what was found, or what this thread has measured so far."""
-        found = self.scorers  # read once: another thread may forget it
-        return (found if self.profile is not None else self._reading.scorers).get(layer)
+        """The scorer of a layer, of the profile or of this thread's unfinished prompt; None if not measured yet."""
+        found = self.scorers  # read once: another thread may call `forget`
+        return (found if self.profile is not None else self._prompt.scorers).get(layer)
 
     def begin(self) -> None:
-        """Forget what this thread has of a prompt that was broken off."""
-        self._reading.sample, self._reading.tables, self._reading.scorers = None, {}, {}
+        """Drop this thread's measurements of an unfinished prompt."""
+        self._prompt.sample, self._prompt.tables, self._prompt.scorers = None, {}, {}
 
     def measure(
         self,
@@ -242,28 +227,31 @@ class PromptCalibration:
         sparse: Tensor | None,
         scaling: float,
     ) -> bool:
-        """Find the chunks of a layer, from a forward of several tokens; False where the prompt is too short to tell.
+        """Measure the chunks of one layer in a forward of several tokens.
 
         Args:
-            layer: layers come in their order; the first of a forward decides what is sampled in all of them.
+            layer: number of the layer; layers come in order, and the first one's sample serves all of a forward.
             query: float [B, Hq, Q, D], post-RoPE.
             key: float [B, Hkv, T, D], post-RoPE.
             attention_mask: as for `Sample.of`.
             n_valid: as for `Sample.of`.
             sparse: as for `Sample.of`.
-            scaling: of the softmax.
+            scaling: factor of the logits in the softmax.
+
+        Returns:
+            whether the layer was measured; False if the prompt is too short.
 
         Raises:
-            ValueError: it is asked for in a compiled graph, which cannot keep what it finds.
+            ValueError: called in a compiled graph, which cannot store the result.
         """
         if layer not in self._layers or n_valid.shape[1] == 1 or key.shape[2] < LEAST_KEYS:
             return False
         if torch.compiler.is_compiling():
             raise ValueError("a compiled model cannot calibrate itself on its prompt; run the prefill uncompiled once.")
-        reading = self._reading
+        prompt = self._prompt
         if layer == self._layers[0]:
-            reading.sample, reading.tables = Sample.of(attention_mask, n_valid, sparse, key.shape[2]), self._empty()
-        sample, tables = reading.sample, reading.tables
+            prompt.sample, prompt.tables = Sample.of(attention_mask, n_valid, sparse, key.shape[2]), self._zeros()
+        sample, tables = prompt.sample, prompt.tables
         if sample is None:
             return False
         parts = sample.statistics(query, key, self.layout, scaling)
@@ -273,15 +261,15 @@ class PromptCalibration:
         source = (f"the last queries of a prompt of {sample.length} tokens", sample.queries.numel(), sample.top_k)
         own = self._profile({name: table[layer, None] for name, table in tables.items()}, *source)
         with torch.inference_mode(False):  # a forward with gradients may follow
-            reading.scorers[layer] = dominant_chunks(own, self._config)(0).to(query.device)
+            prompt.scorers[layer] = dominant_chunks(own, self._config)(0).to(query.device)
         if layer == self._layers[-1]:
             with self._lock:
                 if self.profile is None:
-                    self.scorers, self.profile = reading.scorers, self._profile(tables, *source)
+                    self.scorers, self.profile = prompt.scorers, self._profile(tables, *source)
             self.begin()
         return True
 
     def forget(self) -> None:
-        """Measure the next long prompt anew."""
+        """Drop the profile; the next long prompt is measured."""
         with self._lock:
             self.profile, self.scorers = None, {}

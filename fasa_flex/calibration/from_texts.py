@@ -1,10 +1,9 @@
-"""Measure the chunks of a model, once: dense generation, then every decode query against its keys."""
+"""Calibration on texts: generate with dense attention, then measure every decoded query against its keys."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -14,10 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fasa_flex.calibration.agreement import contextual_agreement
 from fasa_flex.calibration.profile import FasaProfile
-from fasa_flex.calibration.provenance import Provenance, config_hash
+from fasa_flex.calibration.provenance import Provenance
+from fasa_flex.calibration.provenance import version_of as version_of
 from fasa_flex.calibration.rotary import RotaryLayout
 from fasa_flex.core.budget import check_count, plain_number
 from fasa_flex.core.criteria import causal, logit_statistics
+from fasa_flex.errors import ArgumentTypeError, NotSupportedError
 from fasa_flex.hf.attention_routing import AttentionResult, AttentionSeam, DenseAttention
 from fasa_flex.hf.forward_checks import scaling_of
 from fasa_flex.hf.model_structure import (
@@ -41,35 +42,34 @@ def calibrate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     layout: RotaryLayout | None = None,
 ) -> FasaProfile:
-    """Measure what every criterion needs, on a few samples such as the model will read: texts, prompts with questions.
+    """Measure a model's chunks on a few samples that resemble its later prompts; the profile serves every criterion.
 
-    Each sample is continued greedily with dense attention for up to ``max_new_tokens`` tokens; the queries of the
-    decoded tokens are then compared with all their keys in one more dense forward, which gives them the same values:
-    contextual agreement (the paper's criterion; it uses one document), the variance over keys of each chunk's part of
-    the logits, the covariance of these parts, and the mean key (`fasa_flex.core.criteria`). Every query weighs the
-    same. No global random state is read or changed.
+    The model continues each sample greedily with dense attention for up to ``max_new_tokens`` tokens. One more dense
+    forward then compares the decoded tokens' queries with all their keys and measures contextual agreement (the paper's
+    criterion, which it measures on one document), the variance over keys of each chunk's part of the logits, the
+    covariance of these parts, and the mean key (`fasa_flex.core.criteria`). Every query has the same weight. Global
+    random state is neither read nor changed.
 
     Args:
         model: a transformers causal language model with RoPE.
-        samples: 1-D LongTensors of token ids, or texts with ``tokenizer=``; each with at least ``top_k`` tokens.
+        samples: 1-D LongTensors of token ids, or texts with ``tokenizer=``; each of at least ``top_k`` tokens.
         top_k: K of contextual agreement; the paper uses 256.
-        max_new_tokens: decode steps a sample.
+        max_new_tokens: decode steps of each sample.
         progress: show a progress bar.
-        tokenizer: encodes the samples when they are texts.
-        layout: the chunks that are compared; None is the model's own planes, which is what FASA needs.
-
-    Returns:
-        the profile, which serves every criterion.
+        tokenizer: encodes samples that are texts.
+        layout: the chunks to measure; None is the model's own rotary planes, which FASA needs.
 
     Raises:
-        ValueError: samples that are empty, too short or too long for the model, or a model without RoPE.
+        TypeError: a sample that is neither a text nor a 1-D LongTensor.
+        NotImplementedError: a model without RoPE, or one that does not generate token ids.
+        ValueError: samples that are empty, too short or too long for the model.
     """
     model = unwrapped(model)
     check_supported(model)
     top_k, max_new_tokens = plain_number(top_k), plain_number(max_new_tokens)
     check_count("top_k", top_k, 1)
     check_count("max_new_tokens", max_new_tokens, 1)
-    encoded = encode_samples(model, samples, tokenizer, least=top_k, room=max_new_tokens)
+    encoded = encode_samples(model, samples, tokenizer, least=top_k, new_tokens=max_new_tokens)
     layout = RotaryLayout.detect(model) if layout is None else layout
     total: dict[str, Tensor | float] = dict.fromkeys(("agreement", "variance", "covariance", "mean_key"), 0.0)
     queries = 0
@@ -80,17 +80,8 @@ def calibrate(
             for name, table in _sample_tables(model, full, decoded, layout, top_k).items():
                 total[name] += table * decoded
             queries += decoded
-    provenance = Provenance(
-        model_id=model.config.name_or_path or type(model).__name__,
-        model_type=model.config.get_text_config().model_type,
-        config_hash=config_hash(model),
-        kv_heads=attention_shape(model)[2],
-        top_k=top_k,
-        max_new_tokens=max_new_tokens,
-        queries=queries,
-        sample_hashes=tuple(hashlib.sha256(str(ids.tolist()).encode()).hexdigest() for ids in encoded),
-        versions={name: version_of(name) for name in ("fasa_flex", "torch", "transformers")},
-    )
+    hashes = tuple(hashlib.sha256(str(ids.tolist()).encode()).hexdigest() for ids in encoded)
+    provenance = Provenance.of(model, top_k=top_k, max_new_tokens=max_new_tokens, queries=queries, sample_hashes=hashes)
     tables = {name: torch.as_tensor(table) / queries for name, table in total.items()}
     return FasaProfile(tables.pop("agreement").clamp(0, 1), layout, provenance, **tables)
 
@@ -100,19 +91,20 @@ def encode_samples(
     samples: Sequence[Tensor] | Sequence[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
     least: int = 1,
-    room: int = 0,
+    new_tokens: int = 0,
 ) -> list[Tensor]:
-    """Samples as 1-D LongTensors of token ids on CPU, checked.
+    """Samples as checked 1-D LongTensors of token ids, on CPU.
 
     Args:
-        model: whose vocabulary and longest sequence they must fit.
+        model: the model, which limits token ids and length.
         samples: token ids, or texts.
-        tokenizer: encodes the texts.
-        least: tokens that each must have, K of contextual agreement.
-        room: tokens to generate behind each.
+        tokenizer: encodes texts.
+        least: fewest tokens of a sample, K of contextual agreement.
+        new_tokens: tokens to generate after each sample.
 
     Raises:
-        ValueError: no samples, or one that does not fit.
+        TypeError: a sample that is neither a text nor a 1-D LongTensor.
+        ValueError: no samples, or one that does not fit the model.
     """
     encoded = [_encode(sample, tokenizer) for sample in samples]
     if not encoded:
@@ -131,9 +123,9 @@ def encode_samples(
                 f"sample {number} has {len(ids)} tokens, calibration needs at least {least} (top_k for agreement); "
                 "pass longer samples or a smaller top_k."
             )
-        if limit is not None and len(ids) + room > limit:
+        if limit is not None and len(ids) + new_tokens > limit:
             raise ValueError(
-                f"sample {number} has {len(ids)} tokens and {room} to generate, the model takes {limit}; "
+                f"sample {number} has {len(ids)} tokens and {new_tokens} to generate, the model takes {limit}; "
                 "shorten the sample or lower max_new_tokens."
             )
     return encoded
@@ -146,7 +138,7 @@ def _encode(sample: Tensor | str, tokenizer: PreTrainedTokenizerBase | None) -> 
         return torch.tensor(tokenizer(sample)["input_ids"], dtype=torch.long)
     if not isinstance(sample, Tensor) or sample.dim() != 1 or sample.is_floating_point():
         shape = tuple(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
-        raise ValueError(f"a sample must be a text or a 1-D LongTensor of token ids, got {shape}.")
+        raise ArgumentTypeError(f"a sample must be a text or a 1-D LongTensor of token ids, got {shape}.")
     return sample.long().cpu()
 
 
@@ -162,11 +154,11 @@ _GREEDY: dict[str, Any] = {
     **dict.fromkeys(("min_new_tokens", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens")),
     **dict.fromkeys(("begin_suppress_tokens", "prompt_lookup_num_tokens", "cache_implementation")),
 }
-"""Whatever the model's own generation config asks for."""
+"""Options of greedy generation, which override the model's generation config."""
 
 
 def _continue(model: PreTrainedModel, ids: Tensor, max_new_tokens: int) -> Tensor:
-    """The sample and its dense greedy continuation, token ids [n]; at least one token longer."""
+    """The sample and its greedy dense continuation of at least one token: token ids [n]."""
     prompt = ids[None].to(device_of(model))
     full = model.generate(
         prompt,
@@ -176,7 +168,7 @@ def _continue(model: PreTrainedModel, ids: Tensor, max_new_tokens: int) -> Tenso
     )
     result: Tensor = full[0]
     if result.dim() != 1 or len(result) <= len(ids) or not torch.equal(result[: len(ids)].cpu(), ids):
-        raise ValueError(
+        raise NotSupportedError(
             f"{type(model).__name__} does not continue a text with token ids, got {tuple(full.shape)} for "
             f"{len(ids)} tokens; call enable without a profile, which calibrates on the prompt."
         )
@@ -186,7 +178,7 @@ def _continue(model: PreTrainedModel, ids: Tensor, max_new_tokens: int) -> Tenso
 def _sample_tables(
     model: PreTrainedModel, ids: Tensor, decoded: int, layout: RotaryLayout, top_k: int
 ) -> dict[str, Tensor]:
-    """The tables of a profile from the last ``decoded`` queries of one dense forward; float64, on CPU."""
+    """Tables of the last ``decoded`` queries of one dense forward: float64, on CPU."""
     layers, heads, kv_heads, head_dim = attention_shape(model)
     chunks = len(layout.chunks)
     shapes = {
@@ -209,7 +201,7 @@ def _sample_tables(
         layer = layer_of(module)
         if layer not in layout.unrotated_layers:
             last, visible = query[:, :, -decoded:], causal(decoded, key.shape[2], key.device)
-            tables["agreement"][layer] = contextual_agreement(last, key, layout, top_k)  # which refuses NaN
+            tables["agreement"][layer] = contextual_agreement(last, key, layout, top_k)  # refuses NaN
             parts = logit_statistics(last, key, visible, layout.chunks, scaling_of(query, kwargs))
             for name, part in vars(parts).items():
                 tables[name][layer] = part
@@ -218,11 +210,3 @@ def _sample_tables(
     with AttentionSeam(model, measure):
         model.base_model(input_ids=ids[None].to(device_of(model)), use_cache=False)
     return tables
-
-
-def version_of(name: str) -> str:
-    """The installed version of a package, for `Provenance`."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"

@@ -1,4 +1,4 @@
-"""Fields of a JSON description that somebody may have edited, read so that an error says what is wrong with which."""
+"""Checked reading of a JSON description's fields: an error names the field and its fault."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _KINDS = {dict: "a table of names", list: "a list", str: "a text", int: "a whole
 
 
 def field(fields: dict[str, Any], name: str, *kinds: type) -> Any:
-    """A field of one of these kinds.
+    """The field ``name``, of one of the types ``kinds``.
 
     Raises:
-        ValueError: it is missing or of another kind.
+        ValueError: the field is missing or of another type.
     """
     if name not in fields:
         raise ValueError(f"{name} is missing")
@@ -21,10 +21,10 @@ def field(fields: dict[str, Any], name: str, *kinds: type) -> Any:
 
 
 def check_names(what: str, fields: dict[str, Any], known: set[str]) -> None:
-    """Refuse fields that nothing reads.
+    """Refuse unknown fields.
 
     Raises:
-        ValueError: with the first of them.
+        ValueError: with the first of them in alphabetical order.
     """
     unknown = sorted(set(fields) - known)
     if unknown:

@@ -1,4 +1,4 @@
-"""What calibration finds once per model: tables of its chunks, and which are dominant by each criterion."""
+"""A model's profile: tables of its chunks from one calibration, saved to and loaded from a folder."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from fasa_flex.calibration.json_fields import field
 from fasa_flex.calibration.provenance import Provenance, known_hashes
 from fasa_flex.calibration.rotary import RotaryLayout
 from fasa_flex.core.config import FasaConfig
+from fasa_flex.errors import ArgumentTypeError
 from fasa_flex.hf.model_structure import attention_shape
 from fasa_flex.hf.wrappers import unwrapped
 from fasa_flex.saving import replacing, settled
 
 FORMAT = 2
-"""1 where there is agreement alone, as before there were other tables."""
+"""Format of saved profiles; 1 has the table of agreement only."""
 
 _JSON = constants.CONFIG_NAME
 _TENSORS = "agreement.safetensors"
@@ -39,31 +40,31 @@ class FasaProfile(
     tags=["fasa", "sparse-attention"],
     paper_url="https://arxiv.org/abs/2602.03152",
 ):
-    """What calibration finds of one model; saved as safetensors and JSON, no code.
+    """The result of calibrating one model, saved as safetensors and JSON, without code.
 
-    It is made of `ChunkTables`, which says what they hold and how dominant chunks are chosen from them.
+    `ChunkTables` describes the tables and how dominant chunks are chosen from them.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> FasaProfile:
-        """Past the mixin's own, which would write the arguments out as a second config.json."""
+        """Skip `ModelHubMixin.__new__`, which would save the arguments as a second config.json."""
         return object.__new__(cls)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over tables, layout and provenance: names this profile in results."""
+        """SHA-256 of tables, layout and provenance, which names this profile in results."""
         return hashlib.sha256(self._json().encode()).hexdigest()
 
     def check_fits(self, model: PreTrainedModel) -> None:
         """Refuse a model whose queries and keys this profile does not describe.
 
         Raises:
-            ValueError: another shape, model type or rotary configuration; the sentence names the first difference.
+            ValueError: another shape, model type or rotary configuration; the message has the first difference.
         """
         model = unwrapped(model)
         layers, query_heads, kv_heads, head_dim = attention_shape(model)
         hashes = known_hashes(model)
         rotary = self.provenance.config_hash if self.provenance.config_hash in hashes else hashes[0]
-        theirs = {
+        in_model = {
             "model type": model.config.get_text_config().model_type,
             "layers": layers,
             "query heads": query_heads,
@@ -71,7 +72,7 @@ class FasaProfile(
             "head dimensions": head_dim,
             "rotary configuration": rotary[:12],
         }
-        ours = {
+        in_profile = {
             "model type": self.provenance.model_type,
             "layers": self.agreement.shape[0],
             "query heads": self.agreement.shape[1],
@@ -79,28 +80,28 @@ class FasaProfile(
             "head dimensions": self.layout.head_dim,
             "rotary configuration": self.provenance.config_hash[:12],
         }
-        for name, value in ours.items():
-            if value != theirs[name]:
+        for name, value in in_profile.items():
+            if value != in_model[name]:
                 raise ValueError(
                     f"the profile of {self.provenance.model_id} does not fit this model: {name} {value} in the profile "
-                    f"and {theirs[name]} in the model; calibrate this model."
+                    f"and {in_model[name]} in the model; calibrate this model."
                 )
 
     def save_pretrained(
         self, save_directory: str | Path, *, repo_id: str | None = None, push_to_hub: bool = False, **kwargs: Any
     ) -> str | None:
-        """Write the profile into a folder of its own (and push it, as `huggingface_hub` documents).
+        """Write the profile into its own folder, and push it if asked (as `huggingface_hub` documents).
 
-        A profile that is there already is replaced as a whole, or, if this is killed or fails, not at all.
+        An existing profile is replaced as a whole; if saving fails or is killed, it stays.
 
         Raises:
-            ValueError: the folder holds another thing's ``config.json``, which would be lost, or cannot be written to.
+            ValueError: the folder cannot be written to, or holds a ``config.json`` that is no profile.
         """
         folder = Path(save_directory)
         check_place(folder)
         with replacing(folder) as beside:
             super().save_pretrained(beside, model_card_kwargs=kwargs.get("model_card_kwargs"))
-            if (folder / _CARD).exists():  # a user's own, perhaps
+            if (folder / _CARD).exists():  # may be the user's
                 (beside / _CARD).unlink()
         if not push_to_hub:
             return None
@@ -109,17 +110,18 @@ class FasaProfile(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> FasaProfile:
-        """Read a profile from a folder or a Hub repository; arguments as `huggingface_hub.ModelHubMixin` documents.
+        """Load a profile from a folder or a Hub repository; arguments as `huggingface_hub.ModelHubMixin` documents.
 
         Raises:
+            TypeError: an unknown argument.
             ValueError: no profile there, or a damaged or altered one.
         """
         _check_size(Path(pretrained_model_name_or_path))
         try:
             profile: FasaProfile = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except (OSError, HFValidationError) as error:
-            there = Path(pretrained_model_name_or_path).is_dir()
-            reason = "cannot be read" if there else "is no folder, and the Hub gives no such profile"
+            exists = Path(pretrained_model_name_or_path).is_dir()
+            reason = "cannot be read" if exists else "is no folder, and the Hub gives no such profile"
             raise ValueError(
                 f"{pretrained_model_name_or_path} {reason} ({type(error).__name__}); "
                 "pass a folder that save_pretrained wrote."
@@ -147,7 +149,7 @@ class FasaProfile(
         **kwargs: Any,
     ) -> FasaProfile:
         if kwargs:
-            raise ValueError(f"unknown arguments {sorted(kwargs)}; a profile loads without options.")
+            raise ArgumentTypeError(f"unknown arguments {sorted(kwargs)}; a profile loads without options.")
         folder = Path(model_id)
         if not folder.is_dir():
             folder = Path(
@@ -217,21 +219,21 @@ class FasaProfile(
 
 
 def _check_size(folder: Path) -> None:
-    """Refuse files that no profile is as large as, before they are read."""
+    """Refuse files larger than any profile, before they are read."""
     for name, most in _MOST_BYTES.items():
         file = folder / name
         if file.is_file() and file.stat().st_size > most:
             raise ValueError(
-                f"{file} has {file.stat().st_size} bytes, a profile's at most {most}; "
+                f"{file} has {file.stat().st_size} bytes, a profile's file at most {most}; "
                 "pass a folder that save_pretrained wrote."
             )
 
 
 def check_place(folder: Path) -> None:
-    """Refuse to save a profile where something else is.
+    """Refuse a folder whose ``config.json`` is no profile's and would be overwritten.
 
     Raises:
-        ValueError: the folder holds another thing's ``config.json``, which would be lost.
+        ValueError: with the file.
     """
     existing = folder / _JSON
     if existing.exists() and '"fasa_profile"' not in existing.read_text(errors="replace"):
@@ -241,15 +243,16 @@ def check_place(folder: Path) -> None:
 
 
 def check_kinds(profile: object, config: object) -> None:
-    """Refuse what is no profile (None passes) and no `FasaConfig`.
+    """Check the types of a profile, which may be None, and a config.
 
     Raises:
-        ValueError: one sentence with what it is.
+        TypeError: another type.
     """
     if profile is not None and not isinstance(profile, FasaProfile):
-        raise ValueError(f"profile must be a FasaProfile, got {profile!r}; read one with FasaProfile.from_pretrained.")
+        sentence = f"profile must be a FasaProfile, got {profile!r}; read one with FasaProfile.from_pretrained."
+        raise ArgumentTypeError(sentence)
     if not isinstance(config, FasaConfig):
-        raise ValueError(f"config must be a FasaConfig, got {config!r}; make one with FasaConfig(n_fac=...).")
+        raise ArgumentTypeError(f"config must be a FasaConfig, got {config!r}; make one with FasaConfig(n_fac=...).")
 
 
 def _damaged(folder: str | Path, reason: str) -> ValueError:

@@ -1,4 +1,4 @@
-"""Where a profile came from, and which models have the queries and keys that it describes."""
+"""Origin of a profile, and the hash that decides whether it fits a model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -20,18 +21,18 @@ _ROPE_FIELDS = ("rope_parameters", "partial_rotary_factor", "qk_norm", "use_qk_n
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a profile came from.
+    """Model, samples and settings of a calibration.
 
     Attributes:
-        model_id: name or folder the model was loaded from.
+        model_id: name or folder from which the model was loaded.
         model_type: transformers' ``model_type``.
         config_hash: SHA-256 of the config fields that decide queries and keys (`config_hash`).
         kv_heads: key/value heads of the model.
         top_k: K of contextual agreement.
-        max_new_tokens: decode steps a sample contributed at most; 0: its prompt alone was measured.
-        queries: decode queries averaged, over all samples.
+        max_new_tokens: most decode steps of a sample; 0 if queries of the prompt were measured.
+        queries: number of measured queries, over all samples.
         sample_hashes: SHA-256 of each sample's token ids.
-        versions: of fasa_flex, torch and transformers.
+        versions: versions of fasa_flex, torch and transformers.
     """
 
     model_id: str
@@ -45,11 +46,34 @@ class Provenance:
     versions: dict[str, str]
 
     @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        *,
+        top_k: int,
+        max_new_tokens: int,
+        queries: int,
+        sample_hashes: tuple[str, ...] = (),
+    ) -> Provenance:
+        """The provenance of a calibration of ``model`` by the installed packages."""
+        return cls(
+            model_id=model.config.name_or_path or type(model).__name__,
+            model_type=model.config.get_text_config().model_type,
+            config_hash=config_hash(model),
+            kv_heads=attention_shape(model)[2],
+            top_k=top_k,
+            max_new_tokens=max_new_tokens,
+            queries=queries,
+            sample_hashes=sample_hashes,
+            versions={name: version_of(name) for name in ("fasa_flex", "torch", "transformers")},
+        )
+
+    @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Provenance:
-        """The inverse of `dataclasses.asdict`, through JSON.
+        """A provenance from JSON, as `dataclasses.asdict` makes it.
 
         Raises:
-            ValueError: a field that is missing, of another type or unknown.
+            ValueError: a field that is missing, unknown or of another type.
         """
         check_names("provenance", fields, {known.name for known in dataclasses.fields(cls)})
         for name in ("model_id", "model_type", "config_hash"):
@@ -61,16 +85,24 @@ class Provenance:
         return cls(**{**fields, "sample_hashes": hashes, "versions": versions})
 
 
-def config_hash(model: PreTrainedModel) -> str:
-    """SHA-256 of the config fields that decide what queries and keys look like, stable over transformers versions.
+def version_of(name: str, missing: str = "not installed") -> str:
+    """The installed version of a package; ``missing`` if there is none."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return missing
 
-    Of rotary numbers it takes the value alone: a GGUF file says 100000.0 where config.json says 100000.
+
+def config_hash(model: PreTrainedModel) -> str:
+    """SHA-256 of the config fields that decide queries and keys, the same under all transformers versions.
+
+    Rotary numbers are hashed as floats: a GGUF file has 100000.0 where config.json has 100000.
     """
     return _hash(model, _as_floats)
 
 
 def known_hashes(model: PreTrainedModel) -> tuple[str, ...]:
-    """`config_hash`, and what the first version made, which told 100000 from 100000.0: its profiles fit on."""
+    """`config_hash`, and the hash of format 1, which distinguished 100000 from 100000.0; such profiles still fit."""
     return config_hash(model), _hash(model, lambda rotary: rotary)
 
 
@@ -88,7 +120,7 @@ def _hash(model: PreTrainedModel, rotary: Callable[[Any], Any]) -> str:
 
 
 def _as_floats(value: Any) -> Any:
-    """Every whole number in it as a float."""
+    """The value with every int in it as a float."""
     if isinstance(value, dict):
         return {name: _as_floats(own) for name, own in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Which two dimensions form each frequency chunk, read off a model by probing it."""
+"""Frequency chunks: the two dimensions of each rotary plane, detected by probing a model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from fasa_flex.calibration.json_fields import field
 from fasa_flex.core.budget import check_count
+from fasa_flex.errors import NotSupportedError
 from fasa_flex.hf.arrival import Arrival
 from fasa_flex.hf.model_structure import NO_ROPE, attention_shape, check_supported
 from fasa_flex.hf.probe import farthest_position, probe, why_dense
@@ -20,22 +21,25 @@ Plane = tuple[int, int]
 """Two dimensions of a head, ascending."""
 
 _TOLERANCE = 1e-6
-"""Of a turn at the last position probed: with a rope_theta of 1e9 the slowest of 64 planes turns 1.4e-6 by 1024."""
+"""Least entry of a rotation that counts; with rope_theta 1e9 the slowest of 64 planes turns 1.4e-6 by position 1024."""
 
 _STANDS_OUT = 8.0
-"""Standard errors of a fit."""
+"""Standard errors of the fit by which an entry of a rotation must exceed 0."""
 
 _RESIDUAL = 1e-3
 
 
 class RotaryLayout:
-    """The frequency chunks of a head: RoPE's 2-D planes first, unrotated dimensions paired behind them.
+    """The frequency chunks of a head: first RoPE's 2-D planes, then pairs of unrotated dimensions.
 
     Attributes:
         chunks: int64 [head_dim // 2, 2], the two dimensions of each chunk.
-        n_rotated: how many of the chunks turn; the rest have frequency 0.
-        frequencies: float64 [n_rotated], radians a position, or None where the layout was named and not probed.
-        unrotated_layers: layers of the probed model that apply no RoPE at all, or attend otherwise than FASA can serve.
+        n_rotated: number of chunks that rotate; the others have frequency 0.
+        frequencies: float64 [n_rotated], radians a position; None if the layout was not detected from a model.
+        unrotated_layers: layers of the probed model without RoPE, or whose attention FASA cannot serve.
+
+    Raises:
+        ValueError: chunks that do not pair every dimension once, or other sizes out of range.
     """
 
     def __init__(
@@ -70,29 +74,29 @@ class RotaryLayout:
 
     @classmethod
     def half_split(cls, head_dim: int, rotary_dim: int | None = None) -> RotaryLayout:
-        """Plane i is (i, i + rotary_dim / 2): ``rotate_half`` models such as Llama, Mistral and Qwen."""
+        """Planes (i, i + rotary_dim / 2), as of ``rotate_half`` in Llama, Mistral and Qwen."""
         rotary_dim = _check_dims(head_dim, rotary_dim)
         first = torch.arange(rotary_dim // 2)
         return cls._with_rest(torch.stack([first, first + rotary_dim // 2], dim=1), head_dim)
 
     @classmethod
     def interleaved(cls, head_dim: int, rotary_dim: int | None = None) -> RotaryLayout:
-        """Plane i is (2i, 2i + 1): GPT-J style models such as GLM and Cohere."""
+        """Planes (2i, 2i + 1), as in GPT-J, GLM and Cohere."""
         rotary_dim = _check_dims(head_dim, rotary_dim)
         return cls._with_rest(torch.arange(rotary_dim).view(-1, 2), head_dim)
 
     @classmethod
     def detect(cls, model: PreTrainedModel) -> RotaryLayout:
-        """Find the planes by what the model does to a query, whatever its class is called.
+        """Detect the planes from the model's queries, for any model class.
 
-        Identical embeddings are fed at several positions and attention returns zeros, so the hidden states of every
-        layer stay independent of position and the query at position p is R_p times the query at position 0. Least
-        squares gives R_p; its off-diagonal entries are the planes and its angles the frequencies. Models in half
-        precision, where rounding would hide the slow planes, are probed in float32.
+        The probe feeds identical embeddings at several positions and replaces attention by zeros. So the hidden states
+        of every layer do not depend on the position, and the query at position p is R_p times the query at position 0.
+        Least squares gives R_p: its off-diagonal entries give the planes, its angles the frequencies. Models in half
+        precision, whose rounding would hide the slow planes, are probed in float32.
 
         Raises:
-            ValueError: queries do not turn with position (no RoPE), or not by rotations in planes, or no layer attends
-                as FASA needs it (`fasa_flex.hf.probe.why_dense`).
+            NotImplementedError: queries do not rotate with position (no RoPE) or not in planes, or FASA can serve no
+                layer (`fasa_flex.hf.probe.why_dense`).
         """
         model = unwrapped(model)
         check_supported(model)
@@ -100,20 +104,21 @@ class RotaryLayout:
         reasons = {layer: reason for layer, reason in why_dense(model, arrivals).items() if reason != NO_ROPE}
         if not set(arrivals) - set(reasons):
             layer, reason = next(iter(reasons.items()))
-            raise ValueError(f"{type(model).__name__} has no layer that FASA can serve: layer {layer} has {reason}.")
+            sentence = f"{type(model).__name__} has no layer that FASA can serve: layer {layer} has {reason}."
+            raise NotSupportedError(sentence)
         queries = {layer: _rows(arrived) for layer, arrived in arrivals.items() if layer not in reasons}
         fits = {layer: _fit_rotation(query, positions) for layer, query in queries.items()}
         rotated = [layer for layer, turns in fits.items() if turns]
         if not rotated:
-            raise ValueError(
+            raise NotSupportedError(
                 f"{type(model).__name__} does not rotate its queries with position (no RoPE), "
                 "so it has no frequency chunks; FASA needs a RoPE model."
             )
-        # a plane that a layer's weights leave empty is seen in other layers alone
+        # a plane with zero weights in one layer shows in other layers
         turns = {plane: turn for layer in reversed(rotated) for plane, turn in fits[layer].items()}
         planes = sorted(turns)
         if len({dim for plane in planes for dim in plane}) < 2 * len(planes):
-            raise ValueError(
+            raise NotSupportedError(
                 f"the layers of {type(model).__name__} rotate different planes; FASA needs one layout for all."
             )
         head_dim = next(iter(queries.values())).shape[-1]
@@ -124,7 +129,7 @@ class RotaryLayout:
 
     @classmethod
     def _with_rest(cls, planes: Tensor, head_dim: int) -> RotaryLayout:
-        """``planes``, and the other dimensions in pairs: those too slow to be seen to turn by the planes' distance."""
+        """``planes`` and pairs of the other dimensions; planes too slow to detect are paired by the same distance."""
         rest = set(range(head_dim)) - set(planes.flatten().tolist())
         low, distance = int(planes.min()), int(planes[0, 1] - planes[0, 0])
         slow = [[dim, dim + distance] for dim in range(low, low + distance) if {dim, dim + distance} <= rest]
@@ -134,7 +139,7 @@ class RotaryLayout:
 
     @property
     def head_dim(self) -> int:
-        """Dimensions of a head."""
+        """Number of dimensions of a head."""
         return self.chunks.numel()
 
     def to_dict(self) -> dict[str, Any]:
@@ -151,7 +156,7 @@ class RotaryLayout:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: a field that is missing or not what `to_dict` makes.
+            ValueError: a field that is missing or of another type.
         """
         chunks, frequencies = field(fields, "chunks", list), field(fields, "frequencies", list, type(None))
         check_count("n_rotated", field(fields, "n_rotated", int), 1)
@@ -184,10 +189,10 @@ def _check_dims(head_dim: int, rotary_dim: int | None) -> int:
 
 
 def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, Arrival]]:
-    """What arrives for identical inputs at positions [P] from 0 up, doubling.
+    """Positions [P] = 0, 1, 2, 4, ..., and each layer's attention inputs for identical embeddings there.
 
-    A model in half precision, where rounding hides the slow planes, is probed in float32: without its weights first,
-    which RoPE does not depend on, and with copies of them where made-up queries do not tell all dimensions apart.
+    A model in half precision, whose rounding hides the slow planes, is probed in float32: first with random queries,
+    since RoPE does not depend on weights, then with copies of the weights if the queries do not span all dimensions.
     """
     _, query_heads, _, head_dim = attention_shape(model)
     last = farthest_position(model)
@@ -205,7 +210,7 @@ def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, Arrival]]:
 
 
 def _rows(arrived: Arrival) -> Tensor:
-    """A layer's queries as [rows, P, D], float64."""
+    """A layer's queries: float64 [rows, P, D]."""
     return arrived.query.flatten(0, 1).double()
 
 
@@ -216,10 +221,10 @@ def _tells_apart(arrived: Arrival) -> bool:
 
 
 def _fit_rotation(query: Tensor, positions: Tensor) -> dict[Plane, float]:
-    """One layer's planes, each with its frequency, from its queries [rows, P, D] (float64) at ``positions`` [P].
+    """One layer's planes and their frequencies, from queries float64 [rows, P, D] at ``positions`` [P], the first 0.
 
-    The first position is 0. A norm's weights may scale dimensions very differently, or some to zero, before they turn:
-    entries of a rotation are shares of what they make, and count where they stand out from the error of the fit.
+    The weights of a norm may scale dimensions very differently, or to zero, before the rotation. So queries are
+    normalised by dimension, and an entry of the rotation counts only if it exceeds the error of the fit.
     """
     scale = query.square().mean((0, 1)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     query = query / scale
@@ -242,7 +247,7 @@ def _fit_rotation(query: Tensor, positions: Tensor) -> dict[Plane, float]:
         return {}
     first, second = torch.tensor(planes).T
     size = start.norm(dim=0)
-    seen = torch.where(size[first] >= size[second], first, second)  # the dimension that shows where both are turned to
+    seen = torch.where(size[first] >= size[second], first, second)  # the larger dimension shows the rotation of both
     other = first + second - seen
     sine = rotations[:, other, seen] * scale[other] / scale[seen]
     frequencies = _frequencies(torch.atan2(sine, rotations[:, seen, seen]), positions[1:])
@@ -250,7 +255,7 @@ def _fit_rotation(query: Tensor, positions: Tensor) -> dict[Plane, float]:
 
 
 def _frequencies(angles: Tensor, positions: Tensor) -> Tensor:
-    """Radians a position per plane: the angle at position 1, refined at each doubling, where it is resolved better.
+    """Frequency of each plane in radians a position: the angle at position 1, refined at each later position.
 
     Args:
         angles: float64 [P, planes], in -pi..pi.

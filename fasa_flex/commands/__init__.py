@@ -1,1 +1,1 @@
-"""The work of subcommands of ``fasa-flex``; `fasa_flex.cli` has their options."""
+"""The subcommands of ``fasa-flex``; `fasa_flex.cli` defines their options."""

@@ -1,4 +1,4 @@
-"""``fasa-flex calibrate``: a model's profile from texts, into a folder."""
+"""``fasa-flex calibrate``: calibrate a model on texts and save its profile."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def calibrate_into(
     """Calibrate a model and save its profile.
 
     Args:
-        out: folder for the profile, refused before the work if it could not hold one.
-        load: gives the model and its tokenizer.
-        texts: what is calibrated on; None: documents with facts that end on a question, as ``profile=auto`` takes.
-        length: tokens of each at most; None: 8192, or as many as the model takes.
+        out: folder for the profile; checked before calibration starts.
+        load: returns the model and its tokenizer.
+        texts: texts to calibrate on; None: packaged documents with facts that end on a question, as ``profile=auto``.
+        length: most tokens of each text; None: 8192, or the model's maximum.
         top_k: K of contextual agreement; None: 256, or a quarter of a packaged text if that is less.
-        max_new_tokens: decode steps; None: 64, or 8 for packaged texts, which answer in so many.
+        max_new_tokens: decode steps of each text; None: 64, or 8 for packaged texts, whose answers are short.
 
     Raises:
-        ValueError: a folder or a text that cannot be, or a model that FASA does not serve.
+        ValueError: a folder that cannot hold a profile, an unusable text, or a model that FASA does not serve.
     """
     check_place(out)
     check_writable(out)

@@ -1,4 +1,4 @@
-"""``fasa-flex env``: versions, devices, and what of fasa_flex can run here, to be pasted into a bug report."""
+"""``fasa-flex env``: versions, devices and usable backends, for a bug report."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
 
 from fasa_flex.bench.record import hardware, revision
+from fasa_flex.calibration.provenance import version_of
 from fasa_flex.lm_eval.profiles import default_cache
 
 _PACKAGES = (
@@ -22,17 +22,14 @@ _VARIABLES = ("FASA_FLEX_NO_STARTUP", "HF_HUB_OFFLINE", "TRITON_INTERPRET", "CUD
 
 
 def report() -> str:
-    """Everything, a line each."""
+    """The report, one fact a line."""
     return "\n".join(f"{name}: {value}" for name, value in _facts())
 
 
 def _facts() -> Iterator[tuple[str, str]]:
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     for name in _PACKAGES:
-        try:
-            yield name, version(name)
-        except PackageNotFoundError:
-            yield name, "not installed"
+        yield name, version_of(name)
     source = revision()
     if source is not None:
         yield "source tree", source

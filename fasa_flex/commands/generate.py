@@ -1,4 +1,4 @@
-"""``fasa-flex generate``: a model writes on from a prompt under FASA, and dense attention beside it."""
+"""``fasa-flex generate``: continue a prompt under FASA and, for comparison, under dense attention."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from fasa_flex.model.enable import enable
 
 @dataclass(frozen=True)
 class Written:
-    """One answer.
+    """One generated answer.
 
     Attributes:
-        ids: int64 [n], its tokens.
-        text: what they say.
-        prefill: seconds until the first of them.
-        decode: seconds for the others.
-        attended: share of their keys that sparse queries attended to; None: no query was sparse.
+        ids: int64 [n], token ids.
+        text: the decoded text.
+        prefill: seconds until the first token.
+        decode: seconds for the other tokens.
+        attended: share of valid keys that sparse queries attended to; None: no query was sparse.
     """
 
     ids: Tensor
@@ -40,40 +40,42 @@ class Written:
 
     @property
     def rate(self) -> float:
-        """Tokens a second behind the first; 0 where there is no other."""
+        """Tokens a second after the first token; 0 if there is only one."""
         return (len(self.ids) - 1) / self.decode if self.decode else 0.0
 
 
 class _Clock(TextStreamer):
-    """Prints text as it comes, or nothing, and takes the time of every token."""
+    """A streamer that records the time of every token, and prints the text if ``shows``."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, shows: bool) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.shows, self.times = shows, list[float]()
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt, or a token."""
+        """Record the time of the prompt or of a token."""
         super().put(value.cpu())
         self.times.append(time.perf_counter())
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print what is certain."""
+        """Print text that later tokens cannot change."""
         if self.shows:
             print(text, end="\n" if stream_end else "", flush=True)
 
 
-def encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, room: int, chat: bool) -> Tensor:
+def encoded(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int, chat: bool
+) -> Tensor:
     """A prompt as token ids [1, n] on the model's device.
 
     Args:
-        model: that continues it.
+        model: the model.
         tokenizer: the model's.
         prompt: the text.
-        room: tokens to be written behind it.
-        chat: whether it is a user's message, to be put into the chat template.
+        new_tokens: tokens to generate.
+        chat: put the prompt into the chat template as a user's message.
 
     Raises:
-        ValueError: it is empty or too long, or there is no chat template.
+        ValueError: the prompt is empty or too long, or the tokenizer has no chat template.
     """
     if chat:
         if not tokenizer.chat_template:
@@ -83,11 +85,11 @@ def encoded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: 
     ids: Tensor = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).input_ids
     limit = maximum_positions(model)
     if not ids.shape[1]:
-        raise ValueError("the prompt is empty; name a file with a text.")
-    if limit is not None and ids.shape[1] + room > limit:
+        raise ValueError("the prompt is empty; name a file with text.")
+    if limit is not None and ids.shape[1] + new_tokens > limit:
         raise ValueError(
-            f"the prompt has {ids.shape[1]} tokens and {room} are to follow, the model takes {limit}; shorten the "
-            "prompt or lower --max-new-tokens."
+            f"the prompt has {ids.shape[1]} tokens and {new_tokens} are to follow, but the model takes {limit}; "
+            "shorten the prompt or lower --max-new-tokens."
         )
     return ids.to(model.device)
 
@@ -106,13 +108,13 @@ def write(
     """Continue a prompt greedily.
 
     Args:
-        model: not under FASA.
+        model: a model without FASA enabled.
         tokenizer: the model's.
         ids: int64 [1, n], the prompt.
-        max_new_tokens: at most.
-        shows: whether the text is printed as it comes.
-        config: of FASA; None: dense attention.
-        profile: the model's; None: it calibrates itself on the prompt.
+        max_new_tokens: most tokens to generate.
+        shows: print the text while it is generated.
+        config: FASA's config; None: dense attention.
+        profile: the model's profile; None: calibrate on the prompt.
     """
     clock = _Clock(tokenizer, shows)
     fasa = None if config is None else enable(model, profile, config)
@@ -126,7 +128,7 @@ def write(
         if fasa is not None:
             fasa.disable()
     answer = full[0, ids.shape[1] :].cpu()
-    first, last = clock.times[1], clock.times[-1]  # the prompt comes before
+    first, last = clock.times[1], clock.times[-1]  # times[0] is the prompt's
     attended = fasa.stats.kv_share if fasa is not None and fasa.stats.sparse_queries else None
     text = tokenizer.decode(answer, skip_special_tokens=True)
     return Written(answer, text, first - begun, last - first, attended)
@@ -141,9 +143,9 @@ def generate(
     profile: FasaProfile | None,
     compare: bool,
 ) -> None:
-    """Print an answer under FASA as it comes, and what it took; with ``compare``, dense attention's beside it."""
+    """Print FASA's answer while it is generated, and its times; with ``compare`` also dense attention's answer."""
     with torch.no_grad():
-        model(ids[:, :8], use_cache=False)  # what the first forward sets up is nobody's time
+        model(ids[:, :8], use_cache=False)  # keeps one-off initialisation out of both times
     answers = {"fasa": write(model, tokenizer, ids, max_new_tokens, shows=True, config=config, profile=profile)}
     if compare:
         print("fasa-flex: the same with dense attention ...", file=sys.stderr)
@@ -160,7 +162,7 @@ def generate(
 
 
 def table(answers: dict[str, Written]) -> str:
-    """Times and shares in Markdown."""
+    """Times and shares as a Markdown table."""
     rows = ["| attention | tokens | first token [s] | tokens a second | keys attended |", "|---|---|---|---|---|"]
     for name, answer in answers.items():
         share = "all" if answer.attended is None else f"{100 * answer.attended:.1f} %"
@@ -169,7 +171,7 @@ def table(answers: dict[str, Written]) -> str:
 
 
 def agreement(one: Tensor, other: Tensor) -> str:
-    """Where two answers part, token ids [n] and [m], in a sentence."""
+    """A sentence on how many first tokens two answers, token ids [n] and [m], have in common."""
     shorter = min(len(one), len(other))
     differs = (one[:shorter] != other[:shorter]).nonzero()
     if not len(differs):
@@ -179,7 +181,7 @@ def agreement(one: Tensor, other: Tensor) -> str:
 
 
 def side_by_side(texts: dict[str, str], width: int) -> str:
-    """Texts in columns, wrapped to ``width`` characters together."""
+    """Texts in columns, of ``width`` characters in total."""
     column = max(16, (width - 3 * (len(texts) - 1)) // len(texts))
     columns = []
     for name, text in texts.items():

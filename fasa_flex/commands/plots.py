@@ -1,4 +1,4 @@
-"""Pictures that commands are asked for with ``--plot``: refused before the work, drawn behind it."""
+"""The option ``--plot``: checked before a command computes, drawn afterwards."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fasa_flex.saving import check_writable, replacing
 
 
 def check(file: Path | None) -> None:
-    """Refuse a picture that could not be drawn; None is none.
+    """Refuse a file that could not be drawn; None is no picture.
 
     Raises:
-        ValueError: no matplotlib, a folder, a place that cannot be written to, or a format that is not known.
+        ValueError: matplotlib is missing, the file cannot be written, or its format is unknown.
     """
     if file is None:
         return
@@ -23,17 +23,17 @@ def check(file: Path | None) -> None:
     if file.is_dir():
         raise ValueError(f"--plot {file} is a folder; name a file, such as {file / 'picture.png'}.")
     if not file.parent.is_dir():
-        raise ValueError(f"{file.parent} is no folder to draw {file.name} in; make it, or name another.")
+        raise ValueError(f"--plot {file} needs a folder, but {file.parent} is none; make it, or name another.")
     from matplotlib.backend_bases import FigureCanvasBase
 
     known = FigureCanvasBase.get_supported_filetypes()
     if file.suffix[1:].lower() not in known:
-        raise ValueError(f"--plot {file} names no format of pictures; end it with one of .{', .'.join(sorted(known))}.")
+        raise ValueError(f"--plot {file} has no known picture format; end it with one of .{', .'.join(sorted(known))}.")
     check_writable(file.parent)
 
 
 def draw(figure: Any, file: Path) -> None:
-    """Put matplotlib's figure into a file, and say so."""
+    """Save a matplotlib figure, and print the file's name."""
     with replacing(file.parent) as beside:
         figure.savefig(beside / file.name, dpi=150)
     print(f"drawn to {file}", file=sys.stderr)

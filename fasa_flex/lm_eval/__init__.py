@@ -1,7 +1,7 @@
 """lm-evaluation-harness with sparse attention: the model ``fasa_hf``, packaged tasks, and a launcher.
 
 ``lm_eval --model fasa_hf --model_args pretrained=...,profile=...,n_fac=256`` works once the package is installed;
-``python -m fasa_flex.lm_eval`` takes the same arguments and knows the packaged tasks besides.
+``python -m fasa_flex.lm_eval`` takes the same arguments and also finds the packaged tasks.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""``python -m fasa_flex.lm_eval ...``: the ``lm_eval`` command with ``fasa_hf`` and the packaged tasks known to it.
+"""``python -m fasa_flex.lm_eval ...``: the ``lm_eval`` command with ``fasa_hf`` and the packaged tasks registered.
 
-``python -m fasa_flex.lm_eval --tasks-path`` prints the folder of the packaged tasks. The launcher needs no start-up
-hook, and also runs as ``accelerate launch -m fasa_flex.lm_eval ...``.
+``python -m fasa_flex.lm_eval --tasks-path`` prints the folder of the packaged tasks. This launcher works without the
+start-up hook, and also as ``accelerate launch -m fasa_flex.lm_eval ...``.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _INCLUDE = "--include_path"
 
 
 def with_tasks(arguments: list[str]) -> list[str]:
-    """The arguments with the packaged tasks' folder included, unless they include a folder of their own."""
-    own = any(argument.split("=")[0] == _INCLUDE for argument in arguments)
-    if own or not arguments or arguments == ["run"]:
+    """Add ``--include_path`` with the packaged tasks' folder, unless the user passes an ``--include_path``."""
+    included = any(argument.split("=")[0] == _INCLUDE for argument in arguments)
+    if included or not arguments or arguments == ["run"]:
         return arguments
     at = 1 if arguments[0] in _SUBCOMMANDS else 0
     if at and arguments[0] == "ls":
-        at = len(arguments)  # "ls tasks", with its options last
+        at = len(arguments)  # "ls tasks" takes its options last
     return [*arguments[:at], _INCLUDE, str(TASKS_PATH), *arguments[at:]]
 
 
@@ -33,7 +33,7 @@ def main() -> None:
         return
     if find_spec("lm_eval") is None:
         sys.exit("fasa_flex.lm_eval needs lm-eval, which is not installed: pip install 'fasa-flex[lm-eval]'")
-    import lm_eval.models  # noqa: F401  the registry must be filled before a name is added to it
+    import lm_eval.models  # noqa: F401  fills the registry, which must come before adding a name
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.registry import model_registry
 

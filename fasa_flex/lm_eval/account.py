@@ -1,4 +1,4 @@
-"""What each task really ran on: dense and sparse queries, keys read, documents cut, summed over processes."""
+"""Counts for each task: dense and sparse queries, keys read, truncated inputs, summed over processes."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ DENSE = "this result is dense attention"
 
 @dataclass
 class Run:
-    """The requests of one kind that one task made.
+    """Counts of one task's requests of one kind.
 
     Attributes:
-        task: Its name.
+        task: the task's name.
         kind: ``loglikelihood``, ``loglikelihood_rolling`` or ``generate_until``.
-        requests: How many were answered here; those that ``--use_cache`` answered are not among them.
-        dense_answers: Log-likelihood requests all of whose tokens are predicted by dense queries.
-        truncated: Inputs that lost tokens on the left.
-        unfinished: Generations that ran into ``max_gen_toks``.
-        dense_queries: Queries that attended to all keys, over all layers.
-        sparse_queries: Queries that attended to a selection, over all layers. Rows of a batch go on until its last
-            answer ends, and count.
-        settings: Which criterion, packed dtype and completion ran (`FasaStats.settings`); None for what does not apply
-            or was not yet known. A sum names every value that ran.
-        selected: Keys that sparse queries attended to.
-        valid: Keys that sparse queries chose from.
-        bytes_read: Keys and values that sparse queries read, ranking included (`fasa_flex.core.bytes_read`); None if
-            not stated, and then in a sum, too.
+        requests: requests that the model answered; answers from ``--use_cache`` are not counted.
+        dense_answers: log-likelihood requests whose target tokens are all predicted by dense queries.
+        truncated: inputs that lost tokens on the left.
+        unfinished: generations that reached ``max_gen_toks`` before a stop string or an end token.
+        dense_queries: queries that attended to all keys, summed over layers.
+        sparse_queries: queries that attended to selected keys, summed over layers; includes rows of a batch that have
+            finished, until the longest answer ends.
+        settings: criterion, packed dtype and completion that ran (`FasaStats.settings`); None where one does not apply
+            or is not known yet. A sum lists every value that ran.
+        selected: keys that sparse queries attended to, summed over queries.
+        valid: keys that sparse queries selected from, summed over queries.
+        bytes_read: keys and values that sparse queries read, ranking included, in units of one key and value
+            (`fasa_flex.core.bytes_read`); None if the method does not state it, also in a sum.
     """
 
     task: str
@@ -51,7 +51,7 @@ class Run:
     bytes_read: float | None = 0.0
 
     def read(self, stats: FasaStats) -> None:
-        """Take over what the model counted."""
+        """Add the model's counters."""
         self.settings = stats.settings
         for layer in stats.per_layer:
             self.dense_queries += layer.dense_queries
@@ -62,7 +62,7 @@ class Run:
         self.bytes_read = None if share is None else share * self.valid
 
     def __add__(self, other: Run) -> Run:
-        """Both, under this one's name: counts add up, settings that differ are all named."""
+        """The sum of two runs under the first one's name; settings that differ are listed."""
         names = self.settings | other.settings
         return Run(
             self.task,
@@ -80,7 +80,7 @@ class Run:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready; ``kv_share`` is what sparse queries attend to, ``kv_bytes_share`` what they read in all."""
+        """JSON-ready counts; ``kv_share``: share of keys attended to, ``kv_bytes_share``: read, ranking included."""
         share = self.selected / self.valid if self.valid else None
         read = self.bytes_read / self.valid if self.valid and self.bytes_read is not None else None
         names = ("requests", "dense_answers", "truncated", "unfinished", "dense_queries", "sparse_queries")
@@ -88,34 +88,34 @@ class Run:
         return {"kind": self.kind, **counts, "kv_share": share, "kv_bytes_share": read, **self.settings}
 
     def warnings(self) -> list[str]:
-        """What a reader of the score has to know, in sentences."""
-        said = []
+        """Sentences that a reader of the score needs to know."""
+        sentences = []
         if not self.sparse_queries:
-            said.append(
+            sentences.append(
                 f"NO SPARSE QUERY in {self.kind} requests of {self.task}, {DENSE}: the budget may cover every context, "
                 "continuations of one token may come from the prompt's last query alone (pass sparse_tail=1), "
                 "dense_layers may name every layer, or profile=prompt has met no dense prompt of 128 tokens"
             )
         elif self.dense_answers:
-            said.append(
+            sentences.append(
                 f"{self.dense_answers} of {self.requests} {self.kind} requests of {self.task} were answered by dense "
                 "queries alone, since their continuation is one token: pass sparse_tail=1 to decode it sparsely"
             )
         if self.truncated:
-            said.append(f"{self.truncated} inputs of {self.task} were too long and lost tokens on the left")
+            sentences.append(f"{self.truncated} inputs of {self.task} were too long and lost tokens on the left")
         if self.unfinished:
-            said.append(
+            sentences.append(
                 f"{self.unfinished} of {self.requests} answers of {self.task} were cut at max_gen_toks: if they were "
                 "meant to end by themselves, raise it with --gen_kwargs max_gen_toks=..."
             )
-        return said
+        return sentences
 
 
 class Account:
-    """All runs of one model.
+    """The runs of one model, since the last report.
 
     Args:
-        stats: The model's counters; the account resets them for each run.
+        stats: the model's counters; reset at the start of each run.
     """
 
     def __init__(self, stats: FasaStats) -> None:
@@ -127,8 +127,8 @@ class Account:
 
     @contextmanager
     def of(self, task: str, kind: str, requests: int) -> Iterator[Run]:
-        """Count what happens inside under ``task``; warn where it ends."""
-        if self._reported:  # another evaluation begins
+        """Count the block's queries under ``task``; log its warnings when it ends."""
+        if self._reported:  # a new evaluation starts
             self._runs, self._everywhere, self._reported = [], [], False
         self.current = run = Run(task, kind, requests)
         self._stats.reset()
@@ -139,15 +139,15 @@ class Account:
             _log.warning("fasa_hf: %s", warning)
 
     def export(self) -> list[dict[str, Any]]:
-        """Everything counted here, to be sent to another process."""
+        """This process's runs, to be sent to another process."""
         return [asdict(run) for run in self._runs]
 
     def gathered(self, exports: Iterable[list[dict[str, Any]]]) -> None:
-        """Answer from now on with what all processes counted; this process goes on counting its own."""
+        """Set the runs of all processes, which `by` and `warnings` then report; this process keeps counting its own."""
         self._everywhere = [Run(**fields) for export in exports for fields in export]
 
     def by(self, name: str) -> dict[str, Run]:
-        """Runs added up by their ``task`` or their ``kind``."""
+        """Sums of runs with the same ``task`` or the same ``kind``, whichever ``name`` says."""
         totals: dict[str, Run] = {}
         for run in self._everywhere or self._runs:
             key = getattr(run, name)
@@ -155,17 +155,17 @@ class Account:
         return totals
 
     def reported(self) -> None:
-        """All has been told: what comes next is an evaluation of its own."""
+        """Note that the results were reported; the next run starts a new account."""
         self._reported = True
 
     def warnings(self) -> list[str]:
-        """Of every task, over all processes."""
+        """Warnings of every task, over all processes."""
         runs = self.by("task").values()
         if not runs:
-            return ["no request was answered here: what the queries of answers from --use_cache were is not known"]
+            return ["every answer came from --use_cache, so its queries, dense or sparse, were not counted"]
         return [warning for run in runs for warning in run.warnings()]
 
 
 def _named(*values: str | None) -> str | None:
-    """Each of the values once; None: none is known."""
+    """The distinct values, joined by commas; None if none is known."""
     return ", ".join(dict.fromkeys(one for value in values if value for one in value.split(", "))) or None

@@ -1,4 +1,4 @@
-"""``--use_cache`` files: lm-eval keys answers by the prompt alone, so a file must belong to one model and budget."""
+"""``--use_cache`` files: lm-eval keys answers by prompt only, so each file must belong to one model and budget."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ _OWNER = "fasa_hf parameters"
 
 
 def claim(answers: Any, parameters: dict[str, Any]) -> None:
-    """Reserve an opened file for ``parameters``, or refuse it.
+    """Claim an open cache file for one set of parameters.
 
-    The answers go to a table of their own, which no other model of lm-eval reads: ``--model hf`` on the same file
-    later does not take sparse answers for its own.
+    Answers go to a separate SQLite table, so that ``--model hf`` on the same file never reads sparse answers.
 
     Args:
-        answers: The file, a ``SqliteDict`` as lm-eval's ``CachingLM`` opened it; it is turned to our table.
-        parameters: Everything that decides a score.
+        answers: a ``SqliteDict`` that lm-eval's ``CachingLM`` opened; its ``tablename`` is changed.
+        parameters: everything that decides a score, JSON-ready.
 
     Raises:
-        ValueError: The file holds answers of another model, or of this one with other parameters.
+        ValueError: the file holds answers of another model, or of this model with other parameters.
     """
-    mine = json.dumps(parameters, sort_keys=True)
+    owner = json.dumps(parameters, sort_keys=True)
     refusal = ValueError(
-        f"the answers in {answers.filename} are another model's, or this one's with other parameters: "
-        "give --use_cache a path of its own for each"
+        f"the answers in {answers.filename} are another model's, or this one's with other parameters; "
+        "give --use_cache a path of its own for each."
     )
     if len(answers):
         raise refusal
     with type(answers)(answers.filename, tablename=_TABLE, autocommit=True) as table:
-        if len(table) and table.get(_OWNER) != mine:
+        if len(table) and table.get(_OWNER) != owner:
             raise refusal
-        table[_OWNER] = mine
+        table[_OWNER] = owner
     answers.tablename = _TABLE

@@ -1,8 +1,8 @@
-r"""Facts hidden in real Python source: the fact language of the packaged tasks and of the reference model's training.
+r"""Facts hidden in real Python source, for the packaged tasks and the reference model's training.
 
-A fact is a made-up constant on a line of its own, ``ZUBAKI="LOMUTE"``; its question is the bare beginning of the same
-line at the end of the document, ``\nZUBAKI="``, and the model goes on with ``LOMUTE"``. Only the standard library is
-used, and only generators that the caller passes in: the same seed gives the same documents on every machine.
+A fact is a made-up constant on its own line, ``ZUBAKI="LOMUTE"``. Its question is the beginning of that line,
+``\nZUBAKI="``, at the end of the document, and the model has to continue with ``LOMUTE"``. This module uses only the
+standard library and generators that the caller passes in, so a seed gives the same documents on every machine.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from importlib.resources import files
 from random import Random
 
 SYLLABLES = tuple(consonant + vowel for consonant in "BCDFGHJKLMNPRSTVWXYZ" for vowel in "AEIOU")
-"""The 100 consonant-vowel pairs that keys and values are made of."""
+"""The 100 consonant-vowel pairs of which keys and values consist."""
 
 KEY_SYLLABLES = (2, 3)
 VALUE_SYLLABLES = 3
 MAX_FACTS = len(SYLLABLES) // (max(KEY_SYLLABLES) + VALUE_SYLLABLES)
-"""Most facts of one document, 16: no syllable occurs twice in a document's facts."""
+"""Most facts of one document, 16, since no syllable occurs twice in its facts."""
 
 
 @dataclass(frozen=True)
@@ -33,28 +33,28 @@ class Fact:
 
     @property
     def line(self) -> str:
-        """The fact as it stands in the haystack, without line end: ``ZUBAKI="LOMUTE"``."""
+        """The fact's line in the haystack, without line end: ``ZUBAKI="LOMUTE"``."""
         return f'{self.key}="{self.value}"'
 
     @property
     def question(self) -> str:
-        r"""What is put behind the haystack: ``\nZUBAKI="``."""
+        r"""The end of the prompt, after the haystack: ``\nZUBAKI="``."""
         return f'\n{self.key}="'
 
     @property
     def answer(self) -> str:
-        """What the model must write behind the question, closing quote included: ``LOMUTE"``."""
+        """The text that the model must write, closing quote included: ``LOMUTE"``."""
         return f'{self.value}"'
 
 
 @dataclass(frozen=True)
 class Document:
-    """Real text with facts on lines of their own, and the question about one of them.
+    """Real text with facts on their own lines, and a question about one of them.
 
     Attributes:
-        text: The haystack with its facts, without a question and without a final line end.
-        facts: The facts in document order.
-        asked: Index into ``facts`` of the fact that ``prompt`` asks for.
+        text: the haystack with its facts, without question and final line end.
+        facts: the facts in document order.
+        asked: index into ``facts`` of the fact that ``prompt`` asks for.
     """
 
     text: str
@@ -80,13 +80,13 @@ class Document:
         return f"\n{self.text}\n".index(f"\n{self.facts[index].line}\n") / len(self.text)
 
     def questions(self, rng: Random, k: int) -> list[tuple[str, Fact]]:
-        """``k`` different facts in random order, each with the prompt that asks for it alone."""
+        """``k`` different facts in random order, each after the prompt that asks for it."""
         return [(self.ask(index), self.facts[index]) for index in rng.sample(range(len(self.facts)), k)]
 
 
 @cache
 def heldout_text() -> str:
-    """Standard-library source that the reference model was never trained on (see ``data/README.md``)."""
+    """Standard-library source that is not in the reference model's training data (see ``data/README.md``)."""
     return gzip.decompress((files("fasa_flex.lm_eval") / "data" / "heldout.txt.gz").read_bytes()).decode()
 
 
@@ -94,19 +94,22 @@ def draw_facts(rng: Random, n: int, value_syllables: int = VALUE_SYLLABLES) -> l
     """Draw ``n`` facts in which no syllable occurs twice, so that every question has one answer.
 
     Args:
-        rng: Private generator; advanced.
-        n: Number of facts, 1 to ``MAX_FACTS``; to fewer where values are longer.
-        value_syllables: Length of every value.
+        rng: private generator; advanced.
+        n: number of facts, 1 to ``MAX_FACTS``; fewer if values are longer.
+        value_syllables: syllables of every value.
+
+    Raises:
+        ValueError: ``n`` out of range.
     """
     most = len(SYLLABLES) // (max(KEY_SYLLABLES) + value_syllables)
     if not 1 <= n <= most:
-        raise ValueError(f"n must be 1 to {most} (no syllable may occur twice), got {n}")
+        raise ValueError(f"n must be 1 to {most} (no syllable may occur twice), got {n}.")
     word = words(rng)
     return [Fact(key=word(rng.choice(KEY_SYLLABLES)), value=word(value_syllables)) for _ in range(n)]
 
 
 def words(rng: Random) -> Callable[[int], str]:
-    """A function that makes words of a number of syllables, none of which ever occurs twice."""
+    """A function that returns words of a given number of syllables; no syllable is used twice."""
     syllables = iter(rng.sample(SYLLABLES, len(SYLLABLES)))
     return lambda size: "".join(next(syllables) for _ in range(size))
 
@@ -114,17 +117,20 @@ def words(rng: Random) -> Callable[[int], str]:
 def document(
     rng: Random, *, length: int, count_tokens: Callable[[str], int], n_facts: int, text: str | None = None
 ) -> Document:
-    """Hide ``n_facts`` facts in a random cut of ``text``, each in front of a line at a uniformly random depth.
+    """Hide ``n_facts`` facts in a random cut of ``text``, each before a line at a uniformly random depth.
 
-    The cut ends with a full line and may begin within one. The size of the cut is searched for, so that the prompt
-    has at most ``length`` tokens and at least ``length - max(2, length // 64)``.
+    The cut ends at a line end and may begin inside a line. Its size is found by bisection, so that the prompt has at
+    most ``length`` tokens and at least ``length - max(2, length // 64)``.
 
     Args:
-        rng: Private generator; advanced by the same draws whatever ``length`` is.
-        length: Most tokens of ``Document.prompt``.
-        count_tokens: Number of tokens of a string, as the model under test counts them.
+        rng: private generator; the draws do not depend on ``length``.
+        length: most tokens of ``Document.prompt``.
+        count_tokens: number of tokens of a string under the evaluated model's tokenizer.
         n_facts: 1 to ``MAX_FACTS``.
-        text: The source to cut from; the held-out text if None.
+        text: the source to cut from; None is the held-out text.
+
+    Raises:
+        ValueError: no cut gives a prompt of that length.
     """
     text = heldout_text() if text is None else text
     facts = draw_facts(rng, n_facts)
@@ -143,14 +149,17 @@ def hidden_lines(
     """Hide ``lines`` in a random cut of the held-out text, in their order, each at a uniformly random depth.
 
     Args:
-        rng: Private generator; advanced by the same draws whatever ``length`` is.
-        lines: Without line ends.
-        length: Most tokens of the text and ``tail`` together; they have at least ``length - max(2, length // 64)``.
-        count_tokens: Number of tokens of a string, as the model under test counts them.
-        tail: What follows the text.
+        rng: private generator; the draws do not depend on ``length``.
+        lines: the lines, without line ends.
+        length: most tokens of the text with ``tail``, which has at least ``length - max(2, length // 64)``.
+        count_tokens: number of tokens of a string under the evaluated model's tokenizer.
+        tail: text appended to the cut.
 
     Returns:
-        The text without ``tail``, and the text with it.
+        the text without ``tail``, and with it.
+
+    Raises:
+        ValueError: no cut gives a text of that length.
     """
     depths = sorted(rng.random() for _ in lines)
     cut = _fitting_cut(
@@ -161,7 +170,7 @@ def hidden_lines(
 
 
 def _fitting_cut(text: str, offset: float, length: int, tokens_with: Callable[[str], int], n_facts: int) -> str:
-    """A cut of ``text``, at a relative ``offset``, that has about ``length`` tokens with what is put into it."""
+    """A cut of ``text`` at the relative ``offset`` for which ``tokens_with`` gives about ``length`` tokens."""
     last = text.rindex("\n")
     most = min(8 * length, last)
     end = text.index("\n", most + int(offset * (last - most)))
@@ -175,13 +184,13 @@ def _fitting_cut(text: str, offset: float, length: int, tokens_with: Callable[[s
             return cut
         low, high = (size, high) if tokens < length else (low, size - 1)
     raise ValueError(
-        f"no cut of the text ({len(text)} characters) with {n_facts} facts makes a prompt of about {length} tokens: "
-        "pass a longer text, another length or fewer facts"
+        f"no cut of the text ({len(text)} characters) with {n_facts} facts makes a prompt of about {length} tokens; "
+        "pass a longer text, another length or fewer facts."
     )
 
 
 def _insert(text: str, lines: list[str], depths: list[float]) -> str:
-    """``text`` with each of ``lines`` in front of the first line that begins at or behind its depth."""
+    """``text`` with each of ``lines`` inserted before the first line that begins at its depth or later."""
     starts = [0] + [i + 1 for i, char in enumerate(text) if char == "\n"]
     parts, done = [], 0
     for line, depth in zip(lines, depths, strict=True):

@@ -1,7 +1,7 @@
-"""Documents of the packaged tasks that take many steps to answer, or several facts at a time.
+"""Documents of the packaged tasks with long answers or with questions about several facts.
 
-They understand the same ``--metadata`` as `fasa_flex.lm_eval.documents`, and depend on nothing else. Questions about
-several facts are put as Python and its comments, so that a model that was trained on code needs no instruction.
+They read the same ``--metadata`` as `fasa_flex.lm_eval.documents`. Questions about several facts are written as Python
+code and comments, so that a model trained on code needs no instruction.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fasa_flex.lm_eval.documents import Document, by_length, count, settings, sp
 from fasa_flex.lm_eval.haystack import draw_facts, heldout_text, hidden_lines, words
 
 VALUES = 4
-"""Values of a multi-value document's key, and keys that a multi-query document asks for."""
+"""Values of a multi-value document's key; number of keys that a multi-query document asks for."""
 
 HOPS = 4
 CHAINS = 2
@@ -26,24 +26,24 @@ LISTED = 12
 LONG_VALUE_SYLLABLES = 16
 LONG_FACTS = 4
 ROOM = 96
-"""Tokens left for an answer of several words."""
+"""Tokens kept free for an answer of several words."""
 
 COPIED_TOKENS = 128
 COPY_ROOM = 192
 
 
 def multivalue(**metadata: Any) -> dict[str, Dataset]:
-    """Documents of ``fasa_needle_multivalue``: one name is assigned several values, all of which are asked for."""
+    """Documents of ``fasa_needle_multivalue``: one list gets several values; the question asks for all of them."""
     return split_of(metadata, _multivalue)
 
 
 def multiquery(**metadata: Any) -> dict[str, Dataset]:
-    """Documents of ``fasa_needle_multiquery``: the values of several names are asked for at one time."""
+    """Documents of ``fasa_needle_multiquery``: one question asks for the values of several names."""
     return split_of(metadata, _multiquery)
 
 
 def variables(**metadata: Any) -> dict[str, Dataset]:
-    """Documents of ``fasa_variables``: chains of assignments; all names that hold one value are asked for."""
+    """Documents of ``fasa_variables``: chains of assignments; the question asks for all names with one value."""
     return split_of(metadata, _variables)
 
 
@@ -53,17 +53,17 @@ def long_recall(**metadata: Any) -> dict[str, Dataset]:
 
 
 def copy(**metadata: Any) -> dict[str, Dataset]:
-    """Documents of ``fasa_copy``: a passage of the text begins again at its end, and is to be gone on with."""
+    """Documents of ``fasa_copy``: the prompt ends with two lines of the text, which the model has to continue."""
     return split_of(metadata, _copy)
 
 
 def count_facts(**metadata: Any) -> dict[str, Dataset]:
-    """Documents of ``fasa_count``: the names of all facts are to be listed in order, with numbers."""
+    """Documents of ``fasa_count``: the model has to list the names of all facts in order, with numbers."""
     return split_of(metadata, _count_facts)
 
 
 def ppl_position(**metadata: Any) -> dict[str, Dataset]:
-    """Documents of ``fasa_ppl_position``: the same continuation behind contexts of every length."""
+    """Documents of ``fasa_ppl_position``: the same continuation after contexts of every length."""
     lengths, tokenizer, num_docs, _ = settings(metadata)
     longest = max(lengths)
     return split_of(
@@ -72,13 +72,13 @@ def ppl_position(**metadata: Any) -> dict[str, Dataset]:
 
 
 def share_results(doc: Document, results: list[str]) -> dict[str, float]:
-    """Which share of the words asked for was written, as RULER counts."""
+    """Share of the words asked for that the answer contains, as in RULER."""
     written = results[0].upper()
     return by_length(doc, "found", sum(word in written for word in doc["words"]) / len(doc["words"]))
 
 
 def copy_results(doc: Document, results: list[str]) -> dict[str, float]:
-    """Which share of the passage was copied before the first wrong character, and whether all of it was."""
+    """Share of the passage copied before the first wrong character, and 1 if all of it was copied."""
     pairs = zip(results[0], doc["passage"], strict=False)
     right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     copied = right / len(doc["passage"])
@@ -86,20 +86,22 @@ def copy_results(doc: Document, results: list[str]) -> dict[str, float]:
 
 
 def count_results(doc: Document, results: list[str]) -> dict[str, float]:
-    """Which share of the lines is right, number, name and place in the list."""
+    """Share of the lines that are right in number, name and place."""
     written = [line.strip() for line in results[0].strip("\n").split("\n")]
     right = sum(line == wanted for line, wanted in zip(written, doc["lines"], strict=False))
     return by_length(doc, "listed", right / len(doc["lines"]))
 
 
 def position_results(doc: Document, results: list[tuple[float, bool]]) -> dict[str, Any]:
-    """Nats a token, and the pair that the perplexity over all tokens is made of."""
+    """Negative log-likelihood in nats a token, and the pair (log-likelihood, tokens) for the perplexity."""
     ((loglikelihood, _),) = results
     return by_length(doc, "nll", -loglikelihood / doc["tokens"]) | {"token_perplexity": (loglikelihood, doc["tokens"])}
 
 
-def _hide(rng: Random, tokenizer: str, length: int, lines: list[str], tail: str, room: int = ROOM) -> tuple[str, str]:
-    return hidden_lines(rng, lines, length=length - room, count_tokens=partial(count, tokenizer), tail=tail)
+def _hide(
+    rng: Random, tokenizer: str, length: int, lines: list[str], tail: str, answer_tokens: int = ROOM
+) -> tuple[str, str]:
+    return hidden_lines(rng, lines, length=length - answer_tokens, count_tokens=partial(count, tokenizer), tail=tail)
 
 
 @cache
@@ -143,7 +145,7 @@ def _variables(tokenizer: str, length: int, num_docs: int, n_facts: int) -> Sequ
             for own, value in zip(names, values, strict=True)
         ]
         turns = [chain for chain in range(CHAINS) for _ in range(HOPS + 1)]
-        rng.shuffle(turns)  # each chain keeps its order, so that the text is a program that runs
+        rng.shuffle(turns)  # each chain keeps its order, so that the program runs
         lines = [chains[chain].pop(0) for chain in turns]
         _, prompt = _hide(rng, tokenizer, length, lines, f'\n# all names that are "{values[0]}":')
         docs.append({"length": length, "prompt": prompt, "words": names[0]})
@@ -157,7 +159,7 @@ def _long_recall(tokenizer: str, length: int, num_docs: int, n_facts: int) -> Se
         rng = Random(f"recall_long/{length}/{len(docs)}")
         facts = draw_facts(rng, LONG_FACTS, LONG_VALUE_SYLLABLES)
         longest = max((fact.question for fact in facts), key=len)
-        text, _ = _hide(rng, tokenizer, length, [fact.line for fact in facts], longest, room=40)
+        text, _ = _hide(rng, tokenizer, length, [fact.line for fact in facts], longest, answer_tokens=40)
         asked = rng.sample(facts, LONG_FACTS)
         docs += [{"length": length, "prompt": text + fact.question, "answer": fact.answer} for fact in asked]
     return docs[:num_docs]
@@ -194,25 +196,25 @@ def _count_facts(tokenizer: str, length: int, num_docs: int, n_facts: int) -> Se
         facts = draw_facts(rng, LISTED)
         lines = [f"# {place} {fact.key}" for place, fact in enumerate(facts, 1)]
         tail = "\n# all constants, in order\n" + "\n".join(lines[:2])
-        _, prompt = _hide(rng, tokenizer, length, [fact.line for fact in facts], tail, room=2 * ROOM)
+        _, prompt = _hide(rng, tokenizer, length, [fact.line for fact in facts], tail, answer_tokens=2 * ROOM)
         docs.append({"length": length, "prompt": prompt, "lines": lines[2:]})
     return docs
 
 
 @cache
 def _positions(tokenizer: str, length: int, longest: int, shortest: int, num_docs: int) -> Sequence[Document]:
-    """Windows of the ``longest`` length, end to end; of their contexts only what belongs to ``length``."""
+    """Consecutive windows of the ``longest`` length, with contexts cut to ``length``."""
     wanted = min(256, shortest // 2)
     sizes = [(line, count(tokenizer, line)) for line in heldout_text().splitlines(keepends=True)]
     docs: list[Document] = []
     at = 0
-    # a line end begins the target and not the context's last token: lm-eval moves space at a context's end behind it
+    # the line end belongs to the target: lm-eval would move whitespace from the context's end there anyway
     while len(docs) < num_docs:
         begin, tokens = at, 0
         while at < len(sizes) and tokens + sizes[at][1] < longest - wanted:
             tokens += sizes[at][1]
             at += 1
-        while at > begin and sizes[at - 1][0].isspace():  # a context that ended on space would lose it to the target
+        while at > begin and sizes[at - 1][0].isspace():  # lm-eval would move it into the target
             at -= 1
             tokens -= sizes[at][1]
         boundary, scored = at, 0

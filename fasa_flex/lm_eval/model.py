@@ -1,4 +1,4 @@
-"""``fasa_hf``: lm-eval's Hugging Face model with sparse attention, and with an account of what was sparse."""
+"""``fasa_hf``: lm-eval's Hugging Face model with sparse attention, which counts its dense and sparse queries."""
 
 from __future__ import annotations
 
@@ -26,25 +26,13 @@ from fasa_flex.baselines import Method
 from fasa_flex.hf.compatibility import check_lm_eval
 from fasa_flex.hf.loading import explained_gguf
 from fasa_flex.hf.model_structure import attention_shape
+from fasa_flex.lm_eval import arguments
 from fasa_flex.lm_eval.account import Account
 from fasa_flex.lm_eval.answers import claim
-from fasa_flex.lm_eval.arguments import (
-    OPTIONS,
-    check_batch_size,
-    check_method,
-    check_parallel,
-    check_source,
-    check_tokens,
-    check_unknown,
-    config_of,
-    folder_or_profile,
-    path_as_written,
-    refusals_named,
-    scorer_of,
-)
+from fasa_flex.lm_eval.arguments import OPTIONS, path_as_written
 from fasa_flex.lm_eval.passes import Answer, Passes
 from fasa_flex.lm_eval.profiles import AUTO, FACTS, calibration_for, default_cache, preserved_rng
-from fasa_flex.lm_eval.report import loaded_as, parameters_of, report_of
+from fasa_flex.lm_eval.report import Setup, loaded_as, report_of
 from fasa_flex.lm_eval.windows import Window
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -56,39 +44,42 @@ T = TypeVar("T")
 class FasaHFLM(HFLM):
     """A Hugging Face causal model under FASA, or under a baseline at the same budget, for lm-eval.
 
-    Generation prefills densely and decodes sparsely. Log-likelihoods are one forward pass in which the context's
-    queries are dense and the continuation's queries select for themselves, which equals decoding it token by token
-    (`fasa_flex.lm_eval.windows`). ``results["config"]["fasa"]`` says what ran: parameters, profile, versions, and for
-    each task how many queries were dense and sparse and which share of their keys the sparse ones read.
+    Generation prefills densely and decodes sparsely. A log-likelihood is one forward pass in which the context's
+    queries are dense and each query of the continuation selects its own keys, which equals decoding the continuation
+    token by token (`fasa_flex.lm_eval.windows`). ``results["config"]["fasa"]`` records the parameters, profile and
+    versions, and for each task the numbers of dense and sparse queries and the share of keys that sparse ones read.
 
     Args:
-        pretrained: Folder, repository or model object, as for ``hf``.
-        profile: Folder or repository of the model's `FasaProfile`, or the profile; ``auto``, the default, calibrates
-            before the tasks and keeps the profile for the next time; with ``prompt`` the first long prompt calibrates
+        pretrained: folder, repository or model object, as for ``hf``.
+        profile: folder or repository of the model's `FasaProfile`, or the profile; ``auto``, the default, calibrates
+            before the tasks and keeps the profile for later runs; with ``prompt`` the first long prompt calibrates
             (`enable`).
         method: ``fasa``, or a baseline at the same budget (`fasa_flex.baselines`): ``streaming_llm`` (sinks and recent
             tokens), ``oracle`` (exact scores), ``random_chunks``, ``adjacent_pairs``, ``snapkv``, ``h2o``, ``rkv``,
-            ``quest``, ``sparq``, ``double_sparsity`` or ``vattention`` (half of the budget a random sample; exact
-            scores where there is no profile). ``adjacent_pairs`` and ``double_sparsity`` are calibrated
-            before the tasks on ``calibration_source``, whatever ``profile`` is.
-        sparse_tail: How many of a prompt's last queries are sparse, too. With 0, the first token of every answer comes
-            from a dense query, and a one-token continuation says nothing about the method.
-        dense_prefix: In rolling log-likelihoods, queries at the start of each window that stay dense. With 0 the
+            ``quest``, ``sparq``, ``double_sparsity`` or ``vattention`` (half of the budget is a random sample; without
+            a profile the other half is chosen by exact scores). ``adjacent_pairs`` and ``double_sparsity`` are
+            calibrated on ``calibration_source`` before the tasks, whatever ``profile`` is.
+        sparse_tail: number of a prompt's last queries that are sparse. With 0, the first token of every answer comes
+            from a dense query, so a one-token continuation does not test the method.
+        dense_prefix: number of queries at the start of each window of a rolling log-likelihood that stay dense. With 0,
             queries within the budget still equal dense ones, since they read every key.
         on_truncation: ``count`` inputs longer than the model's maximum, or raise an ``error``.
-        calibration_source: What is calibrated on, by ``profile=auto`` too: ``facts`` (documents with facts in the
+        calibration_source: text to calibrate on, also for ``profile=auto``: ``facts`` (documents with facts in the
             packaged text, which end on a question; the default) or the path of a text file.
-        profile_cache: Where ``profile=auto`` keeps profiles; None for ``~/.cache/fasa_flex/profiles``.
-        batch_size: A number; ``auto`` is refused.
-        tp_plan: Refused; see `fasa_flex.lm_eval.arguments.check_parallel`.
-        options: Every field of `fasa_flex.FasaConfig`, with its meaning and default there, and everything else ``hf``
-            understands, such as ``gguf_file``, a file of ``pretrained`` (extra ``gguf``). ``n_sink`` is 8 by default
-            under ``streaming_llm``, ``n_recent`` a quarter of the budget under ``sparq``, which completes by the mean
-            value; ``sparq`` and ``double_sparsity`` score with twice as many dimensions as ``n_tip``, and an option
-            that a method does not hear is refused.
-            ``dense_layers`` is written ``0``, ``0+1`` or ``none``, and ``layer_budgets`` ``uniform``, ``pyramid``, or a
-            weight for every layer as ``2+1+0.5``, and of its heads as ``2:1+1:1+1:1``. ``packed_dtype=none`` is the
-            cache's precision. With ``prefill=sparse`` every query of a prompt is sparse, of log-likelihoods, too.
+        profile_cache: folder in which ``profile=auto`` keeps profiles; None for ``~/.cache/fasa_flex/profiles``.
+        batch_size: requests of one forward, a number; ``auto`` is refused.
+        tp_plan: refused; see `fasa_flex.lm_eval.arguments.check_parallel`.
+        options: every field of `fasa_flex.FasaConfig`, with its meaning and default there, and every other argument of
+            ``hf``, such as ``gguf_file``, a file of ``pretrained`` (extra ``gguf``). A baseline's defaults are its
+            paper's: ``n_sink`` is 8 for ``streaming_llm``; for ``sparq`` ``n_recent`` is a quarter of the budget and
+            ``completion`` is ``mean``. ``sparq`` and ``double_sparsity`` score with ``2 * n_tip`` dimensions. An option
+            that a method does not use is refused. Write ``dense_layers`` as ``0``, ``0+1`` or ``none``, and
+            ``layer_budgets`` as ``uniform``, ``pyramid``, a weight for every layer (``2+1+0.5``) or for every head
+            (``2:1+1:1+1:1``). ``packed_dtype=none`` is the cache's precision. With ``prefill=sparse`` every query of a
+            prompt is sparse, also in log-likelihoods.
+
+    Raises:
+        ValueError: an argument that is unknown, out of range or not used by the method.
     """
 
     def __init__(
@@ -108,23 +99,24 @@ class FasaHFLM(HFLM):
         check_lm_eval(HFLM)
         hf_args = {name: value for name, value in options.items() if name not in OPTIONS}
         pretrained = os.fsdecode(pretrained) if isinstance(pretrained, os.PathLike) else pretrained
-        check_batch_size(batch_size)
-        check_method(method)
-        check_parallel(tp_plan)
-        check_unknown(hf_args, loads=isinstance(pretrained, str))
-        profile = folder_or_profile(profile)
+        known, gguf_file = arguments.own_names(FasaHFLM), hf_args.get("gguf_file")
+        arguments.check_batch_size(batch_size)
+        arguments.check_method(method)
+        arguments.check_parallel(tp_plan)
+        arguments.check_unknown(hf_args, known, loads=isinstance(pretrained, str))
+        profile = arguments.folder_or_profile(profile)
         if profile is None and method in ("fasa", "random_chunks"):
             profile = AUTO
             _log.warning("no profile was given: calibrating before the tasks (profile=auto).")
-        check_source(calibration_source, profile, method)
+        arguments.check_source(calibration_source, profile, method)
         if on_truncation not in ("count", "error"):
             raise ValueError(f"on_truncation={on_truncation!r} is not an option; write count or error.")
-        check_tokens("sparse_tail", sparse_tail)
-        check_tokens("dense_prefix", dense_prefix)
-        config = config_of(method, **{name: value for name, value in options.items() if name in OPTIONS})
-        with refusals_named(), explained_gguf(str(pretrained), hf_args.get("gguf_file"), hf_args.get("revision")):
+        arguments.check_tokens("sparse_tail", sparse_tail)
+        arguments.check_tokens("dense_prefix", dense_prefix)
+        config = arguments.config_of(method, **{name: value for name, value in options.items() if name in OPTIONS})
+        with arguments.refusals_named(known), explained_gguf(str(pretrained), gguf_file, hf_args.get("revision")):
             super().__init__(pretrained, backend="causal", batch_size=batch_size, **hf_args)
-        if hasattr(self, "accelerator"):  # lm-eval reads these only where several GPUs are visible
+        if hasattr(self, "accelerator"):  # lm-eval sets these only if several GPUs are visible
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         cache = default_cache() if profile_cache is None else Path(path_as_written("profile_cache", profile_cache))
         source = FACTS if calibration_source is None else path_as_written("calibration_source", calibration_source)
@@ -132,19 +124,20 @@ class FasaHFLM(HFLM):
             self.calibration = self._main_first(
                 lambda: calibration_for(method, profile, self.model, self.tokenizer, source, self.max_length, cache)
             )
-            self.profile = self.calibration.profile
-            scorer = scorer_of(method, self.calibration, config, attention_shape(self.model)[3])
+            self.profile, head_dim = self.calibration.profile, attention_shape(self.model)[3]
+            scorer = arguments.scorer_of(method, self.calibration, config, head_dim)
             self.fasa = enable(self.model, self.profile, config, scorer=scorer)
-        self.method, self.fasa_config, self.gguf_file = method, config, hf_args.get("gguf_file")
-        # a model object is the user's: it is dense again once nobody has this LM
+        self.method, self.fasa_config, self.gguf_file = method, config, gguf_file
+        # a model object belongs to the user: it becomes dense again when this LM is collected
         weakref.finalize(self, self.fasa.disable).atexit = False
         self.sparse_tail, self.dense_prefix, self.on_truncation = sparse_tail, dense_prefix, on_truncation
-        self._tail = sys.maxsize if config.prefill == "sparse" else sparse_tail  # of a prompt's last queries
+        self._setup = Setup(method, config, head_dim, self.fasa, self.calibration, sparse_tail, dense_prefix)
+        self._tail = sys.maxsize if config.prefill == "sparse" else sparse_tail  # a prompt's sparse last queries
         self.account = Account(self.fasa.stats)
         self.passes = Passes(self.model, self.fasa, self.tokenizer.pad_token_id, self.softmax_dtype)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
-        """Score continuations: the context's queries dense, the continuation's sparse."""
+        """Score continuations: the context's queries are dense, the continuation's sparse."""
         score = super().loglikelihood
         return self._by_task("loglikelihood", requests, lambda own: score(own, disable_tqdm))
 
@@ -155,14 +148,14 @@ class FasaHFLM(HFLM):
         )
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Score whole texts in windows of the maximum length: every query sparse behind ``dense_prefix``."""
+        """Score whole texts in windows of the maximum length: queries after ``dense_prefix`` are sparse."""
         return self._by_task("loglikelihood_rolling", requests, lambda own: self._rolling(own, disable_tqdm))
 
     def _by_task(self, kind: str, requests: list[Instance], run: Callable[[list[Instance]], list[T]]) -> list[T]:
-        """Answer the requests task by task, so that each has an account of its own.
+        """Answer the requests task by task, so that each task has its own counts.
 
-        Of the copies that lm-eval adds to give every process as many requests, none runs: a process of ours waits for
-        no other in a forward, and they would be counted.
+        lm-eval pads the requests of each process with copies of the last one. The copies are not run, since they would
+        be counted and no forward here waits for other processes.
         """
         copies = 0
         if self.world_size > 1:
@@ -180,10 +173,10 @@ class FasaHFLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
-        """Answer in forward passes of `fasa_flex.lm_eval.passes`.
+        """Score requests by `fasa_flex.lm_eval.passes`.
 
-        Requests are never grouped by their tokens as lm-eval's ``logits_cache`` does: the same tokens with another
-        boundary have other sparse queries.
+        lm-eval's ``logits_cache`` groups requests by their tokens; here equal tokens with another boundary between
+        context and continuation have other sparse queries, so they are scored separately.
         """
         windows = [self._window(*request) for request in requests]
         answers: dict[int, Answer] = {}
@@ -191,7 +184,7 @@ class FasaHFLM(HFLM):
             for numbers, scored in self.passes.score(windows, override_bs or int(self.batch_size), self._autocast()):
                 for number, answer in zip(numbers, scored, strict=True):
                     key = requests[number][0]
-                    if key is not None:  # rolling requests are cached as a whole by their own method
+                    if key is not None:  # `_rolling` caches whole texts
                         self.cache_hook.add_partial("loglikelihood", key, answer)
                     answers[number] = answer
                 bar.update(len(numbers))
@@ -234,20 +227,20 @@ class FasaHFLM(HFLM):
         )
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation: Any) -> Tensor:
-        tail = torch.tensor([max(0, context.shape[1] - self._tail)])  # one for all rows, padded on the left
+        tail = torch.tensor([max(0, context.shape[1] - self._tail)])  # one for all rows: they are padded on the left
         with self.fasa.sparse_from(tail) if self._tail else nullcontext():
             written: Tensor = super()._model_generate(context, max_length, stop, **generation)
-        if len(stop) > 1 and written.shape[1] >= max_length:  # the task says how an answer ends, and not eos alone
+        if len(stop) > 1 and written.shape[1] >= max_length:  # only for tasks with a stop string besides eos
             ends = generation.get("eos_token_id", self.model.generation_config.eos_token_id)
             answers = written[:, context.shape[1] :]
             self.account.current.unfinished += sum(not self._ended(row, stop, ends) for row in answers)
         return written
 
     def _ended(self, answer: Tensor, stop: list[str], ends: int | list[int] | None) -> bool:
-        """Whether a row, token ids [n], came to one of the model's own ends or of the task's; others may go on."""
-        own = [] if ends is None else [ends] if isinstance(ends, int) else ends
+        """Whether an answer, token ids [n], contains one of the model's end tokens or the task's stop strings."""
+        tokens = [] if ends is None else [ends] if isinstance(ends, int) else ends
         text = self.tokenizer.decode(answer)
-        return bool(torch.isin(answer.cpu(), torch.tensor(own)).any()) or any(end in text for end in stop)
+        return bool(torch.isin(answer.cpu(), torch.tensor(tokens)).any()) or any(end in text for end in stop)
 
     def _autocast(self) -> torch.autocast:
         dtype: torch.dtype | None = self.mixed_precision_dtype
@@ -260,7 +253,7 @@ class FasaHFLM(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """As lm-eval's, with the prompts that lose tokens on the left counted."""
+        """As lm-eval's; also counts prompts that lose tokens on the left."""
         ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
         for length in mask.sum(1).tolist() if left_truncate_len else ():
             if length > left_truncate_len:
@@ -270,34 +263,35 @@ class FasaHFLM(HFLM):
     def _truncate(self, length: int) -> None:
         if self.on_truncation == "error":
             raise ValueError(
-                f"an input of {length} tokens exceeds the model's maximum of {self.max_length} tokens less the answer: "
-                "shorten the task's documents, or pass on_truncation=count to cut it on the left"
+                f"an input of {length} tokens exceeds the model's maximum of {self.max_length} tokens less the answer; "
+                "shorten the task's documents, or pass on_truncation=count to cut it on the left."
             )
         self.account.current.truncated += 1
 
     def _main_first(self, make: Callable[[], T]) -> T:
-        """Let the first process of each machine work, and the others find what it left."""
+        """Run ``make`` in the first process of each machine, then in the others, which find its files."""
         if self.world_size == 1:
             return make()
         with self.accelerator.local_main_process_first():
             return make()
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """lm-eval's, which every process calls behind its last request; the counts travel along."""
+        """As lm-eval's, which every process calls after its last request; the counts are sent along."""
         gathered = super().gather_object((obj, self.account.export()), dst)
         if gathered is None:
             return None
         self.account.gathered(counts for _, counts in gathered)
-        return [theirs for theirs, _ in gathered]
+        return [sent for sent, _ in gathered]
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
         """Refuse a ``--use_cache`` file with answers of another model or budget."""
         if cache_hook.dbdict is not None:
-            claim(cache_hook.dbdict, {**loaded_as(self), **parameters_of(self)})
+            claim(cache_hook.dbdict, {**loaded_as(self), **self._setup.parameters()})
         super().set_cache_hook(cache_hook)
 
     def get_model_info(self) -> dict[str, Any]:
-        """lm-eval's facts about the model, and under ``fasa`` everything that decides a sparse score."""
-        info: dict[str, Any] = super().get_model_info() | {"fasa": report_of(self)}
+        """As lm-eval's, with the settings and counts of `report_of` under ``fasa``."""
+        report = report_of(self._setup, self.account, self.passes.shared_prefills, self.world_size)
+        info: dict[str, Any] = super().get_model_info() | {"fasa": report}
         self.account.reported()
         return info

@@ -1,13 +1,13 @@
-"""Requests become forward passes: many short ones side by side, a long one in parts, choices on one prefill.
+"""Forward passes for scoring: short requests in batches, long ones in parts, choices on one shared prefill.
 
-However a request is run, its context's queries are dense and its continuation's queries select for themselves, as
-`fasa_flex.lm_eval.windows` lays them out; only time and memory differ.
+The context's queries are dense and each query of the continuation selects its own keys
+(`fasa_flex.lm_eval.windows`). The three ways to run a request differ in time and memory only:
 
 * **side by side**: one forward over right-padded rows, the ordinary case.
-* **in parts**: a long request goes through the cache, so that neither the activations of all its tokens nor the
-  [L, V] log-probabilities ever exist at one time; the peak is the KV cache and a part's share of it.
-* **on one prefill**: requests that share a long context, such as the choices of one question, prefill it once and
-  crop the cache back between them.
+* **in parts**: a long request is fed to a KV cache in parts, so that neither the activations of all its tokens nor all
+  [L, V] log-probabilities exist at one time. Peak memory is the KV cache and the activations of one part.
+* **on one prefill**: requests with the same long context, such as the choices of one question, prefill it once; the
+  cache is cropped back between them.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from fasa_flex.hf.compatibility import cache_argument
-from fasa_flex.hf.model_structure import device_of
+from fasa_flex.hf.model_structure import attention_shape, device_of
 from fasa_flex.lm_eval.windows import Batch, Window, score
 from fasa_flex.model.handle import Fasa
 
 Answer = tuple[float, bool]
 
-_SHARED = 256  # tokens of context from which one prefill for several continuations is worth leaving the batch
-_MASK = 1 << 28  # elements of the [B, L, L] mask that padding brings about
-_LOGITS = 1 << 25  # elements of the logits that exist at one time
+_SHARED = 256  # tokens of shared context from which one prefill is faster than a batch
+_MASK = 1 << 28  # most elements of the mask [B, L, L] that padding needs
+_LOGITS = 1 << 25  # most elements of the logits that exist at one time
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one forward may hold, so that nothing outgrows the KV cache.
+    """Tokens of one forward, limited so that activations stay smaller than the KV cache.
 
     Attributes:
-        whole: Longest request, in tokens, that runs in one forward.
-        part: Tokens of a forward over a part of the context.
-        rows: Tokens of a forward whose queries are scored or sparse.
+        whole: longest request, in tokens, that runs in one forward.
+        part: tokens of one forward over a part of the context.
+        rows: tokens of one forward whose queries are scored or sparse.
     """
 
     whole: int
@@ -53,17 +53,14 @@ class Limits:
 
     @classmethod
     def of(cls, model: PreTrainedModel, whole: int = 4096) -> Limits:
-        """Read the sizes off the model.
+        """Limits from the model's config.
 
-        A part of p tokens costs its masks and scores, p * T * 4 bytes for each of a few copies (and each query head
-        where scores are made), against T * (bytes of a token in the cache) for the cache itself.
+        A part of p tokens needs masks and scores of p * T * 4 bytes, in a few copies (and for each query head where it
+        is scored); the cache needs T * (bytes of a token).
         """
-        config = model.config.get_text_config()
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        token = 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
-        logits = max(4, _LOGITS // config.vocab_size)
+        layers, heads, kv_heads, head_dim = attention_shape(model)
+        token = 2 * layers * kv_heads * head_dim * model.dtype.itemsize
+        logits = max(4, _LOGITS // model.config.get_text_config().vocab_size)
         return cls(
             whole=whole,
             part=min(4096, max(128, token // 32)),
@@ -75,11 +72,11 @@ class Passes:
     """Scores windows with a model under FASA.
 
     Args:
-        model: The model.
-        fasa: Its handle, for the boundary.
-        pad: A token id to pad with.
-        softmax_dtype: As lm-eval's ``softmax_dtype``.
-        limits: What one forward may hold; `Limits.of` the model if None.
+        model: the model.
+        fasa: its handle, whose `sparse_from` sets the first sparse query.
+        pad: token id of padding.
+        softmax_dtype: as lm-eval's ``softmax_dtype``.
+        limits: tokens of one forward; None is `Limits.of` the model.
     """
 
     def __init__(
@@ -101,12 +98,15 @@ class Passes:
     def score(
         self, windows: Sequence[Window], batch_size: int, autocast: AbstractContextManager[Any]
     ) -> Iterator[tuple[list[int], list[Answer]]]:
-        """Answers as they come: the numbers of some windows, and their answers.
+        """Score the windows, group by group.
 
         Args:
-            windows: In any order.
-            batch_size: Rows of one forward.
-            autocast: Context of every forward; entered more than once.
+            windows: in any order.
+            batch_size: rows of one forward.
+            autocast: context of every forward; entered more than once.
+
+        Yields:
+            the indices of some windows, and their answers.
         """
         beside: list[int] = []
         for group in self._groups(windows):
@@ -125,7 +125,7 @@ class Passes:
         return length > self.limits.whole or scored * self.model.config.get_text_config().vocab_size > 4 * _LOGITS
 
     def _groups(self, windows: Sequence[Window]) -> list[list[int]]:
-        """Numbers of the windows that share their dense context; longest first, so that memory fails early."""
+        """Indices of windows that share their dense context; longest first, so that out-of-memory comes early."""
         groups: dict[Any, list[int]] = {}
         for number, window in enumerate(windows):
             shared = window.unscored
@@ -135,7 +135,7 @@ class Passes:
         return sorted(groups.values(), key=lambda group: -max(len(windows[number].ids) for number in group))
 
     def _batches(self, numbers: list[int], windows: Sequence[Window], batch_size: int) -> Iterator[list[int]]:
-        """Cut ``numbers``, longest window first, into batches whose padding mask stays within bounds."""
+        """Indices in batches, longest window first, each with a padding mask of at most `_MASK` elements."""
         ordered = sorted(numbers, key=lambda number: (-len(windows[number].ids), windows[number].ids))
         at = 0
         while at < len(ordered):
@@ -154,7 +154,7 @@ class Passes:
         return [score(row, window.targets, self.softmax_dtype) for row, window in zip(rows, windows, strict=True)]
 
     def _in_parts(self, windows: Sequence[Window]) -> list[Answer]:
-        """Windows whose first ``unscored`` tokens are the same: one prefill of these, then each on its own."""
+        """Score windows with the same first ``unscored`` tokens: one prefill of these, then each window's rest."""
         shared = windows[0].unscored
         cache = reserved_cache(self.model, max(len(window.ids) for window in windows))
         for start, stop in parts(0, shared, self.limits.part):
@@ -188,10 +188,10 @@ class Passes:
 
 
 class ReservedLayer(DynamicLayer):
-    """A cache layer whose whole length is allocated at once, so that growing neither copies nor fragments memory.
+    """A cache layer that allocates its whole length at once, so that growing neither copies nor fragments memory.
 
     Args:
-        length: Tokens it will hold at most.
+        length: capacity in tokens.
     """
 
     def __init__(self, length: int) -> None:
@@ -200,7 +200,7 @@ class ReservedLayer(DynamicLayer):
         self._buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Put the new tokens behind the others; returns views of the buffers."""
+        """Append tokens; returns views of the filled part of the buffers."""
         if self._buffers is None:
             self.lazy_initialization(key_states, value_states)
             keys, values = (x.new_empty(*x.shape[:2], self._length, x.shape[3]) for x in (key_states, value_states))
@@ -214,7 +214,7 @@ class ReservedLayer(DynamicLayer):
 
 
 def reserved_cache(model: PreTrainedModel, length: int) -> DynamicCache:
-    """The model's own kind of cache, with room for ``length`` tokens in every layer that keeps them all."""
+    """The model's `DynamicCache`, with capacity for ``length`` tokens in every layer that keeps all tokens."""
     cache = DynamicCache(config=model.config)
     cache.layers = [ReservedLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
@@ -222,9 +222,9 @@ def reserved_cache(model: PreTrainedModel, length: int) -> DynamicCache:
 
 @contextmanager
 def _grouped_heads(device: torch.device) -> Iterator[None]:
-    """On CPU, keep transformers from repeating keys and values to every query head, at twice the time and memory.
+    """On CPU, stop transformers from repeating keys and values for every query head, which doubles time and memory.
 
-    It does so for a kernel of CUDA's that takes no groups beside a mask, and offers this variable to those without it.
+    It repeats them for a CUDA kernel that supports no groups together with a mask; this variable turns that off.
     """
     name = "TRANSFORMERS_SDPA_FORCE_GQA"
     if device.type != "cpu" or name in os.environ:
@@ -238,9 +238,9 @@ def _grouped_heads(device: torch.device) -> Iterator[None]:
 
 
 def parts(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-    """Cut slots [start, stop) into even parts of at most ``size`` of them, none of one slot unless it is the only one.
+    """Cut slots [start, stop) into even parts of at most ``max(size, 3)``, none of one slot unless it is the only one.
 
-    A forward of a single token is a decode step, sparse wherever the boundary lies; a dense one must not be alone.
+    A forward of one token counts as a decode step, which is sparse whatever the boundary is.
     """
     length = stop - start
     count = -(-length // max(size, 3))

@@ -1,9 +1,8 @@
-"""What methods are calibrated to before the tasks: ``profile=auto`` once, to find its profile again the next time.
+"""Calibration before the tasks; the profile of ``profile=auto`` is cached on disk for later runs.
 
-The profile is kept by what decides it: a hash of the model's weights, the source that was calibrated on, and the format
-of profiles, so that one of an older version is not found, which holds less. Global random state is the same before and
-after, since a task that draws from it (RULER's do) would otherwise ask other questions than it asks a model without
-calibration.
+The cache key is a hash of the model's weights, the calibration text and the profile format, so that profiles of an
+older format, which hold less, are not found. Global random state is restored afterwards: tasks that draw from it, as
+RULER's do, would otherwise ask other questions than without calibration.
 """
 
 from __future__ import annotations
@@ -33,21 +32,21 @@ from fasa_flex.saving import check_writable
 AUTO = "auto"
 PROMPT = "prompt"
 FACTS = "facts"
-_VALUES = 64  # of each parameter, for the hash
+_VALUES = 64  # values of each parameter that are hashed
 
 
 @dataclass(frozen=True)
 class Source:
-    """What to calibrate on.
+    """The text that a profile is calibrated on.
 
     Attributes:
-        name: ``facts``: documents with facts in the packaged text, which end on a question, as the packaged tasks ask
-            them (other facts, the same kind of text); or the path of a text file, whose beginning is taken.
-        length: Tokens of a sample.
-        samples: How many.
-        steps: Decode steps that each sample contributes: those that answer.
+        name: ``facts``, documents with facts in the packaged text, which end on a question as in the packaged tasks
+            (with other facts); or the path of a text file, whose beginning is taken.
+        length: tokens of a sample.
+        samples: number of samples.
+        steps: decode steps of each sample; for ``facts`` those of the answer.
         top_k: K of contextual agreement.
-        sha256: Of the samples' text.
+        sha256: SHA-256 of the samples' text.
     """
 
     name: str
@@ -59,20 +58,20 @@ class Source:
 
 
 def default_cache() -> Path:
-    """Where calibrated profiles are kept: ``$XDG_CACHE_HOME/fasa_flex/profiles``, by default below ``~/.cache``."""
+    """The folder of calibrated profiles: ``$XDG_CACHE_HOME/fasa_flex/profiles``, by default below ``~/.cache``."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "fasa_flex" / "profiles"
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a method knows of the model.
+    """A method's calibration to one model.
 
     Attributes:
-        profile: Of FASA, random chunks or adjacent pairs.
-        channels: Of double sparsity, float32 [layers, Hkv, D].
-        record: The `Source` it was made from, and whether it was found in the cache; ``{"name": "prompt"}`` where the
-            model will calibrate itself; None: it was given.
+        profile: for FASA, random chunks and adjacent pairs.
+        channels: for double sparsity, channel weights, float32 [layers, Hkv, D].
+        record: the fields of `Source`, and ``cached``; ``{"name": "prompt"}`` if the first long prompt will calibrate
+            the model; None if the user passed the profile.
     """
 
     profile: FasaProfile | None
@@ -81,7 +80,7 @@ class Calibration:
 
     @property
     def fingerprint(self) -> str | None:
-        """SHA-256 that names it in results."""
+        """SHA-256 of the channels or the profile, for results."""
         if self.channels is not None:
             return hashlib.sha256(self.channels.numpy().tobytes()).hexdigest()
         return self.profile.fingerprint if self.profile else None
@@ -96,27 +95,28 @@ def calibration_for(
     max_length: int,
     cache: Path,
 ) -> Calibration:
-    """The profile as it is given, or what the method needs besides, calibrated on ``source``.
+    """The profile that the user passed, or one calibrated on ``source``.
 
-    ``adjacent_pairs`` takes no profile but one of its own kind, and ``double_sparsity`` none: they are calibrated.
+    ``adjacent_pairs`` needs a profile of adjacent pairs and ``double_sparsity`` needs channel weights; both are
+    calibrated if the profile is another one.
 
     Args:
-        method: As `FasaHFLM` knows it.
-        profile: ``auto``, ``prompt`` (of FASA alone), a profile, its folder or repository, or None.
-        model: Under dense attention.
-        tokenizer: The model's.
-        source: See `Source`.
-        max_length: The model's maximum, which samples stay below.
-        cache: Folder of profiles.
+        method: a method of `FasaHFLM`.
+        profile: ``auto``, ``prompt`` (FASA only), a profile, its folder or repository, or None.
+        model: under dense attention.
+        tokenizer: the model's.
+        source: the name of a `Source`.
+        max_length: the model's maximum, in tokens; samples are shorter.
+        cache: folder of profiles.
 
     Raises:
-        ValueError: A source that is neither ``facts`` nor a text file, or is too short.
+        ValueError: a source that is neither ``facts`` nor a text file or is too short, or ``prompt`` for a baseline.
     """
     if method == "double_sparsity":
         return auto_channels(model, tokenizer, source, max_length)
     if profile == PROMPT:
         if method != "fasa":
-            raise ValueError(f"profile=prompt is FASA's own way, not that of method={method}: pass auto or a folder")
+            raise ValueError(f"profile=prompt serves method=fasa alone, got method={method}; pass auto or a folder.")
         return Calibration(None, record={"name": PROMPT})
     if isinstance(profile, str) and profile != AUTO:
         profile = FasaProfile.from_pretrained(profile)
@@ -126,8 +126,8 @@ def calibration_for(
             return Calibration(profile)
     elif profile is None and not adjacent:
         return Calibration(None)
-    made, record = auto_profile(model, tokenizer, source, max_length, cache, adjacent=adjacent)
-    return Calibration(made, record=record)
+    calibrated, record = auto_profile(model, tokenizer, source, max_length, cache, adjacent=adjacent)
+    return Calibration(calibrated, record=record)
 
 
 def auto_profile(
@@ -139,18 +139,18 @@ def auto_profile(
     *,
     adjacent: bool = False,
 ) -> tuple[FasaProfile, dict[str, Any]]:
-    """The model's profile, calibrated on ``source`` or found in ``cache``, and a record of where it comes from.
+    """The model's profile, calibrated on ``source`` or found in ``cache``, and `Calibration.record`.
 
     Args:
-        model: Under dense attention.
-        tokenizer: The model's.
-        source: See `Source`.
-        max_length: The model's maximum, which samples stay below.
-        cache: Folder of profiles.
-        adjacent: Whether of adjacent pairs of dimensions instead of the model's planes.
+        model: under dense attention.
+        tokenizer: the model's.
+        source: the name of a `Source`.
+        max_length: the model's maximum, in tokens; samples are shorter.
+        cache: folder of profiles.
+        adjacent: calibrate adjacent pairs of dimensions instead of the model's planes.
 
     Raises:
-        ValueError: A source that is neither ``facts`` nor a text file, or is too short.
+        ValueError: a source that is neither ``facts`` nor a text file, or is too short.
     """
     with preserved_rng():
         texts, described = samples_of(source, lambda text: len(tokenizer(text).input_ids), max_length)
@@ -176,7 +176,7 @@ def auto_profile(
 def auto_channels(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, max_length: int
 ) -> Calibration:
-    """Channel weights from the texts that `auto_profile` takes; they cost a forward for each and are not kept."""
+    """Channel weights from the same texts as `auto_profile`; not cached, since they cost one forward for each text."""
     texts, described = samples_of(source, lambda text: len(tokenizer(text).input_ids), max_length)
     weights = channel_weights(model, _encoded(texts, tokenizer, described))
     return Calibration(None, weights, {**asdict(described), "cached": False})
@@ -187,7 +187,16 @@ def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase, described: So
 
 
 def samples_of(source: str, count_tokens: Callable[[str], int], max_length: int) -> tuple[list[str], Source]:
-    """The texts to calibrate on."""
+    """The texts to calibrate on, and their description.
+
+    Args:
+        source: ``facts``, or the path of a text file.
+        count_tokens: number of tokens of a text.
+        max_length: the model's maximum, in tokens.
+
+    Raises:
+        ValueError: no such file, no UTF-8, or fewer than 64 tokens.
+    """
     if source == FACTS:
         steps = 8
         length = min(2048, max_length - steps)
@@ -201,24 +210,24 @@ def samples_of(source: str, count_tokens: Callable[[str], int], max_length: int)
         path = Path(source)
         if not path.is_file():
             raise ValueError(
-                f"calibration_source={source!r} is neither {FACTS!r} nor a text file: pass the path of a long text"
+                f"calibration_source={source!r} is neither {FACTS!r} nor a text file; pass the path of a long text."
             )
         steps = 64
         try:
             texts = [path.read_text(encoding="utf-8")]
         except UnicodeDecodeError as error:
-            raise ValueError(f"calibration_source={source!r} is no text in UTF-8 ({error}): pass one") from error
+            raise ValueError(f"calibration_source={source!r} is no text in UTF-8 ({error}); pass one.") from error
         length = least = min(count_tokens(texts[0]), 8192, max_length - steps)
         if least < 64:
             raise ValueError(
-                f"calibration_source={source!r} gives {least} tokens, calibration needs at least 64: pass a longer text"
+                f"calibration_source={source!r} has {least} tokens, calibration needs at least 64; pass a longer text."
             )
     sha256 = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     return texts, Source(source, length, len(texts), steps, min(256, least // 4), sha256)
 
 
 def model_hash(model: PreTrainedModel) -> str:
-    """SHA-256 over the rotary configuration and every parameter's name, shape, type and 64 of its values."""
+    """SHA-256 of the rotary configuration and of every parameter's name, shape, dtype and 64 of its values."""
     digest = hashlib.sha256(config_hash(model).encode())
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().flatten()
@@ -230,7 +239,7 @@ def model_hash(model: PreTrainedModel) -> str:
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Give Python's, NumPy's and torch's global generators back the state they had."""
+    """Restore the state of Python's, NumPy's and torch's global generators when the block ends."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:

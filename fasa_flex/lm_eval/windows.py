@@ -1,9 +1,9 @@
 """Scoring a continuation in one forward pass, exactly as if it had been decoded token by token.
 
-A request is a context and a continuation. The model sees all tokens but the last, ``m`` of them, and the ``n`` tokens
-of the continuation are predicted by the queries at slots ``m - n .. m - 1``. In real decoding the prompt is prefilled
-densely, so the first of these queries (it belongs to the prompt's last token) is dense, and each of the ``n - 1`` after
-it selects for itself: the queries at slots ``>= m - (n - 1)`` are sparse.
+A request is a context and a continuation. The model sees all tokens but the last, ``m`` of them, and the queries at
+slots ``m - n .. m - 1`` predict the ``n`` tokens of the continuation. In decoding the prompt is prefilled densely, so
+the first of these queries, that of the prompt's last token, is dense, and the other ``n - 1``, at slots
+``>= m - (n - 1)``, are sparse: each selects its own keys.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ROWS = 512  # positions whose log-probabilities over the vocabulary exist at one time
+_ROWS = 512  # positions whose log-probabilities [rows, V] exist at one time
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Window:
     """One request, ready for a forward pass.
 
     Attributes:
-        ids: The m tokens that the model sees.
-        targets: The n tokens to score, predicted by the last n queries.
-        sparse_from: First slot whose query selects for itself; those before it are dense.
-        dropped: Tokens cut off on the left because the request was too long.
+        ids: the m tokens that the model sees.
+        targets: the n tokens to score, predicted by the last n queries.
+        sparse_from: slot of the first sparse query; earlier ones are dense.
+        dropped: tokens cut off on the left because the request was too long.
     """
 
     ids: list[int]
@@ -44,24 +44,27 @@ class Window:
         sparse_tail: int = 0,
         dense_prefix: int = 0,
     ) -> Window:
-        """Lay out a request of at most ``max_length`` input tokens, the rest cut on the left.
+        """Lay out a request; more than ``max_length`` input tokens are cut on the left.
 
         Args:
-            context: Token ids before the boundary, at least one.
-            continuation: Token ids behind it, at least one.
-            max_length: The model's maximum.
-            sparse_tail: How many of the context's last queries select for themselves, too.
-            dense_prefix: Queries at slots below this one stay dense.
+            context: token ids of the context, at least one.
+            continuation: token ids of the continuation, at least one.
+            max_length: the model's maximum, in tokens.
+            sparse_tail: number of the context's last queries that are sparse.
+            dense_prefix: queries at slots below this one are dense.
+
+        Raises:
+            ValueError: an empty context or continuation, or a continuation longer than ``max_length``.
         """
         if not context or not continuation:
             raise ValueError(
-                f"a request needs a context and a continuation, got {len(context)} and {len(continuation)} tokens: "
-                "check the task's doc_to_text and doc_to_target"
+                f"a request needs a context and a continuation, got {len(context)} and {len(continuation)} tokens; "
+                "check the task's doc_to_text and doc_to_target."
             )
         if len(continuation) > max_length:
             raise ValueError(
-                f"the continuation has {len(continuation)} tokens, the model takes {max_length}: "
-                "shorten it, or raise max_length if the model allows"
+                f"the continuation has {len(continuation)} tokens, the model takes {max_length}; "
+                "shorten it, or raise max_length if the model allows."
             )
         whole = context + continuation
         kept = whole[-(max_length + 1) :]
@@ -80,9 +83,10 @@ class Window:
 
     @property
     def unscored(self) -> int:
-        """Slots at the start whose queries are dense and predict no target, but for the last of them.
+        """Number of queries at the start that are dense and predict no target, less one.
 
-        That one stays with the rest, which is then never a single dense token: a forward of one token is a decode step.
+        The last of them runs with the rest, which is then never a single dense token: a forward of one token counts as
+        a decode step.
         """
         return max(0, min(self.first, self.sparse_from) - 1)
 
@@ -94,14 +98,14 @@ class Window:
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows side by side, padded on the right.
+    """Windows in one batch, padded on the right.
 
     Attributes:
         ids: int64 [B, L].
         mask: int64 [B, L], 1 = token, 0 = padding.
-        start: int64 [B], first sparse slot.
-        stop: int64 [B], first padding slot.
-        keep: The last ``keep`` positions cover every scored query.
+        start: int64 [B], slot of each row's first sparse query.
+        stop: int64 [B], each row's first padding slot.
+        keep: number of last positions that cover every scored query.
     """
 
     ids: Tensor
@@ -126,7 +130,7 @@ class Batch:
         )
 
     def rows(self, logits: Tensor, windows: Sequence[Window]) -> list[Tensor]:
-        """Each window's scored logits [n, V], out of the last ``keep`` positions' logits [B, keep, V]."""
+        """Each window's scored logits [n, V], from the logits [B, keep, V] of the last ``keep`` positions."""
         offset = self.ids.shape[1] - self.keep
         return [
             row[window.first - offset : len(window.ids) - offset] for row, window in zip(logits, windows, strict=True)
@@ -134,12 +138,12 @@ class Batch:
 
 
 def score(logits: Tensor, targets: list[int], dtype: torch.dtype | None = None) -> tuple[float, bool]:
-    """Log-likelihood of ``targets`` under ``logits`` [n, V], and whether greedy decoding would have written them.
+    """Log-likelihood of ``targets`` in nats, and whether greedy decoding would have written them.
 
     Args:
-        logits: One row for each target.
-        targets: Token ids.
-        dtype: Of the softmax; the logits' own if None, as in lm-eval.
+        logits: float [n, V], one row for each target.
+        targets: n token ids.
+        dtype: dtype of the softmax; None is that of the logits, as in lm-eval.
     """
     wanted = torch.tensor(targets, device=logits.device)[:, None]
     total, greedy = 0.0, True

@@ -1,8 +1,8 @@
-"""Runs of lm-eval side by side: the same prompts or none, differences with intervals, score against budget.
+"""Comparison of lm-eval runs: paired differences with bootstrap intervals, and score against budget.
 
-Reads the folders that ``lm_eval --output_path FOLDER --log_samples`` writes. Two runs can be compared on a task only
-where every document had the same prompt in both; then they are compared document by document, since sparse and dense
-attention fail on the same documents more often than not, and the difference is known far better than either score.
+Reads the folders that ``lm_eval --output_path FOLDER --log_samples`` writes. Runs are compared on a task only if every
+document has the same prompt in all of them, and then document by document: sparse and dense attention mostly fail on
+the same documents, so the paired difference has a much smaller error than either score.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ DRAWS = 10_000
 
 @dataclass(frozen=True)
 class Run:
-    """One output folder.
+    """One run of lm-eval.
 
     Attributes:
-        folder: Where it is.
+        folder: its output folder.
         model: lm-eval's model name, ``hf`` or ``fasa_hf``.
         account: ``results["config"]["fasa"]``; empty for other models.
-        prompts: For each task, the hash of every document's prompt and target.
-        scores: For each task and metric, a number for every document; several samples of one are averaged.
-        pretrained: What was loaded; None where the run does not say.
+        prompts: for each task, the hash of every document's prompt and target.
+        scores: for each task and metric, every document's score, averaged over its samples.
+        pretrained: the loaded model's name; None if the run does not record it.
     """
 
     folder: Path
@@ -40,28 +40,28 @@ class Run:
 
     @classmethod
     def load(cls, folder: str | Path) -> Run:
-        """Read a run: the one ``results_*.json`` below ``folder``, and its ``samples_*.jsonl``.
+        """Read a run: the only ``results_*.json`` below ``folder``, and its ``samples_*.jsonl``.
 
         Raises:
-            ValueError: No results, those of several runs, or none of a document.
+            ValueError: no results, results of several runs, or no samples of a task.
         """
         folder = Path(folder)
         found = sorted(folder.rglob("results_*.json"))
         if len(found) != 1:
             raise ValueError(
-                f"{folder} holds {len(found)} results of lm-eval, not one: pass the folder of a single run "
-                "(give each run an --output_path of its own)"
+                f"{folder} holds {len(found)} results of lm-eval, not one; pass the folder of a single run "
+                "(give each run an --output_path of its own)."
             )
         results = _parsed(found[0])[0]
         if not isinstance(results, dict) or not {"configs", "config"} <= set(results):
-            raise ValueError(f"{found[0]} is no result of lm-eval: it names no configs")
+            raise ValueError(f"{found[0]} is no result of lm-eval, it names no configs; pass lm_eval's --output_path.")
         stamp = found[0].stem.removeprefix("results_")
         prompts: dict[str, dict[str, str]] = {}
         scores: dict[tuple[str, str], dict[str, float]] = {}
         for task in results["configs"]:
             path = found[0].with_name(f"samples_{task}_{stamp}.jsonl")
             if not path.is_file():
-                raise ValueError(f"{folder} has no samples of {task}: run lm_eval with --log_samples")
+                raise ValueError(f"{folder} has no samples of {task}; run lm_eval with --log_samples.")
             samples = _parsed(path, lines=True)
             prompts[task] = {str(sample["doc_id"]): sample["prompt_hash"] + sample["target_hash"] for sample in samples}
             scores |= _scores(task, samples)
@@ -70,14 +70,14 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What the run is called in tables: ``dense``, or the method and its budget."""
+        """The run's name in tables: ``dense``, or the method and its budget."""
         if not self.account:
             return "dense" if self.model == "hf" else self.model
         return f"{self.method}, {self.budget}"
 
     @property
     def method(self) -> str:
-        """``fasa``, a baseline's name, or the model's where there is no account."""
+        """``fasa``, a baseline's name, or ``dense`` without an account."""
         return str(self.account.get("method", "dense"))
 
     @property
@@ -86,23 +86,23 @@ class Run:
         return cast("int | float | None", self.account.get("n_fac"))
 
     def sparse_queries(self, task: str) -> int | None:
-        """How many queries of the task were sparse; None where the run keeps no account."""
+        """Number of the task's sparse queries; None if the run has no account."""
         return cast("int | None", self.account.get("tasks", {}).get(task, {}).get("sparse_queries"))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of one run beside the first run.
+    """One metric of one run, compared with the first run.
 
     Attributes:
-        task: Its name.
-        metric: Its name, with the filter where it is not ``none``.
-        run: The run.
-        score: Mean over documents.
+        task: the task's name.
+        metric: the metric's name, followed by the filter if that is not ``none``.
+        run: the run.
+        score: mean over documents.
         interval: 95 % bootstrap interval of the score.
-        difference: Mean of this run minus the first, document by document; None for the first run.
+        difference: mean over documents of this run's score minus the first run's; None for the first run.
         difference_interval: 95 % paired bootstrap interval of the difference.
-        documents: How many.
+        documents: number of documents.
     """
 
     task: str
@@ -116,23 +116,23 @@ class Row:
 
 
 def compare(runs: Sequence[Run], draws: int = DRAWS, seed: int = 0) -> list[Row]:
-    """Every metric that all runs have, run by run.
+    """Compare runs in every metric that all of them have.
 
     Args:
-        runs: Two or more; the first is what the others are compared with.
-        draws: Bootstrap resamples of the documents; the same for all runs.
-        seed: Of the private generator that draws them.
+        runs: two or more; the others are compared with the first.
+        draws: bootstrap resamples of the documents, the same for all runs.
+        seed: seed of the private generator of the resamples.
 
     Raises:
-        ValueError: Fewer than two runs or one draw, no task in common, other prompts, or scores of other documents.
+        ValueError: fewer than two runs, no draws, no common task, different prompts, or scores of other documents.
     """
     if draws < 1:
-        raise ValueError(f"draws must be at least 1, got {draws}: a bootstrap of 10000 is usual")
+        raise ValueError(f"draws must be at least 1, got {draws}; a bootstrap of 10000 is usual.")
     if len(runs) < 2:
-        raise ValueError(f"comparing needs at least two runs, got {len(runs)}: pass their output folders")
+        raise ValueError(f"comparing needs at least two runs, got {len(runs)}; pass their output folders.")
     shared = [key for key in runs[0].scores if all(key in run.scores for run in runs)]
     if not shared:
-        raise ValueError(f"{runs[0].folder} and the other runs have no task and metric in common: run the same --tasks")
+        raise ValueError(f"{runs[0].folder} and the others have no task and metric in common; run the same --tasks.")
     for run in runs[1:]:
         check_prompts(runs[0], run, sorted({task for task, _ in shared}))
     rows = []
@@ -143,7 +143,7 @@ def compare(runs: Sequence[Run], draws: int = DRAWS, seed: int = 0) -> list[Row]
             if others:
                 raise ValueError(
                     f"{runs[0].folder} and {run.folder} have {metric} of {task} for different documents, "
-                    f"{min(others)} among them: run the task anew, with the same --limit"
+                    f"{min(others)} among them; run the task anew, with the same --limit."
                 )
         table = np.array([[run.scores[task, metric][doc] for doc in documents] for run in runs])
         drawn = np.random.default_rng(seed).integers(0, len(documents), size=(draws, len(documents)))
@@ -165,43 +165,44 @@ def compare(runs: Sequence[Run], draws: int = DRAWS, seed: int = 0) -> list[Row]
 
 
 def check_prompts(first: Run, other: Run, tasks: Sequence[str]) -> None:
-    """Refuse runs that did not ask the same questions.
+    """Refuse two runs with different prompts.
 
     Raises:
-        ValueError: The first task whose documents or prompts differ, with how many.
+        ValueError: with the first such task and the number of its prompts that differ.
     """
     for task in tasks:
-        mine, theirs = first.prompts[task], other.prompts[task]
-        differing = [doc for doc in sorted(mine.keys() | theirs.keys()) if mine.get(doc) != theirs.get(doc)]
+        one, two = first.prompts[task], other.prompts[task]
+        differing = [doc for doc in sorted(one.keys() | two.keys()) if one.get(doc) != two.get(doc)]
         if differing:
             raise ValueError(
-                f"{len(differing)} of {len(mine.keys() | theirs.keys())} prompts of {task} differ between "
-                f"{first.folder} and {other.folder}, the first in document {differing[0]}: run both with the same "
-                "--limit, --metadata, seeds, tokenizer and chat template"
+                f"{len(differing)} of {len(one.keys() | two.keys())} prompts of {task} differ between "
+                f"{first.folder} and {other.folder}, the first in document {differing[0]}; run both with the same "
+                "--limit, --metadata, seeds, tokenizer and chat template."
             )
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
-    """What each run's own account says against reading its scores as those of sparse attention."""
-    said = [f"{run.name}: {warning}" for run in runs for warning in run.account.get("warnings", ())]
+    """Warnings of the runs' accounts, and differences between runs that a table does not show."""
+    found = [f"{run.name}: {warning}" for run in runs for warning in run.account.get("warnings", ())]
     profiles = {run.account["profile"] for run in runs if run.method == "fasa" and run.account.get("profile")}
     if len(profiles) > 1:
-        said.append(f"the FASA runs use {len(profiles)} different profiles")
+        found.append(f"the FASA runs use {len(profiles)} different profiles")
     models = sorted({run.pretrained for run in runs if run.pretrained})
     if len(models) > 1:
-        said.append(f"the runs are of different models: {', '.join(models)}")
+        found.append(f"the runs are of different models: {', '.join(models)}")
     for number, run in enumerate(runs):
         for other in runs[number + 1 :]:
             if run.account and run.name == other.name and (differing := _settings_that_differ(run, other)):
-                said.append(f"{run.folder} and {other.folder} are both {run.name} and differ in {', '.join(differing)}")
-    return said
+                names = ", ".join(differing)
+                found.append(f"{run.folder} and {other.folder} are both {run.name} and differ in {names}")
+    return found
 
 
 def _settings_that_differ(run: Run, other: Run) -> list[str]:
     """Names of the settings in which two accounts differ."""
-    told = {"tasks", "requests", "warnings", "versions", "calibration", "stays_dense", "truncated_inputs"}
-    told |= {"shared_prefills", "processes", "profile"}
-    names = sorted((run.account.keys() | other.account.keys()) - told)
+    results = {"tasks", "requests", "warnings", "versions", "calibration", "stays_dense", "truncated_inputs"}
+    results |= {"shared_prefills", "processes", "profile"}
+    names = sorted((run.account.keys() | other.account.keys()) - results)
     return [name for name in names if run.account.get(name) != other.account.get(name)]
 
 
@@ -225,9 +226,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def curve_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """What `fasa_flex.report.plots.score_curves` draws: a panel for each task and metric, and a score's interval as
-    error.
-    """
+    """Rows for `fasa_flex.report.plots.score_curves`: a panel for each task and metric, with standard errors."""
     metrics = {(row.task, row.metric) for row in rows}
     single = {task for task, _ in metrics if sum(task == other for other, _ in metrics) == 1}
     return [
@@ -244,12 +243,12 @@ def curve_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _scores(task: str, samples: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
-    """Every metric of a task that is one number a document, or perplexity's pair."""
+    """The metrics of a task that are one number for each document, or the pair of a perplexity."""
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for sample in samples:
         for metric in sample["metrics"]:
             value = _number(metric, sample[metric])
-            if value is None or (metric.isdigit() and value == -1):  # RULER's sign for documents of another length
+            if value is None or (metric.isdigit() and value == -1):  # RULER's mark of documents of another length
                 continue
             name = f"{metric} [nats per unit]" if isinstance(sample[metric], list) else metric
             if sample["filter"] != "none":
@@ -259,9 +258,9 @@ def _scores(task: str, samples: Sequence[Mapping[str, Any]]) -> dict[tuple[str, 
 
 
 def _number(metric: str, value: Any) -> float | None:
-    """A document's value; of perplexity's (log-likelihood, length) pair, nats a unit, of which fewer are better.
+    """A document's value; for a perplexity's pair (log-likelihood, length), nats a unit, where lower is better.
 
-    Other pairs, as of F1 and MCC, are a document's gold and predicted class, which say something together only.
+    None for other pairs: those of F1 and MCC are a document's gold and predicted class, which have no mean.
     """
     if isinstance(value, bool | int | float):
         return float(value)
@@ -272,16 +271,16 @@ def _number(metric: str, value: Any) -> float | None:
 
 
 def _parsed(path: Path, lines: bool = False) -> list[Any]:
-    """A file of JSON, or of a JSON text a line; nothing but a newline ends a line of it."""
+    """The values of a JSON file, or of a file with one JSON value a line; only a newline ends a line."""
     try:
         with path.open(encoding="utf-8", newline="\n") as file:
             return [json.loads(text) for text in (file if lines else [file.read()])]
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON of lm-eval ({error}): run lm_eval again") from error
+        raise ValueError(f"{path} is no JSON of lm-eval ({error}); run lm_eval again.") from error
 
 
 def _pretrained(config: Mapping[str, Any]) -> str | None:
-    """What lm-eval's ``model_args`` say was loaded."""
+    """The argument ``pretrained`` of lm-eval's ``model_args``."""
     arguments = config.get("model_args")
     if isinstance(arguments, str):
         arguments = dict(word.partition("=")[::2] for word in arguments.split(","))

@@ -1,4 +1,4 @@
-"""What a profile says: which chunks are dominant, how strong they are, and how far profiles agree about them."""
+"""Statistics of profiles: dominant chunks, their agreement or variance, and the overlap between profiles."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ _LISTED = 12
 
 
 def default_n_tip(profile: FasaProfile) -> int:
-    """The dominant chunks that `enable` would use: ``FasaConfig``'s default."""
+    """`FasaConfig`'s default number of dominant chunks for the profile's heads."""
     return FasaConfig().chunks_of(profile.layout.head_dim)
 
 
 def is_dominant(
     profile: FasaProfile, n_tip: int, per: Sharing = "kv_head", criterion: Criterion | None = None
 ) -> Tensor:
-    """`FasaProfile.dominant` as a table: bool [layers, Hkv or Hq, chunks]."""
+    """`FasaProfile.dominant` as a mask: bool [layers, Hkv or Hq, chunks]."""
     kept = profile.dominant(n_tip, per, criterion)
     table = torch.zeros(*kept.shape[:2], profile.agreement.shape[2], dtype=torch.bool)
     return table.scatter_(-1, kept, True)
 
 
 def dominance(profile: FasaProfile, n_tip: int, per: Sharing = "kv_head", criterion: Criterion | None = None) -> Tensor:
-    """Share of all layers' heads in which each chunk is dominant: float32 [chunks], sums to ``n_tip``."""
+    """Share of all layers' heads in which each chunk is dominant: float32 [chunks], of sum ``n_tip``."""
     return is_dominant(profile, n_tip, per, criterion).float().mean((0, 1))
 
 
 def measured(profile: FasaProfile, criterion: Criterion | None = None) -> Tensor:
-    """What a criterion goes by, chunk by chunk: agreement, or variance. float32 [layers, query heads, chunks]."""
+    """The table that a criterion ranks by, agreement or variance: float32 [layers, query heads, chunks]."""
     if profile.criterion(criterion) == "agreement" or profile.variance is None:
         return profile.agreement
     return profile.variance
@@ -54,13 +54,13 @@ def strength(
 
 
 def choosing(profile: FasaProfile, per: Sharing = "kv_head") -> tuple[Criterion, ...]:
-    """The criteria of a profile that choose chunks of their own; weights are given to the same ones."""
-    served = ("agreement", "variance", "explained_variance") if per == "kv_head" else ("agreement", "variance")
-    return tuple(criterion for criterion in profile.criteria if criterion in served)
+    """A profile's criteria that choose different chunks: without ``weighted_variance``, which only weights them."""
+    distinct = ("agreement", "variance", "explained_variance") if per == "kv_head" else ("agreement", "variance")
+    return tuple(criterion for criterion in profile.criteria if criterion in distinct)
 
 
 def criteria_in_common(profile: FasaProfile, n_tip: int, per: Sharing = "kv_head") -> Tensor:
-    """Share of their dominant chunks that the criteria (`choosing`) have in common, the mean over a layer's heads.
+    """Share of dominant chunks that each two criteria (`choosing`) have in common, averaged over a layer's heads.
 
     Returns:
         float32 [N, N, layers], 1 on the diagonal.
@@ -70,10 +70,10 @@ def criteria_in_common(profile: FasaProfile, n_tip: int, per: Sharing = "kv_head
 
 
 def place(profile: FasaProfile, n_tip: int, per: Sharing = "kv_head", criterion: Criterion | None = None) -> Tensor:
-    """Mean place of the dominant chunks by frequency, 0 the fastest of all, 1 the slowest: float32 [layers].
+    """Mean place of the dominant chunks by frequency, from 0 (fastest) to 1 (slowest): float32 [layers].
 
-    Chunks that do not turn are the slowest; where the frequencies are not known, chunks are taken to slow down in
-    their order. Random sets would have 0.5.
+    Unrotated chunks are the slowest. If the frequencies are not known, chunks count as slower in their order. Random
+    sets have 0.5.
     """
     chunks, known = profile.agreement.shape[2], profile.layout.frequencies
     speed = torch.zeros(chunks, dtype=torch.float64)
@@ -85,15 +85,15 @@ def place(profile: FasaProfile, n_tip: int, per: Sharing = "kv_head", criterion:
 def overlap(
     profiles: Sequence[FasaProfile], n_tip: int, per: Sharing = "kv_head", criterion: Criterion | None = None
 ) -> Tensor:
-    """Share of their dominant chunks that profiles have in common, the mean over a layer's heads.
+    """Share of dominant chunks that each two profiles have in common, averaged over a layer's heads.
 
-    Random sets would have ``n_tip / chunks`` in common.
+    Random sets have ``n_tip / chunks`` in common.
 
     Args:
-        profiles: P of them, of one shape.
-        n_tip: Chunks a head keeps.
-        per: As in `FasaProfile.dominant`.
-        criterion: As in `FasaProfile.dominant`; None: the best of each profile.
+        profiles: P profiles of one shape.
+        n_tip: dominant chunks of a head.
+        per: as in `FasaProfile.dominant`.
+        criterion: as in `FasaProfile.dominant`; None is each profile's default.
 
     Returns:
         float32 [P, P, layers], 1 on the diagonal.
@@ -106,12 +106,12 @@ def overlap(
 
 
 def _common(kept: Tensor, n_tip: int) -> Tensor:
-    """Of sets [P, layers, heads, chunks], 1 where a chunk is dominant."""
+    """Common share of each two sets: float32 [P, P, layers], of sets [P, layers, heads, chunks] of 0 and 1."""
     return torch.einsum("plhc,qlhc->pql", kept, kept) / (n_tip * kept.shape[2])
 
 
 def period(profile: FasaProfile, chunk: int) -> str:
-    """The distance in tokens over which a chunk turns once, ``8.4k``; ``∞`` if it never does, ``?`` if not known."""
+    """A chunk's period in tokens, such as ``8.4k``; ``∞`` if it does not rotate, ``?`` if not known."""
     frequencies = profile.layout.frequencies
     if chunk >= profile.layout.n_rotated:
         return "∞"
@@ -130,14 +130,14 @@ def report(
     per: Sharing = "kv_head",
     criterion: Criterion | None = None,
 ) -> str:
-    """All of it as text: every profile on its own with its criteria side by side, then what several have in common.
+    """A report in Markdown: each profile, its criteria side by side, and the overlap of several profiles.
 
     Args:
-        names: Of the profiles, in their order.
-        profiles: One or more; of one shape.
-        n_tip: Chunks a head keeps.
-        per: As in `FasaProfile.dominant`.
-        criterion: As in `FasaProfile.dominant`; None: the best of each profile.
+        names: names of the profiles.
+        profiles: one or more profiles of one shape.
+        n_tip: dominant chunks of a head.
+        per: as in `FasaProfile.dominant`.
+        criterion: as in `FasaProfile.dominant`; None is each profile's default.
 
     Raises:
         ValueError: profiles of different shapes, ``n_tip`` out of range, or a criterion that a profile does not serve.
@@ -155,20 +155,21 @@ def report(
 
 def _described(name: str, profile: FasaProfile, n_tip: int, per: Sharing, criterion: Criterion | None) -> str:
     layers, query_heads, chunks = profile.agreement.shape
-    made, head = profile.provenance, _HEADS[per]
-    versions = ", ".join(f"{package} {version}" for package, version in made.versions.items())
+    origin, head = profile.provenance, _HEADS[per]
+    versions = ", ".join(f"{package} {version}" for package, version in origin.versions.items())
     kept, strengths = profile.dominant(n_tip, per, criterion), strength(profile, n_tip, per, criterion)
     criterion = profile.criterion(criterion)
-    of = "agreement" if criterion == "agreement" else "variance over keys"
+    quantity = "agreement" if criterion == "agreement" else "variance over keys"
     lines = [
-        f"{name}: {made.model_id} ({made.model_type})",
-        f"{layers} layers, {query_heads} query heads, {made.kv_heads} key/value heads, {chunks} chunks, "
-        f"{profile.layout.n_rotated} of which turn",
-        f"agreement on the top {made.top_k} keys, over {made.queries} queries: {len(made.sample_hashes)} samples, "
-        f"at most {made.max_new_tokens} decode steps each",
-        f"made with {versions or 'unknown versions'}; fingerprint {profile.fingerprint[:12]}",
+        f"{name}: {origin.model_id} ({origin.model_type})",
+        f"{layers} layers, {query_heads} query heads, {origin.kv_heads} key/value heads, {chunks} chunks, "
+        f"{profile.layout.n_rotated} of which rotate",
+        f"agreement on the top {origin.top_k} keys, over {origin.queries} queries: {len(origin.sample_hashes)} samples,"
+        f" at most {origin.max_new_tokens} decode steps each",
+        f"calibrated with {versions or 'unknown versions'}; fingerprint {profile.fingerprint[:12]}",
         "",
-        f"The {n_tip} dominant chunks of each {head} by {_words(criterion)}, their mean {of} and that of all {chunks}:",
+        f"The {n_tip} dominant chunks of each {head} by {_words(criterion)}, their mean {quantity} and that of all "
+        f"{chunks}:",
         "",
         f"| layer | {head} | chunks | dominant | all |",
         "|--:|--:|---|--:|--:|",
@@ -197,7 +198,7 @@ def _described(name: str, profile: FasaProfile, n_tip: int, per: Sharing, criter
 
 
 def _criteria(profile: FasaProfile, n_tip: int, per: Sharing) -> str:
-    """What each criterion chooses, layer by layer, beside the others."""
+    """A table of the overlap of criteria and the frequencies of their chunks, layer by layer."""
     criteria = choosing(profile, per)
     common, pairs = criteria_in_common(profile, n_tip, per), list(combinations(range(len(criteria)), 2))
     places = torch.stack([place(profile, n_tip, per, criterion) for criterion in criteria])

@@ -1,4 +1,4 @@
-"""Pictures from saved results: what the heads agree on, and what a budget costs. Needs matplotlib (``plots`` extra)."""
+"""Pictures of profiles (heat maps of chunks) and of scores against budget. Needs matplotlib (extra ``plots``)."""
 
 from __future__ import annotations
 
@@ -26,18 +26,17 @@ _MARKERS = ("o", "s", "^", "D")  # where there are more methods than colours
 def chunk_heatmap(
     profile: FasaProfile, n_tip: int | None = None, per: Sharing = "kv_head", criterion: Criterion | None = None
 ) -> Figure:
-    """What a criterion goes by, chunk by chunk: a row for each query head, a column for each chunk.
+    """A heat map of a criterion's table, with a row for each query head and a column for each chunk.
 
-    It is agreement of the chunk with its head, or its share of the variances of the head's chunks.
-
-    The columns are labelled with the chunk's period, the distance in tokens over which it turns once. Where there are
-    too many heads for a readable picture, a row is a layer, averaged over its heads.
+    The value is the chunk's agreement with its head, or its share of the sum of the head's variances. Columns are
+    labelled with the chunk's period in tokens. If there are too many heads for a readable picture, a row is a layer,
+    averaged over its heads.
 
     Args:
-        profile: The table.
-        n_tip: Mark the dominant chunks of each head with dots; of a layer, those of at least half of its heads.
-        per: Whose dominant chunks, as in `FasaProfile.dominant`.
-        criterion: As in `FasaProfile.dominant`.
+        profile: the profile.
+        n_tip: mark this many dominant chunks of each head with dots (for a layer, those of at least half its heads).
+        per: heads that share dominant chunks, as in `FasaProfile.dominant`.
+        criterion: as in `FasaProfile.dominant`.
     """
     figure = Figure(figsize=(_width(profile), 1.6 + _height(profile)), layout="constrained")
     axes = figure.add_subplot()
@@ -54,14 +53,14 @@ def inspection(
     per: Sharing = "kv_head",
     criterion: Criterion | None = None,
 ) -> Figure:
-    """Heat maps of profiles, the share of heads in which each chunk is dominant, and what profiles have in common.
+    """Heat maps of profiles, the share of heads in which each chunk is dominant, and the overlap of profiles.
 
     Args:
-        names: Of the profiles, in their order.
-        profiles: One or more; of one shape.
-        n_tip: Chunks a head keeps.
-        per: As in `FasaProfile.dominant`.
-        criterion: As in `FasaProfile.dominant`; None: the best of each profile.
+        names: names of the profiles.
+        profiles: one or more profiles of one shape.
+        n_tip: dominant chunks of a head.
+        per: as in `FasaProfile.dominant`.
+        criterion: as in `FasaProfile.dominant`; None is each profile's default.
     """
     height = 1.3 + _height(profiles[0])
     several = len(profiles) > 1
@@ -171,11 +170,11 @@ def _height(profile: FasaProfile) -> float:
 
 
 def score_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Score against budget, a panel for each task, a line for each method, and the dense score across.
+    """Score against budget: a panel for each task, a line for each method, a horizontal line for the dense score.
 
     Args:
-        rows: Each with ``task``, ``metric``, ``method``, ``budget`` (tokens, None for dense attention), ``score`` and
-            ``stderr`` (None where unknown).
+        rows: mappings with ``task``, ``metric``, ``method``, ``budget`` (tokens; None for dense attention), ``score``
+            and ``stderr`` (None if unknown).
     """
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows if row["budget"] is not None))

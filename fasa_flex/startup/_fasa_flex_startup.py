@@ -1,14 +1,14 @@
-"""Makes the command ``lm_eval --model fasa_hf`` find fasa_flex on lm-eval releases that load no plug-ins.
+"""Registers ``fasa_hf`` for the command ``lm_eval`` on lm-eval releases that load no plug-ins.
 
-``fasa_flex_startup.pth`` imports this module when Python starts. All it does is place one finder on
-``sys.meta_path``. When (and if) ``lm_eval.models`` is imported, the finder lets the ordinary finders load it, adds the
-*name* ``fasa_hf`` to lm-eval's registry and is gone. Nothing of fasa_flex, torch or lm-eval is imported before that.
+``fasa_flex_startup.pth`` imports this module when Python starts. The module adds one finder to ``sys.meta_path``. When
+``lm_eval.models`` is imported, the finder lets the other finders load it, adds the *name* ``fasa_hf`` to lm-eval's
+registry and removes itself. Nothing of fasa_flex, torch or lm-eval is imported before that.
 
-lm-eval has no registry of folders of tasks, so the packaged ones stay unknown to it without ``--include_path``; an
-error that ends a process for want of one of them is followed by a line that says so.
+lm-eval has no registry of task folders, so it does not find the packaged tasks without ``--include_path``. If an
+uncaught error names a packaged task, this module prints how to include it.
 
-Set ``FASA_FLEX_NO_STARTUP=1`` to switch it off. It does nothing where lm-eval reads entry points by itself
-(``lm_eval.api.registry.load_plugins`` exists), and goes when such a release is the oldest supported one.
+``FASA_FLEX_NO_STARTUP=1`` switches it off. It does nothing on releases of lm-eval that read entry points
+(``lm_eval.api.registry.load_plugins`` exists); remove it when these are the oldest supported ones.
 """
 
 import os
@@ -26,7 +26,7 @@ def _register():
 
 
 def _lead_to_tasks():
-    """Print, behind an uncaught error of lm-eval that names a packaged task, how it is included."""
+    """After an uncaught error that names a packaged task, print how to include it."""
     former = sys.excepthook
     if getattr(former, "leads_to_tasks", False):
         return
@@ -50,7 +50,7 @@ def _lead_to_tasks():
 
 
 class _AfterImport:
-    """A finder that has ``lm_eval.models`` loaded as always and registers the name once it has run."""
+    """A finder that registers ``fasa_hf`` after the other finders have loaded ``lm_eval.models``."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname == "lm_eval":

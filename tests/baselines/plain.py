@@ -14,6 +14,15 @@ from fasa_flex.core.scoring import Forward, SequenceScorer
 from fasa_flex.core.selection import select, valid_keys
 
 
+def states(
+    rows: int, length: int, heads: int = 4, kv_heads: int = 2, dim: int = 8, seed: int = 0, spread: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Queries of standard deviation ``spread``, and keys."""
+    generator = torch.Generator().manual_seed(seed)
+    query = spread * torch.randn(rows, heads, length, dim, generator=generator)
+    return query, torch.randn(rows, kv_heads, length, dim, generator=generator)
+
+
 def forward_of(
     query: Tensor,
     key: Tensor,

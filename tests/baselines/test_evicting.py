@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -20,12 +21,7 @@ METHODS = {"snapkv": SnapKV, "h2o": H2O, "rkv": RKV}
 RULES: dict[str, Callable[[], Rule]] = {"snapkv": plain.snapkv, "h2o": plain.h2o, "rkv": plain.rkv}
 
 
-def states(
-    rows: int, length: int, heads: int = 4, kv_heads: int = 2, dim: int = 8, seed: int = 0
-) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(seed)
-    query = 2 * torch.randn(rows, heads, length, dim, generator=generator)
-    return query, torch.randn(rows, kv_heads, length, dim, generator=generator)
+states = functools.partial(plain.states, spread=2.0)
 
 
 def one_head(queries: list[float], keys: list[list[float]]) -> tuple[Tensor, Tensor]:
@@ -160,8 +156,8 @@ def test_parts_and_a_static_buffer_equal_one_forward(name: str, cut: int) -> Non
         for ends in ([cut, 40], [16, *range(17, 41)]):
             scorer, start, parts = METHODS[name](), 0, []
             for end in ends:
-                held = key[:, :, :end] if buffer is None else buffer
-                mask = selected(scorer, forward_of(query[:, :, start:end], held, budget, dense, first_slot=start))
+                keys = key[:, :, :end] if buffer is None else buffer
+                mask = selected(scorer, forward_of(query[:, :, start:end], keys, budget, dense, first_slot=start))
                 parts.append(torch.nn.functional.pad(mask[..., :40], (0, max(0, 40 - mask.shape[-1]))))
                 start = end
             assert torch.equal(torch.cat(parts, dim=3)[:, :, :, -22:], whole)
@@ -222,7 +218,7 @@ def test_a_forward_that_does_not_continue_is_refused() -> None:
         for change in changes.values():
             scorer = method()
             scorer.follow(forward_of(query[:, :, :20], key[:, :, :20], Budget(5), 20))
-            with raises_sentence(ValueError, match=r"followed 20 slots, the cache.*without beam search"):
+            with raises_sentence(RuntimeError, match=r"followed 20 slots, but the cache.*without beam search"):
                 scorer.follow(change())
             scorer.follow(forward_of(query[:, :, :20], key[:, :, :20], Budget(5), 9))  # a new sequence may begin
 
@@ -236,7 +232,7 @@ def test_forced_tokens_must_leave_room_for_the_query() -> None:
 def test_compiling_is_refused() -> None:
     query, key = states(1, 20)
     follow = torch.compile(H2O().follow, backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match="remembers what it drops and does not compile"):
+    with pytest.raises(Exception, match="remembers dropped keys and does not compile"):
         follow(forward_of(query, key, Budget(5), 10))
 
 

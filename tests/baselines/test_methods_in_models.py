@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import get_args
 
+import generation
 import pytest
 import torch
 from families import tiny
 from generation import Ids, generate, left_padded, profile_of
-from torch import Tensor
+from generation import token_by_token as decoded
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from fasa_flex import FasaConfig, FasaProfile, RotaryLayout, enable
@@ -37,16 +39,7 @@ def under(model: PreTrainedModel, method: str, **settings: object) -> Fasa:
     return enable(model, None, FasaConfig(**{"n_fac": 9, **settings}), scorer=factory(model, method))
 
 
-@torch.no_grad()
-def decoded(model: PreTrainedModel, row: Tensor, start: int, cut: int = 0) -> Tensor:
-    """Logits [T, V]: ``start`` tokens in a prefill, or in two parts, and the others one by one."""
-    cache = DynamicCache(config=model.config)
-    parts = [row[:cut], row[cut:start], *(token[None] for token in row[start:])]
-    return torch.cat([model(part[None], past_key_values=cache).logits[0] for part in parts if len(part)])
-
-
-def close(got: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(got, expected, atol=2e-5 * float(expected.abs().max()), rtol=1e-5)
+close = functools.partial(generation.close, tolerance=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -107,8 +100,7 @@ def test_a_static_cache_decodes_the_same(llama: PreTrainedModel, ids: Ids, metho
     with under(llama, method), torch.no_grad():
         expected = decoded(llama, row, 25)
         cache = StaticCache(config=llama.config, max_cache_len=64)
-        parts = [row[:25], *(token[None] for token in row[25:])]
-        close(torch.cat([llama(part[None], past_key_values=cache).logits[0] for part in parts]), expected)
+        close(decoded(llama, row, 25, cache), expected)
 
 
 @pytest.mark.parametrize("method", EVICTING)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from baselines.plain import forward_of, selected
+from baselines.plain import forward_of, selected, states
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,12 +19,6 @@ from fasa_flex.core.budget import Budget
 from fasa_flex.core.group_reduce import reduce_group
 from fasa_flex.core.selection import select, valid_keys
 from fasa_flex.core.softmax import Softmax
-
-
-def states(rows: int, length: int, dim: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    query = torch.randn(rows, 4, length, dim, generator=generator)
-    return query, torch.randn(rows, 2, length, dim, generator=generator)
 
 
 def test_quest_written_out() -> None:

@@ -6,20 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bench.settings import CPU, settings
 from transformers import StaticCache
 
 from fasa_flex.bench import caches, op, rivals, step, timing
 from fasa_flex.bench.launches import launches_of
-from fasa_flex.bench.settings import Settings
 from fasa_flex.bench.shapes import SHAPES, random_chunks, random_profile
 
-CPU = torch.device("cpu")
 TINY = SHAPES["tiny"]
-
-
-def settings(**changes: object) -> Settings:
-    fields = {"device": CPU, "dtype": torch.float32, "shapes": ("tiny",), "contexts": (64,), "batches": (1,)}
-    return Settings(**{**fields, **changes})
 
 
 def test_rounds_are_interleaved_and_begin_with_another_rival() -> None:
@@ -132,9 +126,9 @@ def test_as_many_layers_as_fit_beside_what_transformers_repeats(monkeypatch: pyt
     monkeypatch.setattr("fasa_flex.bench.step.free_memory", lambda device: free)
     layers = step.layers_that_fit(shape, 1, 32768, chosen)
     repeated = 2 * 32768 * 32 * 128 * 4
-    held = shape.layer_parameters() * 4 + 2 * 32768 * 8 * 128 * 4
+    each = shape.layer_parameters() * 4 + 2 * 32768 * 8 * 128 * 4
     assert 1 < layers < 32
-    assert shape.head_parameters() * 4 + layers * held + repeated < 0.8 * free
+    assert shape.head_parameters() * 4 + layers * each + repeated < 0.8 * free
     monkeypatch.setattr("fasa_flex.bench.step.free_memory", lambda device: shape.head_parameters() * 4 + repeated)
     assert step.layers_that_fit(shape, 1, 32768, chosen) == 0
 

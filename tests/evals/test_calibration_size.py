@@ -10,8 +10,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-sys.path.append(str(Path(__file__).parents[2]))  # behind the installed package
-
 from evals.quality import calibration_size
 
 

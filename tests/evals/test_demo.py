@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-sys.path.append(str(Path(__file__).parents[2]))  # behind the installed package
 
 from evals.quality import arms, demo, demo_tables, topics
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import inspect
 import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[2]))  # behind the installed package
 
 from evals.marked import block
 from evals.quality import calibration_size, options

@@ -226,7 +226,8 @@ def test_intervals_are_those_of_students_t() -> None:
 def test_an_arm_of_other_options_is_not_taken_for_the_same(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     arms = arms_of(["vattention 64"])
+    assert arms["dense"].config is None
     path.write_text(json.dumps(real_results.opened(path, {}, arms)))
+    assert real_results.opened(path, {}, arms)["arms"].keys() == {"dense", "vattention 64"}
     with pytest.raises(SystemExit, match="other options or defaults"):
         real_results.opened(path, {}, {"vattention 64": arms["vattention 64"]._replace(sample=0.25)})
-    assert isinstance(arms["dense"], Arm)

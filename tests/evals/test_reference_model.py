@@ -86,9 +86,11 @@ def test_every_answer_token_stands_earlier_after_the_same_token(sampler, kind):
 def test_sequences_with_facts_are_text_with_whole_lines_put_in(sampler, tokenizer):
     ids, roles = sampler.batch(np.random.default_rng(2), "facts", 1, 512)
     lines = tokenizer.decode(ids[0]).split("\n")
-    told = [line for line in lines if lines.count(line) == 2 and line.endswith('"') and line[:2] in SYLLABLES]
-    assert told
-    assert len([r for r in roles[0] if r == NOISE]) > 0
+    facts = [line for line in lines if lines.count(line) == 2 and line.endswith('"') and line[:2] in SYLLABLES]
+    assert facts
+    assert (roles[0] == NOISE).any()
+    text = "\n".join(line for line in lines if line not in facts)
+    assert text.removeprefix(tokenizer.bos_token) in heldout_text()[:100_000]
 
 
 def test_facts_are_tokens_of_the_fact_language(sampler, tokenizer):

@@ -64,7 +64,7 @@ def test_rows_are_refused_where_they_would_mislead() -> None:
     with pytest.raises(ValueError, match="no sparse query in ruler_vt"):
         ruler.rows_of(run_of(SCORES, sparse=0), "ruler_vt", "fasa 256", ASKED)
     moved = {"1024": SCORES["1024"], "2048": {"499": 0.0, "500": 0.4}}
-    with pytest.raises(ValueError, match="at 2048 tokens where 2 documents"):
+    with pytest.raises(ValueError, match="at 2048 tokens, but 2 were requested"):
         ruler.rows_of(run_of(moved), "ruler_vt", "fasa 256", ASKED)
     with pytest.raises(ValueError, match="1 scores at 2048"):
         ruler.rows_of(run_of({**SCORES, "2048": {"500": 0.0}}), "ruler_vt", "fasa 256", ASKED)

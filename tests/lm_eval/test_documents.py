@@ -32,7 +32,7 @@ def test_the_answer_stands_once_in_the_text_behind_its_key(given: dict[str, obje
         text, question = doc["prompt"].rsplit("\n", 1)
         assert text.count(f'{question}{doc["value"]}"') == 1
         assert doc["value"] not in text.replace(f'{question}{doc["value"]}"', "")
-        assert 0 <= doc["depth"] <= 1
+        assert doc["depth"] == text.index(f'{question}{doc["value"]}"') / len(text)
 
 
 def test_recall_asks_several_questions_of_one_text(given: dict[str, object]) -> None:
@@ -83,7 +83,7 @@ def test_results_name_their_length_only_where_there_are_several() -> None:
     [
         ({"max_seq_lengths": [0]}, "max_seq_lengths must be whole numbers of tokens above 64"),
         ({"max_seq_lengths": "2k"}, "max_seq_lengths must be whole numbers"),
-        ({"pretrained": None}, "none was named"),
+        ({"pretrained": None}, "no tokenizer was named; pass"),
         ({"num_docs": 0}, "num_docs must be a whole number above 0, got 0"),
         ({"n_facts": "8"}, "n_facts must be a whole number above 0, got '8'"),
     ],

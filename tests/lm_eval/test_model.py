@@ -12,11 +12,13 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from generation import log_likelihood
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from sentences import raises_sentence
 from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 
 from fasa_flex.baselines import Method
@@ -42,19 +44,8 @@ def pairs(count: int = 6) -> list[tuple[list[int], list[int]]]:
     ]
 
 
-@torch.no_grad()
 def decode(lm: HFLM, context: list[int], continuation: list[int], prompt: int) -> float:
-    """Log-likelihood by prefilling `prompt` tokens and feeding the rest one by one through the cache."""
-    tokens, start = context + continuation, len(context)
-    held = cache_argument(lm.model, DynamicCache(config=lm.model.config))
-    out = lm.model(torch.tensor([tokens[:prompt]]), **held)
-    total = 0.0
-    for slot in range(prompt, len(tokens)):
-        if slot >= start:
-            total += out.logits[0, -1].log_softmax(-1)[tokens[slot]].item()
-        if slot < len(tokens) - 1:
-            out = lm.model(torch.tensor([[tokens[slot]]]), **held)
-    return total
+    return log_likelihood(lm.model, context, continuation, prompt)
 
 
 @pytest.fixture
@@ -231,7 +222,7 @@ def test_an_answer_file_belongs_to_one_budget(sparse: Load, requests: Requests, 
     first = CachingLM(sparse(), path).loglikelihood(asked)
     lm = sparse()
     assert CachingLM(lm, path).loglikelihood(asked) == first
-    assert lm.get_model_info()["fasa"]["warnings"][0].startswith("no request was answered here")
+    assert lm.get_model_info()["fasa"]["warnings"][0].startswith("every answer came from --use_cache")
     with pytest.raises(ValueError, match="give --use_cache a path of its own"):
         CachingLM(sparse(n_fac=17), path)
     for other in ({"max_length": 128}, {"dtype": "bfloat16"}, {"softmax_dtype": "float64"}):
@@ -253,15 +244,15 @@ def test_hf_never_reads_sparse_answers_nor_the_other_way_round(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"tp_plan": "auto"}, "tp_plan='auto' shards the heads over processes"),
+        ({"tp_plan": "auto"}, "tp_plan='auto' shards heads over processes"),
         ({"batch_size": "auto"}, "batch_size=auto probes memory with dense attention only"),
         ({"nfac": 16}, "knows no argument 'nfac'; did you mean 'n_fac'"),
         ({"budget": 16}, "knows no argument 'budget'; did you mean 'n_fac'"),
         ({"packed_dtype": "int3"}, "packed_dtype must be one of 'bfloat16'"),
         ({"profile": 1.5}, "profile=1.5 is no profile"),
-        ({"calibration_source": "/nope"}, "calibration_source=/nope is not heard where nothing is calibrated"),
+        ({"calibration_source": "/nope"}, "calibration_source=/nope has no effect where nothing is calibrated"),
         ({"method": "random_chunks", "n_tip": 64}, r"n_tip must lie in 1\.\.8, the chunks of a head, got 64"),
-        ({"method": "pyramidkv"}, "method='pyramidkv' is not one of fasa, streaming_llm"),
+        ({"method": "pyramidkv"}, "method='pyramidkv' is not known; write one of fasa, streaming_llm"),
         ({"on_truncation": "ignore"}, "on_truncation='ignore' is not an option"),
         ({"n_fac": 0}, "n_fac must be an integer of at least 1, got 0"),
         ({"n_fac": 1.5}, "n_fac as a share must lie in"),
@@ -271,7 +262,7 @@ def test_hf_never_reads_sparse_answers_nor_the_other_way_round(
     ],
 )
 def test_bad_arguments_are_one_sentence(sparse: Load, arguments: dict[str, object], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
+    with raises_sentence(ValueError, match=sentence):
         sparse(**arguments)
 
 
@@ -294,9 +285,9 @@ def test_a_model_that_was_passed_is_dense_again_once_the_evaluation_is_over(chec
 
     def decoded() -> torch.Tensor:
         with torch.no_grad():
-            held = cache_argument(model, DynamicCache(config=model.config))
-            model(ids, **held)
-            return model(ids[:, :1], **held).logits
+            state = cache_argument(model, DynamicCache(config=model.config))
+            model(ids, **state)
+            return model(ids[:, :1], **state).logits
 
     before = decoded()
     simple_evaluate(
@@ -330,8 +321,11 @@ def test_a_sparse_prefill_is_sparse_in_log_likelihoods_too(sparse: Load) -> None
     scored = lm._loglikelihood_tokens([(("", str(i)), *pair) for i, pair in enumerate(pairs())], disable_tqdm=True)
     stepped = [decode(lm, context, continuation, prompt=1) for context, continuation in pairs()]
     assert [total for total, _ in scored] == pytest.approx(stepped, abs=1e-3)
-    assert lm._model_generate(torch.tensor([pairs()[1][0]]), 250, [""]).shape[1] <= 250
     assert lm.get_model_info()["fasa"]["prefill"] == "sparse"
+    lm.fasa.stats.reset()
+    written = lm._model_generate(torch.tensor([pairs()[1][0]]), 250, [""])
+    queries = written.shape[1] - 1  # of the prompt and of all new tokens but the last
+    assert lm.fasa.stats.sparse_queries == SPARSE_LAYERS * (queries - 16)  # the first 16 attend to all their keys
 
 
 def test_an_adapter_of_peft_is_evaluated_and_sparse(sparse: Load, checkpoint: Path, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_an_unknown_source_is_one_sentence(sparse: Load, tmp_path: Path, source:
 def test_a_short_source_is_refused(sparse: Load, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("def f(x)")
-    with pytest.raises(ValueError, match="calibration needs at least 64: pass a longer text"):
+    with raises_sentence(ValueError, match="calibration needs at least 64; pass a longer text"):
         sparse(profile="auto", profile_cache=str(tmp_path), calibration_source=str(short))
 
 
@@ -195,5 +195,5 @@ def test_a_profile_that_is_not_there_is_named(sparse: Load, tmp_path: Path) -> N
     for missing in (str(tmp_path / "nowhere"), "nowhere/at-all"):
         with raises_sentence(ValueError, match=f"^{missing} is no folder, and the Hub gives no such profile"):
             sparse(profile=missing)
-    with pytest.raises(ValueError, match="not that of method=oracle"):
+    with pytest.raises(ValueError, match="serves method=fasa alone, got method=oracle"):
         sparse(profile="prompt", method="oracle")

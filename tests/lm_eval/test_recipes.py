@@ -195,12 +195,11 @@ def test_wikitext_windows_do_not_overlap_and_score_the_last_tokens(
     assert len(docs) > 5
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     text = "".join(doc["prompt"] + doc["target"] for doc in docs)
-    assert "\n\n".join(["= Title = \n"[:9]]) in text
+    assert text.count("= Title =") > 5
     for doc in docs:
         assert abs(len(tokenizer(doc["target"]).input_ids) - 40) <= 3
         assert abs(len(tokenizer(doc["prompt"]).input_ids) - 300) <= 3
-    for scored in (task.process_results(docs[0], [(-80.0, False)]),):
-        assert scored == {"token_perplexity": (-80.0, 40), "nll": 2.0}
+    assert task.process_results(docs[0], [(-80.0, False)]) == {"token_perplexity": (-80.0, 40), "nll": 2.0}
 
 
 def test_the_page_documents_every_recipe() -> None:

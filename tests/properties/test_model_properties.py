@@ -7,12 +7,13 @@ to a grid that is coarse for float64 and exact in float32.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
+import generation
 import oracle
 import torch
 from families import LAYERS, VOCABULARY, tiny
 from generation import profile_of
+from generation import token_by_token as decoded
 from hypothesis import given
 from hypothesis import strategies as st
 from properties.calls import cases
@@ -86,14 +87,7 @@ def padded(rows: list[Tensor], left: bool) -> tuple[Tensor, dict[str, Tensor]]:
     return ids, {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
 
-def decoded(model: PreTrainedModel, row: Tensor, start: int, cache: Any) -> Tensor:
-    """Logits [T, V] of one row [T]: the tokens before `start` in one prefill, then one by one."""
-    parts = [row[:start], *(token[None] for token in row[start:])]
-    return torch.cat([model(part[None], past_key_values=cache).logits[0] for part in parts if len(part)])
-
-
-def close(got: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(got, expected, atol=1e-6 * float(expected.abs().max()), rtol=1e-6)
+close = functools.partial(generation.close, tolerance=1e-6)
 
 
 @cases(0.2)

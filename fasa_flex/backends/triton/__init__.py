@@ -1,1 +1,1 @@
-"""The Triton backend: which calls it serves, and its operators over `fasa_flex.backends.triton.kernels`."""
+"""The Triton backend: checks of the calls that it serves, operators, and their kernels."""

@@ -1,4 +1,4 @@
-"""The completion's state on a GPU, brought up to date by one kernel, which waits for nothing on the host."""
+"""Update of the completion's state on a GPU by one kernel, without synchronising with the host."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fasa_flex.backends.triton.decode import head_strides
 from fasa_flex.backends.triton.kernels import cover_rows, on_their_device, overlapping, parts_of, power_of_two
 
 COVER_WARPS, COVER_STAGES, MOST_PRODUCTS = 8, 2, 16384
-"""Of a program, which keeps so many products of a key's and a value's dimensions in registers."""
+"""Warps, pipeline stages, and most products of key and value dimensions that a program keeps in registers."""
 
 
 @on_their_device
@@ -28,15 +28,16 @@ def cover_by_kernel(
     block: int,
     skipped: int,
 ) -> None:
-    """`fasa_flex.core.completion.cover_blocks`, its state contiguous, each row of keys and values too.
+    """`fasa_flex.core.completion.cover_blocks` for contiguous state, and keys and values with contiguous rows.
 
-    A program for each row and key/value head reads what is new, from the device or from host memory that it addresses.
+    One program for each row and key/value head reads the new keys and values, from the device or from mapped host
+    memory.
 
     Args:
-        covered: first of `CompletionState.tensors`, which the others up to ``covariance`` are, too.
-        key: as for `CompletionState.advance`, as are the others up to ``written``.
-        block: valid tokens that are covered at once.
-        skipped: first ones that are left out.
+        covered: the first of `CompletionState.tensors`; the arguments up to ``covariance`` are the others.
+        key: as for `CompletionState.advance`, like the arguments up to ``written``.
+        block: valid tokens that are covered at one time.
+        skipped: number of first tokens that are left out.
     """
     (batch, kv_heads, dim), value_dim, kv_len = key_sum.shape, value_sum.shape[2], number.shape[1]
     value_pad = power_of_two(value_dim, 16)

@@ -1,4 +1,4 @@
-"""A sparse decode step on a GPU as operators over the kernels of `fasa_flex.backends.triton.kernels`."""
+"""Operators of a sparse decode step on a GPU, which launch `fasa_flex.backends.triton.kernels`."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ from fasa_flex.core.compiler import operator
 
 SELECT_WARPS, MOST_COUNTED = 8, 2048
 ATTEND_BLOCK, ATTEND_WARPS = 128, 4
-FOCUS_WARPS, MOST_FOCUSED = 4, 4096  # at once while there are no more tiles: a longer search wants more warps
+FOCUS_WARPS, MOST_FOCUSED = 4, 4096  # more tiles: two kernels, since a longer search needs more warps
 FIND_WARPS, FETCH_BLOCK, FETCH_WARPS, FETCH_PROGRAMS = 8, 16, 4, 64
-"""Keys and warps of a program, the fastest of those tried on an H100; more tiles than counted are guessed at too.
+"""Keys and warps of a program: the fastest of those measured on an H100.
 
-More programs than 64 fetch scattered rows of the host more slowly.
+Above MOST_COUNTED tiles the search also guesses thresholds (``GUESS``). More than 64 programs fetch scattered host
+rows more slowly.
 """
 
 
-def _room_of_slots(query: Tensor, *tip: Any) -> tuple[Tensor, Tensor]:
-    asked = Tip(*tip)
-    slots = _integers(query, query.shape[0] * asked.dims.shape[0], min(asked.n_fac, asked.kv_len))
-    return slots, share_of(query, asked.dims, asked.completes)
+def _empty_slots(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    tip = Tip(*arguments)
+    slots = _integers(query, query.shape[0] * tip.dims.shape[0], min(tip.n_fac, tip.kv_len))
+    return slots, share_of(query, tip.dims, tip.completes)
 
 
-@operator("select_slots", _room_of_slots)
+@operator("select_slots", _empty_slots)
 @on_their_device
 def select_slots(
     query: Tensor,
@@ -57,11 +58,11 @@ def select_slots(
     """TIP and the selection for one query a row.
 
     Args:
-        query: float [B, Hq, 1, D], contiguous; the others as `fasa_flex.backends.triton.tip.Tip` has them.
+        query: float [B, Hq, 1, D], contiguous; the other arguments are the fields of `Tip`.
 
     Returns:
-        int32 [B * Hkv, min(n_fac, T)], ascending, -1 where no valid key is left; and the selected keys' share of the
-        mass of all valid keys, float32 [B, Hkv, G, 1], of no number where it is not asked for.
+        slots, int32 [B * Hkv, min(n_fac, T)], ascending, -1 if there are fewer valid keys; and the selected keys' share
+        of the mass of all valid keys, float32 [B, Hkv, G, 1], or empty without ``completes``.
     """
     tip = Tip(dims, weights, packed, scales, shift, codes, n_fac, how, scaling, softcap, completes)
     ranking = ranked(query, tip)
@@ -71,11 +72,11 @@ def select_slots(
     return search.slots, kept_share(query, ranking, search.slots, tip)
 
 
-def _room_of_result(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _empty_result(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return result_of(query, value), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
-@operator("attend_slots", _room_of_result)
+@operator("attend_slots", _empty_result)
 @on_their_device
 def attend_slots(
     query: Tensor, key: Tensor, value: Tensor, slots: Tensor, scaling: float, softcap: float | None
@@ -84,15 +85,15 @@ def attend_slots(
 
     Args:
         query: float [B, Hq, 1, D], contiguous.
-        key: float [B, Hkv, T, D], each row contiguous; on the device, or pinned host memory (FASA-M), of which the
-            kernel reads the selected rows.
-        value: likewise, [B, Hkv, T, Dv].
+        key: float [B, Hkv, T, D], rows contiguous; on the device or in pinned host memory (FASA-M), where the kernel
+            reads only the selected rows.
+        value: float [B, Hkv, T, Dv], likewise.
         slots: int32 [B * Hkv, K], rows of ``key`` and ``value``; -1 for none.
-        scaling: of the softmax.
-        softcap: of the logits, or None.
+        scaling: factor of the logits.
+        softcap: soft cap of the scaled logits, or None.
 
     Returns:
-        [B, Hq, 1, Dv], zeros for a row without a slot; and the log-sum-exp of the logits, float32 [B, Hq, 1].
+        [B, Hq, 1, Dv], zeros for a head without a slot; and the log-sum-exp of the logits, float32 [B, Hq, 1].
     """
     rows, wanted = slots.shape
     result, attention = _attention(query, key, value, wanted, scaling, softcap)
@@ -101,7 +102,7 @@ def attend_slots(
     return result
 
 
-@operator("sparse_decode", lambda *all: (*_room_of_result(*all), share_of(all[0], all[3], all[-1])))
+@operator("sparse_decode", lambda *all: (*_empty_result(*all), share_of(all[0], all[3], all[-1])))
 @on_their_device
 def sparse_decode(
     query: Tensor,
@@ -119,10 +120,10 @@ def sparse_decode(
     softcap: float | None,
     completes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """TIP, the selection and FAC for one query a row: `select_slots` and `attend_slots`, arguments likewise.
+    """TIP, the selection and FAC for one query a row: `select_slots`, then `attend_slots`, with their arguments.
 
     Returns:
-        what `attend_slots` returns, and the share of `select_slots`.
+        the two results of `attend_slots`, and the share of `select_slots`.
     """
     tip = Tip(dims, weights, packed, scales, shift, codes, n_fac, how, scaling, softcap, completes)
     if parts_of(tip.kv_len, TILE.value) > MOST_FOCUSED:
@@ -152,21 +153,21 @@ def hold_slots(
     held_values: Tensor,
     length: Tensor | None,
 ) -> Tensor:
-    """Make the device hold the rows at ``slots``, fetching those that it does not hold yet (FASA-M).
+    """Copy the rows at ``slots`` from host memory, unless they are on the device from the last step (FASA-M).
 
     Args:
-        key: float [B, Hkv, T, D], each row contiguous; host memory that the device can read.
-        value: likewise, [B, Hkv, T, Dv].
+        key: float [B, Hkv, T, D], rows contiguous, in host memory that the device can read.
+        value: float [B, Hkv, T, Dv], likewise.
         slots: int32 [B * Hkv, K], ascending, -1 for none.
-        held: int32 [B, Hkv, K], the slots held, ascending, -1 for none; afterwards ``slots``.
-        held_at: int32 [B, Hkv, K], at which rows they are held: every number below K once.
-        held_keys: float [B, Hkv, K, D], the rows.
-        held_values: likewise, [B, Hkv, K, Dv].
-        length: int64 scalar, the tokens in the cache where it may have been rewound unnoticed; rows from the last one
-            on are fetched again.
+        held: int32 [B, Hkv, K], slots of the rows on the device, ascending, -1 for none; set to ``slots``.
+        held_at: int32 [B, Hkv, K], the places of these rows in ``held_keys``, a permutation of 0 .. K - 1; updated.
+        held_keys: float [B, Hkv, K, D], keys on the device; updated.
+        held_values: float [B, Hkv, K, Dv], values on the device; updated.
+        length: int64 scalar, tokens in the cache, if it may have been rewound without notice: rows from the last token
+            on are fetched again. None otherwise.
 
     Returns:
-        int32 [B * Hkv, K], where the rows at ``slots`` are among the held ones; -1 for none.
+        int32 [B * Hkv, K], the places of the rows at ``slots``; -1 for none.
     """
     (rows, wanted), kv_heads = slots.shape, key.shape[1]
     dim, value_dim = key.shape[-1], value.shape[-1]
@@ -186,7 +187,7 @@ def hold_slots(
 
 
 class _Search(NamedTuple):
-    """What `select_keys` is handed."""
+    """Arguments of the kernel `select_keys`."""
 
     order: Tensor
     maxima: Tensor
@@ -215,10 +216,10 @@ def _search(ranking: Ranking, kv_len: int, n_fac: int) -> _Search:
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, wanted: int, scaling: float, softcap: float | None
 ) -> tuple[tuple[Tensor, Tensor], tuple[Any, ...]]:
-    """Room for what `attend_slots` returns, and what `attend_rows` is handed for it, but the slots."""
+    """Empty results of `attend_slots`, and the arguments of the kernel `attend_rows` after the slots."""
     kv_heads, dim, value_dim = key.shape[1], key.shape[3], value.shape[3]
     group = query.shape[1] // kv_heads
-    result = _room_of_result(query, key, value)
+    result = _empty_result(query, key, value)
     block = min(ATTEND_BLOCK if key.element_size() == 2 else 32, power_of_two(wanted, 16))
     return result, (
         query, key, value, *result, *head_strides(key, value), scaling, softcap or 1.0,
@@ -228,12 +229,12 @@ def _attention(
 
 
 def result_of(query: Tensor, value: Tensor) -> Tensor:
-    """Room for a result [B, Hq, 1, Dv]."""
+    """An empty result [B, Hq, 1, Dv]."""
     return query.new_empty(*query.shape[:3], value.shape[-1])
 
 
 def head_strides(key: Tensor, value: Tensor) -> tuple[int, int, int, int]:
-    """How far apart rows of the batch and heads are, in keys and in values."""
+    """Strides of batch and head in keys, then in values."""
     return key.stride(0), key.stride(1), value.stride(0), value.stride(1)
 
 

@@ -1,4 +1,4 @@
-"""A dense decode step on a GPU as an operator over the kernels of `fasa_flex.backends.triton.kernels`."""
+"""The operator of a dense decode step on a GPU, which launches `fasa_flex.backends.triton.kernels`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fasa_flex.backends.triton.kernels import (
 from fasa_flex.core.compiler import operator
 
 PROGRAMS, MOST_PARTS, MERGE_WARPS = 256, 128, 8
-"""Of a dense layer's attention: two programs for each multiprocessor, whose parts of a row are merged at once."""
+"""Programs of a dense layer's attention (two a multiprocessor), most parts of a row, and warps of the merge."""
 
 
 @operator("dense_decode", lambda query, key, value, *_: result_of(query, value))
@@ -35,12 +35,12 @@ def dense_decode(
 
     Args:
         query: float [B, Hq, 1, D], contiguous.
-        key: float [B, Hkv, T, D], each row contiguous.
-        value: likewise, [B, Hkv, T, Dv].
+        key: float [B, Hkv, T, D], rows contiguous.
+        value: float [B, Hkv, T, Dv], rows contiguous.
         codes: uint8 [B or 1, T], rows contiguous: 0 for an invalid key.
-        scaling: of the softmax.
-        softcap: of the logits, or None.
-        sinks: float [Hq], or None.
+        scaling: factor of the logits.
+        softcap: soft cap of the scaled logits, or None.
+        sinks: learned sinks, float [Hq], or None.
 
     Returns:
         [B, Hq, 1, Dv]; zeros for a row without a valid key.

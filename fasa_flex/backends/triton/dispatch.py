@@ -1,4 +1,4 @@
-"""One decode step by `fasa_flex.backends.triton.kernels`: whether they can serve it, and what they are handed."""
+"""A decode step by the Triton kernels: the checks of what they serve, and the conversion of a call's arguments."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from fasa_flex.core.packed_keys import PackedKeys
 from fasa_flex.core.scoring import DominantChunks
 from fasa_flex.core.selection import Marks
 from fasa_flex.core.softmax import Softmax
+from fasa_flex.errors import NotSupportedError
 
 MOST_SELECTED = 1024
-"""The largest budget of the kernels: as many tiles of 16 keys are searched in registers."""
+"""Largest budget that the kernels serve: they search as many tiles of 16 keys in registers."""
 
 MOST_KEYS = 65535 * 16
-"""The longest cache of the kernels: its tiles are counted in 16 bits."""
+"""Longest cache that the kernels serve: they count its tiles in 16 bits."""
 
 
 def why_no_kernels(call: Call) -> str | None:
-    """Why `fasa_flex.backends.triton.kernels` cannot serve a call, or None if they can."""
+    """The reason why the kernels cannot serve a call; None if they can."""
     query, packed, n_fac = call.query, call.packed_keys, call.budget.n_fac
     if not query.is_cuda:
         return f"it needs a CUDA device, the query is on {query.device.type}"
@@ -49,16 +50,16 @@ def check_kernels(
     """Refuse a layer that `why_no_kernels` would refuse at every decoded token.
 
     Args:
-        device: where the layer computes.
+        device: the layer's device.
         layer: its number.
         scorer: its scorer.
         budget: its budget.
-        config: of `enable`.
-        packs: whether caches hold packed keys.
+        config: the config given to `enable`.
+        packs: whether caches store packed keys.
         group: query heads of a key/value head.
 
     Raises:
-        ValueError: with the reason.
+        NotImplementedError: with the reason.
     """
     reason = None
     if device.type != "cuda":
@@ -72,11 +73,11 @@ def check_kernels(
     elif config.group_reduce == "none" and group > 1:
         reason = "a group's query heads must select together"
     if reason is not None:
-        raise ValueError(f"backend='triton' cannot serve layer {layer}: {reason}; use backend='auto'.")
+        raise NotSupportedError(f"backend='triton' cannot serve layer {layer}: {reason}; use backend='auto'.")
 
 
 def why_not_these(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """Why no kernel of ours can read these tensors, or None."""
+    """The reason why the kernels cannot read these tensors; None if they can."""
     if key.stride(3) != 1 or value.stride(3) != 1:
         return "each row of keys and values must be contiguous"
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
@@ -95,17 +96,16 @@ cover_on["cuda"] = _cover
 
 
 def writes_at_once(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, packed: PackedKeys, dims: Tensor) -> bool:
-    """Whether `fasa_flex.backends.triton.writing` can write a decoded token's ``key`` and ``value`` into a layer's
-    buffers.
+    """Whether `fasa_flex.backends.triton.writing` can write a decoded token's ``key`` and ``value`` into the buffers.
 
-    What it cannot write, PyTorch's operators write or refuse. A compiler fuses these by itself.
+    Otherwise PyTorch's operators write them; under torch.compile these are fused anyway.
     """
     if torch.compiler.is_compiling() or not key.is_cuda or key.shape[2] != 1:
         return False
     fit = all(
         (*new.shape[:2], new.shape[3], new.dtype, new.device, 1)
-        == (*held.shape[:2], held.shape[3], held.dtype, held.device, held.stride(3))
-        for new, held in ((key, keys), (value, values))
+        == (*buffer.shape[:2], buffer.shape[3], buffer.dtype, buffer.device, buffer.stride(3))
+        for new, buffer in ((key, keys), (value, values))
     )
     here = packed.tiles.device == dims.device == key.device
     rows = packed.tiles.shape[2] == keys.shape[2] and packed.tiles.is_contiguous()
@@ -113,8 +113,8 @@ def writes_at_once(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, pac
 
 
 def decode_by_kernels(call: Call) -> Tensor:
-    """A call of one query a row, [B, Hq, 1, Dv], where `why_no_kernels` finds no reason against it."""
-    from fasa_flex.backends.triton.decode import (  # Triton is there with CUDA only
+    """Run a call of one query a row that `why_no_kernels` accepts; returns [B, Hq, 1, Dv]."""
+    from fasa_flex.backends.triton.decode import (  # Triton is installed with CUDA only
         attend_slots,
         hold_slots,
         select_slots,
@@ -152,9 +152,9 @@ def decode_by_kernels(call: Call) -> Tensor:
 def _shift(
     query: Tensor, key: Tensor, scorer: DominantChunks, group_reduce: GroupReduce, softmax: Softmax
 ) -> Tensor | None:
-    """`DominantChunks.shift`, float32 [B * Hq], where scores are capped or compared between query heads; else None.
+    """`DominantChunks.shift`, float32 [B * Hq], if scores are capped or compared between query heads; else None.
 
-    Elsewhere it cancels: it is the same for all keys of a query head.
+    Otherwise it cancels, since it is the same for all keys of a query head.
     """
     compares = group_reduce in ("max", "mean") and query.shape[1] != key.shape[1]
     shift = scorer.shift(query) if compares or softmax.softcap is not None else None
@@ -162,9 +162,7 @@ def _shift(
 
 
 def codes_of(valid: Tensor, marks: Marks | None = None) -> Tensor:
-    """What the kernels read of bool ``valid`` and its marks: uint8, bits as `fasa_flex.backends.triton.kernels.scoring`
-    has them.
-    """
+    """Codes of keys from bool ``valid`` and its marks: uint8, with the kernels' bits VALID, FORCED and SAMPLED."""
     codes = _bits(valid)
     if marks is None:
         return codes
@@ -179,5 +177,5 @@ def codes_of(valid: Tensor, marks: Marks | None = None) -> Tensor:
 
 
 def _bits(marked: Tensor) -> Tensor:
-    # eagerly a conversion would be a launch; in a graph it costs nothing, and torch 2.11's Inductor knows no such view
+    # eager: reinterpret bool as uint8 without a kernel; compiled: the cast is fused (torch 2.11 has no such view)
     return marked.to(torch.uint8) if torch.compiler.is_compiling() else marked.view(torch.uint8)

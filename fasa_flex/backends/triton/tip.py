@@ -1,4 +1,4 @@
-"""TIP on a GPU: the launches that rank all keys of a decode step, and tell the share of the selected ones."""
+"""TIP on a GPU: launches of the kernels that rank all keys of a decode step, and of the selected keys' share."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from fasa_flex.backends.triton.kernels import (
     share_kept,
 )
 
-SCORE_BLOCK, KEPT_BLOCK, SCORE_WARPS = 128, 256, 4  # kept: where every block adds to a softmax over all
+SCORE_BLOCK, KEPT_BLOCK, SCORE_WARPS = 128, 256, 4  # KEPT_BLOCK if logits are kept for a softmax over all keys
 MIX_BLOCK, MIX_WARPS = 1024, 8
 SHARE_BLOCK, SHARE_WARPS = 128, 4
-"""Keys and warps of a program, the fastest of those tried on an H100."""
+"""Keys and warps of a program: the fastest of those measured on an H100."""
 
 
 class Tip(NamedTuple):
-    """How keys are ranked: what `fasa_flex.backends.triton.decode.select_slots` is handed beside the query.
+    """The arguments of `fasa_flex.backends.triton.decode.select_slots` after the query: how keys are ranked.
 
     Attributes:
-        dims: int64 [Hkv, 2 * n_tip], contiguous, the dominant dimensions.
-        weights: float32 [Hkv, 2 * n_tip], contiguous, that the query is multiplied by there; None: 1.
-        packed: [B, Hkv, C, P], contiguous, C >= T; P is 2 * n_tip for a float dtype and int8, n_tip for uint8, which
-            holds keys of four bits as `fasa_flex.core.packed_keys` does.
-        scales: float16 [B, Hkv, C] of integer keys.
-        shift: float32 [B * Hq], contiguous, what the scores of a query head are more; None: 0.
-        codes: uint8 [B or 1, T], rows contiguous: 0 for an invalid key, 1 for a valid one, 2 more for one that is
-            forced in, 4 more for one of the sample.
-        n_fac: tokens; K tiles of 16 keys are searched in registers, so a few hundred.
-        how: "softmax", "softmax_exact", "mean" or "max", over the group.
-        scaling: of the softmax.
-        softcap: of its logits, or None.
-        completes: whether the share of the selected keys is asked for.
+        dims: dominant dimensions, int64 [Hkv, 2 * n_tip], contiguous.
+        weights: factors of the query in these, float32 [Hkv, 2 * n_tip], contiguous; None: 1.
+        packed: packed keys [B, Hkv, C, P], contiguous, C >= T; P is 2 * n_tip for float dtypes and int8, n_tip for
+            uint8, two codes of four bits (`fasa_flex.core.packed_keys`).
+        scales: scales of integer keys, float16 [B, Hkv, C]; None for float dtypes.
+        shift: number added to the scores of a query head, float32 [B * Hq], contiguous; None: 0.
+        codes: codes of keys, uint8 [B or 1, T], rows contiguous: 0 for an invalid key; else a sum of 1 for valid, 2 for
+            forced and 4 for sampled.
+        n_fac: tokens to select; as many tiles of 16 keys are searched in registers.
+        how: ranking of a group's heads: "softmax", "softmax_exact", "mean" or "max".
+        scaling: factor of the logits.
+        softcap: soft cap of the scaled logits, or None.
+        completes: whether to compute the selected keys' share of the mass.
     """
 
     dims: Tensor
@@ -56,18 +56,18 @@ class Tip(NamedTuple):
 
     @property
     def kv_len(self) -> int:
-        """T."""
+        """T, the number of keys."""
         return self.codes.shape[1]
 
 
 class Ranking(NamedTuple):
-    """What TIP says of every key; rows are key/value heads of the batch.
+    """TIP's ranking of every key; a row is one key/value head of one batch row.
 
     Attributes:
-        order: int32 [B * Hkv, >= T], in the order of the ranking.
-        maxima: int32, of every tile of keys the largest.
-        logits: float32 [B * Hkv, T, G], where a softmax or a share needs them.
-        masses: float32 [B * Hkv, N, G], the log-sum-exps of the valid keys of N blocks, where a share needs them.
+        order: int32 [B * Hkv, >= T], integers in the order of the ranking.
+        maxima: int32 [B * Hkv, tiles], the largest of each tile of ``order``.
+        logits: float32 [B * Hkv, T, G], if a softmax or a share needs them.
+        masses: float32 [B * Hkv, N, G], log-sum-exps of the valid keys of N blocks, if a sum over all keys is needed.
     """
 
     order: Tensor
@@ -77,7 +77,7 @@ class Ranking(NamedTuple):
 
 
 def ranked(query: Tensor, tip: Tip) -> Ranking:
-    """TIP for a query [B, Hq, 1, D], contiguous."""
+    """Rank all keys for a query [B, Hq, 1, D], contiguous."""
     batch, query_heads, _, dim = query.shape
     (kv_heads, width), kv_len = tip.dims.shape, tip.kv_len
     group, rows, codes, packed = query_heads // kv_heads, batch * kv_heads, tip.codes, tip.packed
@@ -86,16 +86,16 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
     sums, samples = tip.completes or how == "softmax_exact", how == "softmax"
     kept, part = mixed or sums, packed.shape[3]
     block = KEPT_BLOCK if kept else SCORE_BLOCK
-    whole = MIX_BLOCK if mixed else 16 * TILE.value  # keys: of sixteens of tiles, which threads read in fours
+    whole = MIX_BLOCK if mixed else 16 * TILE.value  # 16 tiles, so that threads can read four maxima at a time
     covered = parts_of(kv_len, whole) * whole
     blocks = covered // block
 
-    def room(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(rows, *shape, dtype=of, device=query.device)
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(rows, *shape, dtype=dtype, device=query.device)
 
-    order, maxima = room(covered, of=torch.int32), room(covered // TILE.value, of=torch.int32)
-    logits = room(kv_len if kept else 0, group)
-    masses, sample = room(blocks if sums else 0, group), room(blocks if samples else 0, group)
+    order, maxima = empty(covered, dtype=torch.int32), empty(covered // TILE.value, dtype=torch.int32)
+    logits = empty(kv_len if kept else 0, group)
+    masses, sample = empty(blocks if sums else 0, group), empty(blocks if samples else 0, group)
     code_stride = 0 if codes.shape[0] == 1 else codes.stride(0)
     overlap, launch = overlapping(query.device)
     score_keys[(blocks, rows)](
@@ -115,11 +115,11 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
 
 
 def kept_share(query: Tensor, ranking: Ranking, slots: Tensor, tip: Tip) -> Tensor:
-    """The share of the mass of all valid keys that those at ``slots`` hold: float32 [B, Hkv, G, 1], or as `no_share`.
+    """Share of the keys at ``slots`` in the mass of all valid keys: float32 [B, Hkv, G, 1], or empty (`share_of`).
 
     Args:
         query: as for `ranked`.
-        ranking: its result.
+        ranking: result of `ranked`.
         slots: int32 [B * Hkv, K], -1 for none.
         tip: as for `ranked`.
     """
@@ -136,11 +136,11 @@ def kept_share(query: Tensor, ranking: Ranking, slots: Tensor, tip: Tip) -> Tens
 
 
 def share_of(query: Tensor, dims: Tensor, completes: bool) -> Tensor:
-    """Room for a share, float32 [B, Hkv, G, 1]; of no number where nothing is completed."""
+    """An uninitialised share, float32 [B, Hkv, G, 1]; of no elements without completion."""
     heads = (query.shape[0], dims.shape[0], query.shape[1] // dims.shape[0], 1)
     return query.new_empty(heads if completes else (0,), dtype=torch.float32)
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """What a kernel is handed for a tensor that it does not read."""
+    """``tensor``, or ``other`` in its place for an argument that the kernel does not read."""
     return other if tensor is None else tensor

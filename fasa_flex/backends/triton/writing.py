@@ -1,4 +1,4 @@
-"""A decoded token into a cache on a GPU by one kernel, where PyTorch's operators launch six."""
+"""Writes a decoded token into a cache on a GPU by one kernel; PyTorch's operators need six."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ def write_token(
     mean_key: Tensor | None,
     length: Tensor | int,
 ) -> None:
-    """Write a token's states behind those held, where `fasa_flex.backends.triton.dispatch.writes_at_once`; the length
-    stays.
+    """Append a token's key, value and packed key to a cache; ``length`` is not changed.
 
-    A CUDA graph may replay it beyond the end of a static cache: that stops the device with an assertion.
+    For calls that `fasa_flex.backends.triton.dispatch.writes_at_once` accepts. If a CUDA graph is replayed beyond the
+    end of a static cache, a device assertion fails.
 
     Args:
-        key: float [B, Hkv, 1, D], each row contiguous.
-        value: likewise, [B, Hkv, 1, Dv].
-        keys: float [B, Hkv, T, D], the cache's, each row contiguous; on the device, or host memory that it addresses.
-        values: likewise, [B, Hkv, T, Dv].
-        packed: [B, Hkv, T, P], contiguous; P is 2 * n_tip for a float dtype and int8, n_tip for uint8, which holds keys
-            of four bits.
-        scales: float16 [B, Hkv, T], contiguous, of integer keys.
-        dims: int64 [Hkv, 2 * n_tip], contiguous, the dimensions that are packed.
-        mean_key: float32 [Hkv, D], contiguous, what packed keys are less of; None: 0.
-        length: the tokens held, of a static cache an int64 scalar on the device.
+        key: float [B, Hkv, 1, D], rows contiguous.
+        value: float [B, Hkv, 1, Dv], rows contiguous.
+        keys: the cache's, float [B, Hkv, T, D], rows contiguous; on the device or in mapped host memory.
+        values: the cache's, float [B, Hkv, T, Dv], likewise.
+        packed: the cache's packed keys [B, Hkv, T, P], contiguous; P is 2 * n_tip for float dtypes and int8, n_tip for
+            uint8, two codes of four bits.
+        scales: scales of integer keys, float16 [B, Hkv, T], contiguous; None for float dtypes.
+        dims: packed dimensions, int64 [Hkv, 2 * n_tip], contiguous.
+        mean_key: mean key, subtracted before packing, float32 [Hkv, D], contiguous; None: 0.
+        length: number of tokens in the cache; for a static cache an int64 scalar on the device.
     """
     batch, kv_heads, capacity, dim = keys.shape
     value_dim, part = values.shape[3], packed.shape[3]

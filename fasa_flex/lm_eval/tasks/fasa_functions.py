@@ -1,4 +1,4 @@
-"""The functions that the YAML files beside this one name: every lm-eval since 0.4.10 finds them by file."""
+"""The functions that the YAML files of this folder name; lm-eval (since 0.4.10) finds them by file."""
 
 from fasa_flex.lm_eval.documents import (
     needle,

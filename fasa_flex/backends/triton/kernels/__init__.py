@@ -1,8 +1,8 @@
-"""The Triton kernels of a decode step on a GPU: the cache and its state, TIP, ranking, selection, FAC; a dense layer's.
+"""Triton kernels of a decode step: cache writes, completion state, TIP, selection, FAC, and a dense layer's attention.
 
 Inductor's kernels for the same step take 2.7 to 6.6 times as long on an H100 (evals/results/bench_op_cuda.json).
-Nothing here waits for the host or allocates more than scores, and everything can be captured in a CUDA graph.
-`fasa_flex.backends.triton.decode` and `fasa_flex.backends.triton.dense` make operators of them.
+The kernels need no synchronisation with the host and can be captured in a CUDA graph; the largest temporaries are
+scores. `fasa_flex.backends.triton.decode` and `fasa_flex.backends.triton.dense` are their operators.
 """
 
 from fasa_flex.backends.triton.kernels.attention import attend_part, attend_rows, focus_rows, merge_parts

@@ -1,4 +1,4 @@
-"""FAC: attention to the selected rows, or the selection and it; and a dense layer's, to all of them."""
+"""Kernels of attention: FAC over selected rows, selection and FAC in one kernel, and dense attention over all rows."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fasa_flex.backends.triton.kernels.selection import select_keys
 
 @triton.jit
 def _attend_block(
-    asked, keys, values, slot, real, best, total, result, scaling, softcap,
+    queries, keys, values, slot, real, best, total, result, scaling, softcap,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Take the keys and values at ``slot`` into a group's running softmax, those that are ``real``."""
+    """Add the ``real`` keys and values at ``slot`` to a group's running softmax (``best``, ``total``, ``result``)."""
     dim, value_dim = tl.arange(0, DIM_PAD), tl.arange(0, VALUE_PAD)
     key = tl.load(keys + slot[:, None] * KEY_STRIDE + dim[None, :], mask=real[:, None] & (dim < DIM)[None, :], other=0)
-    logits = tl.dot(asked, tl.trans(key), input_precision="ieee") * scaling
+    logits = tl.dot(queries, tl.trans(key), input_precision="ieee") * scaling
     if CAPPED:
         logits = capped(logits, softcap)
     logits = tl.where(real[None, :], logits, float("-inf"))
@@ -48,7 +48,7 @@ def _finish(
     out, masses, row, best, total, result,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Write a group's result, 0 where no key was real, and the log-sum-exps of its logits."""
+    """Write a group's result, 0 if no key was real, and the log-sum-exps of its logits."""
     head, value_dim = tl.arange(0, GROUP_PAD), tl.arange(0, VALUE_PAD)
     result /= tl.where(total == 0.0, 1.0, total)[:, None]
     place = out + (row * GROUP + head[:, None]) * VALUE_DIM + value_dim[None, :]
@@ -68,7 +68,7 @@ def attend_rows(
     """FAC for the query heads of one key/value head."""
     begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
-    asked = _queries(query, row, GROUP, GROUP_PAD, DIM, DIM_PAD)
+    queries = _queries(query, row, GROUP, GROUP_PAD, DIM, DIM_PAD)
     best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
     result = tl.zeros([GROUP_PAD, VALUE_PAD], tl.float32)
@@ -78,7 +78,7 @@ def attend_rows(
         number = start + tl.arange(0, BLOCK)
         slot = tl.load(slots + row * wanted + number, mask=number < wanted, other=-1).to(tl.int64)
         best, total, result = _attend_block(
-            asked, keys, values, slot, slot >= 0, best, total, result, scaling, softcap,
+            queries, keys, values, slot, slot >= 0, best, total, result, scaling, softcap,
             KEY_STRIDE, VALUE_STRIDE, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, CAPPED,
         )  # fmt: skip
     _finish(out, masses, row, best, total, result, GROUP, GROUP_PAD, VALUE_DIM, VALUE_PAD)
@@ -93,12 +93,12 @@ def focus_rows(
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
     BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, CAPPED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The selection of one key/value head and FAC for its query heads: `select_keys`, then `attend_rows`."""
+    """Selection and FAC of one key/value head: `select_keys`, then `attend_rows`."""
     begin(OVERLAP)
     select_keys(
         order, maxima, tiles, slots, order_stride, maxima_stride, wanted, TILES_PAD, WANTED_PAD, SEARCH, GUESS, False
     )
-    tl.debug_barrier()  # the slots are read by other threads than wrote them
+    tl.debug_barrier()  # other threads read the slots
     attend_rows(
         slots, wanted, WANTED_PAD, query, keys, values, out, masses, key_batch, key_head, value_batch, value_head,
         scaling, softcap, KEY_STRIDE, VALUE_STRIDE, GROUP, GROUP_PAD, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, BLOCK,
@@ -114,10 +114,10 @@ def attend_part(
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, BLOCK: tl.constexpr,
     KV_HEADS: tl.constexpr, CAPPED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Dense attention of a group to one part of its keys, ``span`` of them: what `merge_parts` makes one of."""
+    """Dense attention of a group over one part of ``span`` keys; `merge_parts` merges the parts."""
     begin(OVERLAP)
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    asked = _queries(query, row, GROUP, GROUP_PAD, DIM, DIM_PAD)
+    queries = _queries(query, row, GROUP, GROUP_PAD, DIM, DIM_PAD)
     best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
     result = tl.zeros([GROUP_PAD, VALUE_PAD], tl.float32)
@@ -127,7 +127,7 @@ def attend_part(
         slot = start + tl.arange(0, BLOCK).to(tl.int64)
         code = tl.load(codes + (row // KV_HEADS) * code_stride + slot, mask=slot < kv_len, other=0)
         best, total, result = _attend_block(
-            asked, keys, values, slot, code > 0, best, total, result, scaling, softcap,
+            queries, keys, values, slot, code > 0, best, total, result, scaling, softcap,
             KEY_STRIDE, VALUE_STRIDE, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, CAPPED,
         )  # fmt: skip
     head, value_dim = tl.arange(0, GROUP_PAD), tl.arange(0, VALUE_PAD)
@@ -143,7 +143,7 @@ def merge_parts(
     GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, PARTS_PAD: tl.constexpr,
     KV_HEADS: tl.constexpr, SUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The attention of one query head from that to the parts of its keys."""
+    """Merge the parts of `attend_part` into the attention of one query head."""
     begin(OVERLAP)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     part, value_dim = tl.arange(0, PARTS_PAD), tl.arange(0, VALUE_PAD)
@@ -159,7 +159,7 @@ def merge_parts(
     if SUNK:
         total += tl.exp(sink - shift)
     place = results + place[:, None] * VALUE_PAD + value_dim[None, :]
-    theirs = tl.load(place, mask=(part < parts)[:, None], other=0.0)
-    result = tl.sum(theirs * share[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    by_part = tl.load(place, mask=(part < parts)[:, None], other=0.0)
+    result = tl.sum(by_part * share[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     place = out + (row * GROUP + head) * VALUE_DIM + value_dim
     tl.store(place, result.to(out.dtype.element_ty), mask=value_dim < VALUE_DIM)

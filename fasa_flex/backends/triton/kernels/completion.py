@@ -1,4 +1,4 @@
-"""The completion's state, brought up to date by whole blocks of a row's valid tokens."""
+"""The kernel that updates the completion's state by whole blocks of a row's valid tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fasa_flex.backends.triton.kernels.launching import begin
 
 @triton.jit
 def _slot_of(number, nth, kv_len):
-    """The slot of a row's ``nth`` valid token, by bisection of the counts up to each slot."""
+    """The slot of a row's ``nth`` valid token, by bisection of ``number``, the valid tokens up to each slot."""
     low, high = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32) + kv_len
     while low < high:
         middle = (low + high) // 2
@@ -27,10 +27,9 @@ def cover_rows(
     DIM: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
     BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """`fasa_flex.core.completion.cover_blocks` of one key/value head, with nothing to do but once in ``COVERED``
-    tokens.
+    """`fasa_flex.core.completion.cover_blocks` of one key/value head; works only once in ``COVERED`` tokens.
 
-    ``PART`` of the key's dimensions at a time, for whose products with the values there are registers.
+    Takes ``PART`` of the key's dimensions at a time, as many as have registers for their products with values.
     """
     begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
@@ -42,8 +41,11 @@ def cover_rows(
     rewound = done > count - written
     if rewound | (done != target):
         done = tl.where(rewound, 0, done)
-        held, some = tl.where(done > 0, 1, 0), tl.where(target > 0, 1, 0)  # or no dimension is real
-        first = tl.maximum(done, SKIPPED)  # the tokens behind it are new, up to the target
+        kept, nonempty = (
+            tl.where(done > 0, 1, 0),
+            tl.where(target > 0, 1, 0),
+        )  # 0 masks an empty state
+        first = tl.maximum(done, SKIPPED)  # new tokens are number first + 1 to target
         start, stop = _slot_of(number, first + 1, kv_len), _slot_of(number, target, kv_len) + 1
         keys += batch * key_batch + head * key_head
         values += batch * value_batch + head * value_head
@@ -75,20 +77,20 @@ def cover_rows(
                         )  # fmt: skip
                     else:
                         outer = tl.dot(tl.trans(key), value, outer, input_precision="ieee")
-            total += tl.load(value_sum + row * VALUE_DIM + value_dim, mask=value_dim < VALUE_DIM * held, other=0.0)
+            total += tl.load(value_sum + row * VALUE_DIM + value_dim, mask=value_dim < VALUE_DIM * kept, other=0.0)
             mean = total / tokens
             if DIM > 0:
                 place, inner = row * DIM + dim, real[:, None] & value_real[None, :]
-                own += tl.load(key_sum + place, mask=dim < DIM * held, other=0.0)
+                own += tl.load(key_sum + place, mask=dim < DIM * kept, other=0.0)
                 tl.store(key_sum + place, own, mask=real)
                 place = place[:, None] * VALUE_DIM + value_dim[None, :]
-                before = (dim < DIM * held)[:, None] & value_real[None, :]
+                before = (dim < DIM * kept)[:, None] & value_real[None, :]
                 outer += tl.load(product + place, mask=before, other=0.0)
                 tl.store(product + place, outer, mask=inner)
                 spread = (outer - own[:, None] * mean[None, :]) / tokens
-                after = (dim < DIM * some)[:, None] & value_real[None, :]
+                after = (dim < DIM * nonempty)[:, None] & value_real[None, :]
                 tl.store(covariance + place, spread.to(covariance.dtype.element_ty), mask=after)
         place = row * VALUE_DIM + value_dim
         tl.store(value_sum + place, total, mask=value_real)
-        tl.store(mean_value + place, mean.to(mean_value.dtype.element_ty), mask=value_dim < VALUE_DIM * some)
+        tl.store(mean_value + place, mean.to(mean_value.dtype.element_ty), mask=value_dim < VALUE_DIM * nonempty)
         tl.store(covered + row, target)

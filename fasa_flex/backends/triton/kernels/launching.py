@@ -1,4 +1,4 @@
-"""How a step's kernels follow each other."""
+"""Launch options of the kernels: programmatic dependent launch, the current device, and sizes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 @triton.jit
 def begin(OVERLAP: tl.constexpr):
-    """To be called before anything else: with ``OVERLAP`` a kernel is launched while the one before it still runs.
+    """Programmatic dependent launch (sm_90 and later) if ``OVERLAP``; each kernel calls this first.
 
-    So its programs stand ready when that one's results do (programmatic dependent launch, which Hopper brought). The
-    kernels of a step are short, and a GPU would idle between two of them.
+    The next kernel is launched while this one runs, and waits here for its results. The kernels of a step are so short
+    that the GPU would idle between two of them.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -28,31 +28,31 @@ def begin(OVERLAP: tl.constexpr):
 
 @functools.cache
 def overlapping(device: torch.device) -> tuple[bool, dict[str, bool]]:
-    """What ``OVERLAP`` is on a device, and the launch options that go with it."""
+    """The kernels' argument ``OVERLAP`` on a device, and the launch options for it."""
     overlap = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
     return overlap, {"launch_pdl": True} if overlap else {}
 
 
 def on_their_device(launch: _Function) -> _Function:
-    """Let ``launch`` run with the GPU of the tensors that it is given as the current one, on which Triton launches.
+    """Make the GPU of ``launch``'s tensors current during the call, since Triton launches on the current device.
 
-    It need not be: a model may be spread over several. Keys and values may be the host's.
+    A model may be spread over several GPUs. Keys and values may be in host memory.
     """
 
     @functools.wraps(launch)
     def run(*args: Any) -> Any:
-        theirs = (arg.get_device() for arg in args if isinstance(arg, Tensor) and arg.is_cuda)
-        with torch.cuda.device(next(theirs, -1)):
+        devices = (arg.get_device() for arg in args if isinstance(arg, Tensor) and arg.is_cuda)
+        with torch.cuda.device(next(devices, -1)):
             return launch(*args)
 
     return cast(_Function, run)
 
 
 def parts_of(length: int, size: int) -> int:
-    """Parts of ``size`` that cover ``length``; Triton's own, and its power of two, take microseconds each call."""
+    """``ceil(length / size)``; like `power_of_two` faster than Triton's function, which takes microseconds."""
     return -(-length // size)
 
 
 def power_of_two(number: int, least: int = 1) -> int:
-    """The first power of two from ``number`` on, ``least`` at the least, which is one too."""
+    """The smallest power of two that is at least ``number`` and ``least``, itself a power of two."""
     return max(least, 1 << (number - 1).bit_length())

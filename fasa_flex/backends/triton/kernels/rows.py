@@ -1,4 +1,4 @@
-"""FASA-M: the selected rows that the device does not hold yet cross from host memory, and no others."""
+"""FASA-M: kernels that find and fetch the selected rows that are not on the device yet."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ def find_rows(
     slots, held, held_at, places, absent, scratch, length, wanted,
     WANTED_PAD: tl.constexpr, BOUNDED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Give every selected slot of one key/value head a place among the held rows: its own, or that of one not selected.
+    """Assign every selected slot of one key/value head a place on the device: its own, or that of an unselected slot.
 
-    ``held`` are the slots of the last step, ascending, and ``held_at`` their places; both become those of this step.
-    ``absent`` gets the slot where a row must be fetched, and -1 elsewhere.
+    ``held`` has the slots of the last step, ascending, and ``held_at`` their places; both are updated to this step's.
+    ``absent`` is set to the slot if its row must be fetched, else to -1.
     """
     begin(OVERLAP)
     row, number = tl.program_id(0).to(tl.int64), tl.arange(0, WANTED_PAD)
     real = number < wanted
     slot = tl.load(slots + row * wanted + number, mask=real, other=-1)
-    smaller = tl.zeros([WANTED_PAD], tl.int32)  # held slots that are, found bit by bit
+    smaller = tl.zeros([WANTED_PAD], tl.int32)  # number of held slots below each slot, by binary search
     step = WANTED_PAD // 2
     while step > 0:
         probe = smaller + step
@@ -31,11 +31,11 @@ def find_rows(
         step //= 2
     there = tl.load(held + row * wanted + smaller, mask=smaller < wanted, other=-1)
     found = (there == slot) & (slot >= 0)
-    if BOUNDED:  # the last token was written just now, over what a longer cache may have held there
+    if BOUNDED:  # after a rewind the last token may have overwritten a held row
         found = found & (slot < tl.load(length) - 1)
     place = tl.load(held_at + row * wanted + smaller, mask=found, other=-1)
     before = tl.load(held_at + row * wanted + number, mask=real, other=0)
-    # threads read here what others wrote: which held rows are selected again, then the places of those that are not
+    # scratch passes data between threads: first marks of held rows selected again, then places of the others
     tl.store(scratch + row * wanted + number, 0, mask=real)
     tl.debug_barrier()
     tl.store(scratch + row * wanted + smaller, 1, mask=found)
@@ -44,9 +44,9 @@ def find_rows(
     tl.debug_barrier()
     tl.store(scratch + row * wanted + tl.cumsum(unused.to(tl.int32), 0) - 1, before, mask=unused)
     tl.debug_barrier()
-    new = real & ~found  # with those of no slot, so that every place is given once
-    given = tl.load(scratch + row * wanted + tl.cumsum(new.to(tl.int32), 0) - 1, mask=new, other=0)
-    place = tl.where(found, place, given)
+    new = real & ~found  # includes -1, so that places stay a permutation
+    free = tl.load(scratch + row * wanted + tl.cumsum(new.to(tl.int32), 0) - 1, mask=new, other=0)
+    place = tl.where(found, place, free)
     tl.store(held + row * wanted + number, slot, mask=real)
     tl.store(held_at + row * wanted + number, place, mask=real)
     tl.store(places + row * wanted + number, tl.where(slot >= 0, place, -1), mask=real)
@@ -61,7 +61,7 @@ def fetch_rows(
     VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, BLOCK: tl.constexpr, KV_HEADS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Copy the absent rows of keys and values to their places; a piece is a block of one key/value head's rows."""
+    """Copy the absent rows of keys and values to their places; a piece is ``BLOCK`` rows of one key/value head."""
     begin(OVERLAP)
     dim, value_dim = tl.arange(0, DIM_PAD), tl.arange(0, VALUE_PAD)
     for piece in range(tl.program_id(0), pieces, tl.num_programs(0)):
@@ -73,6 +73,6 @@ def fetch_rows(
         new = (slot >= 0)[:, None]
         real, value_real = new & (dim < DIM)[None, :], new & (value_dim < VALUE_DIM)[None, :]
         key = tl.load(key_row + slot[:, None] * KEY_STRIDE + dim[None, :], mask=real)
-        value = tl.load(value_row + slot[:, None] * VALUE_STRIDE + value_dim[None, :], mask=value_real)  # as keys cross
+        value = tl.load(value_row + slot[:, None] * VALUE_STRIDE + value_dim[None, :], mask=value_real)
         tl.store(held_keys + place[:, None] * DIM + dim[None, :], key, mask=real)
         tl.store(held_values + place[:, None] * VALUE_DIM + value_dim[None, :], value, mask=value_real)

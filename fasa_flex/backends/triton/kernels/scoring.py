@@ -1,4 +1,4 @@
-"""TIP and the group's ranking, the maxima of tiles of keys that the selection searches, and masses of logits."""
+"""Kernels of TIP: scores, the group's ranking, the maxima of tiles for the selection, and log-sum-exps of logits."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import triton.language as tl
 from fasa_flex.backends.triton.kernels.launching import begin
 
 TILE = tl.constexpr(16)
-"""Keys whose maximum is kept for the search."""
+"""Keys of a tile, whose maximum the selection searches first."""
 
 LOWEST, FIRST = tl.constexpr(-2147483648), tl.constexpr(2147483647)
-"""The order of a key that may not be selected, and of one that is whatever its score."""
+"""Orders of an invalid key, which is never selected, and of a forced one, which always is."""
 
 VALID, FORCED, SAMPLED = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
-"""The bits of a key's code; a forced or sampled key is a valid one."""
+"""Bits of a key's code; forced and sampled keys are also valid."""
 
 _STEP = tl.constexpr(256)
 
 
 @triton.jit
 def _rank_bits(scores):
-    """Integers in the order of floats, as `fasa_flex.core.ranking.rank_keys` has them in its upper half."""
+    """Integers in the order of floats, the upper half of those of `fasa_flex.core.ranking.rank_keys`."""
     scores = tl.where(scores == 0.0, 0.0, scores)
     bits = scores.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -32,7 +32,7 @@ def _rank_bits(scores):
 def _store_order(
     ranking, code, slot, row, block, order, maxima, order_stride, maxima_stride, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Write the order of a whole block of keys, whether there are that many, and the maximum of every tile of them."""
+    """Write the order of a block of keys, LOWEST beyond the last key, and the maximum of each of its tiles."""
     bits = tl.where((code & FORCED) > 0, FIRST, _rank_bits(ranking))
     bits = tl.where((code & VALID) > 0, bits, LOWEST)
     tl.store(order + row * order_stride + slot, bits)
@@ -49,7 +49,7 @@ def capped(logits, softcap):
 
 @triton.jit
 def _add_mass(logits, best, total):
-    """Take logits [N, M] into M running log-sum-exps, ``best + log(total)``; those of nothing are -inf and 0."""
+    """Add logits [N, M] to M running log-sum-exps ``best + log(total)``; empty ones are (-inf, 0)."""
     higher = tl.maximum(best, tl.max(logits, 0))
     shift = tl.where(higher == float("-inf"), 0.0, higher)
     return higher, total * tl.exp(best - shift) + tl.sum(tl.exp(logits - shift[None, :]), 0)
@@ -57,7 +57,7 @@ def _add_mass(logits, best, total):
 
 @triton.jit
 def _store_mass(logits, taken, masses, row, block, blocks, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr):
-    """Write the log-sum-exps of a block's ``taken`` keys, for each query head of the group."""
+    """Write the log-sum-exp of a block's ``taken`` keys for each query head of the group."""
     head = tl.arange(0, GROUP_PAD)
     nothing = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     best, total = _add_mass(tl.where(taken[:, None], logits, float("-inf")), nothing, tl.zeros([GROUP_PAD], tl.float32))
@@ -66,7 +66,7 @@ def _store_mass(logits, taken, masses, row, block, blocks, GROUP: tl.constexpr, 
 
 @triton.jit
 def _whole_mass(masses, row, blocks, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr):
-    """The log-sum-exp of each query head, float32 [GROUP_PAD], from those of the blocks of keys."""
+    """The log-sum-exp of each query head over all blocks of keys, float32 [GROUP_PAD]."""
     head = tl.arange(0, GROUP_PAD)
     best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
@@ -79,20 +79,20 @@ def _whole_mass(masses, row, blocks, GROUP: tl.constexpr, GROUP_PAD: tl.constexp
 
 
 @triton.jit
-def _asked(
+def _scoring_queries(
     query, dims, weights, row, FROM: tl.constexpr,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
     PART_PAD: tl.constexpr, WEIGHTED: tl.constexpr, KV_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """A group's queries at ``PART`` of the scored dimensions, weighted: [PART_PAD, GROUP_PAD]."""
+    """A group's weighted queries in ``PART`` of the scored dimensions: [PART_PAD, GROUP_PAD]."""
     dim, head = tl.arange(0, PART_PAD), tl.arange(0, GROUP_PAD)
     at, real = (row % KV_HEADS) * WIDTH + FROM + dim, dim < PART
     place = query + (row * GROUP + head[None, :]) * DIM + tl.load(dims + at, mask=real, other=0)[:, None]
-    asked = tl.load(place, mask=(head < GROUP)[None, :] & real[:, None], other=0)
-    if WEIGHTED:  # rounded as PyTorch does
-        weight = tl.load(weights + at, mask=real, other=0).to(asked.dtype)
-        asked = (asked.to(tl.float32) * weight.to(tl.float32)[:, None]).to(asked.dtype)
-    return asked
+    queries = tl.load(place, mask=(head < GROUP)[None, :] & real[:, None], other=0)
+    if WEIGHTED:  # rounded as in PyTorch
+        weight = tl.load(weights + at, mask=real, other=0).to(queries.dtype)
+        queries = (queries.to(tl.float32) * weight.to(tl.float32)[:, None]).to(queries.dtype)
+    return queries
 
 
 @triton.jit
@@ -103,37 +103,36 @@ def score_keys(
     PART_PAD: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr,
     CAPPED: tl.constexpr, HOW: tl.constexpr, SUMS: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """TIP for a block of keys of one key/value head, and the group's ranking unless that needs all keys (softmax).
+    """TIP for a block of keys of one key/value head, and the group's ranking unless that is a softmax over all keys.
 
-    ``PART`` elements hold a key of ``WIDTH`` dimensions, half as many where they are of four bits. For a softmax, and
-    where it ``SUMS`` all valid keys, the logits are kept, and of the block the log-sum-exps of its sampled and valid
-    keys.
+    A packed key of ``WIDTH`` dimensions has ``PART`` elements, half as many with four bits. For a softmax or with
+    ``SUMS`` the logits are written, and the block's log-sum-exps of sampled and of valid keys.
     """
     begin(OVERLAP)
     MIXED: tl.constexpr = HOW == "softmax" or HOW == "softmax_exact"
     row, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
     slot, dim, head = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PART_PAD), tl.arange(0, GROUP_PAD)
     inside, member = slot < kv_len, head < GROUP
-    # on its way before the keys are waited for
+    # loaded before the keys, so that both loads overlap
     code = tl.load(codes + (row // KV_HEADS) * code_stride + slot, mask=inside, other=0)
     key = tl.load(
         keys + row * key_stride + slot[:, None] * PART + dim[None, :],
         mask=inside[:, None] & (dim < PART)[None, :],
         other=0,
-        eviction_policy="evict_first",  # read once; what is written here is read again, from the cache
+        eviction_policy="evict_first",  # read once; the written scores should stay in the cache
     )
-    asked = _asked(
+    queries = _scoring_queries(
         query, dims, weights, row, 0, GROUP, GROUP_PAD, DIM, WIDTH, PART, PART_PAD, WEIGHTED, KV_HEADS
     )  # fmt: skip
     if PART < WIDTH:
-        upper = _asked(
+        upper = _scoring_queries(
             query, dims, weights, row, PART, GROUP, GROUP_PAD, DIM, WIDTH, PART, PART_PAD, WEIGHTED, KV_HEADS
         )  # fmt: skip
         low, high = (key & 15).to(tl.int8) - 8, (key >> 4).to(tl.int8) - 8
-        score = tl.dot(low.to(asked.dtype), asked, input_precision="ieee")
-        score = tl.dot(high.to(asked.dtype), upper, score, input_precision="ieee")
+        score = tl.dot(low.to(queries.dtype), queries, input_precision="ieee")
+        score = tl.dot(high.to(queries.dtype), upper, score, input_precision="ieee")
     else:
-        score = tl.dot(key.to(asked.dtype), asked, input_precision="ieee")
+        score = tl.dot(key.to(queries.dtype), queries, input_precision="ieee")
     if SCALED:
         score *= tl.load(scales + row * (key_stride // PART) + slot, mask=inside, other=0).to(tl.float32)[:, None]
     if SHIFTED:
@@ -153,7 +152,7 @@ def score_keys(
             ranking = tl.sum(tl.where(member[None, :], score, 0.0), 1) / GROUP
         else:
             ranking = tl.max(tl.where(member[None, :], score, float("-inf")), 1)
-            odd = tl.max((score != score).to(tl.int32), 1) > 0  # NaN, which a maximum leaves out; here it ranks first
+            odd = tl.max((score != score).to(tl.int32), 1) > 0  # tl.max skips NaN, which has to rank first
             ranking = tl.where(odd, float("nan"), ranking)
         _store_order(ranking, code, slot, row, block, order, maxima, order_stride, maxima_stride, BLOCK)
 
@@ -164,9 +163,9 @@ def mix_group(
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr, HOW: tl.constexpr, KV_HEADS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The sum of the group's attention weights for a block of keys, each head's normalised by ``masses``; or its log.
+    """The group's sum of attention weights for a block of keys, normalised by ``masses``; for "softmax" its logarithm.
 
-    The log where the masses are those of a sample, which another key may exceed by far: nothing overflows.
+    There the masses are those of a sample, which another key may exceed by far, so the sum itself could overflow.
     """
     begin(OVERLAP)
     row, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
@@ -174,7 +173,7 @@ def mix_group(
     inside, member = slot < kv_len, head < GROUP
     code = tl.load(codes + (row // KV_HEADS) * code_stride + slot, mask=inside, other=0)
     norm = _whole_mass(masses, row, blocks, GROUP, GROUP_PAD)
-    norm = tl.where(norm > float("-inf"), norm, 0.0)  # of no key, or with one that is NaN, which is to rank first
+    norm = tl.where(norm > float("-inf"), norm, 0.0)  # without keys, or with a NaN, which has to rank first
     log = tl.load(
         logits + (row * kv_len + slot[:, None]) * GROUP + head[None, :],
         mask=inside[:, None] & member[None, :],
@@ -195,9 +194,7 @@ def share_kept(
     logits, masses, slots, share, kv_len, wanted, blocks,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The share of all valid keys' mass that the selected ones hold, as `fasa_flex.core.completion.kept_share` has
-    it.
-    """
+    """The selected keys' share of the mass of all valid keys, as in `fasa_flex.core.completion.kept_share`."""
     begin(OVERLAP)
     row, head = tl.program_id(0).to(tl.int64), tl.arange(0, GROUP_PAD)
     best = tl.full([GROUP_PAD], float("-inf"), tl.float32)

@@ -1,7 +1,8 @@
-"""The exact selection, with ties to the lower slot.
+"""The kernel of the exact selection, with ties to the lower slot.
 
-The best K keys lie in the K tiles of best maximum (ties to the lower tile), so K tiles of 16 keys are searched and not
-the whole cache; thresholds are found among the order-preserving integers of `fasa_flex.core.ranking`.
+The best K keys are in the K tiles of largest maximum (ties to the lower tile), so the kernel searches K tiles of 16
+keys instead of the whole cache. It bisects for a threshold among the order-preserving integers of
+`fasa_flex.core.ranking`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _LINE = tl.constexpr(16)
 
 @triton.jit
 def _number(taken, COUNT: tl.constexpr):
-    """How many of bool [COUNT] are taken up to each, itself included: in lines first, which few threads share."""
+    """Inclusive cumulative sum of bool [COUNT], first within lines of 16, which few threads share."""
     lines = tl.reshape(taken.to(tl.int32), (COUNT // _LINE, _LINE))
     own = tl.sum(lines, 1)
     return tl.reshape(tl.cumsum(lines, 1) + (tl.cumsum(own, 0) - own)[:, None], (COUNT,))
@@ -25,12 +26,12 @@ def _number(taken, COUNT: tl.constexpr):
 
 @triton.jit
 def _best(values, wanted, low, COUNT: tl.constexpr, GUESS: tl.constexpr):
-    """Which ``wanted`` of the values int32 [COUNT] are largest, equal ones in order, and a threshold that they reach.
+    """Mask of the ``wanted`` largest values int32 [COUNT], the first among equals, and a threshold that they reach.
 
-    At least as many must reach ``low``. Every round counts what reaches two thresholds in (low, high], in 16 bits each,
-    since the sum over the threads is what a round waits for. They are a quarter and a half of the way, where the counts
-    fall fast. With ``GUESS``, which takes longer than to count a few values again, every second round encloses where a
-    geometric fall of the counts puts the last one wanted.
+    At least ``wanted`` values must reach ``low``. A round counts the values above two thresholds in (low, high], in 16
+    bits each, so that one sum over the threads, the slow part, serves both. The thresholds are at a quarter and a half
+    of the interval, since counts fall fast. With ``GUESS`` every second round instead brackets the threshold that a
+    geometric fall of the counts predicts, which pays off for many values.
     """
     high = tl.max(values, 0)
     found, over, guessed = tl.sum((values >= low).to(tl.int32), 0), 0, 0
@@ -64,7 +65,7 @@ def _best(values, wanted, low, COUNT: tl.constexpr, GUESS: tl.constexpr):
 
 @triton.jit
 def _lower_bound(values, COUNT: tl.constexpr, GROUPS: tl.constexpr):
-    """What at least ``GROUPS`` of ``COUNT`` values reach: each group has a maximum, and here is the least of these."""
+    """A bound that at least ``GROUPS`` of ``COUNT`` values reach: the smallest maximum of ``GROUPS`` groups."""
     return tl.min(tl.max(tl.reshape(values, (COUNT // GROUPS, GROUPS)), 0), 0)
 
 
@@ -73,7 +74,10 @@ def select_keys(
     order, maxima, tiles, slots, order_stride, maxima_stride, wanted,
     TILES_PAD: tl.constexpr, WANTED_PAD: tl.constexpr, SEARCH: tl.constexpr, GUESS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The slots of one key/value head, ascending; -1 where no valid key is left. Rows are as long as their strides."""
+    """Write the selected slots of one key/value head, ascending, -1 if there are fewer valid keys.
+
+    Rows of ``order`` and ``maxima`` are as long as their strides.
+    """
     begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     KEYS: tl.constexpr = (WANTED_PAD if SEARCH else TILES_PAD) * TILE
@@ -82,7 +86,7 @@ def select_keys(
         maximum = tl.load(maxima + row * maxima_stride + number, mask=number < maxima_stride, other=LOWEST)
         taken, low = _best(maximum, wanted, _lower_bound(maximum, TILES_PAD, WANTED_PAD), TILES_PAD, GUESS)
         tl.store(tiles + row * WANTED_PAD + _number(taken, TILES_PAD) - 1, number, mask=taken)
-        tl.debug_barrier()  # the tiles are read by other threads than wrote them
+        tl.debug_barrier()  # other threads read the tiles
         number = tl.arange(0, WANTED_PAD)
         tile = tl.load(tiles + row * WANTED_PAD + number, mask=number < wanted, other=maxima_stride)
         slot = tl.reshape(tile[:, None] * TILE + tl.arange(0, TILE)[None, :], (KEYS,))

@@ -1,4 +1,4 @@
-"""What a decoded token adds to a cache: its key, its value and its packed key."""
+"""The kernel that writes a decoded token's key, value and packed key into a cache."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import triton.language as tl
 from fasa_flex.backends.triton.kernels.launching import begin
 
 _LEAST = tl.constexpr(6.103515625e-05)  # the smallest normal float16
-_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: added and taken away, it rounds half to even
+_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds half to even
 
 
 @triton.jit
 def _scored(
     key, dims, mean_key, head, FROM: tl.constexpr, PART: tl.constexpr, PART_PAD: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, CENTRED: tl.constexpr, room,
+    WIDTH: tl.constexpr, CENTRED: tl.constexpr, inside,
 ):  # fmt: skip
-    """A key's ``PART`` scored dimensions, less the mean key's, rounded as PyTorch does: [PART_PAD]."""
+    """A key's ``PART`` scored dimensions less the mean key, rounded as in PyTorch: [PART_PAD]."""
     place = tl.arange(0, PART_PAD)
-    real = place < PART * room
+    real = place < PART * inside
     dim = tl.load(dims + head * WIDTH + FROM + place, mask=real, other=0)
     scored = tl.load(key + dim, mask=real, other=0)
     if CENTRED:
@@ -35,7 +35,7 @@ def _scale(most, LEVELS: tl.constexpr):
 
 @triton.jit
 def _coded(scored, scale, LEVELS: tl.constexpr):
-    """The codes of a key, whole floats."""
+    """The integer codes of a key, as floats."""
     rounded = (tl.div_rn(scored.to(tl.float32), scale.to(tl.float32)) + _ROUND) - _ROUND
     return tl.minimum(tl.maximum(rounded, -LEVELS), LEVELS)
 
@@ -48,40 +48,39 @@ def write_states(
     VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, PART_PAD: tl.constexpr,
     SCALED: tl.constexpr, CENTRED: tl.constexpr, COUNTED: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Write one key/value head's states behind the ``length`` tokens held; integers as `fasa_flex.core.packed_keys`
-    converts.
+    """Write one key/value head's key, value and packed key after the cache's ``length`` tokens.
 
-    ``PART`` elements hold a packed key of ``WIDTH`` dimensions, half as many where they are of four bits. The length is
-    a number, or where it is ``COUNTED`` on the device, a pointer to it.
+    Integers are converted as in `fasa_flex.core.packed_keys`. A packed key of ``WIDTH`` dimensions has ``PART``
+    elements, half as many with four bits. With ``COUNTED``, ``length`` is a pointer to a number on the device.
     """
     begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(length) if COUNTED else tl.cast(length, tl.int64)
     tl.device_assert(slot < capacity, "a static cache is full")
     batch, head = row // KV_HEADS, row % KV_HEADS
-    room = tl.where(slot < capacity, 1, 0)  # beyond the end no dimension is real, also where nothing checks assertions
+    inside = tl.where(slot < capacity, 1, 0)  # 0 masks all writes beyond the end, also without device assertions
     key += batch * key_batch + head * key_head
     dim, value_dim, place = tl.arange(0, DIM_PAD), tl.arange(0, VALUE_PAD), tl.arange(0, PART_PAD)
-    real = dim < DIM * room
+    real = dim < DIM * inside
     keys += batch * keys_batch + head * keys_head + slot * KEY_STRIDE
     tl.store(keys + dim, tl.load(key + dim, mask=real), mask=real)
-    real = value_dim < VALUE_DIM * room
+    real = value_dim < VALUE_DIM * inside
     values += batch * values_batch + head * values_head + slot * VALUE_STRIDE
     new = tl.load(value + batch * value_batch + head * value_head + value_dim, mask=real)
     tl.store(values + value_dim, new, mask=real)
     at, scored = row * capacity + slot, _scored(
-        key, dims, mean_key, head, 0, PART, PART_PAD, DIM, WIDTH, CENTRED, room
+        key, dims, mean_key, head, 0, PART, PART_PAD, DIM, WIDTH, CENTRED, inside
     )  # fmt: skip
     if SCALED:
         LEVELS: tl.constexpr = 127.0 if PART == WIDTH else 7.0
         most = tl.max(tl.abs(scored.to(tl.float32)), 0)
         if PART < WIDTH:
-            upper = _scored(key, dims, mean_key, head, PART, PART, PART_PAD, DIM, WIDTH, CENTRED, room)
+            upper = _scored(key, dims, mean_key, head, PART, PART, PART_PAD, DIM, WIDTH, CENTRED, inside)
             most = tl.maximum(most, tl.max(tl.abs(upper.to(tl.float32)), 0))
         scale = _scale(most, LEVELS)
-        tl.store(scales + at, scale, mask=room > 0)
+        tl.store(scales + at, scale, mask=inside > 0)
         scored = _coded(scored, scale, LEVELS)
         if PART < WIDTH:
             low, high = (scored + 8.0).to(tl.int32), (_coded(upper, scale, LEVELS) + 8.0).to(tl.int32)
             scored = low | (high << 4)
-    tl.store(packed + at * PART + place, scored.to(packed.dtype.element_ty), mask=place < PART * room)
+    tl.store(packed + at * PART + place, scored.to(packed.dtype.element_ty), mask=place < PART * inside)
