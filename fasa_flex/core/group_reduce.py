@@ -79,14 +79,22 @@ def weigh(logits: Tensor, valid: Tensor, sample: Tensor) -> Weights:
     slots = sample.clamp(min=0).expand(*logits.shape[:-1], -1)
     unit = torch.where(sample < 0, -torch.inf, logits.gather(-1, slots)).logsumexp(-1, keepdim=True)
     unit = torch.where(unit == -torch.inf, 0.0, unit)
-    # member by member, which a compiler makes one loop over the keys of
-    members = list(map(torch.sub, logits.unbind(2), unit.unbind(2)))
-    best = functools.reduce(torch.maximum, members)
-    best = torch.where(best == -torch.inf, 0.0, best)
-    near = [(member - best).exp() for member in members]
+    if torch.compiler.is_compiling():  # member by member, which a compiler makes one loop over the keys of
+        members = list(map(torch.sub, logits.unbind(2), unit.unbind(2)))
+        best = functools.reduce(torch.maximum, members)
+        best = torch.where(best == -torch.inf, 0.0, best)
+        near = [(member - best).exp() for member in members]
+        factor = best.clamp(max=MOST).exp()
+        total = torch.stack([torch.where(valid[:, :, 0], member * factor, 0.0).sum(-1) for member in near], dim=2)
+    else:  # at once, in fewer calls
+        weighed = logits - unit
+        best = weighed.amax(2)
+        best = torch.where(best == -torch.inf, 0.0, best)
+        each = (weighed - best[:, :, None]).exp()
+        near = list(each.unbind(2))
+        factor = best.clamp(max=MOST).exp()
+        total = torch.where(valid, each * factor[:, :, None], 0.0).sum(-1)
     ranking = best + functools.reduce(torch.add, near).log()
-    real, factor = valid[:, :, 0], best.clamp(max=MOST).exp()
-    total = torch.stack([torch.where(real, member * factor, 0.0).sum(-1) for member in near], dim=2)
     return Weights(ranking[:, :, None], total, unit)
 
 
