@@ -110,7 +110,7 @@ def test_a_model_decodes_the_same_by_it(
 
     expected, plain = decode()
     monkeypatch.setattr("fasa_flex.backends.triton.writing.write_token", counting)
-    monkeypatch.setattr("fasa_flex.caches.packed_layers.writes_at_once", lambda key, *states: key.shape[2] == 1)
+    monkeypatch.setattr("fasa_flex.caches.keeps_packed_keys.writes_at_once", lambda key, *states: key.shape[2] == 1)
     logits, cache = decode()
     assert torch.equal(logits, expected)
     sparse = llama.config.num_hidden_layers - 1

@@ -50,8 +50,8 @@ def decoding_model(device: torch.device) -> tuple[PreTrainedModel, FasaProfile]:
         pad_token_id=0,
     )
     model = LlamaForCausalLM(config).eval().to(device)
-    made = calibrate(model, [torch.randint(3, 512, (64,))], top_k=8, max_new_tokens=1, progress=False)
-    return model, made
+    profile = calibrate(model, [torch.randint(3, 512, (64,))], top_k=8, max_new_tokens=1, progress=False)
+    return model, profile
 
 
 @torch.no_grad()

@@ -54,8 +54,8 @@ def decode(
         options["cache_implementation"] = "static"
     elif cache != "growing":
         placement: Any = "host" if "host" in cache else "device"
-        made = FasaCache(model, profile, config, placement=placement, max_cache_len=length)
-        options.update(cache_argument(model, made))
+        state = FasaCache(model, profile, config, placement=placement, max_cache_len=length)
+        options.update(cache_argument(model, state))
     with enable(model, profile, config) as fasa:
         out = model.generate(
             prompt, max_new_tokens=steps, do_sample=False, output_scores=True, return_dict_in_generate=True, **options

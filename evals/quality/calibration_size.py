@@ -114,12 +114,12 @@ def table(path: Path = OUT) -> str:
 
 def setting(path: Path = OUT) -> str:
     """Model, machine and texts of the committed results, in Markdown."""
-    made = json.loads(path.read_text())
-    windows, (count, length) = made["windows"], made["large"]
+    settings = json.loads(path.read_text())
+    windows, (count, length) = settings["windows"], settings["large"]
     return (
         f"{windows['count']} windows of {windows['length']} tokens, their last {windows['tail']} sparse at "
-        f"{made['budget']} tokens; the large calibration has {count} samples of {length} tokens; "
-        f"{made['steps']} decode steps a sample ({made['device']})."
+        f"{settings['budget']} tokens; the large calibration has {count} samples of {length} tokens; "
+        f"{settings['steps']} decode steps a sample ({settings['device']})."
     )
 
 
@@ -155,8 +155,8 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: arg
     def row(name: str) -> dict[str, Any]:
         profile = large if name == "large" else calibrated(model, texts[name])
         count, length = settings["large"] if name == "large" else (len(texts[name]), len(texts[name][0]))
-        made = {"large": name == "large", "count": count, "length": length, "shared": shared_chunks(profile, large)}
-        return {**made, "over_dense": windows.over_dense(profile, options.budget)}
+        own = {"large": name == "large", "count": count, "length": length, "shared": shared_chunks(profile, large)}
+        return {**own, "over_dense": windows.over_dense(profile, options.budget)}
 
     for number, name in enumerate(("large", *texts), 1):
         print(f"[{number}/{len(texts) + 1}] {name}", flush=True)

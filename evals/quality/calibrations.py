@@ -143,12 +143,12 @@ class Calibrations:
             self.single(kinds[number % len(kinds)], number, setting.calibration_top_k)
             for number in range(first, first + setting.samples)
         ]
-        made = replace(
+        provenance = replace(
             parts[0].provenance,
             queries=sum(part.provenance.queries for part in parts),
             sample_hashes=tuple(sample for part in parts for sample in part.provenance.sample_hashes),
         )
-        return FasaProfile(torch.stack([part.agreement for part in parts]).mean(0), parts[0].layout, made)
+        return FasaProfile(torch.stack([part.agreement for part in parts]).mean(0), parts[0].layout, provenance)
 
     def _single(self, source: str, number: int, top_k: int) -> FasaProfile:
         found = self._document(number)
@@ -260,12 +260,12 @@ def main() -> None:
     for setting in () if options.quick else ARMS:
         for budget in ARM_BUDGETS:
             name = f"lm-eval: {setting}, {budget} tokens"
-            made = ledger.part(
+            scores = ledger.part(
                 name,
                 {**shared, "length": LENGTH, "counts": COUNTS},
                 lambda setting=setting, budget=budget: arm_rows(calibrations, setting, budget),
             )
-            print(name, ", ".join(f"{row['task']} {row['score']:.3f}" for row in made), flush=True)
+            print(name, ", ".join(f"{row['task']} {row['score']:.3f}" for row in scores), flush=True)
     print(f"written to {options.out}")
 
 

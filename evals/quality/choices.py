@@ -58,8 +58,8 @@ def main() -> None:
                 arm = Arm(name, "fasa_hf", budget, arguments)
                 print(f"[{time.time() - begun:.0f} s] {arm}", flush=True)
                 rows += rows_of(arm, evaluate(arm, COUNTS))
-    made = provenance(begun, profile=profiles[ANSWER_TOKENS].fingerprint, length=LENGTH, n_tip=N_TIP)
-    record = {**made, "rows": rows, "table": table(rows)}
+    origin = provenance(begun, profile=profiles[ANSWER_TOKENS].fingerprint, length=LENGTH, n_tip=N_TIP)
+    record = {**origin, "rows": rows, "table": table(rows)}
     replace_text(RESULTS / "choices.json", json.dumps(record, indent=1) + "\n")
     print(record["table"])
 

@@ -23,7 +23,7 @@ def parts_of(name: str, folder: Path = STUDY) -> dict[str, Any]:
 
 def rows_of(name: str, sweep: str) -> Rows:
     """All rows of a sweep."""
-    return [row for part, made in parts_of(name).items() if part.startswith(f"{sweep}: ") for row in made["rows"]]
+    return [row for part, content in parts_of(name).items() if part.startswith(f"{sweep}: ") for row in content["rows"]]
 
 
 def row_of(rows: Rows, task: str, method: str, budget: float | None = None) -> dict[str, Any]:

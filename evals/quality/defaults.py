@@ -130,9 +130,11 @@ class Trial:
     def case(self, task: str, number: int) -> Case:
         """A document of a task."""
         kind, _, decoded = task.partition(", ")
-        made = documents.ppl if kind == "text" else getattr(documents, kind)
+        task_documents = documents.ppl if kind == "text" else getattr(documents, kind)
         counts = max(self.settings.texts, self.settings.questions)
-        document = made(max_seq_lengths=[self.settings.length], tokenizer=self.folder, num_docs=counts)["test"][number]
+        document = task_documents(max_seq_lengths=[self.settings.length], tokenizer=self.folder, num_docs=counts)[
+            "test"
+        ][number]
         if kind == "text":
             ids, scored = self._ids(document["text"]), self.settings.scored
             start = len(ids) - scored
@@ -189,15 +191,15 @@ def summary(found: dict[str, list[dict[str, float]]]) -> Rows:
         for one in tensors:
             better = {b: sign * (one[f"default, {b}"] - one[f"former, {b}"]) for b in BUDGETS}
             one.update({("better", budget): value for budget, value in better.items()})
-        made = with_interval(tensors)
+        intervals = with_interval(tensors)
         rows += [
             {
                 "task": task,
                 "budget": budget,
                 "documents": len(figures),
-                "dense": made["dense"]["mean"],
-                **{name: made[f"{name}, {budget}"]["mean"] for name in ("former", "default")},
-                "better": [made["better", budget][name] for name in ("mean", "low", "high")],
+                "dense": intervals["dense"]["mean"],
+                **{name: intervals[f"{name}, {budget}"]["mean"] for name in ("former", "default")},
+                "better": [intervals["better", budget][name] for name in ("mean", "low", "high")],
             }
             for budget in BUDGETS
         ]

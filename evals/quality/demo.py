@@ -196,7 +196,7 @@ def run(
         lm.fasa.disable()
     check_dense(HFLM(model, tokenizer=tokenizer, backend="causal"), configured, first)
 
-    made = provenance(
+    origin = provenance(
         begun,
         model=Path(model.config.name_or_path).name,
         profile=profile.fingerprint,
@@ -207,7 +207,7 @@ def run(
         reported_on=list(topics.REPORTED),
         text_sha256=topics.sha256_of((*topics.CALIBRATED, *topics.REPORTED)),
     )
-    record = {**made, "prompts": prompts, "rows": rows, "table": table(rows)}
+    record = {**origin, "prompts": prompts, "rows": rows, "table": table(rows)}
     with replacing(folder) as beside:
         (beside / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
         picture(rows).savefig(beside / "demo.png", dpi=150)

@@ -35,9 +35,9 @@ def paired(differences: Sequence[float]) -> tuple[float, float, float]:
     return float(values.mean()), float(low), float(high)
 
 
-def shown(made: tuple[float, float, float], digits: int = 2) -> str:
+def shown(interval: tuple[float, float, float], digits: int = 2) -> str:
     """A difference with its interval."""
-    mean, low, high = (f"{value:+.{digits}f}" for value in made)
+    mean, low, high = (f"{value:+.{digits}f}" for value in interval)
     return f"{mean} [{low}, {high}]"
 
 
@@ -117,4 +117,4 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
 """The result file and the function of each table, by the page's marker."""
 
 if __name__ == "__main__":
-    fill(PAGE, {name: made for name, (file, made) in TABLES.items() if (RESULTS / f"{file}.json").exists()})
+    fill(PAGE, {name: table for name, (file, table) in TABLES.items() if (RESULTS / f"{file}.json").exists()})

@@ -150,13 +150,14 @@ class Trial:
         values = {key: torch.stack(figures) for key, figures in found.items()}
         above = {(*key, "above dense"): figures - values["dense", None] for key, figures in values.items()}
         every: dict[Any, Tensor] = {**values, **above}
-        made = with_interval([{key: value[number] for key, value in every.items()} for number in range(len(tails))])
+        by_document = [{key: value[number] for key, value in every.items()} for number in range(len(tails))]
+        intervals = with_interval(by_document)
         return [
             {
                 "method": method,
                 "budget": budget,
-                **made[method, budget],
-                "above_dense": [made[method, budget, "above dense"][name] for name in ("mean", "low", "high")],
+                **intervals[method, budget],
+                "above_dense": [intervals[method, budget, "above dense"][name] for name in ("mean", "low", "high")],
                 "kv_bytes_share": share,
             }
             for (method, budget), share in bytes_read.items()

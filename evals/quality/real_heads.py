@@ -121,10 +121,10 @@ def main() -> None:
     began, options = time.time(), parser(__doc__).parse_args()
     loaded = Run(options)
     arms = {name: arm for name, arm in loaded.arms.items() if arm.config is not None}
-    made = errors_of(loaded, arms, options.windows)
-    results = {**provenance(began), **loaded.settings, "windows": options.windows, "errors": made}
+    errors = errors_of(loaded, arms, options.windows)
+    results = {**provenance(began), **loaded.settings, "windows": options.windows, "errors": errors}
     replace_text(options.out, json.dumps(results, indent=1) + "\n")
-    for name, by_layer in made.items():
+    for name, by_layer in errors.items():
         print(name, *(f"{layer}:{sum(heads) / len(heads):.3f}" for layer, heads in by_layer.items()))
 
 

@@ -70,12 +70,12 @@ def window_length(results: Results) -> int:
     return 8192 if 8192 in lengths else max(lengths)
 
 
-def shown(made: Interval | None, digits: int = 3, signed: bool = False) -> str:
+def shown(interval: Interval | None, digits: int = 3, signed: bool = False) -> str:
     """A value with its interval."""
-    if made is None:
+    if interval is None:
         return ""
     mark = "+" if signed else ""
-    return f"{made.mean:{mark}.{digits}f} [{made.low:{mark}.{digits}f}, {made.high:{mark}.{digits}f}]"
+    return f"{interval.mean:{mark}.{digits}f} [{interval.low:{mark}.{digits}f}, {interval.high:{mark}.{digits}f}]"
 
 
 def label_of(arm: str) -> str:
@@ -89,8 +89,8 @@ def filled(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table of the rows and columns with a measurement; empty if there are none."""
     lines = [line for line in lines if any(line[1:])]
     kept = [column for column in range(len(head)) if column == 0 or any(line[column] for line in lines)]
-    made = [[line[column] for column in kept] for line in lines]
-    return markdown([head[column] for column in kept], made) if made else ""
+    cells = [[line[column] for column in kept] for line in lines]
+    return markdown([head[column] for column in kept], cells) if cells else ""
 
 
 def tokens(results: Results) -> str:
@@ -226,8 +226,8 @@ def table(study: str, heading: str) -> str:
 
 def sections(study: str) -> str:
     """A study's headings and tables; empty if nothing was measured."""
-    made = [f"### {heading}\n\n{text}" for heading in SECTIONS if (text := table(study, heading))]
-    return "\n\n".join([f"## {STUDIES[study]}", *made]) if made else ""
+    parts = [f"### {heading}\n\n{text}" for heading in SECTIONS if (text := table(study, heading))]
+    return "\n\n".join([f"## {STUDIES[study]}", *parts]) if parts else ""
 
 
 TABLES: dict[str, Callable[[], str]] = {study: functools.partial(sections, study) for study in STUDIES}
@@ -236,14 +236,14 @@ TABLES: dict[str, Callable[[], str]] = {study: functools.partial(sections, study
 def points(results: Results) -> dict[str, list[Point]]:
     """Share of bytes and relative perplexity of every method, at each measured budget."""
     length = window_length(results)
-    made: dict[str, list[Point]] = {}
+    by_method: dict[str, list[Point]] = {}
     for label, form in METHODS.items():
         for arm in (arm_of(results, form, budget) for budget in BUDGETS):
             share = None if arm is None else bytes_of(results, arm, length)
             ratio = None if arm is None else perplexity(results, arm, length)
             if share is not None and ratio is not None and share < 1:
-                made.setdefault(label, []).append(Point(share, *ratio[:3]))
-    return made
+                by_method.setdefault(label, []).append(Point(share, *ratio[:3]))
+    return by_method
 
 
 def draw(folder: Path = FOLDER) -> list[Path]:
@@ -251,7 +251,7 @@ def draw(folder: Path = FOLDER) -> list[Path]:
     from fasa_flex import FasaProfile
 
     drawn = []
-    known = {name: made for name in STUDIES if (made := read(name)) is not None}
+    known = {name: results for name in STUDIES if (results := read(name)) is not None}
     if known:
         panels = {STUDIES[name]: (window_length(results), points(results)) for name, results in known.items()}
         figure = draw_bytes(panels, list(METHODS))

@@ -94,8 +94,8 @@ class Runner:
         own = self.model.arguments(arm) | {"pretrained": Path(self.model.pretrained).name}
         if "profile" in own:
             own["profile"] = self.fingerprint
-        told = dataclasses.asdict(self.asked) | {"lengths": list(self.asked.lengths)}
-        return {"model_args": own, "task": task, **told}
+        questions = dataclasses.asdict(self.asked) | {"lengths": list(self.asked.lengths)}
+        return {"model_args": own, "task": task, **questions}
 
     def run(self, arms: Sequence[str], tasks: Sequence[str], processes: int, seconds: float) -> list[str]:
         """Measure what is missing in the ledger; returns the failed parts with their reasons.

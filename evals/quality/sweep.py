@@ -161,7 +161,7 @@ def row_of(row: Mapping[str, Any], results: Mapping[str, Any], suffix: str = "")
         values = [-loglikelihood * POOLED[metric] / length for loglikelihood, length in pairs]
     else:
         units, values = None, [float(sample[metric]) for sample in samples]
-    made = {
+    extended = {
         "task": task + suffix,
         "metric": metric,
         "method": row["method"],
@@ -177,8 +177,8 @@ def row_of(row: Mapping[str, Any], results: Mapping[str, Any], suffix: str = "")
         "by_document": [round(value, 5) for value in values],
         **({"units": units} if units else {}),
     }
-    low, high = np.quantile(drawn_scores(made), [0.025, 0.975])
-    return {**made, "low": round(float(low), 5), "high": round(float(high), 5)}
+    low, high = np.quantile(drawn_scores(extended), [0.025, 0.975])
+    return {**extended, "low": round(float(low), 5), "high": round(float(high), 5)}
 
 
 def drawn_scores(row: Mapping[str, Any]) -> Any:

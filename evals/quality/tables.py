@@ -179,8 +179,8 @@ def large_text() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    made.__name__: made
-    for made in (
+    table.__name__: table
+    for table in (
         compound,
         transfer,
         held,

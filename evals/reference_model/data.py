@@ -107,11 +107,11 @@ class Sampler:
             key = [next(syllables) for _ in range(int(rng.integers(KEY_SYLLABLES[0], KEY_SYLLABLES[1] + 1)))]
             value = [next(syllables) for _ in range(VALUE_SYLLABLES)]
             ids = np.array([*key, self.vocabulary.assign, *value, self.vocabulary.quote, self.vocabulary.newline])
-            told = np.array([NOISE] * len(key) + [TEXT] + [NOISE] * len(value) + [TEXT, TEXT])
+            fact_roles = np.array([NOISE] * len(key) + [TEXT] + [NOISE] * len(value) + [TEXT, TEXT])
             asked = np.array([NOISE] + [ANSWER] * (len(key) + len(value) + 1) + [TEXT])
             depth = float(rng.random())
             later = depth + (1 - depth) * float(rng.random()) if interleave else 1.0
-            items += [(depth, ids, told), (later, ids, asked)]
+            items += [(depth, ids, fact_roles), (later, ids, asked)]
         order = rng.permutation(len(items)) if not interleave else range(len(items))
         return sorted((items[i] for i in order), key=lambda item: item[0])
 
