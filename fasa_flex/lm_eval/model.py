@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from fasa_flex import FasaProfile, enable
 from fasa_flex.baselines import Method
 from fasa_flex.hf.compatibility import check_lm_eval
-from fasa_flex.hf.loading import explained_gguf
+from fasa_flex.hf.loading import check_gguf_tokenizer, explained_gguf
 from fasa_flex.hf.model_structure import attention_shape
 from fasa_flex.lm_eval import arguments
 from fasa_flex.lm_eval.account import Account
@@ -116,6 +116,8 @@ class FasaHFLM(HFLM):
         config = arguments.config_of(method, **{name: value for name, value in options.items() if name in OPTIONS})
         with arguments.refusals_named(known), explained_gguf(str(pretrained), gguf_file, hf_args.get("revision")):
             super().__init__(pretrained, backend="causal", batch_size=batch_size, **hf_args)
+        if hf_args.get("tokenizer") is None:
+            check_gguf_tokenizer(self.config.get_text_config().model_type, gguf_file)
         if hasattr(self, "accelerator"):  # lm-eval sets these only if several GPUs are visible
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         cache = default_cache() if profile_cache is None else Path(path_as_written("profile_cache", profile_cache))
