@@ -42,8 +42,10 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
             assert self._buffers is not None
             packed = self.packed
             keys, values = self._buffers[0][:, :, :end], self._buffers[1][:, :, :end]
-            in_rows = start and packed is not None and packed.tiles.shape[4] == 1  # as a kernel writes them
-            if in_rows and write_token(*new, *self._buffers, packed, self.scorer, start):
+            written = False
+            if start and packed is not None and packed.tiles.shape[4] == 1:  # rows, as a kernel writes them
+                written = write_token(*new, *self._buffers, packed, self.scorer, start)
+            if written:
                 self.keys, self.values = keys, values
                 self._written.mark(keys, end)
                 return keys, values
