@@ -191,7 +191,7 @@ def test_room_to_grow_counts(llama: PreTrainedModel) -> None:
         layers = packed_layers(cache)
         room = sum(buffer.nbytes for layer in layers for buffer in layer._buffers)
         packed = sum(layer.packed.n_bytes for layer in layers)
-        held = sum(layer.held.n_bytes for layer in layers) if placement == "host" else 0
+        held = sum(layer.resident.n_bytes for layer in layers) if placement == "host" else 0
         dense = cache.layers[0].keys.nbytes * 2
         on_host = room if placement == "host" else 0
         assert cache.size.host * 3 * 40 == pytest.approx(on_host)

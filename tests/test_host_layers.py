@@ -55,18 +55,18 @@ def test_rows_held_of_the_host_follow_what_happens_to_the_cache(
     """What the device holds must never be a row of another token, or of another row of the batch."""
     cache = filled(llama, placement="host", max_cache_len=length)
     for layer in packed_layers(cache):
-        held = layer.held
+        held = layer.resident
         assert (tuple(held.slots.shape), tuple(held.keys.shape)) == ((2, 2, 6), (2, 2, 6, 16))
         held.slots.copy_(torch.arange(24).view(2, 2, 6))
     cache.reorder_cache(torch.tensor([1, 1]))
     for layer in packed_layers(cache):
-        assert layer.held.slots[0].equal(layer.held.slots[1])
-        assert layer.held.slots[0, 0, 0] == 12
+        assert layer.resident.slots[0].equal(layer.resident.slots[1])
+        assert layer.resident.slots[0, 0, 0] == 12
     if crops:
         cache.crop(-4)
     else:
         cache.reset()
-    assert all((layer.held.slots == -1).all() for layer in packed_layers(cache))
+    assert all((layer.resident.slots == -1).all() for layer in packed_layers(cache))
 
 
 def test_a_static_cache_in_host_memory_forgets_rows_that_a_longer_forward_may_overwrite(
@@ -74,11 +74,11 @@ def test_a_static_cache_in_host_memory_forgets_rows_that_a_longer_forward_may_ov
 ) -> None:
     cache = filled(llama, placement="host", max_cache_len=64)
     layer = packed_layers(cache)[0]
-    layer.held.slots.fill_(3)
+    layer.resident.slots.fill_(3)
     with torch.no_grad():
         llama(ids(2, rows=2), past_key_values=cache)
-    assert (layer.held.slots == -1).all()
-    assert layer.held.length is layer.cumulative_length
+    assert (layer.resident.slots == -1).all()
+    assert layer.resident.length is layer.cumulative_length
 
 
 @pytest.mark.parametrize("length", [None, 64])
@@ -245,7 +245,7 @@ def test_the_device_holds_little_more_than_the_formula(
         layer.update(new, new)
         length += step
         formula = 2 * (length * token + n_fac * 2 * head_dim * 4)
-        worst = max(worst, (layer.packed.n_bytes + layer.held.n_bytes) / formula)
+        worst = max(worst, (layer.packed.n_bytes + layer.resident.n_bytes) / formula)
     assert length > 32768
     assert 1 < worst <= 1.1
 

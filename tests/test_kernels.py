@@ -30,7 +30,7 @@ from fasa_flex.core.budget import Budget
 from fasa_flex.core.completion import Completion, CompletionState
 from fasa_flex.core.method import Call
 from fasa_flex.core.packed_keys import PackedKeys
-from fasa_flex.core.resident_rows import HeldRows
+from fasa_flex.core.resident_rows import ResidentRows
 from fasa_flex.core.scoring import DominantChunks
 from fasa_flex.core.selection import Marks
 from fasa_flex.core.softmax import Softmax
@@ -137,7 +137,7 @@ def assert_equals_the_oracle(step: Step, held: bool) -> None:
         state = CompletionState.empty(k, v, step.strength != 0.0)
         state.advance(k, v, real, real.cumsum(-1), step.length)
         completion = Completion(step.strength, state)
-    rows = HeldRows.empty(k, v, min(step.n_fac, step.length)) if held else None
+    rows = ResidentRows.empty(k, v, min(step.n_fac, step.length)) if held else None
     marks = Marks.of(valid, budget, samples=step.how == "softmax" or completion is not None)
     out = decode_by_kernels(Call(q, k, v, scorer, valid, budget, step.how, softmax, packed, rows, marks, completion))
     expected = oracle.fasa(
@@ -249,7 +249,7 @@ def test_held_rows_are_the_selected_ones_step_after_step() -> None:
     rows, kv_heads, length, wanted = 4, 2, 200, 7
     k = torch.randn(rows // kv_heads, kv_heads, length, 16, generator=generator(1))
     v = torch.randn(rows // kv_heads, kv_heads, length, 8, generator=generator(2))
-    held = HeldRows.empty(k[:, :, :0], v[:, :, :0], wanted, torch.tensor(length))
+    held = ResidentRows.empty(k[:, :, :0], v[:, :, :0], wanted, torch.tensor(length))
     chosen = [slots_of(rows, wanted, limit=30, seed=step) for step in range(6)]
     chosen[2][1, 3:], chosen[4][1, ::2] = -1, -1  # rows with fewer keys than budget, in whatever order
     chosen[5][:, -1] = length - 1

@@ -30,7 +30,7 @@ from fasa_flex.bench.shapes import SHAPES
 from fasa_flex.bench.timing import graphed, interleave
 from fasa_flex.caches.pinned_memory import host_rows, split_rows
 from fasa_flex.core.config import FasaConfig
-from fasa_flex.core.resident_rows import HeldRows
+from fasa_flex.core.resident_rows import ResidentRows
 
 SHAPE = SHAPES["llama-3.1-8b"]
 LAYERS = 8
@@ -52,7 +52,7 @@ class Layer:
     weights: tuple[Tensor, ...]
     key: Tensor
     value: Tensor
-    held: dict[int, HeldRows]
+    resident: dict[int, ResidentRows]
     slots: dict[int, Tensor]
 
     @classmethod
@@ -69,23 +69,23 @@ class Layer:
     def narrower(self) -> Layer:
         """The layer with keys of the unpacked dimensions only."""
         key, value, held = _rows(self.key.shape[0], self.key.shape[2], UNPACKED)
-        return replace(self, key=key, value=value, held=held)
+        return replace(self, key=key, value=value, resident=held)
 
     def fetch(self, count: int, share: float, programs: int) -> None:
         """Fetch ``share`` of ``count`` rows for each key/value head."""
-        held = self.held[count]
+        held = self.resident[count]
         held.forget(share)
         decode.FETCH_PROGRAMS = programs
         rows = (held.slots, held.places, held.keys, held.values)
         decode.hold_slots(self.key, self.value, self.slots[count], *rows, None)
 
 
-def _rows(batch: int, context: int, key_dim: int) -> tuple[Tensor, Tensor, dict[int, HeldRows]]:
-    """Keys and values in host memory, and empty `HeldRows` for them on the device."""
+def _rows(batch: int, context: int, key_dim: int) -> tuple[Tensor, Tensor, dict[int, ResidentRows]]:
+    """Keys and values in host memory, and empty `ResidentRows` for them on the device."""
     like = torch.empty(batch, SHAPE.kv_heads, 0, SHAPE.head_dim, device="cuda", dtype=torch.bfloat16)
     states = (like[..., :key_dim], like)
     key, value = split_rows(host_rows(*states, context, like.device), key_dim)
-    return key, value, {count: HeldRows.empty(*states, count) for count in (SELECTED, *MISSING)}
+    return key, value, {count: ResidentRows.empty(*states, count) for count in (SELECTED, *MISSING)}
 
 
 def _scattered(rows: int, context: int, count: int) -> Tensor:

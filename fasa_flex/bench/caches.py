@@ -63,8 +63,8 @@ def rewind(cache: Any, length: int) -> None:
 def forget(cache: Any, share: float) -> None:
     """Mark a share of the rows on the device as absent, so that they are fetched from host memory again."""
     for layer in cache.layers:
-        if isinstance(layer, StaticHostLayer) and layer.held is not None:
-            layer.held.forget(share)
+        if isinstance(layer, StaticHostLayer) and layer.resident is not None:
+            layer.resident.forget(share)
 
 
 def nbytes(cache: Any) -> dict[str, int]:

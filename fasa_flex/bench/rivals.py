@@ -23,7 +23,7 @@ from fasa_flex.core import method
 from fasa_flex.core.completion import Completion, CompletionState
 from fasa_flex.core.config import Backend
 from fasa_flex.core.packed_keys import PackedKeys
-from fasa_flex.core.resident_rows import HeldRows
+from fasa_flex.core.resident_rows import ResidentRows
 from fasa_flex.core.scoring import DominantChunks
 from fasa_flex.core.selection import Marks, valid_keys
 from fasa_flex.core.softmax import Softmax
@@ -48,7 +48,7 @@ class Inputs:
         marks: forced and sampled keys, which a decode step computes once for all layers.
         state: state of the completion; None: no completion.
         host: keys and values in pinned host memory (FASA-M); None without CUDA.
-        held: the rows of ``host`` that are on the device.
+        resident: the rows of ``host`` that are on the device.
         permuted: keys with each head's dominant dimensions first.
         front: order of dimensions in ``permuted``, int64 [Hkv, D].
         front_state: state of the completion for ``permuted``.
@@ -63,7 +63,7 @@ class Inputs:
     marks: Marks | None = None
     state: CompletionState | None = None
     host: tuple[Tensor, Tensor] | None = None
-    held: HeldRows | None = None
+    resident: ResidentRows | None = None
     permuted: Tensor | None = None
     front: Tensor | None = None
     front_state: CompletionState | None = None
@@ -90,7 +90,7 @@ class Inputs:
         host = held = None
         if device.type == "cuda":
             host = split_rows(host_rows(k, v, context, device), shape.head_dim)
-            held = HeldRows.empty(k, v, settings.n_fac)
+            held = ResidentRows.empty(k, v, settings.n_fac)
             for pinned, states in zip(host, (k, v), strict=True):
                 pinned.copy_(states)
         valid = valid_keys(1, context, None, device)
@@ -119,9 +119,9 @@ class Inputs:
         """A copy with its own memory."""
         packed = self.packed.change(Tensor.clone)
         permuted = None if self.permuted is None else self.permuted.clone()
-        held = None if self.held is None else self.held.change(Tensor.clone)
+        held = None if self.resident is None else self.resident.change(Tensor.clone)
         state = None if self.state is None else self.state.change(Tensor.clone)
-        copies: dict[str, Any] = {"packed": packed, "permuted": permuted, "held": held, "state": state}
+        copies: dict[str, Any] = {"packed": packed, "permuted": permuted, "resident": held, "state": state}
         return replace(self, k=self.k.clone(), v=self.v.clone(), **copies)
 
 
@@ -258,8 +258,8 @@ def _fasa(settings: Settings, backend: Backend, new_rows: float | None = None) -
 
     def run(x: Inputs) -> Tensor:
         key, value, held = x.k, x.v, None
-        if new_rows is not None and x.host is not None and x.held is not None:
-            (key, value), held = x.host, x.held
+        if new_rows is not None and x.host is not None and x.resident is not None:
+            (key, value), held = x.host, x.resident
             held.forget(new_rows)
         scorer = DominantChunks(x.chunks.flatten(1), dtype=settings.packed_dtype)
         completion = None if x.state is None else Completion(settings.strength, x.state)

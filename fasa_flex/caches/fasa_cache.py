@@ -205,7 +205,7 @@ class FasaCache(Cache):
                 device += layer.state.n_bytes / tokens
                 formula += layer.state.n_bytes / tokens
             if isinstance(layer, OnHost):
-                device += layer.held.n_bytes / tokens if layer.held is not None else 0
+                device += layer.resident.n_bytes / tokens if layer.resident is not None else 0
                 formula += layer.hold * plain * layer.keys.shape[0] / tokens
             else:
                 formula += plain

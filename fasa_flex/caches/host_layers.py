@@ -14,7 +14,7 @@ from fasa_flex.caches.packed_layers import PackedLayer
 from fasa_flex.caches.pinned_memory import host_rows, mapped_rows, split_rows
 from fasa_flex.caches.static_packed_layer import StaticPackedLayer
 from fasa_flex.caches.write_tracking import counting
-from fasa_flex.core.resident_rows import HeldRows
+from fasa_flex.core.resident_rows import ResidentRows
 from fasa_flex.core.scoring import DominantChunks
 
 
@@ -27,13 +27,13 @@ class OnHost(KeepsPackedKeys):
     """
 
     hold: int
-    held: HeldRows | None
+    resident: ResidentRows | None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the buffers."""
         super().lazy_initialization(key_states, value_states)
         length = self.cumulative_length if isinstance(self, StaticLayer) else None
-        self.held = HeldRows.empty(key_states, value_states, self.hold, length) if self.hold else None
+        self.resident = ResidentRows.empty(key_states, value_states, self.hold, length) if self.hold else None
 
     def offload(self) -> None:
         """Nothing: keys and values are in host memory already."""
@@ -53,17 +53,17 @@ class OnHost(KeepsPackedKeys):
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._change(change)
-        if self.held is not None:
-            self.held = self.held.change(change)
+        if self.resident is not None:
+            self.resident = self.resident.change(change)
 
-    def own_held(self) -> HeldRows | None:
+    def own_resident(self) -> ResidentRows | None:
         """What is held, as tensors that may be written to: those made in inference mode may not outside of it."""
-        if self.held is not None and not torch.compiler.is_compiling() and not writable(self.held.slots):
-            self.held = self.held.change(Tensor.clone)
-        return self.held
+        if self.resident is not None and not torch.compiler.is_compiling() and not writable(self.resident.slots):
+            self.resident = self.resident.change(Tensor.clone)
+        return self.resident
 
     def _forget(self) -> None:
-        held = self.own_held()
+        held = self.own_resident()
         if held is not None:
             held.forget()
 
@@ -77,7 +77,7 @@ class HostLayer(OnHost, PackedLayer):
 
     def __init__(self, scorer: DominantChunks, hold: int = 0) -> None:
         super().__init__(scorer)
-        self.hold, self.held = hold, None
+        self.hold, self.resident = hold, None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values [B, Hkv, t, D]; returns all of them, in host memory for t = 1."""
@@ -124,7 +124,7 @@ class StaticHostLayer(OnHost, StaticPackedLayer):
 
     def __init__(self, scorer: DominantChunks, max_cache_len: int, hold: int = 0) -> None:
         super().__init__(scorer, max_cache_len)
-        self.hold, self.held = hold, None
+        self.hold, self.resident = hold, None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle; pickled tensors share no memory, and keys and values are to be views of the rows."""

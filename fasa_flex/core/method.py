@@ -26,7 +26,7 @@ from fasa_flex.core.completion import Completion, completed, kept_share
 from fasa_flex.core.config import GroupReduce
 from fasa_flex.core.group_reduce import reduce_group, weigh
 from fasa_flex.core.packed_keys import PackedKeys
-from fasa_flex.core.resident_rows import HeldRows
+from fasa_flex.core.resident_rows import ResidentRows
 from fasa_flex.core.scoring import DominantChunks, Scorer, check_scores
 from fasa_flex.core.selection import Marks, Selection, select
 from fasa_flex.core.softmax import Softmax
@@ -53,7 +53,7 @@ class Call:
         group_reduce: how the query heads of a group rank as one.
         softmax: the model's.
         packed_keys: what the scorer reads instead of the keys, if a cache holds it.
-        held: the rows that the device holds of keys and values in host memory (FASA-M).
+        resident: the rows that the device holds of keys and values in host memory (FASA-M).
         marks: those of the valid keys; None: to be made.
         completion: None: the unselected keys have no weight.
     """
@@ -67,7 +67,7 @@ class Call:
     group_reduce: GroupReduce
     softmax: Softmax
     packed_keys: PackedKeys | Tensor | None = None
-    held: HeldRows | None = None
+    resident: ResidentRows | None = None
     marks: Marks | None = None
     completion: Completion | None = None
 

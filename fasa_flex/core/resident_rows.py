@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class HeldRows:
+class ResidentRows:
     """Rows of one layer's keys and values; `fasa_flex.backends.triton.decode.hold_slots` keeps them.
 
     From one step to the next a query's selection changes in part only, so what was selected last is the prefetch: it
@@ -31,7 +31,7 @@ class HeldRows:
     length: Tensor | None = None
 
     @classmethod
-    def empty(cls, key: Tensor, value: Tensor, count: int, length: Tensor | None = None) -> HeldRows:
+    def empty(cls, key: Tensor, value: Tensor, count: int, length: Tensor | None = None) -> ResidentRows:
         """Room for ``count`` rows a key/value head of states such as ``key`` and ``value`` [B, Hkv, t, D]."""
         slots = torch.full((*key.shape[:2], count), -1, dtype=torch.int32, device=key.device)
         places = torch.arange(count, dtype=torch.int32, device=key.device).expand_as(slots).contiguous()
@@ -55,7 +55,7 @@ class HeldRows:
         """Hold nothing, or not the first of the slots, a share of them: they were given to other tokens."""
         self.slots[:, :, : round(share * self.count)].fill_(-1)
 
-    def change(self, change: Callable[[Tensor], Tensor]) -> HeldRows:
+    def change(self, change: Callable[[Tensor], Tensor]) -> ResidentRows:
         """The same change to all, of rows of the batch."""
         slots, places, keys, values = map(change, (self.slots, self.places, self.keys, self.values))
-        return HeldRows(slots, places, keys, values, self.length)
+        return ResidentRows(slots, places, keys, values, self.length)

@@ -153,14 +153,14 @@ class Layer(OfOneModel):
         if q_len > 1:
             self._read_prompt(query, key, visible, cache, first_slot, softmax.scaling)
         scorer = self._scorer if self._source is None else self.scorer
-        completion = held = sparse = marks = None
+        completion = cached = sparse = marks = None
         first, counts = q_len, visible.dense_counts
         if scorer is not None and budget is not None:
-            held = cache.layers[number] if cache is not None and number < len(cache.layers) else None
-            if not isinstance(held, KeepsPackedKeys) or held.scorer is not scorer:
-                held = None  # packs the keys of another scorer, or none
+            cached = cache.layers[number] if cache is not None and number < len(cache.layers) else None
+            if not isinstance(cached, KeepsPackedKeys) or cached.scorer is not scorer:
+                cached = None  # packs the keys of another scorer, or none
             if self._completes:
-                state = held and held.advance(key, value, self._strength != 0.0, *visible.last(), q_len)
+                state = cached and cached.advance(key, value, self._strength != 0.0, *visible.last(), q_len)
                 completion = Completion(self._strength, state if q_len == 1 else None, self._by_all)
             if q_len == 1 and boundary is None:
                 if compiling or not now.reads_prompt or self._prefill == "sparse":
@@ -186,11 +186,11 @@ class Layer(OfOneModel):
         assert budget is not None
         packed = resident = None
         if q_len == 1:
-            if held is None and cache is not None and self._packs:  # packs at its first sparse step
+            if cached is None and cache is not None and self._packs:  # packs at its first sparse step
                 pack_layer(cache, number, scorer)
-                held = cache.layers[number] if getattr(cache.layers[number], "scorer", None) is scorer else None
-            packed = None if held is None else held.packed
-            resident = held.own_held() if isinstance(held, OnHost) else None
+                cached = cache.layers[number] if getattr(cache.layers[number], "scorer", None) is scorer else None
+            packed = None if cached is None else cached.packed
+            resident = cached.own_resident() if isinstance(cached, OnHost) else None
         call = Call(
             query if first == 0 else query[:, :, first:],
             key,
@@ -269,10 +269,10 @@ class Layer(OfOneModel):
     def _is_faster(self, cache: Cache | None, query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> bool:
         """`sparse_is_faster`, by where the cache holds keys; from host memory fewer rows are always the faster."""
         assert self.budget is not None
-        held = cache and cache.layers[self.number]
-        if isinstance(held, OnHost):
+        cached = cache and cache.layers[self.number]
+        if isinstance(cached, OnHost):
             return True
-        growing = isinstance(held, DynamicLayer) and not torch.compiler.is_compiling()
+        growing = isinstance(cached, DynamicLayer) and not torch.compiler.is_compiling()
         return sparse_is_faster(query, key, value, self.budget.widest(key.shape[2]), grouped, growing)
 
     def _dense(

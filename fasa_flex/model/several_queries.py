@@ -35,7 +35,7 @@ def weights_of(call: Call) -> Tensor:
     """Attention weights [B, Hq, Q, T] of sparse queries, for ``output_attentions``: values of 1 at one key each."""
     key = call.key.to(call.query.device)
     ones = torch.eye(key.shape[2], dtype=key.dtype, device=key.device).expand(*key.shape[:2], -1, -1)
-    alone = replace(call, key=key, value=ones, packed_keys=None, held=None, marks=None, completion=None)
+    alone = replace(call, key=key, value=ones, packed_keys=None, resident=None, marks=None, completion=None)
     return sparse_attention(alone, "gather")
 
 

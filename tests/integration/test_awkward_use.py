@@ -584,4 +584,4 @@ def test_no_more_rows_are_held_than_there_are_slots(llama: PreTrainedModel, ids:
     cache = FasaCache(llama, profile_of(llama), FasaConfig(n_fac=256, n_tip=3), placement="host", max_cache_len=64)
     with torch.no_grad():
         llama(ids(40, rows=1), past_key_values=cache)
-    assert [layer.held.count for layer in cache.layers[1:]] == [64, 64]
+    assert [layer.resident.count for layer in cache.layers[1:]] == [64, 64]

@@ -122,7 +122,7 @@ def decode_by_kernels(call: Call) -> Tensor:
     )
 
     query, scorer, packed = call.query.contiguous(), call.scorer, call.packed_keys
-    key, value, valid, softmax, held = call.key, call.value, call.valid, call.softmax, call.held
+    key, value, valid, softmax, held = call.key, call.value, call.valid, call.softmax, call.resident
     n_fac = call.budget.n_fac
     assert isinstance(scorer, DominantChunks)
     assert isinstance(packed, PackedKeys)
