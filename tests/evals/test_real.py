@@ -187,9 +187,10 @@ def test_sets_of_arms_reach_as_far_as_they_say() -> None:
         assert len({json.dumps(arm.record()) for arm in arms.values()}) == len(arms), name
     study = arms_of(SETS["study"](range(4)))
     assert all(study[name].reaches("needles", 1024, 99, lengths) for name in DEFAULTS)
-    assert study["h2o 256 published"].reaches("windows", 8192, 5, lengths)
-    assert not study["h2o 256 published"].reaches("windows", 8192, 6, lengths)
-    assert not study["h2o 256 published"].reaches("windows", 1024, 0, lengths)
+    evicting = arms_of(SETS["evicting"](range(4)))["h2o 256 published"]
+    assert evicting.reaches("windows", 8192, 5, lengths)
+    assert not evicting.reaches("windows", 8192, 6, lengths)
+    assert not evicting.reaches("windows", 1024, 0, lengths)
     assert not study["fasa 1024"].reaches("needles", 1024, 0, Lengths((), (1024,)))
     assert arms_of(SETS["layers"](range(4)), layers=range(4))["fasa 64 only=2"].config.dense_layers == (0, 1, 3)
     published = study["sparq 128 published"].config
@@ -198,7 +199,7 @@ def test_sets_of_arms_reach_as_far_as_they_say() -> None:
 
 def test_work_is_shared_evenly_and_whole() -> None:
     lengths = Lengths((8192,), (1024, 2048, 7680))
-    arms = arms_of(SETS["study"](range(4)))
+    arms = arms_of({**SETS["study"](range(4)), **SETS["evicting"](range(4))})
     jobs = [("windows", 8192, i, 30) for i in range(30)] + [("needles", 2048, i, 100) for i in range(100)]
     parts = real.shared(jobs, arms, lengths, 8)
     assert sorted(job for part in parts for job in part) == sorted(jobs)
