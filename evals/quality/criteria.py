@@ -24,9 +24,9 @@ from torch import Tensor
 from evals.quality.steps import Steps, attention, held, ranked, shared_ranking, valid_of
 from fasa_flex import RotaryLayout, contextual_agreement
 from fasa_flex.core import criteria
-from fasa_flex.hf.attention_routing import AttentionSeam
+from fasa_flex.hf.attention_routing import reading
+from fasa_flex.hf.forward_checks import scaling_of
 from fasa_flex.hf.loading import load_model
-from fasa_flex.hf.model_structure import layer_of
 
 TOKENS, STEPS, RECENT, BUDGET, TOP_KS = 1024, 32, 64, 64, (256, 32)
 
@@ -36,11 +36,10 @@ def steps_of(model: Any, ids: Tensor) -> Steps:
     """Scaled queries and keys of every layer, from one dense forward of the passage."""
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def keep(dense: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-        seen[layer_of(module)] = query[0].float() * (kwargs.get("scaling") or query.shape[-1] ** -0.5), key[0].float()
-        return dense(module, query, key, value, mask, **kwargs)
+    def keep(layer: int, query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
+        seen[layer] = query[0].float() * scaling_of(query, options), key[0].float()
 
-    with AttentionSeam(model, keep):
+    with reading(model, keep):
         model.base_model(input_ids=ids[None].to(model.device), use_cache=False)
     query, key = (torch.stack([seen[layer][i] for layer in sorted(seen)]).cpu() for i in range(2))
     return Steps.last(query, key, STEPS)

@@ -27,8 +27,7 @@ from fasa_flex.core.ranking import INVALID, rank_keys, slot_of
 from fasa_flex.core.scoring import DominantChunks, Scorer
 from fasa_flex.core.selection import forced_keys, valid_keys
 from fasa_flex.core.softmax import Softmax
-from fasa_flex.hf.attention_routing import AttentionSeam
-from fasa_flex.hf.model_structure import layer_of
+from fasa_flex.hf.attention_routing import reading
 
 KINDS = ("answer", "text")
 TEXT_TOKENS = 16
@@ -82,11 +81,10 @@ def steps_of(
     ids = torch.tensor(tokenizer(f"{found.prompt}{found.answer}\n").input_ids, device=model.device)
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def keep(dense: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-        seen[layer_of(module)] = query[0].float(), key[0].float()
-        return dense(module, query, key, value, mask, **kwargs)
+    def keep(layer: int, query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
+        seen[layer] = query[0].float(), key[0].float()
 
-    with AttentionSeam(model, keep):
+    with reading(model, keep):
         model.base_model(input_ids=ids[None], use_cache=False)
     query, key = (torch.stack([seen[layer][i] for layer in sorted(seen)]) for i in range(2))
     end = len(tokenizer(found.text).input_ids)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fasa_flex.calibration.from_texts import encode_samples
 from fasa_flex.calibration.rotary import RotaryLayout
-from fasa_flex.hf.attention_routing import AttentionResult, AttentionSeam, DenseAttention
-from fasa_flex.hf.model_structure import check_supported, device_of, evaluating, layer_of
+from fasa_flex.hf.attention_routing import reading
+from fasa_flex.hf.model_structure import check_supported, device_of, evaluating
 from fasa_flex.hf.wrappers import unwrapped
 
 
@@ -49,21 +49,12 @@ def channel_weights(
     encoded = encode_samples(model, samples, tokenizer)
     totals: dict[int, Tensor] = {}
 
-    def measure(
-        dense: DenseAttention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **kwargs: Any,
-    ) -> AttentionResult:
+    def measure(layer: int, query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
         grouped = query.unflatten(1, (key.shape[1], -1)).double()
         added = (grouped * key.double()[:, :, None]).abs().mean(2).sum((0, 2)).cpu()
-        totals[layer_of(module)] = totals.get(layer_of(module), 0.0) + added
-        return dense(module, query, key, value, attention_mask, **kwargs)
+        totals[layer] = totals.get(layer, 0.0) + added
 
-    with evaluating(model), AttentionSeam(model, measure):
+    with evaluating(model), reading(model, measure):
         for ids in encoded:
             model.base_model(input_ids=ids[None].to(device_of(model)), use_cache=False)
     tokens = sum(len(ids) for ids in encoded)

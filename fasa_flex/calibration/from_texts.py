@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,14 +19,13 @@ from fasa_flex.calibration.rotary import RotaryLayout
 from fasa_flex.core.budget import check_count, plain_number
 from fasa_flex.core.criteria import causal, logit_statistics
 from fasa_flex.errors import ArgumentTypeError, NotSupportedError
-from fasa_flex.hf.attention_routing import AttentionResult, AttentionSeam, DenseAttention
+from fasa_flex.hf.attention_routing import reading
 from fasa_flex.hf.forward_checks import scaling_of
 from fasa_flex.hf.model_structure import (
     attention_shape,
     check_supported,
     device_of,
     evaluating,
-    layer_of,
     maximum_positions,
 )
 from fasa_flex.hf.wrappers import unwrapped
@@ -189,24 +188,14 @@ def _sample_tables(
     }
     tables = {name: torch.zeros(layers, *shape, dtype=torch.float64) for name, shape in shapes.items()}
 
-    def measure(
-        dense: DenseAttention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **kwargs: Any,
-    ) -> AttentionResult:
-        layer = layer_of(module)
+    def measure(layer: int, query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
         if layer not in layout.unrotated_layers:
             last, visible = query[:, :, -decoded:], causal(decoded, key.shape[2], key.device)
             tables["agreement"][layer] = contextual_agreement(last, key, layout, top_k)  # refuses NaN
-            parts = logit_statistics(last, key, visible, layout.chunks, scaling_of(query, kwargs))
+            parts = logit_statistics(last, key, visible, layout.chunks, scaling_of(query, options))
             for name, part in vars(parts).items():
                 tables[name][layer] = part
-        return dense(module, query, key, value, attention_mask, **kwargs)
 
-    with AttentionSeam(model, measure):
+    with reading(model, measure):
         model.base_model(input_ids=ids[None].to(device_of(model)), use_cache=False)
     return tables

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from fasa_flex.hf.compatibility import IMPLEMENTATIONS
-from fasa_flex.hf.model_structure import attention_lookup, attention_modules
+from fasa_flex.hf.model_structure import attention_lookup, attention_modules, layer_of
 
 _OURS = "fasa_"
 _ROUTE = "_fasa_route"
@@ -152,6 +152,30 @@ class AttentionSeam:
         owner = next((owner for owner, routed, _ in _open.values() if ids & routed), None)
         if owner is not None:
             raise ValueError(f"{self._kind} is under FASA already, by {owner}; disable() it first.")
+
+
+def reading(model: PreTrainedModel, read: Callable[[int, Tensor, Tensor, dict[str, Any]], None]) -> AttentionSeam:
+    """A seam, to be entered, that shows ``read`` every layer's queries and keys; the model attends as before.
+
+    Args:
+        model: whose layers are read.
+        read: called with the layer's number, query float [B, Hq, Q, D], key float [B, Hkv, T, D], and the keyword
+            arguments of the attention function.
+    """
+
+    def attend(
+        dense: DenseAttention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
+    ) -> AttentionResult:
+        read(layer_of(module), query, key, options)
+        return dense(module, query, key, value, attention_mask, **options)
+
+    return AttentionSeam(model, attend)
 
 
 def _of_thread(thread: int, route: functools.partial[AttentionResult]) -> functools.partial[AttentionResult]:
