@@ -1,4 +1,4 @@
-"""What a compiler must not look into, and what it must compute before it goes on.
+"""Custom operators and forced buffers: workarounds for Dynamo and Inductor.
 
 Each workaround names the torch version in which it was last needed.
 """
@@ -17,11 +17,11 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 @torch.library.custom_op("fasa_flex::realize", mutates_args=())
 def realize(tensor: Tensor) -> Tensor:
-    """A contiguous copy that the compiler keeps as a buffer, since a custom operator is opaque to it.
+    """Return a contiguous copy that Inductor materialises, since it cannot look into a custom operator.
 
-    Inductor inlines what was computed in the same graph into what reads it. Where a mask function reads it, it then
-    finds no kernel on CPU, and takes a scatter for its empty base. Where every key is scored with it, it computes the
-    query anew for every key, sines and cosines included.
+    Inductor would inline the producer into its consumers. For a tensor that a mask function reads it then finds no CPU
+    kernel, and mistakes a scatter for its empty base. For a query that scores every key it recomputes the query for
+    every key, RoPE's sines and cosines included.
     """
     return tensor.clone(memory_format=torch.contiguous_format)
 
@@ -35,19 +35,19 @@ realize.register_autograd(lambda context, gradient: gradient)
 
 
 def compute_once(tensor: Tensor) -> Tensor:
-    """The same tensor, in a graph for CPU only: a buffer there, as from `realize`, but without a call of microseconds.
+    """Make Inductor's CPU backend materialise the tensor, without the microseconds of `realize`'s operator call.
 
-    What as_strided views, Inductor makes a buffer of.
+    Inductor materialises the base of an as_strided view.
     """
-    whole = tensor.contiguous()
-    return whole.as_strided(whole.shape, whole.stride())
+    base = tensor.contiguous()
+    return base.as_strided(base.shape, base.stride())
 
 
 def read_as_floats(mask: Tensor) -> Tensor:
-    """The same bool mask; compiled for CPU, a comparison of floats made once.
+    """Return the same bool mask; in a graph for CPU, stored as floats and compared with 0 where it is read.
 
-    Inductor's vector code takes six times as long to load bools as it does floats (torch 2.13), and every head and pass
-    loads the mask anew.
+    Inductor's vector code loads bools six times as slowly as floats (torch 2.13), and every head and every pass loads
+    the mask again.
     """
     if torch.compiler.is_compiling() and mask.device.type == "cpu":
         return compute_once(mask.to(torch.float32, memory_format=torch.contiguous_format)) > 0
@@ -57,16 +57,16 @@ def read_as_floats(mask: Tensor) -> Tensor:
 def operator(
     name: str, fake: Callable[..., Any], devices: str = "default", mutates: tuple[str, ...] = ()
 ) -> Callable[[_Function], _Function]:
-    """Make a function of tensors the operator ``fasa_flex::name`` of compiled graphs; it takes no keyword arguments.
+    """Decorator: register a function of tensors as the operator ``fasa_flex::name`` for compiled graphs.
 
-    Eagerly it stays the function: a decode step calls several in each layer, and `torch.library.custom_op`'s three
-    layers around it, with their checks of every result, may take longer than launching its kernel.
+    The decorated function takes no keyword arguments. An eager call runs it directly: a decode step calls several
+    operators per layer, and the three wrappers of `torch.library.custom_op` can take longer than the kernel launch.
 
     Args:
-        name: of the operator.
-        fake: what it returns, by shape and dtype, of the same arguments: a compiler runs it in the function's stead.
-        devices: the device type that it is for; "default" is any.
-        mutates: the arguments that it writes to; its results are none of its arguments.
+        name: name of the operator.
+        fake: takes the same arguments and returns empty results of the right shapes and dtypes, for tracing.
+        devices: device type that the function serves; "default": any.
+        mutates: names of the arguments that the function writes to; it must not return any of its arguments.
     """
 
     def register(function: _Function) -> _Function:

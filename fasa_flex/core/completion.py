@@ -1,18 +1,18 @@
 """Completion: an estimate of the attention output that the unselected keys would have added.
 
-FAC gives every unselected key weight 0. For one query, with the selected keys S, the other valid keys R and estimated
-logits s of all keys (TIP's), completed attention is
+FAC gives every unselected key weight 0. For one query, with the selected keys S, the other valid keys R and the logits
+s of all keys as TIP estimates them, completed attention is
 
     share = sum_S exp(s) / (sum_S exp(s) + sum_R exp(s))
     out   = share * FAC + (1 - share) * u,    u = mean(v) + lambda * scaling * q Cov(k, v).
 
-u is the value of the remainder to first order: if keys and values were jointly Gaussian, the mean of v under the
-weights exp(scaling * q . k) would be u with lambda = 1. Smaller lambdas allow for the keys that fit the query best
-being in S. ``lambda = 0`` is SparQ's mean value (Ribar et al., 2024).
+u is a first-order estimate of the remainder's value: if keys and values were jointly Gaussian, the mean of v under the
+weights exp(scaling * q . k) would be u with lambda = 1. A smaller lambda corrects for S, which holds the keys with the
+largest logits. ``lambda = 0`` is SparQ's mean value (Ribar et al., 2024).
 
-Mean and covariance are those of the *covered* keys: whole blocks of 64 of the row's valid tokens, without the first
-four. A query's covered keys depend on its number of valid keys alone, so that decoding, prompts in parts, many queries
-at once and padded batches agree. A query with fewer than 64 valid keys covers none and is not completed.
+Mean and covariance are taken over the *covered* keys: complete blocks of 64 valid tokens of the row, without the first
+four tokens. The covered keys of a query depend on its number of valid keys alone, so that decoding, chunked prompts,
+forwards of many queries and padded batches agree. A query with fewer than 64 valid keys is not completed.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from fasa_flex.core.selection import Selection
 from fasa_flex.core.softmax import Softmax, with_sinks
 
 BLOCK = 64
-"""Valid tokens that a state is brought up to date by."""
+"""Number of valid tokens in one block of covered keys."""
 
 
 @dataclass(frozen=True, eq=False)
 class CompletionState:
-    """Sums over the covered keys and values of one cache layer, and what a decode step reads of them.
+    """Sums over the covered keys and values of one cache layer, and the mean and covariance for a decode step.
 
     Attributes:
-        covered: int64 [B, Hkv], valid tokens up to the last covered one, a multiple of 64; 0 covers none.
+        covered: int64 [B, Hkv], number of valid tokens up to the last covered one, a multiple of 64; 0: none.
         key_sum: float32 [B, Hkv, D'], D' = D for a first-order completion and 0 for the mean value alone.
         value_sum: float32 [B, Hkv, Dv].
         product: float32 [B, Hkv, D', Dv], the sum of ``k v^T``.
-        mean_value: [B, Hkv, Dv], in the cache's dtype.
-        covariance: [B, Hkv, D', Dv], in the cache's dtype.
+        mean_value: [B, Hkv, Dv], in the dtype of the cache.
+        covariance: [B, Hkv, D', Dv], in the dtype of the cache.
     """
 
     covered: Tensor
@@ -57,7 +57,10 @@ class CompletionState:
     def empty(
         cls, key: Tensor, value: Tensor, first_order: bool, device: torch.device | None = None
     ) -> CompletionState:
-        """A state that covers nothing, for keys [B, Hkv, t, D] and values [B, Hkv, t, Dv]; None: on their device."""
+        """Make a state that covers no keys, for a cache of keys [B, Hkv, t, D] and values [B, Hkv, t, Dv].
+
+        ``first_order`` adds the covariance. The state is on ``device``; None: on the device of ``value``.
+        """
         (batch, heads), dim, value_dim = key.shape[:2], key.shape[3] if first_order else 0, value.shape[3]
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -72,36 +75,36 @@ class CompletionState:
             covariance=zeros(dim, value_dim, dtype=value.dtype),
         )
         if not torch.compiler.is_compiling():
-            for held in state.tensors:
-                torch._dynamo.mark_static_address(held)
+            for tensor in state.tensors:
+                torch._dynamo.mark_static_address(tensor)
         return state
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, in the order of the attributes."""
+        """The tensors in the order of the attributes."""
         return (self.covered, self.key_sum, self.value_sum, self.product, self.mean_value, self.covariance)
 
     @property
     def n_bytes(self) -> int:
-        """Bytes held."""
-        return sum(held.nbytes for held in self.tensors)
+        """Size of the tensors in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def change(self, change: Callable[[Tensor], Tensor]) -> CompletionState:
-        """The same change to all tensors: of rows of the batch, or of the device."""
+        """Apply ``change`` to every tensor, such as a selection of batch rows or a move to another device."""
         return CompletionState(*map(change, self.tensors))
 
     def advance(self, key: Tensor, value: Tensor, valid: Tensor, number: Tensor, written: int) -> None:
-        """Cover the blocks that a forward has completed, in place.
+        """Add the blocks of keys that this forward filled, in place.
 
-        A row whose valid tokens before this forward were fewer than those covered has been cropped or rewound: it is
-        covered anew.
+        If a row had fewer valid tokens before this forward than are covered, its cache was cropped or rewound: its sums
+        are computed again from the first token.
 
         Args:
             key: float [B, Hkv, T, D], the cache's keys after the forward.
             value: float [B, Hkv, T, Dv].
             valid: bool [B or 1, T], the keys that the forward's last query may attend to.
-            number: int64 [B or 1, T], how many of them there are up to each slot.
-            written: tokens of the forward.
+            number: int64 [B or 1, T], number of valid keys up to and including each slot.
+            written: number of tokens that the forward wrote.
         """
         sums, read = (self.key_sum, self.value_sum, self.product), (self.mean_value, self.covariance)
         cover_blocks(self.covered, *sums, *read, key, value, valid, number, written)
@@ -110,7 +113,7 @@ class CompletionState:
 _STATE = ("covered", "key_sum", "value_sum", "product", "mean_value", "covariance")
 
 cover_on: dict[str, Callable[..., None]] = {}
-"""Faster ways than `cover_blocks`' own, with its arguments, by device type; a backend puts them here."""
+"""Kernels that replace `cover_blocks`, by device type; a backend registers them."""
 
 
 @operator("cover_blocks", lambda *_: None, mutates=_STATE)
@@ -127,7 +130,7 @@ def cover_blocks(
     number: Tensor,
     written: int,
 ) -> None:
-    """`CompletionState.advance`: by `cover_on` where it can, else row by row."""
+    """Compute `CompletionState.advance` with the kernel in `cover_on` if it can read the cache, else row by row."""
     faster = cover_on.get(covered.device.type)
     if faster is not None and _reads(key) and _reads(value):
         state = (covered, key_sum, value_sum, product, mean_value, covariance)
@@ -141,8 +144,8 @@ def cover_blocks(
             continue
         if not done or done > count - written:
             done = 0
-            for held in (covered, key_sum, value_sum, product):
-                held[row] = 0
+            for total in (covered, key_sum, value_sum, product):
+                total[row] = 0
         if not target:
             continue
         of_row = row if len(number) > 1 else 0
@@ -161,19 +164,19 @@ def cover_blocks(
 
 
 def _reads(states: Tensor) -> bool:
-    """Whether a kernel on a GPU can read keys or values: there, or in pinned host memory, each row contiguous."""
+    """Whether a GPU kernel can read keys or values: on the GPU or in pinned host memory, with contiguous rows."""
     return states.stride(3) == 1 and (states.is_cuda or states.is_pinned())
 
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """How the attention of one layer's call is completed.
+    """How one attention call estimates the contribution of the unselected keys.
 
     Attributes:
-        strength: lambda; 0 for the mean value alone.
-        state: that of the cache layer, for one query a row; None: mean and covariance are taken from the keys and
-            values themselves, for each query its own.
-        by_all: whether these are of all valid keys in place of the covered ones; there is no state then.
+        strength: lambda, the factor of the first-order term; 0: the mean value alone.
+        state: state of the cache layer, for one query per batch row; None: mean and covariance are computed from the
+            keys and values, for each query separately.
+        by_all: whether they are computed over all valid keys instead of the covered ones; requires ``state`` None.
     """
 
     strength: float
@@ -183,17 +186,17 @@ class Completion:
     def remainder(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor]:
-        """The remainder's value u, and which queries have covered keys.
+        """Compute the remainder's value u, and which queries have covered keys.
 
         Args:
             query: float [B, Hq, Q, D].
             key: float [B, Hkv, T, D].
             value: float [B, Hkv, T, Dv].
             valid: bool [B or 1, 1, 1, Q, T].
-            scaling: of the softmax.
+            scaling: factor that the softmax multiplies dot products by.
 
         Returns:
-            float32 [B, Hkv, G, Q, Dv], and bool that broadcasts to its first four dimensions.
+            u, float32 [B, Hkv, G, Q, Dv], and a bool mask that broadcasts to [B, Hkv, G, Q].
         """
         grouped = query.unflatten(1, (key.shape[1], -1))
         with torch.autocast(query.device.type, enabled=False):
@@ -203,18 +206,18 @@ class Completion:
 
 
 def _of_state(state: CompletionState, query: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """`Completion.remainder` of a state, for queries [B, Hkv, G, 1, D]."""
-    value_of = state.mean_value[:, :, None, None].float()
-    if factor:  # of the query, since float16 may not hold its product with the covariance
-        asked = (query.flatten(2, 3).float() * factor).to(state.covariance.dtype)
-        value_of = value_of + (asked @ state.covariance).unflatten(2, query.shape[2:4]).float()
-    return value_of, state.covered[:, :, None, None] > 0
+    """Compute `Completion.remainder` from a state, for queries [B, Hkv, G, 1, D]."""
+    remainder = state.mean_value[:, :, None, None].float()
+    if factor:  # scales the query, since query @ covariance may overflow in float16
+        scaled = (query.flatten(2, 3).float() * factor).to(state.covariance.dtype)
+        remainder = remainder + (scaled @ state.covariance).unflatten(2, query.shape[2:4]).float()
+    return remainder, state.covered[:, :, None, None] > 0
 
 
 def _of_keys(
     query: Tensor, key: Tensor, value: Tensor, valid: Tensor, factor: float, by_all: bool
 ) -> tuple[Tensor, Tensor]:
-    """`Completion.remainder` without a state: ``u = sum_j (1 + factor (q . k_j - mean(q . k))) v_j / n``, j covered."""
+    """Compute `Completion.remainder` of n covered keys: ``u = sum_j (1 + factor (q . k_j - mean(q . k))) v_j / n``."""
     number = valid.cumsum(-1)
     count = number[..., -1:] if by_all else number[..., -1:] // BLOCK * BLOCK
     first = 0 if by_all else SINKS
@@ -224,17 +227,17 @@ def _of_keys(
         scores = torch.where(covered, query.float() @ key.float().mT[:, :, None], 0.0)
         mean = (scores * weights).sum(-1, keepdim=True)
         weights = weights * (1.0 + factor * (scores - mean))
-    values = torch.where(covered.any(3).mT, value, 0.0)  # padding may hold anything, which weights of 0 do not undo
+    values = torch.where(covered.any(3).mT, value, 0.0)  # padding may hold NaN, and 0 * NaN is NaN
     return weights @ values.float()[:, :, None], count[..., 0] > 0
 
 
 def kept_share(logits: Tensor, weights: Weights, selection: Selection) -> Tensor:
-    """The share of all valid keys' mass that the selected ones hold, by estimated logits.
+    """Estimate the share of the valid keys' attention mass that lies on the selected keys.
 
     Args:
-        logits: float32 [B, Hkv, G, Q, T].
-        weights: theirs.
-        selection: of the same queries.
+        logits: float32 [B, Hkv, G, Q, T], estimated logits.
+        weights: attention weights of these logits (`fasa_flex.core.group_reduce.weigh`).
+        selection: selected keys of the same queries.
 
     Returns:
         float32 [B, Hkv, G, Q], in [0, 1]; 1 for a query without a valid key.
@@ -246,10 +249,10 @@ def kept_share(logits: Tensor, weights: Weights, selection: Selection) -> Tensor
 
 
 def complete(out: Tensor, share: Tensor, remainder: Tensor) -> Tensor:
-    """Focused attention ``out`` [B, Hq, Q, Dv], completed by a remainder [B, Hkv, G, Q, Dv] of 1 - share."""
+    """Mix ``out`` [B, Hq, Q, Dv] of the selected keys with the remainder [B, Hkv, G, Q, Dv]: share to 1 - share."""
     kept, grouped = share[..., None], out.unflatten(1, share.shape[1:3]).float()
-    whole: Tensor = kept * grouped + (1.0 - kept) * remainder
-    return whole.flatten(1, 2).to(out.dtype)
+    mixed: Tensor = kept * grouped + (1.0 - kept) * remainder
+    return mixed.flatten(1, 2).to(out.dtype)
 
 
 def completed(
@@ -263,15 +266,15 @@ def completed(
     value: Tensor,
     valid: Tensor,
 ) -> Tensor:
-    """Attention to the selected keys as the model has it: completed, and with its learned sinks.
+    """Add the completion and the model's learned sinks to the attention of the selected keys.
 
     Args:
-        out: [B, Hq, Q, Dv], without either.
-        lse: float32 [B, Hq, Q], the log-sum-exp of the selected keys' exact logits; needed where there are sinks.
-        share: `kept_share`; needed where there is a completion.
-        completion: None: there is none.
-        softmax: the model's.
-        query: of the call, as are ``key``, ``value`` and ``valid`` (`Completion.remainder`).
+        out: [B, Hq, Q, Dv], exact attention to the selected keys alone.
+        lse: float32 [B, Hq, Q], the log-sum-exp of the selected keys' exact logits; required with learned sinks.
+        share: result of `kept_share`; required with a completion.
+        completion: how to estimate the unselected keys; None: they have weight 0.
+        softmax: scaling, logit cap and learned sinks of the model's attention.
+        query: argument of `Completion.remainder`, as are ``key``, ``value`` and ``valid``.
 
     Returns:
         [B, Hq, Q, Dv].
@@ -280,8 +283,8 @@ def completed(
         share = None
     else:
         assert share is not None
-        remainder, known = completion.remainder(query, key, value, valid, softmax.scaling)
-        share = torch.where(known, share, 1.0)
+        remainder, covers = completion.remainder(query, key, value, valid, softmax.scaling)
+        share = torch.where(covers, share, 1.0)
         out = complete(out, share, remainder)
     if softmax.sinks is None:
         return out

@@ -1,4 +1,4 @@
-"""Every knob of the method, validated once."""
+"""The settings of the method, `FasaConfig`, and their validation."""
 
 from __future__ import annotations
 
@@ -20,46 +20,47 @@ from fasa_flex.core.option_types import Sharing as Sharing
 
 @dataclass(frozen=True)
 class FasaConfig:
-    """How a model attends under FASA (Wang et al., 2026: TIP and FAC).
+    """Settings of a model's attention under FASA (Wang et al., 2026: TIP and FAC).
 
-    The defaults give dense attention's results at 128 to 256 of 8192 tokens on real models (evals/README.md);
-    `FasaConfig.paper` is the paper's method.
+    With the defaults, real models match dense attention at 128 to 256 of 8192 tokens (evals/README.md);
+    `FasaConfig.paper` gives the paper's method.
 
     Args:
-        n_tip: dominant frequency chunks a head scores with: an int counts chunks, a float in (0, 1] is a share of the
-            head's, rounded (0.5: 32 of 64 chunks at 128 dimensions).
-        n_fac: the budget, tokens a query attends to: an int counts tokens, a float in (0, 1] is a share of the query's
-            valid keys, rounded up.
-        n_sink: first valid tokens that are always selected, inside the budget; None: 4, or an eighth of a budget below
-            32.
-        n_recent: last valid tokens that are always selected, inside the budget; None: 32, or half of a budget below 64.
-        layer_budgets: how ``n_fac``, the mean over sparse layers, is spread over them: ``"uniform"``, ``"pyramid"``
-            (falling with depth, as PyramidKV's), or a weight for each layer of the model, or for each of a layer's
+        n_tip: number of dominant frequency chunks that score the keys in each head: an int is a number of chunks, a
+            float in (0, 1] a share of the head's chunks, rounded (0.5: 32 of 64 chunks at 128 dimensions).
+        n_fac: the budget, tokens that a query attends to: an int is a number of tokens, a float in (0, 1] a share of
+            the query's valid keys, rounded up.
+        n_sink: number of first valid tokens that are always selected and count towards ``n_fac``; None: 4, or an eighth
+            of a budget below 32.
+        n_recent: number of last valid tokens that are always selected and count towards ``n_fac``; None: 32, or half of
+            a budget below 64.
+        layer_budgets: how the mean budget ``n_fac`` is spread over the sparse layers: ``"uniform"``, ``"pyramid"``
+            (falls with depth, as in PyramidKV), or a weight for each layer of the model or for each of a layer's
             key/value heads (`fasa_flex.core.layer_budgets`).
-        dense_layers: layers that keep dense attention.
+        dense_layers: numbers of the layers that keep dense attention.
         per: ``"kv_head"``: one chunk set per key/value head; ``"query_head"``: one per query head, as in the paper.
         criterion: how the profile chooses the chunks (`fasa_flex.core.criteria`): ``"variance"``, ``"agreement"`` (the
-            paper's), ``"explained_variance"`` or ``"weighted_variance"``; None: variance, or agreement where an older
-            profile knows nothing else.
+            paper's), ``"explained_variance"`` or ``"weighted_variance"``; None: variance, or agreement if an older
+            profile holds no variances.
         group_reduce: how the scores of a GQA group become one ranking: ``"softmax"`` (the sum of the heads' attention
             weights, normalised over a fixed sample of keys), ``"softmax_exact"`` (normalised over all keys),
             ``"max"``, ``"mean"``, or ``"none"`` for a selection per query head (always so with ``per="query_head"``).
         backend: ``"flex"`` (compiled `flex_attention`), ``"gather"`` (selected rows, then SDPA), ``"triton"`` (our
-            kernels for decoding on CUDA), ``"reference"`` (plain loops), or ``"auto"``: triton where it can, flex on
-            CUDA elsewhere, gather without CUDA. ``"fastest"``: triton where it can, gather
-            compiled elsewhere (tens of seconds at first), and dense where that was measured to be faster
-            (`fasa_flex.model.crossover`): for speed, not for evaluation.
-        prefill: what a forward of several tokens does: ``"dense"``, or ``"sparse"``: every query selects for itself.
+            kernels for decoding on CUDA), ``"reference"`` (plain loops), or ``"auto"``: triton if it can serve the
+            call, otherwise flex on CUDA and gather without CUDA. ``"fastest"``: triton if it can serve the call,
+            otherwise compiled gather (compiling takes tens of seconds), and dense attention for the sizes at which it
+            was measured to be faster (`fasa_flex.model.crossover`): for speed, not for evaluation.
+        prefill: attention of a forward of several tokens: ``"dense"``, or ``"sparse"``: every query selects its keys.
         packed_dtype: precision of packed keys: ``"bfloat16"``, ``"float16"``, ``"int8"`` or ``"int4"`` (with a scale
-            for each key); None: the cache's. They only rank: a lower one changes a few selected keys, never their
-            attention. Chunk sets per query head are not packed and read the cache's keys.
-        completion: what stands for the unselected keys (`fasa_flex.core.completion`): ``"first_order"``, ``"mean"``
-            (their mean value, as SparQ) or ``"none"`` (weight 0, as the paper); None: first_order for chunk sets per
-            key/value head, none for other methods, whose caches keep no state for it.
+            for each key); None: the cache's. Packed keys only rank: a lower precision changes a few selected keys,
+            never their attention. With chunk sets per query head nothing is packed; scores read the cache's keys.
+        completion: estimate of the unselected keys' contribution (`fasa_flex.core.completion`): ``"first_order"``,
+            ``"mean"`` (their mean value, as in SparQ) or ``"none"`` (weight 0, as in the paper); None: first_order for
+            chunk sets per key/value head, none for other methods, since their caches keep no state for it.
         completion_strength: lambda, the factor of the first-order term.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value is out of its range.
     """
 
     n_tip: int | float = 0.5
@@ -79,10 +80,10 @@ class FasaConfig:
 
     def __post_init__(self) -> None:
         for name in ("n_tip", "n_fac", "n_sink", "n_recent", "completion_strength"):
-            given = getattr(self, name)
-            if given is None and name == "n_tip":
-                given = type(self).n_tip
-            object.__setattr__(self, name, plain_number(given))
+            value = getattr(self, name)
+            if value is None and name == "n_tip":
+                value = type(self).n_tip
+            object.__setattr__(self, name, plain_number(value))
         if not isinstance(self.n_tip, float):
             check_count("n_tip", self.n_tip, 1)
         elif not 0.0 < self.n_tip <= 1.0:
@@ -112,10 +113,10 @@ class FasaConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> FasaConfig:
-        """The paper's method to the letter, with ``changes`` (Wang et al., 2026).
+        """Settings of the paper's method (Wang et al., 2026), with ``changes`` to single fields.
 
-        A quarter of the chunks by agreement in the cache's precision, a set and a selection for each query head, no
-        forced tokens, no completion, no dense layers.
+        Each query head scores with a quarter of its chunks, chosen by agreement, in the cache's precision, and selects
+        for itself; there are no forced tokens, no completion and no dense layers.
         """
         fields: dict[str, Any] = {
             "n_tip": 0.25,
@@ -132,11 +133,11 @@ class FasaConfig:
 
     @property
     def budget(self) -> Budget:
-        """``n_fac``, ``n_sink`` and ``n_recent`` as one."""
+        """``n_fac``, ``n_sink`` and ``n_recent`` as one `Budget`."""
         return Budget.stated(self.n_fac, self.n_sink, self.n_recent)
 
     def chunks_of(self, head_dim: int) -> int:
-        """``n_tip`` of the ``head_dim // 2`` chunks of a head, as a count."""
+        """Number of chunks that ``n_tip`` means for a head of ``head_dim // 2`` chunks."""
         return max(1, round(self.n_tip * (head_dim // 2))) if isinstance(self.n_tip, float) else self.n_tip
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,7 +146,7 @@ class FasaConfig:
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
-    """Refuse a value that is not one of the literals ``choices``."""
+    """Refuse a value that is not among the literals of the type ``choices``."""
     allowed = get_args(choices)
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")

@@ -1,8 +1,8 @@
-"""Criteria: what makes a chunk dominant, and how it is computed from the chunks' parts of the logits.
+"""Criteria for dominant chunks, computed from the contributions of the chunks to the logits.
 
-The logit of a key is the sum of its chunks' parts, ``s[t] = sum_c scaling * q[c] . k[t, c]``. Over the keys of a query
-these parts have a covariance [chunks, chunks]. Its diagonal is each chunk's variance, its sum the variance of the
-logits. A part that hardly varies over the keys hardly changes their order.
+The logit of a key is the sum of one part per chunk, ``s[t] = sum_c scaling * q[c] . k[t, c]``. Over the keys of a query
+these parts have a covariance matrix [chunks, chunks]. Its diagonal holds the variance of each chunk's part, its sum is
+the variance of the logits. A part that hardly varies over the keys hardly changes their order.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 
 _BYTES = 1 << 26
 _EPSILON = 1e-6
-"""Share of a variance below which it is rounding: tables are float32."""
+"""A residual variance below this share of the original one is rounding error: tables are float32."""
 
 
 @dataclass(frozen=True, eq=False)
 class LogitStatistics:
-    """What the criteria need of one layer, the mean over batch and queries.
+    """Statistics of one layer that the criteria need, averaged over batch and queries.
 
     Attributes:
-        variance: float64 [Hq, chunks], over keys, of each chunk's part of the logits.
-        covariance: float64 [Hkv, chunks, chunks], between the parts; the mean over the group, too.
-        mean_key: float64 [Hkv, D].
+        variance: float64 [Hq, chunks], variance over keys of each chunk's part of the logits.
+        covariance: float64 [Hkv, chunks, chunks], covariance over keys between the parts, averaged over the group.
+        mean_key: float64 [Hkv, D], mean of the keys.
     """
 
     variance: Tensor
@@ -40,23 +40,23 @@ class LogitStatistics:
 
 @torch.no_grad()
 def logit_statistics(query: Tensor, key: Tensor, visible: Tensor, chunks: Tensor, scaling: float) -> LogitStatistics:
-    """Variance and covariance over keys of the chunks' parts of the logits, and the mean key.
+    """Compute variance and covariance over keys of the chunks' parts of the logits, and the mean key.
 
     They follow from the covariance of the keys' dimensions, so that no logit is computed: O(T D^2) for keys that all
-    queries see, O(D^2) for each query and key that not all see. Every query weighs the same.
+    queries see, O(D^2) for each pair of a query and a key that only some queries see. Queries have equal weights.
 
     Args:
         query: float [B, Hq, Q, D], post-RoPE.
         key: float [B, Hkv, T, D], post-RoPE; Hq a multiple of Hkv.
-        visible: bool [B or 1, Q, T], the keys of each query, at least one.
-        chunks: int64 [chunks, 2], the two dimensions of each chunk; they pair all D.
-        scaling: of the softmax; the parts are those of scaled logits.
+        visible: bool [B or 1, Q, T], the keys that each query may attend to, at least one.
+        chunks: int64 [chunks, 2], the two dimensions of each chunk; together they name each of D once.
+        scaling: factor that the softmax multiplies dot products by; the parts are those of scaled logits.
     """
     (batch, query_heads, q_len, head_dim), kv_heads = query.shape, key.shape[1]
     order = chunks.to(query.device).flatten()
     query, key = query.unflatten(1, (kv_heads, -1)), key[..., order]
     visible = visible.expand(batch, -1, -1)
-    centre = key.mean(2, keepdim=True, dtype=torch.float32).double()  # any will do that is near: it saves digits
+    centre = key.mean(2, keepdim=True, dtype=torch.float32).double()  # any nearby point: less cancellation
     common = visible.all(1)
     others = (visible.any(1) & ~common).any(0).nonzero().flatten()
     shared = _moments(key, centre, common[:, None])
@@ -73,9 +73,9 @@ def logit_statistics(query: Tensor, key: Tensor, visible: Tensor, chunks: Tensor
         squares = torch.einsum("bhgqi,bhgqj->bhqij", queries, queries)
         parts = (covered * squares).sum((0, 2)).view(kv_heads, n_pairs, 2, n_pairs, 2)
         covariance += parts.sum((2, 4))
-        own = covered.unflatten(-1, (n_pairs, 2)).unflatten(-3, (n_pairs, 2)).diagonal(dim1=-4, dim2=-2)
+        within = covered.unflatten(-1, (n_pairs, 2)).unflatten(-3, (n_pairs, 2)).diagonal(dim1=-4, dim2=-2)
         pairs = queries.unflatten(-1, (n_pairs, 2))
-        variance += torch.einsum("bhgqci,bhqijc,bhgqcj->hgc", pairs, own, pairs)
+        variance += torch.einsum("bhgqci,bhqijc,bhgqcj->hgc", pairs, within, pairs)
         mean_key += (mean + centre).sum((0, 2))
     samples = batch * q_len
     return LogitStatistics(
@@ -86,15 +86,15 @@ def logit_statistics(query: Tensor, key: Tensor, visible: Tensor, chunks: Tensor
 
 
 def causal(q_len: int, kv_len: int, device: torch.device) -> Tensor:
-    """The keys of the queries of the last ``q_len`` positions: bool [1, Q, T]."""
+    """The causal mask of queries at the last ``q_len`` positions: bool [1, Q, T]."""
     last = torch.arange(kv_len - q_len, kv_len, device=device)
     return (torch.arange(kv_len, device=device) <= last[:, None])[None]
 
 
 def _moments(key: Tensor, centre: Tensor, shown: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over the shown keys [B, Q, T], taken from ``centre``: of 1 [B, 1, Q, 1], k [B, Hkv, Q, D], k k^T [.., D, D].
+    """Sums over the shown keys [B, Q, T], less ``centre``: of 1 [B, 1, Q, 1], of k [B, Hkv, Q, D], of k k^T [.., D, D].
 
-    All float64; keys [B, Hkv, T, D] are read in pieces.
+    The sums are float64; keys [B, Hkv, T, D] are read in pieces.
     """
     batch, kv_heads, kv_len, head_dim = key.shape
     rows = shown.shape[1]
@@ -114,17 +114,17 @@ def _pieces(length: int, bytes_each: int) -> Iterator[slice]:
 
 
 def most_explaining(covariance: Tensor, n_tip: int) -> Tensor:
-    """The chunks that explain the logits' variance best, chosen greedily; ties to the lower chunk.
+    """Choose greedily the chunks that explain most of the logits' variance; ties go to the lower chunk.
 
-    Every step takes the chunk whose part, less what the chosen ones explain of it, explains most of what they leave
-    of the logits.
+    Each step adds the chunk whose part explains most of the logits' residual variance, after regression of both on the
+    chunks chosen so far.
 
     Args:
         covariance: float [..., chunks, chunks], positive semi-definite.
-        n_tip: chunks to choose.
+        n_tip: number of chunks to choose.
 
     Returns:
-        int64 [..., n_tip], ascending.
+        int64 [..., n_tip], chunk numbers, ascending.
     """
     rest = covariance.double()
     least = _EPSILON * rest.diagonal(dim1=-2, dim2=-1)
@@ -135,20 +135,21 @@ def most_explaining(covariance: Tensor, n_tip: int) -> Tensor:
         best = gain.argmax(-1, keepdim=True)
         taken.scatter_(-1, best, True)
         column = rest.gather(-1, best[..., None, :].expand(*rest.shape[:-1], 1))
-        own, enough = left.gather(-1, best)[..., None], (left > least).gather(-1, best)[..., None]
-        rest = rest - torch.where(enough, column * column.mT / own, 0)
+        variance, enough = left.gather(-1, best)[..., None], (left > least).gather(-1, best)[..., None]
+        rest = rest - torch.where(enough, column * column.mT / variance, 0)
     chosen: Tensor = taken.nonzero()[:, -1]
     return chosen.view(*taken.shape[:-1], n_tip)
 
 
 def least_squares_weights(covariance: Tensor, chosen: Tensor) -> Tensor:
-    """The weight of each chosen chunk with which their sum is nearest to the logits, up to a constant.
+    """Compute the weights with which the sum of the chosen chunks' parts is nearest to the logits, up to a constant.
 
-    ``w = 1 + A_SS^+ A_SR 1``, R the chunks not chosen: 1 where these say nothing, and where all are chosen.
+    ``w = 1 + A_SS^+ A_SR 1``, with covariance A, chosen chunks S and other chunks R; w = 1 if S and R are uncorrelated,
+    or R is empty.
 
     Args:
-        covariance: float [..., chunks, chunks].
-        chosen: int64 [..., n].
+        covariance: float [..., chunks, chunks], A.
+        chosen: int64 [..., n], S.
 
     Returns:
         float32 [..., n].
@@ -161,13 +162,13 @@ def least_squares_weights(covariance: Tensor, chosen: Tensor) -> Tensor:
 
 
 def explained_share(covariance: Tensor, chosen: Tensor) -> Tensor:
-    """Share of the logits' variance that the chosen chunks explain with their best weights: float64 [...], 0 to 1.
+    """Share of the logits' variance that the chosen chunks explain with least-squares weights: float64 [...], 0 to 1.
 
     Args:
-        covariance: float [..., chunks, chunks].
-        chosen: int64 [..., n].
+        covariance: float [..., chunks, chunks], covariance over keys of the chunks' parts.
+        chosen: int64 [..., n], chunk numbers.
     """
     weights = least_squares_weights(covariance, chosen).double()
-    told = covariance.double().sum(-1).gather(-1, chosen)
-    whole = covariance.double().sum((-2, -1))
-    return torch.where(whole > 0, (weights * told).sum(-1) / whole, 1.0)
+    with_logits = covariance.double().sum(-1).gather(-1, chosen)
+    total = covariance.double().sum((-2, -1))
+    return torch.where(total > 0, (weights * with_logits).sum(-1) / total, 1.0)

@@ -1,4 +1,4 @@
-"""How the query heads of a group rank the keys as one, and what the keys weigh."""
+"""One ranking of the keys per GQA group from the scores of its query heads, and the heads' attention weights."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fasa_flex.core.softmax import Softmax
 def reduce_group(
     scores: Tensor, valid: Tensor, how: GroupReduce, softmax: Softmax, sample: Tensor | None = None
 ) -> Tensor:
-    """One ranking per key/value head from those of its query heads.
+    """Reduce the scores of a group's query heads to one ranking per key/value head.
 
     Args:
-        scores: float32 [B, Hkv, G, Q, T].
-        valid: bool [B or 1, 1, 1, Q, T].
-        how: ``"softmax"``: the log of the sum of the heads' attention weights, those of each head relative to the mass
-            of sampled keys alone (`weigh`), so that one pass over the keys ranks them; ``"softmax_exact"``: the sum,
-            relative to the mass of all valid keys; ``"max"``; ``"mean"``; or ``"none"``.
-        softmax: the model's, whose scaling and cap make logits of scores.
-        sample: `Marks.sample`, for ``"softmax"``.
+        scores: float32 [B, Hkv, G, Q, T], dot products.
+        valid: bool [B or 1, 1, 1, Q, T], the keys that each query may attend to.
+        how: ``"softmax"``: the log of the sum of the heads' attention weights, each head's normalised over sampled keys
+            alone (`weigh`), so that one pass over the keys ranks them; ``"softmax_exact"``: the sum of the weights,
+            normalised over all valid keys; ``"max"`` or ``"mean"`` of the scores; ``"none"``: no reduction.
+        softmax: scaling and logit cap, which turn scores into logits.
+        sample: `Marks.sample`, required for ``"softmax"``.
 
     Returns:
-        float32 [B, Hkv, 1, Q, T], or the scores as they are for ``"none"``; what it says of invalid keys is not read.
+        float32 [B, Hkv, 1, Q, T], for ``"none"`` the scores unchanged; entries of invalid keys have no meaning.
     """
     if how == "none" or scores.shape[2] == 1:
         return scores
@@ -47,16 +47,16 @@ def reduce_group(
 
 
 MOST = 80.0
-"""The log of the largest weight relative to the sample's mass, so that sums of float32 do not overflow."""
+"""Upper limit of a weight's logarithm, relative to the sample's mass: sums of float32 do not overflow."""
 
 
 class Weights(NamedTuple):
-    """Attention weights of a group relative to the mass of sampled keys, so that nothing is asked of all keys first.
+    """Attention weights of a group, divided by the mass of sampled keys: they need no earlier pass over all keys.
 
     Attributes:
-        ranking: the log of the group's sum of weights, float32 [B, Hkv, 1, Q, T].
-        total: the sum over valid keys of each head's weights, float32 [B, Hkv, G, Q].
-        unit: the log of the sample's mass, float32 [B, Hkv, G, Q, 1].
+        ranking: float32 [B, Hkv, 1, Q, T], the log of the sum of the weights over the group's query heads.
+        total: float32 [B, Hkv, G, Q], the sum of each head's weights over the valid keys.
+        unit: float32 [B, Hkv, G, Q, 1], the log of the sample's mass.
     """
 
     ranking: Tensor
@@ -64,29 +64,29 @@ class Weights(NamedTuple):
     unit: Tensor
 
     def of(self, logits: Tensor) -> Tensor:
-        """Weights, at most e^80, of logits [B, Hkv, G, Q, K]."""
+        """Compute the weights of logits [B, Hkv, G, Q, K], limited to e^80."""
         return (logits - self.unit).clamp(max=MOST).exp()
 
 
 def weigh(logits: Tensor, valid: Tensor, sample: Tensor) -> Weights:
-    """Weigh all keys in one pass over them.
+    """Compute the attention weights of all keys in one pass over them.
 
     Args:
         logits: float32 [B, Hkv, G, Q, T].
-        valid: bool [B or 1, 1, 1, Q, T].
-        sample: `Marks.sample`.
+        valid: bool [B or 1, 1, 1, Q, T], the keys that each query may attend to.
+        sample: `Marks.sample`, the slots of the sampled keys.
     """
     slots = sample.clamp(min=0).expand(*logits.shape[:-1], -1)
     unit = torch.where(sample < 0, -torch.inf, logits.gather(-1, slots)).logsumexp(-1, keepdim=True)
     unit = torch.where(unit == -torch.inf, 0.0, unit)
-    if torch.compiler.is_compiling():  # member by member, which a compiler makes one loop over the keys of
+    if torch.compiler.is_compiling():  # head by head: the compiler fuses this into one loop over the keys
         members = list(map(torch.sub, logits.unbind(2), unit.unbind(2)))
         best = functools.reduce(torch.maximum, members)
         best = torch.where(best == -torch.inf, 0.0, best)
         near = [(member - best).exp() for member in members]
         factor = best.clamp(max=MOST).exp()
         total = torch.stack([torch.where(valid[:, :, 0], member * factor, 0.0).sum(-1) for member in near], dim=2)
-    else:  # at once, in fewer calls
+    else:  # all heads at once: fewer eager calls
         weighed = logits - unit
         best = weighed.amax(2)
         best = torch.where(best == -torch.inf, 0.0, best)
@@ -100,5 +100,5 @@ def weigh(logits: Tensor, valid: Tensor, sample: Tensor) -> Weights:
 
 @operator("attention_weights", torch.empty_like)
 def attention_weights(logits: Tensor) -> Tensor:
-    """Softmax along the last dimension, as torch has it: Inductor's own takes every exponential twice (torch 2.13)."""
+    """Softmax along the last dimension by torch's kernel: Inductor's computes each exponential twice (torch 2.13)."""
     return logits.softmax(-1)

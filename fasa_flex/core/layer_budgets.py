@@ -1,4 +1,4 @@
-"""How a mean budget is spread over layers and heads."""
+"""Distribution of a mean budget over layers and key/value heads."""
 
 from __future__ import annotations
 
@@ -13,55 +13,59 @@ import numpy as np
 from fasa_flex.core.budget import Budget
 
 Weight = float | tuple[float, ...]
-"""Of a layer, or of each of its key/value heads."""
+"""Weight of one layer, or of each of its key/value heads."""
 
 LayerBudgets = Literal["uniform", "pyramid"] | tuple[Weight, ...]
 
 _MOST_UNEVEN = 1e12
-"""One weight against another, at most."""
+"""Largest allowed ratio of two weights."""
 
 _PYRAMID = 20
-"""The mean budget over that of the last layer: beta of PyramidKV."""
+"""Ratio of the mean budget to the budget of the last layer: beta of PyramidKV."""
 
 
-def check_layer_budgets(given: object) -> LayerBudgets:
-    """A name, or sequences of positive weights as tuples.
+def check_layer_budgets(value: object) -> LayerBudgets:
+    """Check ``FasaConfig.layer_budgets`` and convert its sequences to tuples.
 
     Raises:
-        ValueError: anything else.
+        ValueError: ``value`` is neither the name of a rule nor a sequence of positive weights.
     """
-    if isinstance(given, np.ndarray):
-        given = given.tolist()
-    if given in ("uniform", "pyramid"):
-        return given
-    if isinstance(given, list | tuple) and given:
-        weights = tuple(tuple(weight) if isinstance(weight, list | tuple) else weight for weight in given)
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if value in ("uniform", "pyramid"):
+        return value
+    if isinstance(value, list | tuple) and value:
+        weights = tuple(tuple(weight) if isinstance(weight, list | tuple) else weight for weight in value)
         flat = [w for weight in weights for w in (weight if isinstance(weight, tuple) else (weight,))]
         numbers = all(isinstance(w, int | float) and not isinstance(w, bool) and 0 < w < inf for w in flat)
         if numbers and max(flat) <= _MOST_UNEVEN * min(flat) and sum(flat) < inf:
             return weights
     raise ValueError(
-        f"layer_budgets must be 'uniform', 'pyramid' or positive weights (no {_MOST_UNEVEN:g} to 1), got {given!r}; "
+        f"layer_budgets must be 'uniform', 'pyramid' or positive weights (no {_MOST_UNEVEN:g} to 1), got {value!r}; "
         "give one for every layer, or a sequence of one for each of its key/value heads."
     )
 
 
 def spread_budget(budget: Budget, how: LayerBudgets, layers: Sequence[int], kv_heads: int) -> dict[int, Budget]:
-    """The budgets of layers, or of their heads, whose mean is the one given.
+    """Spread a mean budget over the sparse layers, or over their key/value heads.
 
-    Each has its forced tokens and, of the rest, what is in proportion to its weight; none is left without a token.
-    Counts are rounded so that their sum is exact.
+    Every layer or head gets its forced tokens, and a part of the other tokens in proportion to its weight; at least one
+    token in all. Counts are rounded so that their sum is exact.
 
     Args:
-        budget: the mean, a count or a share.
-        how: ``"uniform"``; ``"pyramid"``: falling linearly with depth, in the last layer to a twentieth of the mean
-            (PyramidKV, Cai et al., 2024; the paper's Table 4); or weights, one for every layer of the model, of which
+        budget: the mean budget, a count or a share.
+        how: ``"uniform"``; ``"pyramid"``: falls linearly with depth, in the last layer to a twentieth of the mean
+            (PyramidKV, Cai et al., 2024; the paper's Table 4); or one weight for every layer of the model, of which
             those of dense layers are ignored.
-        layers: the sparse layers, ascending.
-        kv_heads: of a layer.
+        layers: numbers of the sparse layers, ascending.
+        kv_heads: key/value heads per layer.
+
+    Returns:
+        the budget of each layer, by its number.
 
     Raises:
-        ValueError: weights that do not fit the model, weights of heads for a share, or a layer's share above 1.
+        ValueError: the weights do not fit the model, heads have weights although the budget is a share, or the share of
+            a layer exceeds 1.
     """
     if how == "uniform" or not layers:
         return dict.fromkeys(layers, budget)
@@ -90,7 +94,7 @@ def spread_budget(budget: Budget, how: LayerBudgets, layers: Sequence[int], kv_h
 
 
 def _in_proportion(total: int, weights: Sequence[float], least: int) -> list[float]:
-    """Amounts in proportion to the weights whose sum is ``total``; those below ``least`` are lifted to it."""
+    """Divide ``total`` in proportion to the weights, with at least ``least`` for each weight."""
     lifted: set[int] = set()
     while True:
         others = [number for number in range(len(weights)) if number not in lifted]
@@ -106,13 +110,13 @@ def _pyramid(layers: int) -> list[Any]:
     return [2 - last - 2 * (1 - last) * layer / max(1, layers - 1) for layer in range(layers)]
 
 
-def _of_layers(given: Sequence[Weight], layers: Sequence[int], kv_heads: int) -> list[Any]:
-    if len(given) <= layers[-1]:
+def _of_layers(by_layer: Sequence[Weight], layers: Sequence[int], kv_heads: int) -> list[Any]:
+    if len(by_layer) <= layers[-1]:
         raise ValueError(
-            f"layer_budgets weighs {len(given)} layers and layer {layers[-1]} is sparse; "
+            f"layer_budgets weighs {len(by_layer)} layers and layer {layers[-1]} is sparse; "
             "give a weight for every layer of the model."
         )
-    weights = [given[layer] for layer in layers]
+    weights = [by_layer[layer] for layer in layers]
     for layer, weight in zip(layers, weights, strict=True):
         if isinstance(weight, tuple) and len(weight) != kv_heads:
             raise ValueError(

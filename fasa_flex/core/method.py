@@ -1,12 +1,13 @@
 """The method on a page: score, rank, select, mask, attend, complete.
 
-A `Call` is one layer's attention of one forward. `attend` computes it in PyTorch's own operations; compiled with
-`flex_focused`, Inductor makes one sparse kernel of the attention to a selection. That is the definition, for any number
-of queries, any scorer and any device. Other backends compute the same and are tested against it, as both are against
-plain loops in float64: on a GPU `fasa_flex.backends.triton.decode` is several times as fast for a decoded token, on a
-CPU the gather of `fasa_flex.backends.gather` is (`fasa_flex.backends.table` chooses).
+A `Call` holds the inputs of one layer's attention in one forward. `attend` computes it with PyTorch operations. When it
+is compiled with `flex_focused`, Inductor generates one block-sparse kernel for the attention to the selected keys. This
+is the definition of the method for any number of queries, any scorer and any device. Tests compare the other backends
+with it, and all of them with plain loops in float64. For one decoded token two backends are several times as fast:
+`fasa_flex.backends.triton.decode` on a GPU and `fasa_flex.backends.gather` on a CPU (`fasa_flex.backends.table`
+chooses).
 
-Shapes: B rows, Q queries and T keys of D dimensions; G = Hq / Hkv query heads share a key/value head.
+Shapes: B batch rows, Q queries, T keys of D dimensions; G = Hq / Hkv query heads share one key/value head.
 """
 
 from __future__ import annotations
@@ -32,30 +33,31 @@ from fasa_flex.core.selection import Marks, Selection, select
 from fasa_flex.core.softmax import Softmax
 
 Focus = Callable[[Tensor, Tensor, Tensor, Selection, Softmax], "tuple[Tensor, Tensor | None]"]
-"""Exact attention to a selection: from query, key and value to [B, Hq, Q, Dv], without learned sinks, and for a model
-that has them the log-sum-exp of the logits, float32 [B, Hq, Q]."""
+"""Computes exact attention to the selected keys. It returns the output [B, Hq, Q, Dv] without learned sinks, and for a
+model with learned sinks also the log-sum-exp of the logits, float32 [B, Hq, Q]."""
 
 Q_BLOCK = 128
-"""Rows of a block of queries."""
+"""Query rows in one block of the block mask."""
 
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One layer's attention of one forward, as every backend is handed it.
+    """The inputs of one layer's attention in one forward; every backend takes this record.
 
     Attributes:
         query: float [B, Hq, Q, D], post-RoPE.
-        key: float [B, Hkv, T, D], post-RoPE; on another device than the query where a cache keeps it in host memory.
-        value: float [B, Hkv, T, Dv], likewise.
-        scorer: ranks the keys.
+        key: float [B, Hkv, T, D], post-RoPE; in host memory if the cache keeps keys there (FASA-M).
+        value: float [B, Hkv, T, Dv], on the device of ``key``.
+        scorer: computes the scores that rank the keys.
         valid: bool [B or 1, 1, 1, Q, T], the keys that each query may attend to.
-        budget: how many of them it attends to.
-        group_reduce: how the query heads of a group rank as one.
-        softmax: the model's.
-        packed_keys: what the scorer reads instead of the keys, if a cache holds it.
-        resident: the rows that the device holds of keys and values in host memory (FASA-M).
-        marks: those of the valid keys; None: to be made.
-        completion: None: the unselected keys have no weight.
+        budget: number of valid keys that each query attends to.
+        group_reduce: how the scores of a group's query heads become one ranking.
+        softmax: scaling, logit cap and learned sinks of the model's attention.
+        packed_keys: the keys at the dominant dimensions, which the scorer reads in place of ``key``; None: no cache
+            holds them.
+        resident: selected rows of keys and values that the device keeps when the cache is in host memory (FASA-M).
+        marks: forced and sampled keys; None: `known_marks` computes them from ``valid``.
+        completion: how to estimate the contribution of the unselected keys; None: they have weight 0.
     """
 
     query: Tensor
@@ -72,7 +74,7 @@ class Call:
     completion: Completion | None = None
 
     def known_marks(self) -> Marks:
-        """`marks`, made where there are none."""
+        """Return `marks`; compute them on first use."""
         if self.marks is None:
             samples = self.group_reduce == "softmax" or self.completion is not None
             self.marks = Marks.of(self.valid, self.budget, samples)
@@ -80,10 +82,10 @@ class Call:
 
 
 def attend(call: Call, focus: Focus) -> Tensor:
-    """Frequency-aware sparse attention, [B, Hq, Q, Dv].
+    """Compute frequency-aware sparse attention, [B, Hq, Q, Dv].
 
-    The paper's TIP scores and selects, its FAC is ``focus``. The estimated logits that rank the keys say how much of
-    the attention the selected keys hold, too; the rest is completed.
+    Scoring and selection are the paper's TIP, ``focus`` is its FAC. With a completion, the estimated logits that rank
+    the keys also give the share of attention mass on the selected keys; an estimate replaces the rest.
     """
     marks, valid = call.marks or call.known_marks(), read_as_floats(call.valid)
     scores = call.scorer(call.query, call.key, call.packed_keys)  # [B, Hkv, G, Q, T]
@@ -110,21 +112,20 @@ def attend(call: Call, focus: Focus) -> Tensor:
 def flex_focused(
     query: Tensor, key: Tensor, value: Tensor, selection: Selection, softmax: Softmax
 ) -> tuple[Tensor, Tensor | None]:
-    """`flex_attention` over the selection's block mask; the group's query heads are folded into its rows.
+    """Run `flex_attention` with the block mask of the selection; the query heads of a group become rows of one head.
 
-    To be compiled: eager `flex_attention` ignores the block list and computes every score. Rows are query-major, row
-    ``q * G + g``, so that K and V are read once a group and the mask has Hkv heads.
+    Compile this function: eager `flex_attention` ignores the block list and computes every score. Query head g of query
+    q is row ``q * G + g``, so that each group reads K and V once and the mask has Hkv heads.
 
     Returns:
-        as `Focus`.
+        output and log-sum-exp, as `Focus` states them.
     """
     batch, query_heads, q_len, head_dim = query.shape
     kv_heads = key.shape[1]
     group = query_heads // kv_heads
     block_mask = to_block_mask(selection, group, kv_block_size(query.device))
     rows = query.view(batch, kv_heads, group, q_len, head_dim).transpose(2, 3).reshape(batch, kv_heads, -1, head_dim)
-    # torch 2.13's CPU template for one query misreads folded queries; a partition longer than any cache switches it
-    # off.
+    # torch 2.13: the CPU template for one query misreads folded queries; a partition longer than any cache disables it
     options: Any = {"PARTITION_SIZE": 1 << 20} if query.device.type == "cpu" else None
     out: Any = flex_attention(
         realize(rows),
@@ -137,7 +138,7 @@ def flex_focused(
         return_aux=None if softmax.sinks is None else AuxRequest(lse=True),
     )
     out, lse = out if isinstance(out, tuple) else (out, None)
-    if query.device.type == "cpu":  # whose template takes in nothing that follows it (torch 2.13)
+    if query.device.type == "cpu":  # the CPU template cannot fuse the operations that follow it (torch 2.13)
         out = realize(out)
     by_head: Tensor = out.view(batch, kv_heads, q_len, group, -1).transpose(2, 3)
     if lse is not None:
@@ -146,24 +147,24 @@ def flex_focused(
 
 
 def kv_block_size(device: torch.device) -> int:
-    """Keys of a block: 1 where any size runs (CPU), 16, the smallest that Triton compiles, elsewhere."""
+    """Number of keys in one block: 1 on a CPU, elsewhere 16, the smallest size that Triton compiles."""
     return 1 if device.type == "cpu" else 16
 
 
 def to_block_mask(selection: Selection, group: int, kv_block: int) -> BlockMask:
-    """The `BlockMask` of selected tokens.
+    """Build the `BlockMask` of the selected tokens.
 
-    Blocks are listed where any row of a query block selected a token in them, and the mask function decides token by
-    token. All blocks are partial ones: on GPU a list of full blocks, even an empty one, unbalances the split of the
-    decode kernel.
+    The mask lists a key block if any row of the query block selected a token in it; the mask function then decides for
+    each token. All blocks are listed as partial: on a GPU a list of full blocks, even an empty one, unbalances how the
+    decode kernel splits the work.
 
     Args:
-        selection: with Hkv heads.
-        group: G, query heads a key/value head.
-        kv_block: keys of a block.
+        selection: selected slots, with Hkv heads.
+        group: G, query heads per key/value head.
+        kv_block: keys in one block.
 
     Returns:
-        for queries [B, Hkv, Q * G, D], row ``q * G + g``, and keys [B, Hkv, T, D].
+        a mask for queries [B, Hkv, Q * G, D], with rows ``q * G + g``, and keys [B, Hkv, T, D].
     """
     mask = selection.mask.to(torch.int8)  # padding a bool gives CPU code that does not compile (torch 2.13)
     batch, heads, shared, q_len, kv_len = mask.shape
@@ -182,7 +183,7 @@ def to_block_mask(selection: Selection, group: int, kv_block: int) -> BlockMask:
     downward = torch.arange(kv_blocks, 0, -1, dtype=torch.int32, device=mask.device)
     listed = torch.where(blocks > 0, downward, 0).topk(most, dim=-1).indices.to(torch.int32)
     if mask.device.type == "cpu":
-        listed = F.pad(listed, (0, kv_blocks - most))  # the CPU kernel wants a list as wide as the keys
+        listed = F.pad(listed, (0, kv_blocks - most))  # the CPU kernel needs one entry for each block of keys
     tokens = realize(selection.mask)
 
     def selected(b: Tensor, h: Tensor, row: Tensor, slot: Tensor) -> Tensor:

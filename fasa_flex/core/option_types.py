@@ -1,4 +1,4 @@
-"""The words that options take, apart from what understands them: a command line names them without importing torch."""
+"""Allowed values of the options, in a module without torch so that the command line can list them quickly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PackedDtype = Literal["bfloat16", "float16", "int8", "int4"]
 Criterion = Literal["agreement", "variance", "explained_variance", "weighted_variance"]
 """How dominant chunks are chosen.
 
-``"agreement"``: by contextual agreement, as in the paper. ``"variance"``: by the variance over keys of their part of
-the logits. ``"explained_variance"``: one by one, each time the chunk that explains most of the variance of the logits
-that is left, correlations included. ``"weighted_variance"``: the same chunks, each with a least-squares weight.
+``"agreement"``: by contextual agreement, as in the paper. ``"variance"``: by the variance over keys of the chunk's part
+of the logits. ``"explained_variance"``: greedily, at each step the chunk that explains most of the logits' residual
+variance, correlations included. ``"weighted_variance"``: the same chunks, each with a least-squares weight.
 """

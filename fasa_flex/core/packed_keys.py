@@ -1,4 +1,4 @@
-"""The dominant key dimensions, packed for TIP to stream and for nothing else to read (the paper's FASA-C)."""
+"""Packed keys: the dominant dimensions of all keys, which TIP alone reads (the paper's FASA-C)."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ _LEVELS = {"int8": 127, "int4": 7}
 """The largest code of an integer format; codes are symmetric about 0."""
 
 INT4_ZERO = 8
-"""What is stored for the code 0 of a four-bit key."""
+"""Stored four-bit number for the code 0."""
 
 _MANY = 512
-"""Tiles of a head from which on, uncompiled, heads are scored one by one: all at once copies the query for each."""
+"""From this number of tiles per head eager code scores head by head: a batched product copies the query per tile."""
 
 
 def tile_of(device: torch.device) -> int:
-    """Keys of a tile: on CPU 16, a vector or two, so that tiles are read as they lie; elsewhere 1, rows of keys."""
+    """Number of keys in one tile: 16 on a CPU, where they fill one or two vector registers; 1 on other devices."""
     return 16 if device.type == "cpu" else 1
 
 
 @dataclass(frozen=True, eq=False)
 class PackedKeys:
-    """Packed keys in tiles of L keys: within a tile the keys lie side by side, one dimension after the other.
+    """Packed keys in tiles of L keys; a tile stores dimension by dimension, for each the numbers of its L keys.
 
-    So on CPU a score is a sum of whole vectors, and a query's G heads read each tile once. S only ranks, which is why
-    the packed keys may be held in a lower precision than the cache.
+    On a CPU the scores of a tile are then sums of full vectors, and the G query heads of a group load each tile once.
+    The scores only rank, so that packed keys may have a lower precision than the cache.
 
     Attributes:
         tiles: [B, Hkv, N, P, L], keys n * L ... n * L + L - 1 in tile n. P is 2 * n_tip for a float dtype and int8,
             and n_tip for int4: byte p of a key holds the codes of dimensions p (its low four bits) and n_tip + p, each
             with 8 added.
-        scales: float16 [B, Hkv, N, L], the factor of an integer key's codes; None for float tiles.
+        scales: float16 [B, Hkv, N, L], the factor of each key's integer codes; None for float tiles.
     """
 
     tiles: Tensor
@@ -51,8 +51,8 @@ class PackedKeys:
 
         Args:
             rows: float [B, Hkv, T, 2 * n_tip], the keys at the dominant dimensions.
-            dtype: what to hold them in; None is the dtype of ``rows``.
-            capacity: keys to make room for, at least T; the room holds zeros.
+            dtype: precision of the packed keys; None: the dtype of ``rows``.
+            capacity: number of keys to allocate; at least T are allocated, and unused ones are zero.
         """
         batch, heads, kv_len, _ = rows.shape
         tile = tile_of(rows.device)
@@ -63,24 +63,24 @@ class PackedKeys:
 
     @property
     def capacity(self) -> int:
-        """Keys there is room for."""
+        """Number of keys allocated."""
         return self.tiles.shape[2] * self.tiles.shape[4]
 
     @property
     def width(self) -> int:
-        """Dimensions of a key, 2 * n_tip."""
+        """Number of dimensions per key, 2 * n_tip."""
         return self.tiles.shape[3] * (2 if self._dtype == "int4" else 1)
 
     @property
     def _dtype(self) -> PackedDtype | None:
-        """The integer format that keys are converted to; None: the tiles' own dtype."""
+        """Integer format of the tiles; None: they hold floats."""
         if self.scales is None:
             return None
         return "int4" if self.tiles.dtype == torch.uint8 else "int8"
 
     @property
     def n_bytes(self) -> int:
-        """Bytes held."""
+        """Size of tiles and scales in bytes."""
         scales = 0 if self.scales is None else self.scales.nbytes
         return self.tiles.nbytes + scales
 
@@ -88,13 +88,13 @@ class PackedKeys:
         """Write keys in place.
 
         Args:
-            rows: float [B, Hkv, t, 2 * n_tip].
-            slots: int64 [t], where to; or the slot of the first of them, the others behind it.
+            rows: float [B, Hkv, t, 2 * n_tip], keys at the dominant dimensions.
+            slots: int64 [t], the slot of each key; an int: the slot of the first key, with the others behind it.
         """
         lanes, length = self.tiles.shape[4], rows.shape[2]
         rows, scales = _convert(rows, self._dtype)
         if isinstance(slots, int):
-            if (lanes == 1 or length == 1) and not torch.compiler.is_compiling():  # plain copies, the cheapest
+            if (lanes == 1 or length == 1) and not torch.compiler.is_compiling():  # plain copies are fastest
                 first, place = divmod(slots, lanes)
                 self.tiles[:, :, first : first + length, :, place].copy_(rows)
                 if self.scales is not None and scales is not None:
@@ -109,20 +109,20 @@ class PackedKeys:
         tile, lane = slots // lanes, slots % lanes
         if self.scales is not None and scales is not None:
             self.scales[:, :, tile, lane] = scales
-        # indices apart from each other come first: [t, B, Hkv, 2 * n_tip]
+        # indices that are separated by a slice move to the front: [t, B, Hkv, 2 * n_tip]
         self.tiles[:, :, tile, :, lane] = rows.permute(2, 0, 1, 3).to(self.tiles.dtype)
 
     def rows(self, kv_len: int) -> Tensor:
-        """The first ``kv_len`` keys as they are held, float [B, Hkv, T, 2 * n_tip]."""
+        """Return the first ``kv_len`` keys, restored to floats [B, Hkv, T, 2 * n_tip]."""
         rows = self.tiles.transpose(3, 4).flatten(2, 3)[:, :, :kv_len]
         return _restore(rows, None if self.scales is None else self.scales.flatten(2)[:, :, :kv_len])
 
     def scores(self, query: Tensor, kv_len: int) -> Tensor:
-        """Dot products with one query a head.
+        """Compute dot products with one query per query head.
 
         Args:
-            query: float [B, Hkv, G, 2 * n_tip].
-            kv_len: T.
+            query: float [B, Hkv, G, 2 * n_tip], at the dominant dimensions.
+            kv_len: T, number of keys to score.
 
         Returns:
             float32 [B, Hkv, G, T].
@@ -133,7 +133,7 @@ class PackedKeys:
         tiles, compiled = self.tiles[:, :, :count], torch.compiler.is_compiling()
         if compiled:
             query = compute_once(query.detach().float())
-        if not compiled and count < _MANY:  # a matrix product a tile
+        if not compiled and count < _MANY:  # one matrix product per tile
             scores = dot_products(query[:, :, None], _unpack(tiles, 3).mT)
         else:
             scores = (_scores_of_tiles if compiled else _scores_by_head)(query, tiles)
@@ -142,30 +142,30 @@ class PackedKeys:
         return scores.transpose(2, 3).flatten(3)[..., :kv_len]
 
     def change(self, change: Callable[[Tensor], Tensor]) -> PackedKeys:
-        """The same change to tiles and scales: of rows of the batch, or of the device."""
+        """Apply ``change`` to tiles and scales, such as a selection of batch rows or a move to another device."""
         return PackedKeys(change(self.tiles), None if self.scales is None else change(self.scales))
 
     def grown(self, capacity: int) -> PackedKeys:
-        """A copy with room for ``capacity`` keys."""
+        """Return a copy with room for ``capacity`` keys."""
         more = -(-capacity // self.tiles.shape[4]) - self.tiles.shape[2]
         tiles = F.pad(self.tiles, (0, 0, 0, 0, 0, more))
         return PackedKeys(tiles, None if self.scales is None else F.pad(self.scales, (0, 0, 0, more)))
 
 
 def packed_bytes(width: int, dtype: PackedDtype | None, cache_dtype: torch.dtype) -> float:
-    """Bytes of one packed key of ``width`` dimensions in one head, its scale included."""
+    """Size in bytes of one packed key of ``width`` dimensions in one head, including its scale."""
     if dtype in _LEVELS:
         return width * (0.5 if dtype == "int4" else 1) + 2
     return width * (cache_dtype.itemsize if dtype is None else 2)
 
 
 def as_packed(rows: Tensor, dtype: PackedDtype | None) -> Tensor:
-    """Keys [.., 2 * n_tip] as `PackedKeys` would hold them in ``dtype``, restored to floats."""
+    """Round keys [.., 2 * n_tip] as `PackedKeys` does in ``dtype``, and return them as floats."""
     return _restore(*_convert(rows, dtype))
 
 
 def dot_products(query: Tensor, key: Tensor) -> Tensor:
-    """Queries [.., Q, D] with keys [.., T, D] -> float32 [.., Q, T], under autocast too: rounded scores would tie."""
+    """Multiply queries [.., Q, D] by keys [.., T, D]: float32 [.., Q, T] under autocast too, or scores would tie."""
     with torch.autocast(query.device.type, enabled=False):
         if query.is_cuda and query.dim() == 4 and query.dtype == key.dtype in (torch.bfloat16, torch.float16):
             scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).mT, out_dtype=torch.float32)
@@ -174,9 +174,9 @@ def dot_products(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _scores_of_tiles(query: Tensor, tiles: Tensor) -> Tensor:
-    """Dot products as one kernel, which loads what it multiplies once for all members of the group, front to back.
+    """Compute the dot products in one compiled kernel, which loads each tile once for all query heads of the group.
 
-    Args and result as in `PackedKeys.scores`: [B, Hkv, G, 2 * n_tip] and [B, Hkv, N, P, L] -> [B, Hkv, N, G, L].
+    Queries [B, Hkv, G, 2 * n_tip] and tiles [B, Hkv, N, P, L] give [B, Hkv, N, G, L].
     """
     if tiles.dtype == torch.uint8:  # Inductor's vector code has these operators for 32-bit integers only (torch 2.13)
         wide = tiles.to(torch.int32)
@@ -185,27 +185,27 @@ def _scores_of_tiles(query: Tensor, tiles: Tensor) -> Tensor:
         parts, zero = [tiles.float()], 0
     members = []
     for member in query.unbind(2):
-        asked = member[:, :, None, :, None].chunk(len(parts), dim=3)
-        products = [half * part for half, part in zip(asked, parts, strict=True)]
+        halves = member[:, :, None, :, None].chunk(len(parts), dim=3)
+        products = [half * part for half, part in zip(halves, parts, strict=True)]
         score = functools.reduce(torch.add, products).sum(3)
         members.append(score - zero * member.sum(-1)[:, :, None, None] if zero else score)
     return torch.stack(members, dim=2).transpose(2, 3)
 
 
 def _scores_by_head(query: Tensor, tiles: Tensor) -> Tensor:
-    """The same uncompiled, head by head: the query is not copied for a tile, and converted tiles stay in the cache."""
+    """Compute `_scores_of_tiles` eagerly, head by head: converted tiles stay in the CPU's cache."""
     (batch, heads, count, _, lanes), group = tiles.shape, query.shape[2]
     scores = torch.empty(batch, heads, group, count, lanes, dtype=torch.float32, device=tiles.device)
     heads_of = (query.float().flatten(0, 1), tiles.flatten(0, 1), scores.flatten(0, 1))
-    # not `dot_products`, which would enter autocast for every head, in 50 microseconds each
-    with torch.no_grad(), torch.autocast(tiles.device.type, enabled=False):  # no gradient, they only rank
+    # not `dot_products`: entering autocast takes 50 us per head
+    with torch.no_grad(), torch.autocast(tiles.device.type, enabled=False):  # scores only rank: no gradients
         for head, held, found in zip(*heads_of, strict=True):
             found.copy_((head.expand(count, -1, -1) @ _unpack(held, 1).float()).transpose(0, 1))
     return scores.transpose(2, 3)
 
 
 def _convert(rows: Tensor, dtype: PackedDtype | None) -> tuple[Tensor, Tensor | None]:
-    """Keys [.., 2 * n_tip] in ``dtype``, and for an integer one their scales float16 [..]."""
+    """Convert keys [.., 2 * n_tip] to ``dtype``; an integer dtype adds scales, float16 [..]."""
     if dtype is None:
         return rows, None
     if dtype not in _LEVELS:
@@ -220,12 +220,12 @@ def _convert(rows: Tensor, dtype: PackedDtype | None) -> tuple[Tensor, Tensor | 
 
 
 def _unpack(packed: Tensor, dim: int) -> Tensor:
-    """The codes of packed keys along ``dim``: int8 [.., 2 * n_tip, ..]; keys in a float dtype as they are."""
+    """Unpack int4 codes along ``dim`` to int8 [.., 2 * n_tip, ..]; return int8 codes and floats unchanged."""
     if packed.dtype != torch.uint8:
         return packed
     return torch.cat([packed & 15, packed >> 4], dim=dim).view(torch.int8) - INT4_ZERO
 
 
 def _restore(rows: Tensor, scales: Tensor | None) -> Tensor:
-    """The inverse of `_convert`, up to rounding: keys [.., P] as floats [.., 2 * n_tip]."""
+    """Undo `_convert`, up to rounding: keys [.., P] become floats [.., 2 * n_tip]."""
     return rows if scales is None else _unpack(rows, -1) * scales[..., None].float()

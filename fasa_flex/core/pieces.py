@@ -1,4 +1,4 @@
-"""The size of pieces in which large temporaries are computed."""
+"""Size of the pieces in which code computes large temporaries."""
 
 from __future__ import annotations
 

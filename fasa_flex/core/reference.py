@@ -1,6 +1,6 @@
-"""The method in plain loops: what every fast path must equal. Read this first.
+"""The method in plain loops: the specification that every fast path must equal. Read this first.
 
-No flex, no compilation, no cache, no ranking tricks: a stable sort, a list of slots, a softmax.
+No flex_attention, compilation, cache or packed ranking: a stable sort, a list of slots, a softmax.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ def reference_attention(
     scores: Tensor | None = None,
     completion: Completion | None = None,
 ) -> Tensor:
-    """Exact attention over the best-ranked keys (the paper's TIP and FAC), completed.
+    """Compute exact attention to the best-ranked keys (the paper's TIP and FAC), and complete it.
 
     Args:
         query: float [B, Hq, Q, D]; key: float [B, Hkv, T, D]; value: float [B, Hkv, T, Dv].
-        ranking: float32 [B, Hkv, G or 1, Q, T]; valid: bool [B or 1, 1, 1, Q, T].
-        scores: float32 [B, Hkv, G, Q, T], estimates of q . k, for a ``completion``; None: no completion.
+        ranking: float32 [B, Hkv, G or 1, Q, T]; a higher number ranks first.
+        valid: bool [B or 1, 1, 1, Q, T], the keys that each query may attend to.
+        budget: number of keys per query; ``softmax`` and ``completion`` are as in `fasa_flex.core.method.Call`.
+        scores: float32 [B, Hkv, G, Q, T], estimates of q . k, required for a ``completion``; None: no completion.
 
     Returns:
         [B, Hq, Q, Dv]; zeros for a query without valid keys.
@@ -47,18 +49,18 @@ def reference_attention(
             kv_head, member = divmod(head, group)
             keys, values = key[b, kv_head], value[b, kv_head]
             for q in range(q_len):
-                candidates, asked = valid[b, 0, 0, q], query[b, head, q].to(wide)
-                of_query = ranking[b, kv_head, min(member, ranking.shape[2] - 1), q]
-                slots = reference_selection(of_query, candidates, budget.of_head(kv_head))
-                logits = softmax.cap(keys[slots].to(wide) @ (asked * softmax.scaling))
+                candidates, one_query = valid[b, 0, 0, q], query[b, head, q].to(wide)
+                ranks = ranking[b, kv_head, min(member, ranking.shape[2] - 1), q]
+                slots = reference_selection(ranks, candidates, budget.of_head(kv_head))
+                logits = softmax.cap(keys[slots].to(wide) @ (one_query * softmax.scaling))
                 out, mass = logits.softmax(0) @ values[slots].to(wide), logits.logsumexp(0)
                 if completion is not None and scores is not None:
                     estimates = softmax.logits(scores[b, kv_head, member, q]).to(wide)
                     share = (estimates[slots].logsumexp(0) - estimates[candidates].logsumexp(0)).exp()
                     factor = softmax.scaling * completion.strength
-                    left = reference_remainder(asked, keys, values, candidates, factor, completion.by_all)
-                    if left is not None:
-                        out, mass = share * out + (1 - share) * left, mass - share.log()
+                    remainder = reference_remainder(one_query, keys, values, candidates, factor, completion.by_all)
+                    if remainder is not None:
+                        out, mass = share * out + (1 - share) * remainder, mass - share.log()
                 if softmax.sinks is not None:
                     out = out * torch.sigmoid(mass - softmax.sinks[head].to(wide))
                 rows.append(out.to(value.dtype))
@@ -68,15 +70,14 @@ def reference_attention(
 def reference_remainder(
     query: Tensor, key: Tensor, value: Tensor, valid: Tensor, factor: float, by_all: bool = False
 ) -> Tensor | None:
-    """The value of one query's unselected keys to first order (`fasa_flex.core.completion`): [Dv]; None: none is
-    covered.
+    """Estimate the value of one query's unselected keys to first order: [Dv], or None if no key is covered.
 
     Args:
         query: float32 or float64 [D].
         key: [T, D].
         value: [T, Dv].
-        valid: bool [T].
-        factor: lambda * scaling.
+        valid: bool [T], the keys that the query may attend to.
+        factor: lambda * scaling (`fasa_flex.core.completion`).
         by_all: whether all valid keys are covered.
     """
     candidates = valid.nonzero().flatten()
@@ -89,9 +90,9 @@ def reference_remainder(
 
 
 def reference_selection(scores: Tensor, valid: Tensor, budget: Budget) -> Tensor:
-    """The slots one query attends to, from its scores [T] and valid keys bool [T]; int64 [min(budget, valid)]."""
+    """Select the slots of one query by scores [T] among valid keys, bool [T]: int64 [min(budget, valid keys)]."""
     n_fac = budget.n_fac
-    assert not isinstance(n_fac, tuple)  # of one head
+    assert not isinstance(n_fac, tuple)  # the budget of one head is one number
     candidates = valid.nonzero().flatten().tolist()
     allowed = math.ceil(len(candidates) * Fraction(repr(n_fac))) if isinstance(n_fac, float) else n_fac
     n_sink, n_recent = budget.forced(allowed)

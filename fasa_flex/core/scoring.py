@@ -1,8 +1,7 @@
-"""Token scorers: how important each key is to each query. The dominant-chunk scorer is the paper's TIP.
+"""Scorers, which compute how important each key is to each query. The dominant-chunk scorer is the paper's TIP.
 
-Every method of sparse attention here is a scorer; selection, masks and attention are shared. Writing another one takes
-a `__call__` of the signature of `Scorer`, or `follow` of `SequenceScorer` where a method goes by more than the query
-and the keys.
+Every method of sparse attention here is a scorer; selection, masks and attention are shared. To add a method, implement
+`Scorer.__call__`, or `SequenceScorer.follow` if the scores depend on more than the query and the keys.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from fasa_flex.core.packed_keys import PackedDtype, PackedKeys, as_packed, dot_p
 
 
 class Scorer(Protocol):
-    """Importance of keys to queries; it ranks them and is no attention weight.
+    """Computes the importance of keys to queries. It ranks keys and is not an attention weight.
 
-    One whose scores estimate the dot products ``q . k`` says so by an attribute ``estimates_logits = True``: then what
-    they say of the unselected keys' mass completes attention (`fasa_flex.core.completion`). One whose mean value is
-    that of all valid keys, and not of the covered ones alone, says so by ``completes_by_all = True``. One with a method
-    ``attend`` has that in place of a softmax over the selected keys (`fasa_flex.baselines.sampled`).
+    Optional attributes of a scorer: ``estimates_logits = True`` states that its scores estimate the dot products
+    ``q . k``, so that they give the unselected keys' mass for the completion (`fasa_flex.core.completion`).
+    ``completes_by_all = True`` takes the completion's mean value over all valid keys instead of the covered ones. A
+    method ``attend`` replaces the softmax over the selected keys (`fasa_flex.baselines.sampled`).
     """
 
     def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
@@ -33,20 +32,19 @@ class Scorer(Protocol):
         Args:
             query: float [B, Hq, Q, D], post-RoPE.
             key: float [B, Hkv, T, D], post-RoPE.
-            packed_keys: what `DominantChunks.pack` makes of ``key``, if a cache holds it; others ignore it.
+            packed_keys: ``key`` packed by `DominantChunks.pack`, if a cache holds it; other scorers ignore it.
 
         Returns:
-            float32 [B, Hkv, G, Q, T] per query head of each group, or [B, Hkv, 1, Q, T] where the group shares its
-            scores.
+            float32 [B, Hkv, G, Q, T], one score per query head; [B, Hkv, 1, Q, T] if the heads of a group share scores.
         """
         ...
 
 
 def check_scores(scores: object, query: Tensor, key: Tensor) -> None:
-    """Refuse what a scorer made if it is not what `Scorer` says.
+    """Check the result of a scorer.
 
     Raises:
-        ValueError: no tensor of numbers [B, Hkv, G or 1, Q, T].
+        ValueError: ``scores`` is not a tensor [B, Hkv, G or 1, Q, T].
     """
     (batch, query_heads, q_len, _), (kv_heads, kv_len) = query.shape, key.shape[1:3]
     group = query_heads // kv_heads
@@ -60,19 +58,19 @@ def check_scores(scores: object, query: Tensor, key: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Forward:
-    """One forward of one layer, of one token or many, as a `SequenceScorer` is shown it.
+    """Inputs of a `SequenceScorer`: one layer's attention in one forward of one or more tokens.
 
     Attributes:
         query: float [B, Hq, Q, D], post-RoPE.
         key: float [B, Hkv, T, D], post-RoPE.
-        valid: bool [B or 1, 1, 1, Q, T], which keys each query may attend to: causal, no padding. A query of padding
+        valid: bool [B or 1, 1, 1, Q, T], the keys that each query may attend to: causal, no padding. A query of padding
             may attend to none, or to keys before its own.
         sparse: bool [B, Q], the queries that attend to a selection; the others attend to all valid keys.
-        first: the first query that is sparse in some row; Q where none is.
-        first_slot: the slot of the first query; 0 begins a sequence.
-        budget: of the layer.
-        scaling: of the softmax.
-        cache: which holds the keys, so that a method may remember sequences by it; None: there is none.
+        first: index of the first query that is sparse in any row; Q if none is.
+        first_slot: slot of the first query; 0: a sequence begins.
+        budget: number of keys that each sparse query of this layer attends to.
+        scaling: factor that the softmax multiplies dot products by.
+        cache: the cache that holds the keys; identifies the sequence in a stateful scorer; None: there is no cache.
     """
 
     query: Tensor
@@ -88,49 +86,49 @@ class Forward:
 
 @runtime_checkable
 class SequenceScorer(Protocol):
-    """A method that goes by more than a query and the keys: by which keys are valid, or by the queries before.
+    """A scorer that also needs the validity mask or earlier queries.
 
-    It is shown every forward of its layer, the dense prefill too. One that evicts ranks what it dropped lowest, -inf,
-    for good: as it keeps no fewer keys than the budget, none of these is selected. One that remembers nothing of
-    earlier forwards says so by an attribute ``remembers = False``; its cache may be cropped and shared. One that does
-    keeps it by ``forward.cache``, since sequences are continued in turn, and in several threads at once.
+    FASA calls it in every forward of its layer, including the dense prefill. A method that evicts keys scores them -inf
+    from then on; since it keeps at least as many keys as the budget, no evicted key is selected. A scorer without state
+    declares ``remembers = False``; its cache may be cropped and shared. A stateful scorer stores its state per
+    ``forward.cache``, since sequences may alternate and may run in several threads.
     """
 
     def follow(self, forward: Forward) -> Tensor:
         """Score every key for the queries from ``forward.first`` on.
 
         Returns:
-            float32 [B, Hkv, G or 1, Q - first, T]; what it says of dense queries is not read.
+            float32 [B, Hkv, G or 1, Q - first, T]; scores of dense queries have no meaning.
 
         Raises:
-            ValueError: a forward that does not continue the one before, for a method that remembers it.
+            ValueError: the scorer is stateful and the forward does not continue the previous one.
         """
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """Scores that are known already, as a `Scorer`: float32 [B, Hkv, G or 1, Q, T]."""
+    """A `Scorer` that returns precomputed scores, float32 [B, Hkv, G or 1, Q, T]."""
 
     scores: Tensor
 
     def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
-        """As `Scorer`."""
+        """Return the scores; the arguments are ignored."""
         return self.scores
 
 
 @dataclass(frozen=True, eq=False)
 class DominantChunks:
-    """TIP: the dot product over the dominant chunks, the other chunks' keys at their mean (Wang et al., 2026).
+    """TIP: dot products over the dominant chunks; keys have their mean in the other chunks (Wang et al., 2026).
 
     ``S[j] = q . m + sum_i w[i] (q[i] . (k[j, i] - m[i]))`` for i in I_dom, with the mean key m. The paper has m = 0 and
-    w = 1; an m shifts all scores of a query head alike, and lets keys be held in few bits.
+    w = 1. A mean key shifts all scores of a query head equally; keys less their mean can be stored in fewer bits.
 
     Attributes:
         dims: int64 [Hkv or Hq, 2 * n_tip], the dimensions of each head's chunks.
-        mean_key: float32 [Hkv, D], m; None: 0. Sets per query head have none.
+        mean_key: float32 [Hkv, D], m; None: 0. Chunk sets per query head have none.
         weights: float32 [Hkv, 2 * n_tip], w of each of ``dims``; None: 1.
-        dtype: the precision that keys are rounded to before they are compared; None: their own.
+        dtype: precision that keys are rounded to before scoring; None: no rounding.
     """
 
     dims: Tensor
@@ -142,16 +140,16 @@ class DominantChunks:
 
     @classmethod
     def from_chunks(cls, chunks: Tensor) -> DominantChunks:
-        """From dimension pairs [Hkv or Hq, n_tip, 2]."""
+        """Make a scorer from dimension pairs, int64 [Hkv or Hq, n_tip, 2]."""
         return cls(chunks.flatten(1))
 
     def to(self, device: torch.device) -> DominantChunks:
-        """The same scorer with its tensors on ``device``."""
-        mean_key, weights = (None if held is None else held.to(device) for held in (self.mean_key, self.weights))
+        """Return the same scorer with its tensors on ``device``."""
+        mean_key, weights = (None if states is None else states.to(device) for states in (self.mean_key, self.weights))
         return replace(self, dims=self.dims.to(device), mean_key=mean_key, weights=weights)
 
     def ranks_as(self, other: DominantChunks) -> bool:
-        """Whether both make the same packed keys."""
+        """Whether both scorers pack keys to the same numbers."""
         mine, theirs = (self.dims, self.mean_key), (other.dims, other.mean_key)
         return self.dtype == other.dtype and all(
             (a is None) == (b is None) and (a is None or b is None or torch.equal(a.cpu(), b.cpu()))
@@ -159,27 +157,27 @@ class DominantChunks:
         )
 
     def pack(self, key: Tensor) -> Tensor:
-        """``key`` [B, Hkv, T, D] at the scored dimensions, less the mean key: [B, Hkv, T, 2 * n_tip], contiguous."""
+        """Take ``key`` [B, Hkv, T, D] at ``dims``, less the mean key: [B, Hkv, T, 2 * n_tip], contiguous."""
         rows = _take_dims(key, self.dims)
         if self.mean_key is None:
             return rows
         return rows - self.mean_key.gather(-1, self.dims).to(rows)[:, None]
 
     def of_query(self, query: Tensor) -> Tensor:
-        """``query`` [B, Hq, Q, D] at the scored dimensions, weighted: [B, Hkv, G * Q, 2 * n_tip]."""
+        """Take ``query`` [B, Hq, Q, D] at ``dims``, times ``weights``: [B, Hkv, G * Q, 2 * n_tip]."""
         batch, _, _, head_dim = query.shape
-        asked = _take_dims(query.reshape(batch, len(self.dims), -1, head_dim), self.dims)
-        return asked if self.weights is None else asked * self.weights.to(asked)[:, None]
+        query_dims = _take_dims(query.reshape(batch, len(self.dims), -1, head_dim), self.dims)
+        return query_dims if self.weights is None else query_dims * self.weights.to(query_dims)[:, None]
 
     def shift(self, query: Tensor) -> Tensor | None:
-        """``q . m``, float32 [B, Hkv, G * Q, 1] of ``query`` [B, Hq, Q, D]; None: there is no mean key."""
+        """Compute ``q . m`` of ``query`` [B, Hq, Q, D]: float32 [B, Hkv, G * Q, 1]; None without a mean key."""
         if self.mean_key is None:
             return None
         grouped = query.reshape(query.shape[0], len(self.mean_key), -1, query.shape[3])
         return dot_products(grouped, self.mean_key.to(grouped)[None, :, None].expand(len(query), -1, -1, -1))
 
     def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
-        """As `Scorer`."""
+        """Score every key; arguments and result are those of `Scorer`."""
         batch, query_heads, q_len, _ = query.shape
         kv_heads, kv_len = key.shape[1:3]
         group = query_heads // kv_heads
@@ -199,13 +197,13 @@ class DominantChunks:
         return scores.view(batch, kv_heads, group, q_len, kv_len)
 
     def reads(self, head_dim: int, query_heads: int, kv_heads: int) -> ReadShare:
-        """``2 n_tip`` of a key's dimensions; for each query head anew where each has chunks of its own."""
+        """A query reads ``2 n_tip`` dimensions of each key, once per query head if heads have their own chunks."""
         heads, width = self.dims.shape
         return ReadShare(ranking=min(0.5, heads // kv_heads * width / (2 * head_dim)))
 
 
 def estimates_logits(scorer: object) -> bool:
-    """Whether a scorer's scores estimate ``q . k``, as completion needs: it says so by ``estimates_logits = True``."""
+    """Whether a scorer declares that its scores estimate ``q . k`` (``estimates_logits = True``)."""
     return getattr(scorer, "estimates_logits", False) is True
 
 

@@ -1,4 +1,4 @@
-"""Which keys each query attends to: validity, budget, forced tokens, top-k (the paper's T_t)."""
+"""Selection of the keys that each query attends to: valid keys, forced tokens, top-k (the paper's T_t)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fasa_flex.core.ranking import INVALID, largest, rank_keys, slot_of
 
 @dataclass(frozen=True)
 class Selection:
-    """The selected slots of every query; H is Hkv, and G is 1 where a GQA group shares its selection.
+    """The selected slots of every query; H is Hkv, and G is 1 if a GQA group shares its selection.
 
     Attributes:
-        slots: int64 [B, H, G, Q, K], in any order; entries that do not count repeat the best slot.
-        taken: bool [B, H, G, Q, K], which entries count: min(budget, valid keys) of them.
-        order: int64 [B, H, G, Q, T], the ranking (`rank_keys`), INVALID where the key may not be selected.
+        slots: int64 [B, H, G, Q, K], unsorted; unused entries repeat the best slot.
+        taken: bool [B, H, G, Q, K], the entries of ``slots`` in use: min(budget, valid keys) of them.
+        order: int64 [B, H, G, Q, T], integers of `rank_keys`; INVALID: the key may not be selected.
     """
 
     slots: Tensor
@@ -29,21 +29,24 @@ class Selection:
 
     @property
     def mask(self) -> Tensor:
-        """The same sets by slot: bool [B, H, G, Q, T]."""
+        """Whether each slot is selected: bool [B, H, G, Q, T]."""
         lowest = self.order.gather(-1, self.slots).amin(-1, keepdim=True)
         return (self.order >= lowest) & (self.order > INVALID)
 
     @property
     def count(self) -> Tensor:
-        """Selected tokens of each query: int64 [B, H, G, Q]."""
+        """Number of selected tokens of each query: int64 [B, H, G, Q]."""
         return self.taken.sum(-1)
 
 
 def valid_keys(q_len: int, kv_len: int, key_mask: Tensor | None, device: torch.device) -> Tensor:
-    """Keys that may compete: causal (query i sits at slot T - Q + i) and real.
+    """Mark the keys that each query may attend to: real tokens up to its own slot, T - Q + i for query i.
 
     Args:
-        key_mask: bool [B, T], True = real token, or None: all real.
+        q_len: Q.
+        kv_len: T.
+        key_mask: bool [B, T], True: a real token; None: all tokens are real.
+        device: device of the result.
 
     Returns:
         bool [B or 1, 1, 1, Q, T].
@@ -54,17 +57,17 @@ def valid_keys(q_len: int, kv_len: int, key_mask: Tensor | None, device: torch.d
 
 
 SAMPLE_FIRST, SAMPLE_LAST, SAMPLE_STRIDE = 4, 64, 32
-"""The sample of a query's valid keys: the first ones, the last ones, and every 32nd from the first on."""
+"""The sample of a query's valid keys: the first 4, the last 64, and every 32nd from the first on."""
 
 
 class Marks(NamedTuple):
-    """Keys that every layer of one forward treats alike; None where a call needs none.
+    """Forced and sampled keys, the same for every layer of a forward; None if a call needs none.
 
     Attributes:
-        forced: the keys that are always selected, the ``n_sink`` first and ``n_recent`` last valid ones of the query:
-            bool, as the valid keys; [B, Hkv, 1, Q, T] where heads have budgets of their own.
-        sample: slots of the valid keys whose mass weights are relative to (`SAMPLE_FIRST`): int64
-            [B or 1, 1, 1, Q, S], -1 for none.
+        forced: bool [B or 1, 1, 1, Q, T], or [B, Hkv, 1, Q, T] if heads have budgets of their own: the ``n_sink`` first
+            and ``n_recent`` last valid keys of each query, which are always selected.
+        sample: int64 [B or 1, 1, 1, Q, S], slots of the sampled valid keys (`SAMPLE_FIRST`), whose mass normalises the
+            attention weights; -1: none.
     """
 
     forced: Tensor | None
@@ -72,7 +75,7 @@ class Marks(NamedTuple):
 
     @classmethod
     def of(cls, valid: Tensor, budget: Budget, samples: bool) -> Marks:
-        """For valid keys bool [B or 1, 1, 1, Q, T]; keys count by their number among the valid ones, not by slot."""
+        """Compute the marks of valid keys, bool [B or 1, 1, 1, Q, T]; padding between keys does not count."""
         forces = budget.n_sink != 0 or budget.n_recent != 0
         if not forces and not samples:
             return cls(None, None)
@@ -84,19 +87,19 @@ class Marks(NamedTuple):
         return cls(forced, _sample(number) if samples else None)
 
     def with_room(self, kv_len: int, free: int) -> Marks:
-        """The same keys of T = ``kv_len``, with ``free`` slots behind them that are not valid; sizes are T + free's."""
+        """Pad the marks of ``kv_len`` keys for a buffer with ``free`` invalid slots behind them."""
         more = _strides(kv_len + free) - _strides(kv_len)
         forced = None if self.forced is None else F.pad(self.forced, (0, free))
         return Marks(forced, None if self.sample is None else F.pad(self.sample, (0, more), value=-1))
 
 
 def _strides(kv_len: int) -> int:
-    """Sampled slots of a stride, behind the first one."""
+    """Number of slots that the stride samples behind the first one."""
     return (kv_len - 1) // SAMPLE_STRIDE
 
 
 def _sample(number: Tensor) -> Tensor:
-    """`Marks.sample` from how many valid keys there are up to each slot."""
+    """Compute `Marks.sample` from the number of valid keys up to and including each slot."""
     count, kv_len = number[..., -1:], number.shape[-1]
     first = torch.arange(1, SAMPLE_FIRST + 1, device=number.device).expand(*number.shape[:-1], -1)
     strided = SAMPLE_STRIDE * torch.arange(1, _strides(kv_len) + 1, device=number.device) + 1
@@ -108,26 +111,26 @@ def _sample(number: Tensor) -> Tensor:
 
 
 def forced_keys(valid: Tensor, budget: Budget) -> Tensor | None:
-    """`Marks.forced`."""
+    """Compute `Marks.forced` alone."""
     return Marks.of(valid, budget, samples=False).forced
 
 
 def select(scores: Tensor, valid: Tensor, budget: Budget, forced: Tensor | None = None) -> Selection:
-    """The budget's worth of best valid keys for every query, ties to the lower slot.
+    """Select the best valid keys of every query, as many as the budget allows; ties go to the lower slot.
 
-    Forced tokens come first: the ``n_sink`` first and ``n_recent`` last valid keys of the query, inside the budget.
-    Shapes depend on the budget and T alone, so the function compiles without graph breaks.
+    The forced tokens, ``n_sink`` first and ``n_recent`` last valid keys, take their places in the budget first. Shapes
+    depend on the budget and T alone, so the function compiles without graph breaks.
 
     Args:
         scores: float [B, H, G, Q, T], ranked as float32.
-        valid: bool [B or 1, 1, 1, Q, T].
-        budget: of every query.
-        forced: `Marks.forced`, where it is known.
+        valid: bool [B or 1, 1, 1, Q, T], the keys that each query may attend to.
+        budget: number of keys that each query attends to.
+        forced: `Marks.forced`; None: computed here.
     """
     if forced is None:
         forced = forced_keys(valid, budget)
     order = torch.where(valid, rank_keys(scores, first=forced), INVALID)
-    varies = not isinstance(budget.n_fac, int)  # rows or heads take different numbers of keys, the best of those found
+    varies = not isinstance(budget.n_fac, int)  # rows or heads keep different numbers of the best keys
     best = largest(order, budget.widest(scores.shape[-1]))
     taken = best > INVALID
     if varies:

@@ -1,4 +1,4 @@
-"""Shapes of the queries and keys that the method takes."""
+"""Check of the shapes of queries and keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def check_heads(query: Tensor, key: Tensor) -> None:
         key: should be [B, Hkv, T, D], B > 0, Hq a multiple of Hkv, 1 <= Q <= T.
 
     Raises:
-        ValueError: another shape; the sentence names both.
+        ValueError: the shapes are others; the message names both.
     """
     fits = (
         query.dim() == 4

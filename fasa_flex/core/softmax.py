@@ -1,4 +1,4 @@
-"""What a model's attention does to its logits; sparse attention does the same to the selected ones."""
+"""Scaling, cap and learned sinks of a model's softmax, which sparse attention applies to the selected logits."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Softmax:
-    """The model's own softmax.
+    """The softmax of a model's attention.
 
     Attributes:
-        scaling: what dot products are multiplied by.
+        scaling: factor that the softmax multiplies dot products by.
         softcap: c of ``c * tanh(logits / c)``, applied to scaled logits (Gemma 2); None: no cap.
-        sinks: float [Hq], one more logit for each query head, which takes weight and carries no value (gpt-oss).
+        sinks: float [Hq], one extra logit per query head, which takes weight and has no value (gpt-oss); None: none.
     """
 
     scaling: float
@@ -24,27 +24,27 @@ class Softmax:
 
     @property
     def plain(self) -> bool:
-        """Whether it is a scaled softmax and nothing else."""
+        """Whether it has neither a cap nor learned sinks."""
         return self.softcap is None and self.sinks is None
 
     def logits(self, scores: Tensor) -> Tensor:
-        """Dot products, scaled and under the cap."""
+        """Scale dot products and apply the cap."""
         scaled = scores * self.scaling
         return scaled if self.softcap is None else self.cap(scaled)
 
     def cap(self, logits: Tensor) -> Tensor:
-        """Scaled logits under the cap."""
+        """Apply the cap to scaled logits."""
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def with_sinks(out: Tensor, lse: Tensor, share: Tensor | None, sinks: Tensor) -> Tensor:
-    """Attention without learned sinks as it is with them: they take weight and carry no value.
+    """Reduce attention that was computed without learned sinks by the weight that these take.
 
     Args:
-        out: [B, Hq, Q, Dv].
+        out: [B, Hq, Q, Dv], attention without sinks.
         lse: float32 [B, Hq, Q], the log-sum-exp of the selected keys' exact logits.
-        share: of all keys' mass that the selected ones hold, float32 [B, Hkv, G, Q]; None: all of it.
-        sinks: float [Hq], logits.
+        share: float32 [B, Hkv, G, Q], share of the valid keys' attention mass on the selected keys; None: 1.
+        sinks: float [Hq], logits of the sinks.
     """
     mass = lse if share is None else lse - share.flatten(1, 2).log()
     weighed: Tensor = out * torch.sigmoid(mass - sinks.float()[:, None])[..., None]

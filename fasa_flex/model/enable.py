@@ -1,4 +1,4 @@
-"""FASA inside a Hugging Face model: `enable` routes its attention through TIP and FAC, one reversible line."""
+"""FASA in a Hugging Face model: `enable` routes the model's attention through TIP and FAC, `Fasa.disable` undoes it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fasa_flex.hf.wrappers import unwrapped
 from fasa_flex.model.handle import Fasa
 
 ScorerFactory = Callable[[int], Scorer | SequenceScorer]
-"""Makes the scorer of one layer."""
+"""Takes a layer number and returns the scorer of that layer."""
 
 
 def enable(
@@ -32,55 +32,54 @@ def enable(
 ) -> Fasa:
     """Let ``model`` decode with frequency-aware sparse attention, until `Fasa.disable`.
 
-    The model attends densely in the prefill, in ``config.dense_layers``, and in layers without RoPE or with a sliding
-    window (`Fasa.dense_layers` tells which and why); every query decoded after the prefill selects its own ``n_fac``
-    keys elsewhere. Nothing is evicted from the cache. Nothing is patched: the attention function has a name of its own,
-    which the configs of this model's layers carry, and serves these layers alone, so that models with different
-    profiles and budgets live side by side.
+    Attention stays dense in the prefill, in ``config.dense_layers``, and in layers without RoPE or with a sliding
+    window (`Fasa.dense_layers` gives the reason for each). In all other layers every query decoded after the prefill
+    selects its own ``n_fac`` keys. No key is evicted from the cache. No class or method is patched: FASA registers an
+    attention function under its own name and sets this name in the configs of the model's layers. The function serves
+    these layers alone, so that models with different profiles and budgets can run in one process.
 
-    Packed keys follow a cache whose keys are replaced or written to in place, but for writes that PyTorch does not
-    count, as through ``keys.data`` (`FasaCache`).
+    If the cache's keys are replaced or written to in place, FASA packs them again, except after writes that PyTorch
+    does not count, such as those through ``keys.data`` (`FasaCache`).
 
-    Where the prompt ends, `generate` knows: its last chunk (``prefill_chunk_size``) or a suffix of one token on an
-    earlier cache is still prefill. In a loop of one's own a forward of one token is a decoded one; there
-    `Fasa.sparse_from` says where the prompt ends.
+    In `generate` FASA knows the end of the prompt: the last chunk (``prefill_chunk_size``) and a one-token suffix on an
+    earlier cache are prefill. In a decode loop of your own a forward of one token counts as decoding; state the end of
+    the prompt with `Fasa.sparse_from`.
 
-    Without a profile the model calibrates itself: everything is dense until a forward of several tokens reads a prompt
-    of at least 128 tokens, whose last queries then choose the chunks of each layer
-    (`fasa_flex.calibration.from_prompt`). They stay until `Fasa.recalibrate`, and `Fasa.profile` keeps them for another
-    time.
+    Without a profile the model calibrates itself: all attention is dense until a forward of several tokens reads a
+    prompt of at least 128 tokens, and the last queries of this prompt choose the chunks of each layer
+    (`fasa_flex.calibration.from_prompt`). The chunks stay until `Fasa.recalibrate`; `Fasa.profile` can be saved.
 
     Args:
-        model: a transformers model with attention implementation "sdpa" or "eager", also within PEFT's or a compiled
-            one.
-        profile: from `calibrate`; None: from the first long prompt, unless a ``scorer`` is given, which needs none.
-        config: budget and options; None is `FasaConfig`'s defaults.
-        scorer: another method than FASA: makes the scorer of a layer.
+        model: a transformers model with attention implementation "sdpa" or "eager", or a PEFT or compiled model that
+            wraps one.
+        profile: result of `calibrate`; None: the first long prompt calibrates, unless there is a ``scorer``.
+        config: budget and options; None: the defaults of `FasaConfig`.
+        scorer: makes the scorer of a layer for another method than FASA; needs no profile.
 
     Returns:
         a handle with ``stats`` and ``disable()``; also a context manager that disables at its end.
 
     Raises:
-        ValueError: the profile does not fit the model, with the reason, or settings that this model cannot take.
+        ValueError: the profile does not fit the model, or the model does not support the settings.
     """
     model = unwrapped(model)
     check_supported(model)
     config = FasaConfig() if config is None else config
     check_kinds(profile, config)
     prompt = PromptCalibration(model, config) if profile is None and scorer is None else None
-    known = profile if prompt is None else prompt.blank
+    initial = profile if prompt is None else prompt.blank
     unrotated: tuple[int, ...] = ()
-    if known is not None:
-        known.check_fits(model)
-        unrotated = known.layout.unrotated_layers
-        scorer = scorer or dominant_chunks(known, config)
+    if initial is not None:
+        initial.check_fits(model)
+        unrotated = initial.layout.unrotated_layers
+        scorer = scorer or dominant_chunks(initial, config)
     seen = check_attention(model)
     assert scorer is not None
     dense = dense_layers(model, config.dense_layers, unrotated, seen)
     layers = sorted(attention_modules(model))
     if not set(layers) - set(dense):
         warnings.warn(f"every layer of {type(model).__name__} stays dense ({dense}): nothing is sparse.", stacklevel=2)
-    with torch.inference_mode(False):  # what is made here serves inside and outside of it
+    with torch.inference_mode(False):  # inference tensors could not be used outside it
         scorers = {layer: _placed(scorer(layer), model, layer, config) for layer in layers if layer not in dense}
     return Fasa(model, config, scorers, dense, profile if prompt is None else prompt)
 
@@ -88,7 +87,7 @@ def enable(
 def _placed(
     scorer: Scorer | SequenceScorer, model: PreTrainedModel, layer: int, config: FasaConfig
 ) -> Scorer | SequenceScorer:
-    """A scorer of chunks on the device that holds the layer, where its packed keys will be, in ``packed_dtype``."""
+    """Move a scorer of chunks to the layer's device, where its packed keys will be, and set its ``packed_dtype``."""
     if not isinstance(scorer, DominantChunks):
         if not callable(scorer) and not isinstance(scorer, SequenceScorer):
             raise ValueError(f"the scorer of layer {layer} is {scorer!r}, no Scorer or SequenceScorer; return one.")

@@ -1,4 +1,4 @@
-"""The forwards of a model under FASA: what all layers of one have in common, and where its sparse queries begin."""
+"""State of a forward of a model under FASA: its valid keys, which all layers share, and its first sparse query."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from fasa_flex.hf.masks import Shape
 from fasa_flex.model.visible import Visible
 
 _boundaries: ContextVar[Mapping[int, Boundary]] = ContextVar("fasa_boundaries")
-"""Of `Forwards.sparse_from`, by the id of its `Forwards`: of this thread or task alone."""
+"""Boundaries that `Forwards.sparse_from` set in this thread or asyncio task, by the id of the `Forwards`."""
 
 _NONE: Mapping[int, Boundary] = {}
 
 
 class _Forward(threading.local):
-    """A thread's forward.
+    """The current forward of one thread.
 
     Attributes:
-        reads_prompt: whether a forward of one token reads the last of a prompt, and decodes nothing.
-        boundary: where its sparse queries begin; None: `sparse_from` is not in use.
-        traced_boundary: the same for Dynamo, which traces no `ContextVar`.
-        nan_rows: bool [B], the rows whose padding holds NaN (`check_keys`); None: none does.
+        reads_prompt: whether a forward of one token reads the last prompt token instead of decoding.
+        boundary: slots of the sparse queries; None: `sparse_from` is not in use.
+        traced_boundary: a copy of ``boundary`` for Dynamo, which cannot trace a `ContextVar`.
+        nan_rows: bool [B], the batch rows whose padding holds NaN (`check_keys`); None: no row.
     """
 
     reads_prompt: bool = False
@@ -42,14 +42,14 @@ class _Forward(threading.local):
 
 
 class Forwards:
-    """What the layers of a model under FASA share, forward by forward.
+    """The state of forwards that the layers of a model under FASA share.
 
     Args:
-        check: refuses to go on where the model's attention is routed no longer.
-        limit: the longest sequence that the model takes; None: it states none.
+        check: raises an error if the model's attention is no longer routed through FASA.
+        limit: maximum sequence length of the model in tokens; None: the model states none.
 
     Attributes:
-        now: the forward of the thread that asks.
+        now: the current forward of the calling thread.
     """
 
     def __init__(self, check: Callable[[], None], limit: int | None) -> None:
@@ -60,21 +60,21 @@ class Forwards:
 
     @property
     def boundary(self) -> Boundary | None:
-        """Where the sparse queries of this thread's forward begin."""
+        """Slots of the sparse queries in this thread's forward; None: `sparse_from` is not in use."""
         return self.now.traced_boundary if torch.compiler.is_compiling() else self.now.boundary
 
     def begin(self, batch: int, q_len: int, cache: Cache | None, layer: int, options: dict[str, Any]) -> None:
-        """Before any layer of the cache is written to: refuse a forward that cannot end well, and make room for it.
+        """Check a forward and reserve cache space before any layer of the cache is written.
 
         Args:
-            batch: rows.
-            q_len: tokens that each adds.
-            cache: to be written to; None: the forward has none.
-            layer: the first that is written to.
+            batch: B, batch rows.
+            q_len: Q, tokens that each row adds.
+            cache: cache that the forward writes to; None: the forward has none.
+            layer: number of the first layer that is written.
             options: keyword arguments of the attention module.
 
         Raises:
-            ValueError: as of `check_forward` and `make_room`.
+            ValueError: `check_forward` or `make_room` refuses the forward.
         """
         self._check()
         now = self.now
@@ -87,17 +87,18 @@ class Forwards:
             make_room(cache, q_len)
 
     def visible(self, mask: Tensor | None, shape: Shape, device: torch.device, begins: bool) -> Visible:
-        """The valid keys of a forward's queries; those of a decode step are the same object for all of its layers.
+        """Return the valid keys of a forward's queries; the layers of a decode step share one object.
 
-        A step is known by its mask and begins at the first layer: a mask may be written to between two steps. Nothing
-        is kept of a forward of several tokens, whose masks are large, nor in a compiled graph, which finds common
-        expressions by itself. Concurrent forwards overwrite each other's; each then computes its own again.
+        The object is reused while the mask tensor is the same, and made again at the first layer, since a mask may be
+        written to between two steps. It is not kept for a forward of several tokens, whose masks are large, nor in a
+        compiled graph, since the compiler merges equal expressions. Concurrent forwards overwrite each other's entry;
+        each then computes its own again.
 
         Args:
-            mask: as for `valid_from_mask`.
-            shape: likewise.
-            device: of the results.
-            begins: whether the forward's first layer asks.
+            mask: mask of the attention call, as in `valid_from_mask`.
+            shape: B, Q and T.
+            device: device of the results.
+            begins: whether the caller is the first layer of the forward.
         """
         if shape[1] > 1 or torch.compiler.is_compiling():
             return Visible(mask, shape, device)
@@ -112,7 +113,7 @@ class Forwards:
 
     @contextmanager
     def sparse_from(self, start: Tensor, stop: Tensor | None) -> Iterator[None]:
-        """As `Fasa.sparse_from`."""
+        """Set the boundary of this thread's forwards; see `Fasa.sparse_from`."""
         boundary, former = Boundary.of(start, stop), self.now.traced_boundary
         token = _boundaries.set({**_boundaries.get(_NONE), id(self): boundary})
         self.now.traced_boundary = boundary
@@ -123,5 +124,5 @@ class Forwards:
             _boundaries.reset(token)
 
     def interrupted(self) -> int:
-        """How many other threads generate now."""
+        """Number of other threads that are in `generate` now."""
         return generating(self._threads - {threading.get_ident()})

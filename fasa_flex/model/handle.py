@@ -1,4 +1,4 @@
-"""A model under FASA: what its attention does, forward by forward; `fasa_flex.model.enable.enable` makes one."""
+"""`Fasa`, the handle of a model under FASA; `fasa_flex.model.enable.enable` returns it."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from fasa_flex.model.stats import FasaStats, read_share
 
 
 class Fasa(OfOneModel):
-    """A model under FASA; made by `enable`.
+    """Handle of a model under FASA; `enable` makes it.
 
     Attributes:
         config: the settings.
-        dense_layers: the layers that stay dense, each with its reason.
-        completion: what stands for the unselected keys: ``config.completion``, or what None comes to here.
-        packed_dtype: what packed keys are held in, by its name; None: nothing is packed.
-        stats: what the model did since `enable` or ``stats.reset()``.
+        dense_layers: numbers of the layers that stay dense, each with the reason.
+        completion: ``config.completion``, or the completion that its None stands for with these scorers.
+        packed_dtype: name of the packed keys' precision; None: nothing is packed.
+        stats: counts of queries and selected tokens since `enable` or ``stats.reset()``.
     """
 
     def __init__(
@@ -87,33 +87,33 @@ class Fasa(OfOneModel):
             module.register_forward_pre_hook(self._layers[layer].before, with_kwargs=True)
             for layer, module in modules.items()
         ]
-        self._seam.open()  # last: another thread may be in a forward, and comes here from now on
+        self._seam.open()  # last: forwards of other threads are routed from now on
 
     @property
     def remembers(self) -> bool:
-        """Whether the method goes by earlier queries, so that a cropped or shared cache cannot be continued."""
+        """Whether the scorer depends on earlier queries, so that a cropped or shared cache cannot be continued."""
         followers = (layer.follower for layer in self._layers.values() if layer.follower is not None)
         return any(getattr(follower, "remembers", True) for follower in followers)
 
     @property
     def profile(self) -> FasaProfile | None:
-        """What `enable` was given, or what the model found in a prompt; None before it has, and for another method."""
+        """The profile passed to `enable` or measured on a prompt; None before that, and for other methods."""
         return self._source.profile if isinstance(self._source, PromptCalibration) else self._source
 
     @property
     def criterion(self) -> Criterion | None:
-        """What the profile chose the chunks by; None before there is one, and for another method."""
+        """The criterion that chose the chunks; None while there is no profile, and for other methods."""
         chunks = isinstance(next(iter(self._known.values()), None), DominantChunks)
         profile = self.profile if chunks or isinstance(self._source, PromptCalibration) else None
         return None if profile is None else profile.criterion(self.config.criterion)
 
     @property
     def settings(self) -> dict[str, str | None]:
-        """Which criterion, packed dtype and completion run, where the config says None, too."""
+        """Criterion, packed dtype and completion in use, with every None of the config resolved."""
         return {name: getattr(self, name) for name in ("criterion", "packed_dtype", "completion")}
 
     def recalibrate(self) -> None:
-        """Forget what was found in a prompt: all is dense until the next long one.
+        """Discard the chunks measured on a prompt; all attention is dense until the next long prompt.
 
         Raises:
             ValueError: `enable` was given a profile or a scorer.
@@ -123,10 +123,10 @@ class Fasa(OfOneModel):
         self._source.forget()
 
     def disable(self) -> None:
-        """Give the model its former attention back; its outputs are then bit-identical to those before `enable`.
+        """Restore the model's own attention; its outputs are then bit-identical to those before `enable`.
 
-        An answer that another thread generates meanwhile is dense from here on: a warning says so, and
-        ``stats.interrupted`` counts it.
+        If another thread is in `generate`, the rest of its answer uses dense attention; this method warns of it and
+        counts the answer in ``stats.interrupted``.
         """
         if self._seam.is_open:
             interrupted = self._forwards.interrupted()
@@ -157,18 +157,18 @@ class Fasa(OfOneModel):
 
     @contextmanager
     def sparse_from(self, start: Tensor, stop: Tensor | None = None) -> Iterator[None]:
-        """Evaluate with an explicit boundary: one forward equal to token-by-token sparse decode.
+        """State where the prompt ends, so that one forward of many tokens equals token-by-token sparse decoding.
 
-        It concerns forwards of one token and of several, in this thread alone. Slots count from the first key of the
-        cache, padding included.
+        Inside the context it holds for every forward of this thread. Slots count from the first key of the cache,
+        padding included.
 
         Args:
-            start: int64 [B] or [1]: queries of row b at slots >= start[b] select for themselves, earlier ones are
-                dense.
-            stop: int64, shaped as ``start``: queries at slots >= stop[b] are padding and are not counted.
+            start: int64 [B] or [1]: queries of row b at slots >= start[b] are sparse, earlier queries are dense.
+            stop: int64 in the shape of ``start``: queries at slots >= stop[b] are padding and are not counted; None: no
+                padding.
 
         Raises:
-            ValueError: boundaries of another shape, type or batch, or negative ones.
+            ValueError: ``start`` or ``stop`` has another shape, dtype or batch size, or is negative.
         """
         self._check_open()
         with self._forwards.sparse_from(start, stop):
@@ -180,7 +180,7 @@ class Fasa(OfOneModel):
 
 
 def _packed_dtype_of(model: PreTrainedModel, scorers: dict[int, Scorer | SequenceScorer]) -> str | None:
-    """What the keys of the sparse layers are packed in; None: their scorers score no dimensions of keys."""
+    """Name of the precision of packed keys in the sparse layers; None: no scorer is `DominantChunks`."""
     for scorer in scorers.values():
         if isinstance(scorer, DominantChunks):
             return scorer.dtype or str(model.dtype).removeprefix("torch.")
@@ -188,10 +188,10 @@ def _packed_dtype_of(model: PreTrainedModel, scorers: dict[int, Scorer | Sequenc
 
 
 def _completion_of(config: FasaConfig, scorers: dict[int, Scorer | SequenceScorer]) -> CompletionKind:
-    """``config.completion``, by what the scorers of the sparse layers say.
+    """Resolve ``config.completion`` for the scorers of the sparse layers.
 
     Raises:
-        ValueError: it is asked for and their scores are no logits.
+        ValueError: the config sets a completion and the scores do not estimate logits.
     """
     able = all(map(estimates_logits, scorers.values()))
     if config.completion in ("first_order", "mean") and not able:
@@ -200,6 +200,6 @@ def _completion_of(config: FasaConfig, scorers: dict[int, Scorer | SequenceScore
             f"completion={config.completion!r} needs scores that estimate logits, which {other} does not give; "
             "use completion=None or 'none'."
         )
-    # without one chunk set per key/value head no layer keeps a state, and a step would read every key and value for it
+    # without one chunk set per key/value head no layer keeps a state: completion would read all keys and values
     keeps = all(isinstance(scorer, DominantChunks) for scorer in scorers.values()) and config.per == "kv_head"
     return config.completion or ("first_order" if keeps else "none")

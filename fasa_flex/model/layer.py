@@ -1,4 +1,4 @@
-"""One attention layer of a model under FASA: which of its queries are sparse, and how they attend."""
+"""One attention layer of a model under FASA: chooses the sparse queries and computes their attention."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class Layer(OfOneModel):
     """One attention layer.
 
     Args:
-        number: counts from 0.
-        begins: whether it is the model's first.
-        implementation: the model's own attention, by its name in transformers.
-        shared: by all layers.
-        scorer: None: the layer stays dense, or is not calibrated yet.
-        budget: None: the layer stays dense.
+        number: number of the layer, from 0.
+        begins: whether it is the model's first attention layer.
+        implementation: name of the model's own attention in transformers, such as "sdpa".
+        shared: objects that all layers share.
+        scorer: ranks the keys; None: the layer stays dense, or is not calibrated yet.
+        budget: number of keys that a sparse query attends to; None: the layer stays dense.
 
     Attributes:
-        follower: the scorer, where it is shown every forward; None: it is not.
+        follower: the scorer if it is a `SequenceScorer`, which runs in every forward; otherwise None.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class Layer(OfOneModel):
         self._strength = config.completion_strength if shared.completion == "first_order" else 0.0
         self._samples = self._group_reduce == "softmax" or self._completes
         self._by_all = getattr(scorer, "completes_by_all", False)
-        self._dense_budget = config.budget  # from which on a dense layer may attend by our own kernel
+        self._dense_budget = config.budget  # up to this many keys a dense layer runs the model's own attention
         self._may_group = budget is None or config.backend == "fastest"
 
     @property
     def scorer(self) -> Scorer | SequenceScorer | None:
-        """The scorer; None where the layer is dense, or not calibrated yet."""
+        """The scorer; None if the layer is dense or not calibrated yet."""
         if self._source is None:
             return self._scorer
         return None if self.budget is None else self._source.scorer(self.number)
@@ -78,9 +78,9 @@ class Layer(OfOneModel):
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before the attention module runs: begin the forward, and let its cache pack keys.
+        """Hook before the attention module: begin the forward in the first layer, and let the cache pack keys.
 
-        The module hands keyword arguments on to the attention function, but not its cache: that is added to them.
+        The module passes its keyword arguments to the attention function, except for the cache; the hook adds it.
         """
         number, forwards, cache = self.number, self._forwards, cache_among(kwargs)
         if self.begins:
@@ -91,13 +91,13 @@ class Layer(OfOneModel):
         compiling = torch.compiler.is_compiling()
         if self._packs and not compiling:
             scorer = self._scorer if self._source is None else self.scorer
-            written = cache.layers[number] if number < len(cache.layers) else None
-            if scorer is not None and getattr(written, "scorer", None) is not scorer:
+            cached = cache.layers[number] if number < len(cache.layers) else None
+            if scorer is not None and getattr(cached, "scorer", None) is not scorer:
                 self._pack(cache, scorer, (args[0] if args else kwargs["hidden_states"]).device)
         boundary = forwards.now.traced_boundary if compiling else forwards.now.boundary
         first_slot = None
         if boundary is not None or self.follower is not None:
-            # not kv_len - q_len: a sliding cache has dropped slots, a static one has unused ones
+            # not kv_len - q_len: sliding caches have dropped slots, static caches have unused ones
             first_slot = int(cache.get_seq_length(number))
         return args, {**kwargs, "fasa_cache": (cache, first_slot)}
 
@@ -111,10 +111,10 @@ class Layer(OfOneModel):
         attention_mask: Tensor | None,
         **options: Any,
     ) -> AttentionResult:
-        """The attention function: [B, Q, Hq, D] from query [B, Hq, Q, D] and the whole cache's key and value.
+        """Compute attention [B, Q, Hq, D] from query [B, Hq, Q, D] and all keys and values of the cache.
 
         Raises:
-            ValueError: bad input; the cache is as before the forward, or the error says that it is not.
+            ValueError: the input is refused; the cache is as before the forward unless the message says otherwise.
         """
         cache, first_slot = options.pop("fasa_cache", (None, None))
         arguments = (cache, first_slot, dense, module, query, key, value, attention_mask)
@@ -139,7 +139,7 @@ class Layer(OfOneModel):
         attention_mask: Tensor | None,
         **options: Any,
     ) -> AttentionResult:
-        """Choose the sparse queries, count, and attend."""
+        """Choose the sparse queries, count them, and compute attention."""
         number, now, budget = self.number, self._forwards.now, self.budget
         q_len, kv_len, compiling = query.shape[2], key.shape[2], torch.compiler.is_compiling()
         boundary = now.traced_boundary if compiling else now.boundary
@@ -158,7 +158,7 @@ class Layer(OfOneModel):
         if scorer is not None and budget is not None:
             cached = cache.layers[number] if cache is not None and number < len(cache.layers) else None
             if not isinstance(cached, KeepsPackedKeys) or cached.scorer is not scorer:
-                cached = None  # packs the keys of another scorer, or none
+                cached = None  # it has no packed keys of this scorer
             if self._completes:
                 state = cached and cached.advance(key, value, self._strength != 0.0, *visible.last(), q_len)
                 completion = Completion(self._strength, state if q_len == 1 else None, self._by_all)
@@ -177,8 +177,8 @@ class Layer(OfOneModel):
         self._stats.add(number, counts)
         if self.follower is not None and budget is not None:
             chosen = torch.zeros_like(visible.n_valid, dtype=torch.bool) if sparse is None else sparse
-            given = (query, key, visible.valid(), chosen, first, first_slot, budget, softmax.scaling, cache)
-            scorer = Given(self.follower.follow(Forward(*given)))
+            inputs = (query, key, visible.valid(), chosen, first, first_slot, budget, softmax.scaling, cache)
+            scorer = Given(self.follower.follow(Forward(*inputs)))
         if sparse is None:
             return self._dense(dense, module, query, key, value, attention_mask, visible, softmax, options)
         if options.get("dropout"):
@@ -186,7 +186,7 @@ class Layer(OfOneModel):
         assert budget is not None
         packed = resident = None
         if q_len == 1:
-            if cached is None and cache is not None and self._packs:  # packs at its first sparse step
+            if cached is None and cache is not None and self._packs:  # the first sparse step packs
                 pack_layer(cache, number, scorer)
                 cached = cache.layers[number] if getattr(cache.layers[number], "scorer", None) is scorer else None
             packed = None if cached is None else cached.packed
@@ -205,7 +205,7 @@ class Layer(OfOneModel):
             marks,
             completion,
         )
-        if q_len == 1:  # many queries come in parts, for which a graph would be guarded on T, token by token
+        if q_len == 1:  # splitting many queries would guard a compiled graph on T and recompile for every token
             focused = sparse_attention(call, self._backend).transpose(1, 2).contiguous()
         else:
             focused = in_parts(call, self._backend)
@@ -214,17 +214,17 @@ class Layer(OfOneModel):
             weights = weights_of(call)
         if boundary is None or boundary.highest <= first_slot:  # every query is sparse
             return focused, weights
-        beside = dense(module, query, key, value, attention_mask, **options)
-        return merged(beside, focused, weights, sparse, first)
+        dense_result = dense(module, query, key, value, attention_mask, **options)
+        return merged(dense_result, focused, weights, sparse, first)
 
     def _pack(self, cache: Cache, scorer: object, device: torch.device) -> None:
-        """Let the cache pack this layer's keys; a growing one does at its first sparse step where that is faster."""
+        """Let the cache pack this layer's keys; with "fastest" on a GPU a growing cache waits for a sparse step."""
         pack_layer(cache, self.number, scorer, growing=self._backend != "fastest" or not packs_late(device))
 
     def _read_prompt(
         self, query: Tensor, key: Tensor, visible: Visible, cache: Cache | None, first_slot: int, scaling: float
     ) -> None:
-        """Refuse NaN in the keys of several tokens, and calibrate on them, if that is still to be done."""
+        """Refuse NaN in the keys of a forward of several tokens; calibrate on them if there is no profile yet."""
         now, q_len = self._forwards.now, query.shape[2]
         if not torch.compiler.is_compiling():
             now.nan_rows = check_keys(self.number, key, q_len, visible.mask, now.nan_rows, self.begins)
@@ -234,20 +234,20 @@ class Layer(OfOneModel):
         if self.begins:
             source.begin()
         if boundary is not None and first_slot + q_len + 1 < boundary.lowest:
-            return  # not the last part of the prompt, whose last token may come with the continuation
+            return  # not the last chunk of the prompt; + 1: the last prompt token may come with the continuation
         sparse = None if boundary is None else boundary.behind(first_slot, q_len, visible.device)
-        if now.nan_rows is not None:  # rows of NaN agree with nothing
-            spoilt = now.nan_rows.to(visible.device)[:, None].expand(-1, q_len)
-            sparse = spoilt if sparse is None else sparse | spoilt
+        if now.nan_rows is not None:  # batch rows with NaN cannot be measured
+            excluded = now.nan_rows.to(visible.device)[:, None].expand(-1, q_len)
+            sparse = excluded if sparse is None else sparse | excluded
         measured = source.measure(self.number, query, key, visible.mask, visible.n_valid, sparse, scaling)
         if measured and self._packs and cache is not None:
             self._pack(cache, self.scorer, query.device)
 
     def _sparse_queries(self, visible: Visible, first_slot: int) -> tuple[int, Tensor | None]:
-        """Which queries of several, or behind a boundary, are sparse.
+        """Find the sparse queries of a forward of several tokens, or with a boundary.
 
         Returns:
-            the first one that may be, Q for none; and bool [B, Q], None for none.
+            index of the first query that may be sparse, Q for none; and the sparse queries, bool [B, Q], None for none.
         """
         budget, boundary, q_len = self.budget, self._forwards.boundary, visible.shape[1]
         assert budget is not None
@@ -261,13 +261,13 @@ class Layer(OfOneModel):
         return (first, over & behind) if first < q_len else (q_len, None)
 
     def _counts(self, visible: Visible, sparse: Tensor | None, first_slot: int) -> Tensor:
-        """The `tally` of a forward of several tokens, or behind a boundary."""
+        """Compute the `tally` of a forward of several tokens, or with a boundary."""
         n_valid, boundary = visible.n_valid, self._forwards.boundary
         counted = None if boundary is None else boundary.counted(first_slot, n_valid.shape[1], n_valid.device)
         return tally(n_valid if counted is None else n_valid * counted, sparse, self.budget)
 
     def _is_faster(self, cache: Cache | None, query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> bool:
-        """`sparse_is_faster`, by where the cache holds keys; from host memory fewer rows are always the faster."""
+        """Whether sparse attention is faster: always if keys are in host memory, else by `sparse_is_faster`."""
         assert self.budget is not None
         cached = cache and cache.layers[self.number]
         if isinstance(cached, OnHost):
@@ -287,14 +287,14 @@ class Layer(OfOneModel):
         softmax: Softmax,
         options: dict[str, Any],
     ) -> AttentionResult:
-        """Dense attention: the model's own, or by grouped rows where a key is then read once for its group."""
+        """Compute dense attention, the model's own or `grouped_attention`, which reads each key once per group."""
         if self._groups(options, key.shape[2]) and decodes_grouped(query, key, value, attention_mask, softmax):
             out = grouped_attention(query, key, value, visible.valid(), softmax, all_valid=attention_mask is None)
             return out.transpose(1, 2).contiguous(), None
-        key, value = key.to(query.device), value.to(query.device)  # those of FASA-M may be in host memory
+        key, value = key.to(query.device), value.to(query.device)  # FASA-M keeps them in host memory
         return dense(module, query, key, value, attention_mask, **options)
 
     def _groups(self, options: dict[str, Any], kv_len: int) -> bool:
-        """Whether a dense layer may attend by grouped rows, which are not bit by bit the model's own attention."""
+        """Whether a dense layer may run `grouped_attention`, which equals the model's own within rounding."""
         more = options.get("dropout") or options.get("output_attentions")
         return self._may_group and not more and not self._dense_budget.covers(kv_len)

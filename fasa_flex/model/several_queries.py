@@ -1,4 +1,4 @@
-"""Sparse attention of several queries of one forward, some of which may be dense."""
+"""Sparse attention in a forward of several queries, some of which may be dense."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fasa_flex.core.scoring import Given
 from fasa_flex.hf.attention_routing import AttentionResult
 
 _SCORE_BYTES = 1 << 27
-"""Scores of several queries that are held at once."""
+"""Limit in bytes for the scores of the queries that are computed together."""
 
 
 def in_parts(call: Call, backend: Backend) -> Tensor:
-    """Sparse attention of several queries, [B, Q, Hq, D]: as many at a time as their scores fit in memory."""
+    """Compute sparse attention of several queries, [B, Q, Hq, D], in parts whose scores take at most 128 MiB."""
     q_len, kv_len = call.query.shape[2], call.key.shape[2]
     step = max(1, _SCORE_BYTES // 8 // len(call.query) // call.query.shape[1] // kv_len)
     scores = call.scorer.scores if isinstance(call.scorer, Given) else None
@@ -32,7 +32,7 @@ def in_parts(call: Call, backend: Backend) -> Tensor:
 
 
 def weights_of(call: Call) -> Tensor:
-    """Attention weights [B, Hq, Q, T] of sparse queries, for ``output_attentions``: values of 1 at one key each."""
+    """Compute attention weights [B, Hq, Q, T] of sparse queries for ``output_attentions``, from one-hot values."""
     key = call.key.to(call.query.device)
     ones = torch.eye(key.shape[2], dtype=key.dtype, device=key.device).expand(*key.shape[:2], -1, -1)
     alone = replace(call, key=key, value=ones, packed_keys=None, resident=None, marks=None, completion=None)
@@ -42,7 +42,7 @@ def weights_of(call: Call) -> Tensor:
 def merged(
     dense: AttentionResult, focused: Tensor, weights: Tensor | None, sparse: Tensor, first: int
 ) -> AttentionResult:
-    """A forward's queries before a boundary from ``dense``, those behind it as focused attention and its weights."""
+    """Merge dense attention of the queries before a boundary with sparse attention and weights of the others."""
     out, dense_weights = dense
     merged = torch.where(sparse[:, first:, None, None], focused, out[:, first:])
     out = torch.cat([out[:, :first], merged], dim=1)

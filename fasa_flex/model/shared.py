@@ -1,4 +1,4 @@
-"""What the layers of a model under FASA share."""
+"""Objects that the layers of a model under FASA share."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fasa_flex.model.stats import FasaStats
 
 @dataclass(frozen=True)
 class Shared:
-    """One object of each kind for all layers of a model.
+    """Settings and state that all layers of a model share.
 
     Attributes:
-        config: of `enable`.
-        completion: what stands for the unselected keys.
+        config: settings passed to `enable`.
+        completion: how to estimate the contribution of the unselected keys.
         packs: whether caches hold packed keys.
-        source: calibrates on a prompt; None: the scorers are known.
-        forwards: where a forward stands.
-        stats: counts.
+        source: calibrates on a prompt; None: every layer has its scorer from the start.
+        forwards: state of the current forward of each thread.
+        stats: counts of queries and selected tokens.
     """
 
     config: FasaConfig
@@ -34,15 +34,15 @@ class Shared:
 
     @property
     def group_reduce(self) -> GroupReduce:
-        """How the query heads of a group rank keys."""
+        """How the scores of a group's query heads become one ranking."""
         return "none" if self.config.per == "query_head" else self.config.group_reduce
 
 
 class OfOneModel:
-    """What a model under FASA refers to, and a copy of it must not."""
+    """Base of objects that belong to one model, so that a copy of the model must not refer to them."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        """A copied model would go on counting and attending through this object.
+        """Refuse a copy, which would attend and count through the objects of the original model.
 
         Raises:
             ValueError: always.
@@ -50,7 +50,7 @@ class OfOneModel:
         raise ValueError("a model under FASA cannot be copied; disable() first, and enable the copy by itself.")
 
     def __reduce__(self) -> NoReturn:
-        """A pickled model would be one without its handle.
+        """Refuse pickling, since the pickled model would have no handle.
 
         Raises:
             ValueError: always.

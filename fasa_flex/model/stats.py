@@ -1,4 +1,4 @@
-"""What a model under FASA really did: dense and sparse queries, tokens attended, counted on its device."""
+"""Counts of a model under FASA, kept on its devices: dense and sparse queries, and tokens attended to."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class LayerStats:
     Attributes:
         dense_queries: queries that attended to every valid key.
         sparse_queries: queries with more valid keys than budget, which attended to a selection.
-        mean_selected: tokens a sparse query attended to, the mean over heads.
-        mean_valid: valid keys a sparse query chose from.
-        kv_bytes_share: bytes of keys and values that a sparse query read, ranking included, as a share of those that a
-            dense one reads; None where the method does not state what it reads.
+        mean_selected: mean number of tokens that a sparse query attended to, over queries and heads.
+        mean_valid: mean number of valid keys of a sparse query.
+        kv_bytes_share: bytes of keys and values that sparse queries read, including the ranking, as a share of the
+            bytes that dense attention reads; None: the method does not state the bytes that it reads.
     """
 
     dense_queries: int
@@ -40,14 +40,14 @@ class LayerStats:
 
 
 def tally(n_valid: Tensor, sparse: Tensor | None = None, budget: Budget | None = None) -> Tensor:
-    """The counts of one forward of a layer: int64 [4], dense queries, sparse ones, tokens selected and valid for these.
+    """Count one forward of a layer: int64 [4], dense queries, sparse queries, and the latter's selected and valid keys.
 
-    Where heads have budgets of their own, tokens selected are summed over them.
+    If heads have budgets of their own, the selected keys are summed over these heads.
 
     Args:
-        n_valid: int64 [B, Q], valid keys of each query, 0 for one that is not counted.
-        sparse: bool [B, Q], the queries that attended to a selection; None: none did.
-        budget: theirs; needed where there are some.
+        n_valid: int64 [B, Q], number of valid keys of each query; 0: the query is not counted.
+        sparse: bool [B, Q], the queries that attended to a selection; None: no query did.
+        budget: budget of the sparse queries; required with ``sparse``.
     """
     real = n_valid > 0
     if sparse is None:
@@ -66,16 +66,16 @@ def read_share(
     completion: Completion,
     dtype: torch.dtype | None = None,
 ) -> ReadShare | None:
-    """What a sparse query of a layer reads, where the scorer states it.
+    """Bytes that a sparse query of a layer reads; None: the scorer does not state them.
 
     Args:
-        scorer: of the layer.
-        model: whose layer it is.
-        config: of `enable`.
-        packs: whether caches hold packed keys, which are then what is ranked, and the completion's state.
-        completion: what stands for the unselected keys; without a state all keys and values are read for it, but for
-            a mean value of all valid keys, which takes no more than a running sum.
-        dtype: of the cache; None: the model's.
+        scorer: scorer of the layer.
+        model: the model of the layer.
+        config: settings passed to `enable`.
+        packs: whether caches hold packed keys, which the scorer then reads, and the completion's state.
+        completion: how to estimate the unselected keys. Without a state it reads all keys and values; a mean value over
+            all valid keys counts as a running sum.
+        dtype: dtype of the cache; None: the model's.
     """
     if not isinstance(scorer, StatesReads):
         return None
@@ -95,18 +95,18 @@ def read_share(
 
 
 class FasaStats:
-    """Counters of every layer, kept as tensors on the layers' devices: counting never waits for the device.
+    """Counters of every layer, kept as tensors on the layers' devices, so that counting does not synchronise.
 
     Queries without a valid key (padding) are not counted.
 
     Attributes:
-        interrupted: answers that other threads were generating when the handle was disabled, dense from there on.
+        interrupted: number of answers that other threads were generating when `Fasa.disable` made attention dense.
 
     Args:
-        devices: of the layers.
-        reads: what a sparse query of a layer reads; layers without an entry do not say.
-        heads: how many heads of a layer have budgets of their own (`Budget.heads`); 1 without an entry.
-        settings: which criterion, packed dtype and completion run, as far as is known when it is asked.
+        devices: device of each layer.
+        reads: bytes that a sparse query reads, by layer; no entry or None: not stated.
+        heads: number of heads with budgets of their own (`Budget.heads`), by layer; no entry: 1.
+        settings: returns the criterion, packed dtype and completion in use.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class FasaStats:
     ) -> None:
         self._reads, self._heads, self._settings = dict(reads), dict(heads), settings
         self.interrupted = 0
-        with torch.inference_mode(False):  # they are written to inside and outside of it
+        with torch.inference_mode(False):  # inference tensors could not be written outside it
             self._counts = [torch.zeros(4, dtype=torch.long, device=device) for device in devices]
 
     def add(self, layer: int, tally: Tensor) -> None:
@@ -129,14 +129,14 @@ class FasaStats:
         self._counts[layer].add_(tally)
 
     def reset(self) -> None:
-        """Start counting anew."""
+        """Set all counts to 0."""
         self.interrupted = 0
         for counts in self._counts:
             counts.zero_()
 
     @property
     def per_layer(self) -> list[LayerStats]:
-        """Counts by layer."""
+        """Counts of each layer, by layer number."""
         stats = []
         for layer, counts in enumerate(self._counts):
             dense, sparse, total, valid = counts.tolist()
@@ -148,17 +148,17 @@ class FasaStats:
 
     @property
     def dense_queries(self) -> int:
-        """Dense queries, summed over layers."""
+        """Number of dense queries, summed over layers."""
         return sum(layer.dense_queries for layer in self.per_layer)
 
     @property
     def sparse_queries(self) -> int:
-        """Sparse queries, summed over layers."""
+        """Number of sparse queries, summed over layers."""
         return sum(layer.sparse_queries for layer in self.per_layer)
 
     @property
     def kv_share(self) -> float:
-        """Share of their valid keys that sparse queries attended to, scoring not included; 1.0 if there were none."""
+        """Share of the valid keys that sparse queries attended to, without scoring; 1.0 without sparse queries."""
         layers = self.per_layer
         valid = sum(layer.mean_valid * layer.sparse_queries for layer in layers)
         selected = sum(layer.mean_selected * layer.sparse_queries for layer in layers)
@@ -166,7 +166,7 @@ class FasaStats:
 
     @property
     def kv_bytes_share(self) -> float | None:
-        """Bytes that sparse queries read, ranking included, as a share of what dense ones read; None: not stated."""
+        """Bytes that sparse queries read, with ranking, as a share of dense attention's; None: not stated."""
         layers = [layer for layer in self.per_layer if layer.sparse_queries]
         if any(layer.kv_bytes_share is None for layer in layers):
             return None
@@ -176,11 +176,11 @@ class FasaStats:
 
     @property
     def settings(self) -> dict[str, str | None]:
-        """Which criterion, packed dtype and completion run, as far as is known."""
+        """Criterion, packed dtype and completion in use; None: not known yet, or not used."""
         return dict(self._settings())
 
     def as_dict(self) -> dict[str, Any]:
-        """Totals, and by which settings, as JSON-ready values."""
+        """Totals over layers, and the settings in use, as JSON-ready values."""
         names = ("dense_queries", "sparse_queries", "kv_share", "kv_bytes_share")
         return {**{name: getattr(self, name) for name in names}, **self.settings}
 

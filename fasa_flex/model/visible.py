@@ -1,4 +1,4 @@
-"""Which keys the queries of one forward may attend to, and what follows from it for every layer alike."""
+"""Valid keys of one forward's queries, and masks and counts that all layers derive from them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fasa_flex.model.stats import tally
 
 
 class Decoding(NamedTuple):
-    """One decode step under one budget.
+    """Masks and counts of one decode step under one budget.
 
     Attributes:
-        over: bool [B, 1], the rows with more valid keys than the budget; None: no row can have more.
-        marks: forced and sampled keys; None where no row is over budget.
+        over: bool [B, 1], the batch rows with more valid keys than the budget; None: the budget covers every slot.
+        marks: forced and sampled keys; None if ``over`` is None.
         counts: `tally` of the step.
     """
 
@@ -30,15 +30,15 @@ class Decoding(NamedTuple):
 class Visible:
     """The valid keys of one forward's queries.
 
-    Sums and comparisons of a mask cost a kernel launch each, and all layers of a decode step have the same mask: what
-    is computed here is computed once for them.
+    Each sum or comparison of a mask is a kernel launch. All layers of a decode step have the same mask, so that this
+    object computes them once.
 
     Attributes:
-        mask: as for `valid_from_mask`.
+        mask: mask of the attention call, as in `valid_from_mask`.
         shape: B, Q and T.
-        device: of the tensors made here.
-        n_valid: int64 [B, Q], valid keys of each query.
-        dense_counts: `tally` of queries that are all dense.
+        device: device of the tensors.
+        n_valid: int64 [B, Q], number of valid keys of each query.
+        dense_counts: `tally` of the forward if every query is dense.
     """
 
     def __init__(self, mask: Tensor | None, shape: Shape, device: torch.device) -> None:
@@ -50,26 +50,26 @@ class Visible:
         self._decoding: dict[tuple[Budget, bool], Decoding] = {}
 
     def valid(self) -> Tensor:
-        """Which keys each query may attend to: bool [B or 1, 1, 1, Q, T]."""
+        """Return the keys that each query may attend to: bool [B or 1, 1, 1, Q, T]."""
         if self.keys is None:
             self.keys = valid_from_mask(self.mask, self.shape, self.device)
         return self.keys
 
     def last(self) -> tuple[Tensor, Tensor]:
-        """The last query's valid keys, bool [B or 1, T], and how many there are up to each slot, int64 [B or 1, T]."""
+        """Return the last query's valid keys, bool [B or 1, T], and their running count, int64 [B or 1, T]."""
         if self._last is None:
-            given = (self.mask, self.shape, self.device)
-            self._last = last_valid(*given), valid_numbers(*given)
+            inputs = (self.mask, self.shape, self.device)
+            self._last = last_valid(*inputs), valid_numbers(*inputs)
         return self._last
 
     def decoding(self, budget: Budget, samples: bool) -> Decoding:
-        """A step of one query a row under ``budget``; ``samples``: whether weights are relative to sampled keys."""
+        """Return masks and counts of a decode step under ``budget``; ``samples``: whether to mark sampled keys."""
         if torch.compiler.is_compiling():
             return self._decode(budget, samples)
-        known = self._decoding.get((budget, samples))
-        if known is None:
-            known = self._decoding[budget, samples] = self._decode(budget, samples)
-        return known
+        step = self._decoding.get((budget, samples))
+        if step is None:
+            step = self._decoding[budget, samples] = self._decode(budget, samples)
+        return step
 
     def _decode(self, budget: Budget, samples: bool) -> Decoding:
         if budget.covers(self.shape[2]):
