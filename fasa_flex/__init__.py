@@ -1,6 +1,6 @@
 """fasa_flex: frequency-aware sparse attention (FASA, ICLR 2026) in PyTorch, compiled through flex_attention.
 
-A name is imported when it is first asked for, so that ``fasa-flex --help`` waits for neither torch nor transformers.
+The first access to a name imports its module, so that ``fasa-flex --help`` waits for neither torch nor transformers.
 """
 
 import sys
@@ -56,7 +56,7 @@ _HOMES = {
 
 try:
     __version__ = version(__name__)
-except PackageNotFoundError:  # a checkout that is not installed
+except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 

@@ -1,6 +1,6 @@
-"""Where modules stood before they moved into sub-packages: an import by the former name finds the module of now.
+"""Imports by the names that modules had before they moved into sub-packages.
 
-Both names are one module object, so that what is replaced under one is replaced under the other.
+The former and the current name give the same module object, so that a patch under one name is seen under the other.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ FORMER = {
 
 
 def current_name(name: str) -> str | None:
-    """The module of now behind a former name, or None: ``fasa_flex.seam`` is ``fasa_flex.hf.attention_routing``."""
+    """Translate a former name, ``fasa_flex.seam`` to ``fasa_flex.hf.attention_routing``; None for other names."""
     parts = name.split(".")
     if parts[0] != _PACKAGE:
         return None
@@ -96,16 +96,16 @@ def current_name(name: str) -> str | None:
 
 
 class FormerNames(MetaPathFinder, Loader):
-    """Asked last, so that a former name hides no module of now."""
+    """Import finder for former names; it comes last in ``sys.meta_path`` so that it hides no current module."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """A spec for a former name, which this object loads."""
+        """Return a spec for a former name, with this object as its loader; None for other names."""
         return None if current_name(fullname) is None else spec_from_loader(fullname, self)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Put the module of now in the place of ``module``."""
-        found = current_name(module.__name__)
-        assert found is not None
-        sys.modules[module.__name__] = import_module(found)
+        """Replace ``module`` in ``sys.modules`` by the module of the current name."""
+        current = current_name(module.__name__)
+        assert current is not None
+        sys.modules[module.__name__] = import_module(current)

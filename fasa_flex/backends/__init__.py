@@ -1,1 +1,1 @@
-"""Ways to attend to the selected keys: flex, gather, Triton's kernels, and dense attention by groups."""
+"""Backends that compute attention to the selected keys (flex, gather, Triton kernels), and grouped dense attention."""

@@ -1,4 +1,4 @@
-"""`fasa_attention`: the whole method as one function, with its checks."""
+"""`fasa_attention`: the method as one function of q, k and v, with checks of its arguments."""
 
 from __future__ import annotations
 
@@ -38,42 +38,42 @@ def fasa_attention(
 ) -> Tensor:
     """Frequency-aware sparse attention: score all keys with the dominant chunks, attend to the best (TIP, then FAC).
 
-    Runs eagerly, where the flex backend compiles itself, and under ``torch.compile(fullgraph=True)``; a growing cache
-    is compiled twice in all, once for its first length and once for any length. With `PackedKeys` a multiple of 16 keys
-    and a buffer that is full to its last tile are compiled anew, too, each once.
+    The function runs eagerly, with the flex backend compiled internally, and under ``torch.compile(fullgraph=True)``.
+    For a growing cache torch compiles twice, once for the first length and once for all lengths. With `PackedKeys` it
+    compiles once more for a multiple of 16 keys, and once more for a buffer that is full to its last tile.
 
-    Under a compiler of one's own on a CPU, flex takes one number of queries a graph: mark their dimension static, or
-    use "gather", where both lengths change (torch 2.13 makes code of it that does not compile).
+    If you compile it yourself for a CPU, flex supports one number of queries per graph: mark that dimension static, or
+    use "gather" if both lengths change (for two dynamic lengths torch 2.13 generates C++ that does not compile).
 
     Args:
         q: float [B, Hq, Q, D], post-RoPE; query i sits at slot T - Q + i.
-        k: float [B, Hkv, T, D], post-RoPE; Hq a multiple of Hkv. Not repeated over the group.
+        k: float [B, Hkv, T, D], post-RoPE, without copies for the query heads of a group; Hq is a multiple of Hkv.
         v: float [B, Hkv, T, D].
         chunks: int64 [Hkv or Hq, n_tip, 2], the dimension pairs of each head's dominant chunks.
-        n_fac: the budget: tokens (int), or a share of the query's valid keys (float in (0, 1], rounded up).
-        scaling: softmax scale; None is D ** -0.5.
-        n_sink: first valid tokens that are always selected, inside the budget; None: as in `FasaConfig`.
-        n_recent: last valid tokens that are always selected, inside the budget; None: as in `FasaConfig`.
-        group_reduce: as in `FasaConfig`; always "none" where ``chunks`` has Hq rows and Hq > Hkv.
-        key_mask: bool [B, T], True = real token; None: all real.
-        packed_keys: ``k`` at the dominant dimensions, read for the scores instead of ``k``: float
-            [B, Hkv, T, 2 * n_tip], or `PackedKeys` for one query a row, the faster form.
-        backend: as in `FasaConfig`, here always sparse; equal within rounding. "flex" has no gradients, and
-            no ``sinks`` on CPU.
-        softcap: cap of the model's logits, None: none.
-        sinks: float [Hq], the model's learned sinks, None: none.
-        mean_key: float [Hkv, D], `FasaProfile.mean_key` of the layer, which ``packed_keys`` are less of; None: 0.
-        state: of the keys and values, for one query a row: then the result is completed (`fasa_flex.core.completion`);
-            None: it is not.
+        n_fac: the budget: number of tokens (int), or share of the query's valid keys (float in (0, 1], rounded up).
+        scaling: factor that the softmax multiplies dot products by; None: D ** -0.5.
+        n_sink: number of first valid tokens that are always selected, as in `FasaConfig`.
+        n_recent: number of last valid tokens that are always selected, as in `FasaConfig`.
+        group_reduce: as in `FasaConfig`; always "none" if ``chunks`` has Hq rows and Hq > Hkv.
+        key_mask: bool [B, T], True: a real token; None: all tokens are real.
+        packed_keys: ``k`` at the dominant dimensions, which scoring reads instead of ``k``: float
+            [B, Hkv, T, 2 * n_tip], or for one query per batch row `PackedKeys`, the faster form.
+        backend: as in `FasaConfig`, but "fastest" never chooses dense attention; results are equal within rounding.
+            "flex" has no gradients, and no ``sinks`` on CPU.
+        softcap: c of ``c * tanh(logits / c)``; None: no cap.
+        sinks: float [Hq], logits of the model's learned sinks; None: no sinks.
+        mean_key: float [Hkv, D], `FasaProfile.mean_key` of the layer, already subtracted in ``packed_keys``; None: 0.
+        state: state of all keys and values, for one query per batch row; it completes the result
+            (`fasa_flex.core.completion`). None: the unselected keys have weight 0.
         completion_strength: as in `FasaConfig`.
 
     Returns:
-        [B, Hq, Q, D] in the dtype of ``q``; zeros for a query with no valid key. With a budget of at least the valid
-        keys this is dense attention.
+        [B, Hq, Q, D] in the dtype of ``q``; zeros for a query without a valid key. If the budget covers the valid keys,
+        this is dense attention.
 
     Raises:
-        ValueError: shapes, dtypes or settings that do not fit; NaN in queries or keys (eager calls only: a compiled
-            graph selects NaN keys, so that they show in the result).
+        ValueError: shapes, dtypes or settings do not fit each other, or queries or keys hold NaN (in eager calls; a
+            compiled graph selects NaN keys, so that they show in the result).
     """
     check_heads(q, k)
     _check_call(q, k, v, chunks, key_mask, packed_keys)
@@ -159,7 +159,7 @@ def _check_completion(
 
 
 def _checked_keys(q: Tensor, k: Tensor, chunks: Tensor, key_mask: Tensor | None) -> Tensor:
-    """The keys, with zeros in place of NaN that ``key_mask`` leaves out."""
+    """Check ``chunks`` and refuse NaN; return the keys with zeros for NaN in padding."""
     if k.isnan().any() and key_mask is not None:
         k = torch.where(key_mask[:, None, :, None], k, 0)
     if q.isnan().any() or k.isnan().any():

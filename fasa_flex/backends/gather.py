@@ -1,4 +1,4 @@
-"""Attention to the selected rows of keys and values, fetched from where they are."""
+"""Attention to gathered rows: selected keys and values are copied to a dense buffer, from host memory too."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def gather_focused(
     softmax: Softmax,
     log_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention over the selected rows of K and V, fetched into a dense buffer [.., K, D]; on CPU those of K alone.
+    """Compute attention over selected rows of K and V, gathered into dense buffers [.., K, D]; on a CPU K alone.
 
     Args:
-        log_weights: float32 [B, H, G, Q, K], how many keys each selected one stands for, as a logarithm; None: itself.
+        log_weights: float32 [B, H, G, Q, K], log of the number of keys that each selected key represents; None: 0.
 
     Returns:
-        as `fasa_flex.core.method.Focus`.
+        output and log-sum-exp, as `fasa_flex.core.method.Focus` states them.
     """
     batch, query_heads, q_len, head_dim = query.shape
     kv_heads = key.shape[1]
@@ -36,7 +36,7 @@ def gather_focused(
     grouped = query.view(batch, kv_heads, shared, members, q_len, head_dim).transpose(3, 4)
     grouped = grouped.reshape(batch, -1, members, head_dim)
     some = selection.taken.any(-1, keepdim=True)
-    # a query without a key attends to anything, and is set to zero below: a softmax over nothing has NaN gradients
+    # a query without keys attends to padding and is zeroed below, since a softmax over nothing has NaN gradients
     taken = (selection.taken | ~some).reshape(batch, -1, 1, width)
     weigh_by = None if log_weights is None else log_weights.reshape(batch, -1, 1, width)
     lse = None
@@ -56,25 +56,25 @@ def gather_focused(
 
 
 def take_rows(states: Tensor, slots: Tensor) -> Tensor:
-    """Rows of keys or values, on the device of ``slots``.
+    """Gather rows of keys or values to the device of ``slots``.
 
-    One `index_select` over all heads, two to three times as fast as advanced indexing, where the states are the first
-    of a buffer's slots. Rows in host memory (FASA-M) are gathered there, so that nothing else crosses.
+    If the states are the first slots of a buffer, one `index_select` gathers the rows of all heads, two to three times
+    as fast as advanced indexing. Rows in host memory (FASA-M) are gathered there, and only they are copied.
 
     Args:
-        states: float [B, H, T, D].
-        slots: int64 [B, H, G, Q, K].
+        states: float [B, H, T, D], keys or values.
+        slots: int64 [B, H, G, Q, K], the rows to gather.
 
     Returns:
-        [B, H * G * Q, K, D].
+        [B, H * G * Q, K, D], on the device of ``slots``.
     """
     device = slots.device
     if states.device != device:
         slots = slots.to(states.device)
     batch, heads, _, dim = states.shape
-    found = _table(states, slots)
-    if found is not None:
-        table, index = found
+    in_buffer = _table(states, slots)
+    if in_buffer is not None:
+        table, index = in_buffer
         rows = table.index_select(0, index.flatten())
     else:
         b = torch.arange(batch, device=slots.device).view(-1, 1, 1, 1, 1)
@@ -83,9 +83,9 @@ def take_rows(states: Tensor, slots: Tensor) -> Tensor:
 
 
 def dot_rows(query: Tensor, rows: Tensor) -> Tensor:
-    """Dot products of queries [B, H, M, D] with rows [B, H, K, D]: [B, H, M, K], summed in float32 at least.
+    """Multiply queries [B, H, M, D] by rows [B, H, K, D]: [B, H, M, K], summed in float32 or float64.
 
-    Compiled for CPU they are one kernel with the fetch of the rows, of which no buffer is made.
+    In a graph for CPU the gather of the rows fuses with the products, without a buffer of rows.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
@@ -97,12 +97,12 @@ def dot_rows(query: Tensor, rows: Tensor) -> Tensor:
 
 
 def weigh_rows(weights: Tensor, states: Tensor, slots: Tensor) -> Tensor:
-    """Sums of the selected rows, on CPU without a buffer of them: pages that are new cost more than what they hold.
+    """Compute weighted sums of selected rows, on a CPU without a buffer: page faults would cost more than the sums.
 
     Args:
         weights: [B, H * G * Q, M, K], in the dtype of ``states``.
-        states: float [B, H, T, D].
-        slots: int64 [B, H, G, Q, K].
+        states: float [B, H, T, D], values.
+        slots: int64 [B, H, G, Q, K], the selected rows.
 
     Returns:
         [B, H * G * Q, M, D].
@@ -110,10 +110,10 @@ def weigh_rows(weights: Tensor, states: Tensor, slots: Tensor) -> Tensor:
     if slots.device.type != "cpu":
         return weights @ take_rows(states, slots)
     batch, count, _, width = weights.shape
-    found = _table(states, slots) if states.stride(2) == states.shape[3] else None
-    if found is not None:
-        table, index = found
-    else:  # of a table with gaps embedding_bag makes a copy
+    in_buffer = _table(states, slots) if states.stride(2) == states.shape[3] else None
+    if in_buffer is not None:
+        table, index = in_buffer
+    else:  # embedding_bag would copy a whole table with gaps
         table = take_rows(states, slots).flatten(0, 2)
         index = torch.arange(len(table))
     bags = index.view(batch, count, 1, width).expand_as(weights)
@@ -122,24 +122,24 @@ def weigh_rows(weights: Tensor, states: Tensor, slots: Tensor) -> Tensor:
 
 
 def _table(states: Tensor, slots: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The buffer that states [B, H, T, D] are the first slots of, as rows; None: they lie in none.
+    """View the buffer whose first slots are the states [B, H, T, D] as one table of rows; None: there is no buffer.
 
     Returns:
-        float [.., D], the rows as they lie, and int64 [B, H, G, Q, K], where in them the ``slots`` are.
+        the table, float [.., D], and the table rows of ``slots``, int64 [B, H, G, Q, K].
     """
     batch, heads, kv_len, dim = states.shape
     row, capacity = states.stride(2), _capacity(states)
     if capacity < kv_len or (row != dim and torch.compiler.is_compiling()):
-        return None  # the compiler may hold a tensor with gaps as one without, once it was written to
+        return None  # Inductor may store a tensor with gaps without them after a write
     first = torch.arange(batch * heads, device=slots.device).view(batch, heads, 1, 1, 1) * capacity
     count = (batch * heads - 1) * capacity + kv_len
     return states.as_strided((count, dim), (row, 1)), slots + first
 
 
 def whole_buffer(states: Tensor) -> Tensor:
-    """The buffer [B, H, C, D] of which ``states`` [B, H, T, D] are the first slots, or the states where they are none.
+    """Return the buffer [B, H, C, D] whose first slots are ``states`` [B, H, T, D], or the states if there is none.
 
-    What lies behind the states is not to be used; a graph compiled for the buffer serves until it is full.
+    Slots behind the states hold no data. A graph that is compiled for the buffer serves until the buffer is full.
     """
     batch, heads, kv_len, dim = states.shape
     capacity = _capacity(states)
@@ -149,7 +149,7 @@ def whole_buffer(states: Tensor) -> Tensor:
 
 
 def _capacity(states: Tensor) -> int:
-    """Slots of every head in the buffer that states [B, H, T, D] lie in; 0 where they lie in none."""
+    """Number of slots per head in the buffer that contains the states [B, H, T, D]; 0: there is no such buffer."""
     _, heads, _, dim = states.shape
     row = states.stride(2)
     capacity = states.stride(1) // max(1, row)

@@ -1,4 +1,4 @@
-"""A call compiled by itself, for its kind: Dynamo is asked for no more graphs than it gives one function."""
+"""Compilation of `attend`, one function per static signature, within Dynamo's limit of graphs per function."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Step = Callable[..., Tensor]
 
 
 def attend_compiled(call: Call, focus: Focus) -> Tensor:
-    """`attend`, compiled for the call's kind; part of the caller's own graph where there is one."""
+    """Run `attend` compiled for the call's static signature; while the caller compiles, it joins the caller's graph."""
     if torch.compiler.is_compiling():
         return attend(call, focus)
     call.known_marks()
@@ -33,7 +33,7 @@ def attend_compiled(call: Call, focus: Focus) -> Tensor:
     q_len = call.query.shape[2]
     queries = min(q_len, 2)
     if focus is flex_focused and q_len > 1 and call.query.device.type == "cpu":
-        # torch's C++ of two lengths that vary does not compile (2.13): a graph has one number of queries
+        # Inductor's C++ for two dynamic lengths does not compile (torch 2.13): one number of queries per graph
         call = _padded_to_power_of_two(call)
         queries = call.query.shape[2]
     batch, query_heads, _, head_dim = call.query.shape
@@ -43,23 +43,23 @@ def attend_compiled(call: Call, focus: Focus) -> Tensor:
 
 @functools.cache
 def _compiled(*signature: object) -> Step:
-    """The compiled `attend` of one static signature.
+    """Return the compiled `attend` of one static signature.
 
-    Dynamo allows a code object a few specialisations (8) and turns sizes that differ between functions of one name
-    into a symbol, which flex's decode kernel refuses for batch and heads. So each signature compiles a function of its
-    own, in which only lengths vary, and where that is not enough, as of scorers that differ by layer, one more.
+    Dynamo allows 8 specialisations per code object. Sizes that differ between functions of one name become symbols,
+    which flex's decode kernel refuses for batch and heads. Each signature therefore compiles a function of its own, in
+    which only lengths vary, and further ones if the limit is reached, such as for scorers that differ by layer.
     """
 
     def compile_another(number: int) -> Step:
         name = f"{attend.__name__}_{hashlib.sha256(repr((signature, number)).encode()).hexdigest()[:8]}"
-        own = types.FunctionType(attend.__code__.replace(co_name=name), attend.__globals__, name)
-        return torch.compile(own, fullgraph=True)
+        copy = types.FunctionType(attend.__code__.replace(co_name=name), attend.__globals__, name)
+        return torch.compile(copy, fullgraph=True)
 
     return _beyond_the_limit(compile_another)
 
 
 def _with_room(call: Call, packed: PackedKeys) -> Call:
-    """A growing cache's whole buffers, whose free slots are not valid: of one length until they are full."""
+    """Replace keys and values by the buffers of a growing cache, with free slots invalid: one length until full."""
     keys, values = whole_buffer(call.key), whole_buffer(call.value)
     if not keys.shape[2] == values.shape[2] <= packed.capacity:
         return call
@@ -70,7 +70,7 @@ def _with_room(call: Call, packed: PackedKeys) -> Call:
 
 
 def _situation(call: Call) -> tuple[Hashable, ...]:
-    """What a graph is specialised for beside the sizes: modes, layouts, settings, and which arguments there are."""
+    """List the properties besides sizes that a graph is specialised for: modes, layouts, settings, given arguments."""
     packed, scorer, completion, softmax = call.packed_keys, call.scorer, call.completion, call.softmax
     precision = (packed.tiles.dtype, packed.scales is None) if isinstance(packed, PackedKeys) else None
     return (
@@ -96,7 +96,7 @@ def _situation(call: Call) -> tuple[Hashable, ...]:
 
 
 def _shape(states: Tensor | None) -> tuple[int, ...] | None:
-    """The sizes that do not grow with the cache."""
+    """The first two sizes, which do not grow with the cache."""
     return None if states is None else tuple(states.shape[:2])
 
 
@@ -106,7 +106,7 @@ def _layout(states: Tensor) -> tuple[bool, ...]:
 
 
 def _padded_to_power_of_two(call: Call) -> Call:
-    """Queries without valid keys behind the others, so that few numbers of queries are compiled for."""
+    """Append queries without valid keys up to a power of two, so that few numbers of queries are compiled."""
     q_len, scorer, marks = call.query.shape[2], call.scorer, call.known_marks()
     extra = (1 << (q_len - 1).bit_length()) - q_len
     if isinstance(scorer, Given):
@@ -122,10 +122,10 @@ def _padded_to_power_of_two(call: Call) -> Call:
 
 
 def _beyond_the_limit(compile_another: Callable[[int], Step]) -> Step:
-    """A step that is compiled by a new function where Dynamo has given one all the graphs it may have.
+    """Return a step that compiles another function whenever the earlier ones have reached Dynamo's limit of graphs.
 
     Args:
-        compile_another: makes the function of a number, counted from 0.
+        compile_another: takes a number, counted from 0, and returns the compiled function of this number.
     """
     steps = [compile_another(0)]
 

@@ -1,13 +1,13 @@
-"""Ways to compute a `Call`, and which of them serves it.
+"""The table of backends, and the choice of the backend that computes a `Call`.
 
-Each backend is a row: why it cannot serve a call, and how it does. A backend that is asked for by name serves the call
-or refuses it; "auto" and "fastest" take the first of their list that can.
+A row of the table has two functions: one gives the reason why the backend cannot serve a call, the other computes it. A
+backend chosen by name serves the call or raises an error; "auto" and "fastest" try a list of backends in order.
 
-    triton      own kernels, one query a row, keys packed by a cache, CUDA; the fastest for decoding
-    flex        Inductor's kernel of `flex_attention` over a block mask: the definition; any number of queries
-    gather      the selected rows in a buffer: any device, any call, gradients
-    compiled    gather, compiled by itself; of "fastest"
-    reference   plain loops; for tests
+    triton      our kernels: one query per batch row, keys packed by a cache, CUDA; the fastest for decoding
+    flex        Inductor's kernel of `flex_attention` with a block mask: the definition; any number of queries
+    gather      selected rows copied to a buffer: any device, any call, gradients
+    compiled    gather in a graph of its own; chosen by "fastest" alone
+    reference   plain loops, for tests
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _log = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
-    """A backend.
+    """One backend.
 
     Attributes:
-        why_not: why it cannot serve a call, None: it can; None: it can serve any.
-        run: the call's [B, Hq, Q, Dv].
+        why_not: returns the reason why the backend cannot serve a call, or None if it can; None: it serves every call.
+        run: computes the call's attention, [B, Hq, Q, Dv].
     """
 
     why_not: Callable[[Call], str | None] | None
@@ -45,10 +45,10 @@ class Row(NamedTuple):
 
 
 def sparse_attention(call: Call, backend: Backend) -> Tensor:
-    """Sparse attention of every query, [B, Hq, Q, Dv].
+    """Compute sparse attention of every query, [B, Hq, Q, Dv].
 
     Raises:
-        ValueError: a backend that was asked for by name cannot serve the call; an argument of the call is wrong.
+        ValueError: ``backend`` names one backend and it cannot serve the call, or an argument of the call is wrong.
     """
     reasons = []
     for name in ORDER.get((backend, call.query.is_cuda), (backend,)):
@@ -84,9 +84,9 @@ def _why_no_flex(call: Call) -> str | None:
 
 
 def _by_flex(call: Call) -> Tensor:
-    """Compiled in any case: eager `flex_attention` ignores block lists and computes every score."""
+    """Compile in any case: eager `flex_attention` ignores block lists and computes every score."""
     if call.query.device.type == "cpu" and isinstance(call.packed_keys, PackedKeys):
-        call.packed_keys = None  # with the tiles of a growing cache Inductor's C++ does not compile (torch 2.13)
+        call.packed_keys = None  # Inductor's C++ for the tiles of a growing cache does not compile (torch 2.13)
     return attend_compiled(call, flex_focused)
 
 
@@ -122,4 +122,4 @@ ORDER = {
     ("fastest", True): ("triton", "compiled", "gather"),
     ("fastest", False): ("compiled", "gather"),
 }
-"""What the automatic backends try, without and with CUDA."""
+"""Backends that "auto" and "fastest" try in order, by whether the query is on CUDA."""

@@ -1,4 +1,4 @@
-"""Room in a cache, made sure of before a forward writes into the first layer, so that layers stay in step."""
+"""Checks of the free space in all layers before a forward writes to any, so that a failure leaves them equally long."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fasa_flex.caches.write_tracking import counting
 
 
 class CountedStaticLayer(StaticLayer):
-    """A layer of a fixed length that says when it is full; transformers' own writes past its end.
+    """A static layer that raises an error when it is full; transformers' own writes past its end.
 
     Attributes:
-        written: tokens held, as far as the host knows; None where only the device knows, which counts compiled steps.
-        captured: whether a CUDA graph has a step of it, which is replayed without the host's knowledge.
+        written: number of tokens in the layer; None after compiled steps, which count on the device alone.
+        captured: whether a CUDA graph contains a step of this layer; the host does not notice its replays.
     """
 
     max_cache_len: int
@@ -30,32 +30,34 @@ class CountedStaticLayer(StaticLayer):
         self.written, self.captured = None, False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the buffers, in inference mode as tensors that may be written to outside of it."""
+        """Allocate the buffers, in inference mode as normal tensors, so that code outside it can write to them."""
         with counting():
             super().lazy_initialization(key_states, value_states)
 
     def reserve(self, length: int) -> None:
-        """Make sure that ``length`` more tokens fit.
+        """Check that ``length`` more tokens fit.
+
+        A compiled or captured step is not checked: reading the count from the device in every step would stall it.
 
         Raises:
-            ValueError: they do not, as far as an eager call can tell: asking the device in every step would stall it.
+            ValueError: they do not fit.
         """
         if self._counts_on_device():
             return
-        held = self.written
-        if held is None or self.captured or held + length > self.max_cache_len:
-            held = self.written = int(self.cumulative_length)
-        if held + length > self.max_cache_len:
+        written = self.written
+        if written is None or self.captured or written + length > self.max_cache_len:
+            written = self.written = int(self.cumulative_length)
+        if written + length > self.max_cache_len:
             raise ValueError(
-                f"the static cache holds {held} of at most {self.max_cache_len} tokens and {length} more "
+                f"the static cache holds {written} of at most {self.max_cache_len} tokens and {length} more "
                 "were given; allocate a longer one (max_cache_len)."
             )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write keys and values [B, Hkv, t, D] behind those held; returns the whole buffers.
+        """Append keys and values [B, Hkv, t, D]; return the complete buffers.
 
         Raises:
-            ValueError: there is no room for them (`reserve`).
+            ValueError: they do not fit (`reserve`).
         """
         length = key_states.shape[2]
         self.reserve(length)
@@ -67,15 +69,15 @@ class CountedStaticLayer(StaticLayer):
         return states
 
     def _write(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """What `update` does once there is room."""
+        """Write keys and values after `reserve` has succeeded."""
         states: tuple[Tensor, Tensor] = super().update(key_states, value_states)
         return states
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop tokens from the end, a negative number of them; transformers' own layer can since 5.24.
+        """Remove ``-tokens_to_remove`` tokens from the end; transformers' own layer does so from 5.24 on.
 
         Raises:
-            ValueError: the number is positive.
+            ValueError: ``tokens_to_remove`` is positive.
         """
         check_crop(tokens_to_remove)
         self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
@@ -83,12 +85,12 @@ class CountedStaticLayer(StaticLayer):
             self.written = max(0, self.written + tokens_to_remove)
 
     def reset(self) -> None:
-        """Empty the layer; its buffers stay."""
+        """Remove all tokens; the buffers stay allocated."""
         super().reset()
         self.written = 0
 
     def _counts_on_device(self) -> bool:
-        """Whether this call is traced or captured: it runs again without the host, which must not ask now."""
+        """Whether this call is traced or captured; the host must not read the token count from the device then."""
         if torch.compiler.is_compiling():
             return True
         capturing = self.cumulative_length.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -97,10 +99,10 @@ class CountedStaticLayer(StaticLayer):
 
 
 def check_crop(tokens_to_remove: int) -> None:
-    """Refuse a length where a number of tokens to remove is meant; transformers 5.17 took one, with a warning.
+    """Refuse a length to crop to instead of a negative token count; transformers 5.17 took a length, with a warning.
 
     Raises:
-        ValueError: the number is positive.
+        ValueError: ``tokens_to_remove`` is positive.
     """
     if tokens_to_remove > 0:
         raise ValueError(
@@ -110,17 +112,19 @@ def check_crop(tokens_to_remove: int) -> None:
 
 
 def counted(plain: StaticLayer) -> CountedStaticLayer:
-    """A layer that counts, with all that ``plain`` holds."""
-    layer: Any = CountedStaticLayer(plain.max_cache_len)
-    vars(layer).update(vars(plain))
-    made: CountedStaticLayer = layer
-    return made
+    """Make a `CountedStaticLayer` with the tensors and settings of ``plain``."""
+    copy: Any = CountedStaticLayer(plain.max_cache_len)
+    vars(copy).update(vars(plain))
+    layer: CountedStaticLayer = copy
+    return layer
 
 
 def take_back(cache: Cache, last: int, length: int) -> bool:
-    """Drop the ``length`` tokens that a failed forward wrote into the layers up to ``last``; False: it cannot.
+    """Remove the ``length`` tokens that a failed forward wrote into the layers up to ``last``.
 
-    A layer with a sliding window has dropped others for them, and recurrent states have taken them in.
+    Returns:
+        False if the layers cannot be restored: a sliding window has dropped older tokens, or a recurrent state has
+        absorbed the new ones.
     """
     written: list[Any] = cache.layers[: last + 1]
     if not all(getattr(layer, "is_croppable", False) and not layer.is_sliding for layer in written):
@@ -131,7 +135,7 @@ def take_back(cache: Cache, last: int, length: int) -> bool:
 
 
 def partly_written(error: ValueError, last: int) -> ValueError:
-    """The error of a forward that `take_back` cannot undo, which layers up to ``last`` hold."""
+    """Extend the error of a failed forward that `take_back` cannot remove from the layers up to ``last``."""
     return ValueError(
         f"{str(error).removesuffix('.')}; layers 0 to {last} of the cache hold this forward already and cannot be "
         "cropped, so go on with a new cache."
@@ -139,13 +143,12 @@ def partly_written(error: ValueError, last: int) -> ValueError:
 
 
 def make_room(cache: Cache, length: int) -> None:
-    """Make room for ``length`` more tokens in every layer, before the first one is written to.
+    """Reserve space for ``length`` more tokens in every layer before the first one is written.
 
-    Plain static layers are replaced by ones that count. In a compiled graph all stays as it is.
+    Plain static layers are replaced by `CountedStaticLayer`. In a compiled graph nothing happens.
 
     Raises:
-        ValueError: a static layer is full, or the host has no memory for a growing one; what the cache holds is as
-            before.
+        ValueError: a static layer is full, or a growing one gets no host memory; the cache's contents are unchanged.
     """
     if torch.compiler.is_compiling():
         return

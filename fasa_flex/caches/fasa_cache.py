@@ -1,6 +1,6 @@
-"""The paper's two caches: K and V whole, on the device (FASA-C) or in host memory (FASA-M), and packed dominant keys.
+"""The paper's two caches, with all keys and values on the device (FASA-C) or in host memory (FASA-M).
 
-Packed keys are on the device in both, for TIP to stream.
+Both keep packed dominant keys on the device, where TIP reads them.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ _NOTHING_SAVED = "saves nothing for a model on the CPU, where both are host memo
 
 @dataclass(frozen=True)
 class CacheSize:
-    """What a cache holds, in bytes a token and layer over all key/value heads, room to grow included.
+    """Size of a cache in bytes per token and layer, over all key/value heads, including allocated free space.
 
-    Tokens are those of all rows: the ones held of a growing cache, the slots of a static one.
+    Tokens are counted over all batch rows: the tokens of a growing cache, the slots of a static one.
 
     Attributes:
-        device: on the model's device.
-        host: in host memory.
-        dense: what keys and values alone would be, without room.
-        formula: what the method needs on the device: of a sparse layer packed keys, the completion's state once
-            attention has made it, and keys and values (FASA-C) or the ``n_fac`` rows held of them (FASA-M: none where
-            the budget is a share or differs between heads); of a dense one keys and values.
-        device_type: the model's, such as "cuda".
+        device: bytes on the model's device.
+        host: bytes in host memory.
+        dense: bytes of keys and values alone, without free space.
+        formula: bytes that the method needs on the device. A dense layer needs keys and values. A sparse layer needs
+            packed keys, the completion's state if it exists, and keys and values (FASA-C) or ``n_fac`` resident rows
+            (FASA-M; none if the budget is a share or differs between heads).
+        device_type: type of the model's device, such as "cuda".
     """
 
     device: float
@@ -62,11 +62,11 @@ class CacheSize:
 
     @property
     def ratio(self) -> float:
-        """``device`` against ``formula``: what room to grow costs, and which rows are held."""
+        """``device / formula``: the overhead of free space on the device."""
         return self.device / self.formula
 
     def __str__(self) -> str:
-        """The numbers in a sentence."""
+        """State the sizes in one sentence."""
         nothing = f"; placement='host' {_NOTHING_SAVED}" if self.host and self.device_type == "cpu" else ""
         return (
             f"{self.device:.1f} bytes a token and layer on the device, {self.ratio:.2f} times the formula's "
@@ -76,33 +76,33 @@ class CacheSize:
 
 
 class FasaCache(Cache):
-    """Keys, values and packed dominant keys, made ahead of the first forward: FASA-C or FASA-M in the paper.
+    """A cache of keys, values and packed dominant keys, made before the first forward: the paper's FASA-C or FASA-M.
 
     A model's forward and `generate` take it as ``cache=``, before transformers 5.24 as ``past_key_values=``.
 
-    `enable` packs the layers of any growing or static cache by itself, so this one is for those who allocate theirs, or
-    who want FASA-M: ``placement="host"`` keeps the keys and values of the sparse layers in host memory, and only the
-    rows that a query selects cross to the device. Results are the same. Without an accelerator it runs, saves nothing,
-    and warns of it. Packed keys cost ``n_tip / head_dim`` of the keys and values, less in a lower
-    ``config.packed_dtype``. Layers that are dense under ``config``, have no RoPE or a sliding window hold keys and
-    values alone, on the device.
+    `enable` adds packed keys to any growing or static cache. Use this class to allocate the cache yourself, or for
+    FASA-M: ``placement="host"`` keeps the keys and values of the sparse layers in host memory and copies only the
+    selected rows to the device. The results are the same. Without an accelerator it works, saves nothing, and warns.
+    Packed keys add ``n_tip / head_dim`` to the size of keys and values, less with a lower ``config.packed_dtype``.
+    Layers that are dense under ``config``, have no RoPE or have a sliding window keep keys and values alone, on the
+    device.
 
-    Packed keys follow ``layer.keys`` when they are replaced or written to in place; a write that PyTorch does not count
-    (``keys.data``, NumPy, DLPack) is not seen, so call ``layer.repack(layer.scorer)`` behind one.
+    If ``layer.keys`` are replaced or written to in place, the layer packs them again. It does not notice a write that
+    PyTorch does not count (``keys.data``, NumPy, DLPack): call ``layer.repack(layer.scorer)`` after one.
 
-    A static cache that is full, or a host that has no more memory, is an error before anything is written: what the
-    cache holds is as before.
+    If a static cache is full or the host has no memory left, an error is raised before anything is written, and the
+    contents of the cache are unchanged.
 
     Args:
-        model: the model that will fill it.
-        profile: the model's.
-        config: that of `enable`; None is the default.
-        placement: where keys and values of sparse layers are, ``"device"`` or ``"host"``.
-        max_cache_len: slots to allocate, for compiled decoding and CUDA graphs; None: the cache grows.
+        model: the model that will fill the cache.
+        profile: profile of this model.
+        config: settings passed to `enable`; None: the defaults.
+        placement: memory for keys and values of sparse layers, ``"device"`` or ``"host"``.
+        max_cache_len: number of slots to allocate, for compiled decoding and CUDA graphs; None: the cache grows.
 
     Raises:
-        ValueError: the profile does not fit the model, chunk sets per query head, which do not pack once a KV head, or
-            settings that exclude each other.
+        ValueError: the profile does not fit the model, the config has chunk sets per query head, which cannot be packed
+            once per key/value head, or settings exclude each other.
     """
 
     layers: list[Any]
@@ -151,12 +151,12 @@ class FasaCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write keys and values [B, Hkv, t, D] of a layer behind those it holds; returns what attention is to see.
+        """Append keys and values [B, Hkv, t, D] to a layer; return the keys and values to attend to.
 
-        The first layer makes room for all, so that none is ahead of another after an error.
+        The first layer reserves space in all layers, so that they stay equally long after an error.
 
         Raises:
-            ValueError: a static cache is full, or the host has no memory; what the cache held is as before.
+            ValueError: a static cache is full, or the host has no memory; the cache's contents are unchanged.
         """
         if torch.compiler.is_compiling():
             updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -165,25 +165,25 @@ class FasaCache(Cache):
             make_room(self, key_states.shape[2])
         try:
             updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        except Exception:  # raised again, once nothing is held in part
-            if not self.layers[layer_idx].is_initialized:  # the first forward: what others hold, they hold of it
+        except Exception:
+            if not self.layers[layer_idx].is_initialized:  # first forward: other layers hold its tokens alone
                 self.layers = self._new_layers()
             raise
         return updated
 
     def reset(self) -> None:
-        """Empty the cache; transformers 5.17 by itself would fill growing layers with zeros and keep their length."""
+        """Empty the cache; transformers 5.17 would fill growing layers with zeros and keep their length."""
         for layer in self.layers:
-            if isinstance(layer, DynamicLayer):  # dropped first: zeros cannot be written to what inference mode made
+            if isinstance(layer, DynamicLayer):  # the base class would write zeros, which inference tensors refuse
                 layer.is_initialized, layer.keys, layer.values = False, None, None
-            for name, held in list(vars(layer).items()):
-                if isinstance(held, Tensor) and not writable(held):
-                    setattr(layer, name, held.clone())
+            for name, states in list(vars(layer).items()):
+                if isinstance(states, Tensor) and not writable(states):
+                    setattr(layer, name, states.clone())
         super().reset()
 
     @property
     def size(self) -> CacheSize:
-        """Bytes a token and layer, as they are held now.
+        """Current size in bytes per token and layer.
 
         Raises:
             ValueError: the cache is empty.
@@ -194,9 +194,9 @@ class FasaCache(Cache):
         for layer in self.layers:
             tokens = layer.keys.shape[0] * layer.keys.shape[2]
             plain = (layer.keys.nbytes + layer.values.nbytes) / tokens
-            held = _storage_bytes(layer.keys, layer.values) / tokens
+            stored = _storage_bytes(layer.keys, layer.values) / tokens
             on_host = isinstance(layer, OnHost)
-            dense, host, device = dense + plain, host + held * on_host, device + held * (not on_host)
+            dense, host, device = dense + plain, host + stored * on_host, device + stored * (not on_host)
             if isinstance(layer, KeepsPackedKeys) and layer.packed is not None:
                 device += layer.packed.n_bytes / tokens
                 width = layer.scorer.dims.shape[1]
@@ -219,7 +219,7 @@ def _new_layers(
     scorers: Mapping[int, DominantChunks],
     hold: Mapping[int, int],
 ) -> list[Any]:
-    """Empty layers; those with rows to ``hold`` are in host memory, those with scorers pack."""
+    """Make empty layers: in host memory if listed in ``hold``, with packed keys if listed in ``scorers``."""
     if max_cache_len is None:
         layers = list(DynamicCache(config=config).layers)
     else:
@@ -236,13 +236,13 @@ def _new_layers(
 
 
 def _storage_bytes(*tensors: Tensor) -> int:
-    """Bytes of the memory behind tensors, each counted once."""
+    """Size in bytes of the storages of the tensors; a shared storage counts once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 def _to_hold(budget: Budget, slots: int | None) -> int:
-    """Rows a head that the device holds between steps: what the kernels select, which is a count."""
+    """Number of resident rows per head between steps: the budget if it is one count, otherwise 0."""
     if not isinstance(budget.n_fac, int):
         return 0
     return budget.n_fac if slots is None else min(budget.n_fac, slots)

@@ -19,11 +19,11 @@ from fasa_flex.core.scoring import DominantChunks
 
 
 class OnHost(KeepsPackedKeys):
-    """The half of a layer whose keys and values are in host memory (FASA-M): the rows that the device holds of them.
+    """Mixin of a layer with keys and values in host memory (FASA-M): keeps the resident rows on the device.
 
     Attributes:
-        hold: rows a key/value head to hold, the budget of the layer; 0 for none.
-        held: these rows; None while the layer is empty.
+        hold: number of resident rows per key/value head, the budget of the layer; 0: none.
+        resident: rows of the last selection on the device; None while the layer is empty.
     """
 
     hold: int
@@ -36,10 +36,10 @@ class OnHost(KeepsPackedKeys):
         self.resident = ResidentRows.empty(key_states, value_states, self.hold, length) if self.hold else None
 
     def offload(self) -> None:
-        """Nothing: keys and values are in host memory already."""
+        """Do nothing: keys and values are in host memory already."""
 
     def prefetch(self) -> None:
-        """Nothing: the selected rows cross when they are known."""
+        """Do nothing: the selected rows are copied after the selection."""
 
     def reset(self) -> None:
         """Empty the layer."""
@@ -47,7 +47,7 @@ class OnHost(KeepsPackedKeys):
         self._forget()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop tokens from the end, a negative number of them."""
+        """Remove ``-tokens_to_remove`` tokens from the end."""
         super().crop(tokens_to_remove)
         self._forget()
 
@@ -57,22 +57,22 @@ class OnHost(KeepsPackedKeys):
             self.resident = self.resident.change(change)
 
     def own_resident(self) -> ResidentRows | None:
-        """What is held, as tensors that may be written to: those made in inference mode may not outside of it."""
+        """Return the resident rows, copied if they are inference tensors and cannot be written to here."""
         if self.resident is not None and not torch.compiler.is_compiling() and not writable(self.resident.slots):
             self.resident = self.resident.change(Tensor.clone)
         return self.resident
 
     def _forget(self) -> None:
-        held = self.own_resident()
-        if held is not None:
-            held.forget()
+        resident = self.own_resident()
+        if resident is not None:
+            resident.forget()
 
 
 class HostLayer(OnHost, PackedLayer):
-    """A growing layer whose keys and values are in host memory, pinned where there is an accelerator (FASA-M).
+    """A growing layer with keys and values in host memory, pinned if there is an accelerator (FASA-M).
 
-    What attention gets of it in decode are the host's tensors, of which only the selected rows cross (`take_rows`).
-    A forward of several tokens gets all of them, on the device, while it runs.
+    In a decode step attention receives the host tensors and copies only the selected rows to the device (`take_rows`).
+    A forward of several tokens receives temporary copies of all keys and values on the device.
     """
 
     def __init__(self, scorer: DominantChunks, hold: int = 0) -> None:
@@ -80,7 +80,7 @@ class HostLayer(OnHost, PackedLayer):
         self.hold, self.resident = hold, None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values [B, Hkv, t, D]; returns all of them, in host memory for t = 1."""
+        """Append keys and values [B, Hkv, t, D]; return all keys and values, for t = 1 in host memory."""
         first = self.get_seq_length() == 0
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         if first:
@@ -90,10 +90,10 @@ class HostLayer(OnHost, PackedLayer):
         return keys, values
 
     def reserve(self, length: int) -> None:
-        """Make room for ``length`` more tokens.
+        """Allocate space for ``length`` more tokens.
 
         Raises:
-            ValueError: the host has no memory for them; the layer is as before.
+            ValueError: the host has no memory for them; the layer is unchanged.
         """
         start = self.get_seq_length()
         if start and not self.keys.requires_grad:
@@ -104,19 +104,19 @@ class HostLayer(OnHost, PackedLayer):
         return split_rows(host_rows(key, value, length, device), key.shape[3])
 
     def _room_packed(self, length: int) -> int:
-        """A sixteenth to spare; buffers of the host have an eighth, but what the device holds is what FASA-M saves."""
+        """Number of packed keys to allocate: a sixteenth more than ``length``, not an eighth, to save device memory."""
         return (length + max(32, length // 16)) // 32 * 32
 
 
 class StaticHostLayer(OnHost, StaticPackedLayer):
-    """A layer of a fixed length whose keys and values are in host memory, which the device addresses (FASA-M).
+    """A static layer with keys and values in host memory that the device's kernels address directly (FASA-M).
 
-    A decode step waits for nothing on the host and fits a CUDA graph. A forward of several tokens gets copies of all
-    keys and values on the device.
+    A decode step does not synchronise with the host and can be captured in a CUDA graph. A forward of several tokens
+    receives copies of all keys and values on the device.
 
     Attributes:
-        rows: [B, Hkv, max_cache_len, D + Dv], of which `keys` and `values` are views. A step writes to it alone: of two
-            tensors that share memory a compiler would make copies.
+        rows: [B, Hkv, max_cache_len, D + Dv]; `keys` and `values` are views of it. Steps write to ``rows`` alone, since
+            the compiler would copy two tensors that share memory.
     """
 
     max_cache_len: int
@@ -127,7 +127,7 @@ class StaticHostLayer(OnHost, StaticPackedLayer):
         self.hold, self.resident = hold, None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickle; pickled tensors share no memory, and keys and values are to be views of the rows."""
+        """Unpickle, and make keys and values views of the rows again: pickled tensors share no memory."""
         self.__dict__.update(state)
         if "rows" in state:
             self.keys, self.values = split_rows(self.rows, self.keys.shape[3])
@@ -137,7 +137,7 @@ class StaticHostLayer(OnHost, StaticPackedLayer):
         length = self.max_cache_len
         with counting():
             rows = mapped_rows(key_states, value_states, length)
-        self.max_cache_len = 0  # or buffers of the device would be allocated
+        self.max_cache_len = 0  # the base class would allocate buffers on the device
         try:
             super().lazy_initialization(key_states, value_states)
         finally:
@@ -148,10 +148,10 @@ class StaticHostLayer(OnHost, StaticPackedLayer):
         self.repack(self.scorer)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write keys and values [B, Hkv, t, D] behind those held; returns the whole buffers, for t > 1 on the device.
+        """Append keys and values [B, Hkv, t, D]; return the complete buffers, for t > 1 on the device.
 
         Raises:
-            ValueError: there is no room for them.
+            ValueError: they do not fit.
         """
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         if key_states.shape[2] == 1:
@@ -167,7 +167,7 @@ class StaticHostLayer(OnHost, StaticPackedLayer):
         return split_rows(self.rows, key_states.shape[3])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the rows for beam search."""
+        """Reorder the batch rows for beam search."""
         keys, values = self.keys, self.values
         super().reorder_cache(beam_idx)
         self.keys, self.values = keys.copy_(self.keys), values.copy_(self.values)

@@ -1,4 +1,4 @@
-"""What cache layers with packed keys have in common: packed keys and completion's state, in step with the keys."""
+"""Mixin of cache layers that keep packed keys and the completion's state consistent with their keys."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fasa_flex.core.scoring import DominantChunks
 
 
 class KeepsPackedKeys(CacheLayerMixin):
-    """The packed half of a layer: what follows every change of keys and values.
+    """Mixin of a cache layer that updates packed keys and state after every change of keys and values.
 
     Attributes:
-        scorer: whose dimensions are packed, in its precision; one set per key/value head.
-        packed: the keys at these dimensions; None while the layer is empty.
-        state: what completes attention; None until an attention call asks for it.
+        scorer: sets the packed dimensions and their precision; one chunk set per key/value head.
+        packed: the packed keys; None while the layer is empty.
+        state: the completion's state; None until an attention call needs it.
     """
 
     keys: Tensor
@@ -34,38 +34,38 @@ class KeepsPackedKeys(CacheLayerMixin):
     _written: Written
 
     def repack(self, scorer: DominantChunks) -> None:
-        """Pack the keys anew, for other dimensions or in another precision."""
+        """Pack all keys again, at the dimensions and in the precision of ``scorer``."""
         self.scorer, self.packed, self.state = scorer, None, None
         if self.is_initialized and self.keys.numel():
             self._settle()
-            rows = scorer.pack(self.keys).to(scorer.dims.device)  # where the keys may not be: FASA-M, offloading
+            rows = scorer.pack(self.keys).to(scorer.dims.device)  # keys may be in host memory (FASA-M, offloading)
             self.packed = PackedKeys.of(rows, scorer.dtype)
         self._mark_anew()
 
     def _mark_anew(self) -> None:
-        """Remember the keys as this layer's own."""
+        """Record the current keys as written by this layer."""
         self._written = Written()
         if self.is_initialized and self.keys.numel() and not torch.compiler.is_compiling():
             self._written.mark(self.keys, self.keys.shape[2])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the rows for beam search."""
+        """Reorder the batch rows for beam search."""
         self._settle()
         super().reorder_cache(beam_idx)
-        self._change(lambda held: held.index_select(0, beam_idx.to(held.device)))
+        self._change(lambda states: states.index_select(0, beam_idx.to(states.device)))
 
     def offload(self) -> None:
         """Move the layer to host memory."""
         super().offload()
-        self._change(lambda held: held.to("cpu", non_blocking=True))
+        self._change(lambda states: states.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         """Move the layer back to its device."""
         super().prefetch()
-        self._change(lambda held: held.to(self.device, non_blocking=True))
+        self._change(lambda states: states.to(self.device, non_blocking=True))
 
     def _settle(self) -> None:
-        """Let the device finish what it writes into host memory, which the host is about to read."""
+        """Wait until the device has finished its writes to host memory that the host is about to read."""
         if self.is_initialized:
             settle(self.keys, self.device)
 
@@ -77,7 +77,7 @@ class KeepsPackedKeys(CacheLayerMixin):
         self._mark_anew()
 
     def advance(self, key: Tensor, value: Tensor, first_order: bool, *counted: Any) -> CompletionState:
-        """The state after a forward, whose ``counted`` tokens are as for `CompletionState.advance`."""
+        """Update the completion's state after a forward; ``counted``: last arguments of `CompletionState.advance`."""
         state = self.state
         if state is None or state.key_sum.shape[2] != (key.shape[3] if first_order else 0):
             state = CompletionState.empty(key, value, first_order, self.scorer.dims.device)
@@ -97,11 +97,11 @@ def write_token(
     scorer: DominantChunks,
     length: Tensor | int,
 ) -> bool:
-    """Write a decoded token behind ``length`` others by one kernel; False where it cannot, and nothing is written."""
+    """Write one decoded token to slot ``length`` with one kernel; return False, and write nothing, if none serves."""
     dims = scorer.dims
     if not writes_at_once(key, value, keys, values, packed, dims):
         return False
-    from fasa_flex.backends.triton.writing import write_token  # Triton is there with CUDA only
+    from fasa_flex.backends.triton.writing import write_token  # Triton is installed with CUDA only
 
     scales = None if packed.scales is None else packed.scales.squeeze(3)
     mean_key = None if scorer.mean_key is None else scorer.mean_key.contiguous()
@@ -110,5 +110,5 @@ def write_token(
 
 
 def writable(buffer: Tensor) -> bool:
-    """Tensors made in inference mode may not be written outside of it."""
+    """Whether ``buffer`` may be written to here: inference tensors may not outside inference mode."""
     return torch.is_inference_mode_enabled() or not buffer.is_inference()

@@ -19,7 +19,8 @@ from fasa_flex.core.scoring import DominantChunks
 class PackedLayer(KeepsPackedKeys, DynamicLayer):
     """A growing layer with packed keys.
 
-    It grows in place, in buffers with an eighth to spare, where `DynamicLayer` copies all keys and values every time.
+    Its buffers have an eighth of free space and are written in place; `DynamicLayer` copies all keys and values in
+    every step.
     """
 
     def __init__(self, scorer: DominantChunks) -> None:
@@ -28,12 +29,12 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
         self.repack(scorer)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values [B, Hkv, t, D]; returns all of them. Where memory runs out, nothing is lost."""
+        """Append keys and values [B, Hkv, t, D]; return all of them. On out-of-memory the layer is unchanged."""
         start, new = self.get_seq_length(), (key_states, value_states)
         end = start + key_states.shape[2]
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():  # by copies, which a compiler and autograd know
-            held = (self.keys, self.values)
-            keys, values = map(_behind, held, new) if start else new
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():  # traceable and differentiable
+            former = (self.keys, self.values)
+            keys, values = map(_behind, former, new) if start else new
             self._check_written(start)
             packed, self._buffers = self._packed_for(end), None
         else:
@@ -43,7 +44,7 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
             packed = self.packed
             keys, values = self._buffers[0][:, :, :end], self._buffers[1][:, :, :end]
             written = False
-            if start and packed is not None and packed.tiles.shape[4] == 1:  # rows, as a kernel writes them
+            if start and packed is not None and packed.tiles.shape[4] == 1:  # the kernel writes rows, not tiles
                 written = write_token(*new, *self._buffers, packed, self.scorer, start)
             if written:
                 self.keys, self.values = keys, values
@@ -64,7 +65,7 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
         return keys, values
 
     def _continues(self, key: Tensor, value: Tensor, start: int, end: int) -> bool:
-        """Whether the buffers take the next tokens as they are: unchanged since the last write, and with room."""
+        """Whether the buffers can take the next tokens: unchanged since the last write, and with free space."""
         written, buffers, packed = self._written, self._buffers, self.packed
         if buffers is None or packed is None or start != written.end or not written.knows(self.keys):
             return False
@@ -77,9 +78,9 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
         return tiles.shape[2] * tiles.shape[4] >= end and not tiles.is_inference()
 
     def _check_written(self, start: int) -> None:
-        """Pack keys anew that somebody has changed, and leave memory that somebody else has a use for.
+        """Pack keys again if user code has changed them; stop using buffers that other tensors share.
 
-        A shallow copy of this layer, which has gone on, or tensors that were handed out before it was cropped.
+        Buffers are shared with a shallow copy of this layer that was continued, or with tensors returned before a crop.
         """
         if torch.compiler.is_compiling() or not start:
             return
@@ -91,18 +92,18 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
         self._written.end = start
 
     def _holds_alone(self) -> bool:
-        """Whether nothing but this layer has the memory of its buffers."""
+        """Whether this layer alone refers to the memory of its buffers."""
         if self._buffers is None:
             return False
         views = 2 if self.keys.untyped_storage().data_ptr() == self.values.untyped_storage().data_ptr() else 1
         return all(held_by(buffer) == self._written.alone + views for buffer in self._buffers)
 
     def _grow(self, key: Tensor, value: Tensor, start: int, end: int) -> None:
-        """Make room for ``end`` tokens such as these, of all that is held or, where memory runs out, of nothing."""
+        """Grow every buffer to ``end`` tokens like ``key`` and ``value``; on out-of-memory the layer is unchanged."""
         self._check_written(start)
-        held, buffers = (self.keys, self.values), self._buffers
-        if start and buffers and not all(map(_begins, held, buffers)):
-            buffers = None  # others were put in their place
+        former, buffers = (self.keys, self.values), self._buffers
+        if start and buffers and not all(map(_begins, former, buffers)):
+            buffers = None  # user code has replaced keys or values
         if start:
             key, value = _wider(key, self.keys), _wider(value, self.values)
         grows = not start or not buffers or not all(map(_serves, (key, value), buffers, (end, end)))
@@ -113,8 +114,8 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
             buffers[1][:, :, end:] = 0  # flex multiplies free slots of a block by weights of 0
             if start:
                 self._settle()
-                for buffer, known in zip(buffers, held, strict=True):
-                    buffer[:, :, :start] = known
+                for buffer, states in zip(buffers, former, strict=True):
+                    buffer[:, :, :start] = states
         self.packed = self._packed_for(end)
         self._buffers = buffers
         if grows and start and buffers:
@@ -122,7 +123,7 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
             self._written.mark(self.keys, start)
 
     def _packed_for(self, end: int) -> PackedKeys | None:
-        """The packed keys with room for ``end`` tokens, to write into; None while there are none."""
+        """Return writable packed keys with room for ``end`` tokens; None while there are no packed keys."""
         if self.packed is not None and self.packed.capacity < end:
             return self.packed.grown(self._room_packed(end))
         if self.packed is not None and not writable(self.packed.tiles):
@@ -131,37 +132,37 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._change(change)
-        self._buffers = None  # keys and values are others now, which do not lie in them
+        self._buffers = None  # keys and values are new tensors outside the buffers
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop tokens from the end, a negative number of them.
+        """Remove ``-tokens_to_remove`` tokens from the end.
 
         Raises:
-            ValueError: the number is positive.
+            ValueError: ``tokens_to_remove`` is positive.
         """
         check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
     def _allocate(self, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Buffers for ``length`` keys and values such as these."""
+        """Allocate buffers for ``length`` tokens, with the sizes and dtypes of ``key`` and ``value``."""
         keys, values = (states.new_empty(*states.shape[:2], length, states.shape[3]) for states in (key, value))
         return keys, values
 
     def _room_packed(self, length: int) -> int:
-        """Packed keys to allocate for ``length`` tokens."""
+        """Number of packed keys to allocate for ``length`` tokens."""
         return _room_for(length)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
+        """Repeat every batch row ``repeats`` times."""
         self._settle()
         super().batch_repeat_interleave(repeats)
-        self._change(lambda held: held.repeat_interleave(repeats, dim=0))
+        self._change(lambda states: states.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``."""
+        """Keep the batch rows ``indices``."""
         self._settle()
         super().batch_select_indices(indices)
-        self._change(lambda held: held[indices])
+        self._change(lambda states: states[indices])
 
     def reset(self) -> None:
         """Empty the layer; transformers 5.17 fills a growing one with zeros instead."""
@@ -171,26 +172,26 @@ class PackedLayer(KeepsPackedKeys, DynamicLayer):
 
 
 def _room_for(length: int) -> int:
-    """Slots to allocate for ``length`` tokens: an eighth more, not few, and whole tiles of packed keys."""
+    """Number of slots to allocate for ``length`` tokens: an eighth more, at least 128 more, a multiple of 32."""
     return (length + length // 8 + 159) // 32 * 32
 
 
-def _behind(held: Tensor, new: Tensor) -> Tensor:
-    return torch.cat([held.to(new.device), new], dim=2)
+def _behind(states: Tensor, new: Tensor) -> Tensor:
+    return torch.cat([states.to(new.device), new], dim=2)
 
 
-def _begins(held: Tensor, buffer: Tensor) -> bool:
-    """Whether a buffer begins with what is held."""
-    return held.data_ptr() == buffer.data_ptr() and held.stride() == buffer.stride() and len(held) == len(buffer)
+def _begins(states: Tensor, buffer: Tensor) -> bool:
+    """Whether ``states`` are the first slots of ``buffer``."""
+    return states.data_ptr() == buffer.data_ptr() and states.stride() == buffer.stride() and len(states) == len(buffer)
 
 
 def _serves(states: Tensor, buffer: Tensor, end: int) -> bool:
-    """Whether a buffer has room for ``end`` tokens such as these and may be written to."""
+    """Whether a buffer has the dtype of ``states`` and room for ``end`` tokens, and may be written to."""
     return buffer.dtype == states.dtype and buffer.shape[2] >= end and writable(buffer)
 
 
-def _wider(states: Tensor, held: Tensor) -> Tensor:
-    """``states`` in the dtype that both they and what is held have room in, as `torch.cat` has it."""
-    if states.dtype == held.dtype:  # as ever but after autocast, and asked for every token
+def _wider(states: Tensor, cached: Tensor) -> Tensor:
+    """Convert ``states`` to the dtype to which `torch.cat` would promote them and the ``cached`` ones."""
+    if states.dtype == cached.dtype:  # fast path of every token; dtypes differ only after autocast
         return states
-    return states.to(torch.promote_types(states.dtype, held.dtype))
+    return states.to(torch.promote_types(states.dtype, cached.dtype))

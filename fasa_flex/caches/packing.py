@@ -1,4 +1,4 @@
-"""Let the layers of any cache keep packed keys."""
+"""Replacement of the layers of any cache by layers that keep packed keys."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from fasa_flex.core.scoring import DominantChunks
 
 
 def pack_layer(cache: Cache, layer: int, scorer: object, growing: bool = True) -> None:
-    """Let a layer of any cache keep packed keys, if it is of a kind that can and ``scorer`` scores dimensions of keys.
+    """Let layer number ``layer`` of a cache keep packed keys for ``scorer``, if this is a `DominantChunks`.
 
-    A plain growing layer, unless ``growing`` is False, or static one is replaced by one that packs, with the keys and
-    values it holds. One that packs already is packed anew where ``scorer`` scores other dimensions. In a compiled graph
-    all stays as it is.
+    A plain static layer, and a plain growing one unless ``growing`` is False, is replaced by a layer with packed keys
+    that takes over its keys and values. A layer with packed keys packs them again if ``scorer`` reads other dimensions.
+    Other kinds of layers stay as they are, and in a compiled graph every layer does.
     """
     if not isinstance(scorer, DominantChunks) or layer >= len(cache.layers) or torch.compiler.is_compiling():
         return
-    held = cache.layers[layer]
-    if type(held) is DynamicLayer and growing:
-        held = _adopt(held, PackedLayer(scorer))
-    elif type(held) in (StaticLayer, CountedStaticLayer):
-        held = _adopt(held, StaticPackedLayer(scorer, held.max_cache_len))
-    elif not isinstance(held, KeepsPackedKeys):
+    cached = cache.layers[layer]
+    if type(cached) is DynamicLayer and growing:
+        cached = _adopt(cached, PackedLayer(scorer))
+    elif type(cached) in (StaticLayer, CountedStaticLayer):
+        cached = _adopt(cached, StaticPackedLayer(scorer, cached.max_cache_len))
+    elif not isinstance(cached, KeepsPackedKeys):
         return
-    cache.layers[layer] = held
-    if held.scorer is not scorer:
-        if held.scorer.ranks_as(scorer):
-            held.scorer, held.state = scorer, None  # the cache may have changed since, unseen by attention
+    cache.layers[layer] = cached
+    if cached.scorer is not scorer:
+        if cached.scorer.ranks_as(scorer):
+            cached.scorer, cached.state = scorer, None  # forwards in between may not have updated the state
         else:
-            held.repack(scorer)
+            cached.repack(scorer)
 
 
 def _adopt(plain: CacheLayerMixin, layer: Any) -> Any:
-    """``layer`` with all that ``plain`` holds."""
+    """Give ``layer`` the tensors and settings of ``plain``, and pack its keys."""
     scorer = layer.scorer
     vars(layer).update(vars(plain))
     layer.repack(scorer)
@@ -48,5 +48,5 @@ def _adopt(plain: CacheLayerMixin, layer: Any) -> Any:
 
 
 def packs(model: PreTrainedModel) -> bool:
-    """Whether the model's cache holds the keys that attention sees; MLA's holds the latent they are expanded from."""
+    """Whether the model's cache holds keys; with MLA it holds the latents that keys are computed from."""
     return getattr(model.config.get_text_config(), "kv_lora_rank", None) is None

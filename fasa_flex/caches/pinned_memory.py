@@ -1,4 +1,4 @@
-"""Host memory that a device reads and writes by itself, so that no step waits for the host (FASA-M)."""
+"""Pinned host memory that GPU kernels read and write directly, so that no step waits for the host (FASA-M)."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 
 
 def host_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros in host memory, pinned where ``device`` is CUDA.
+    """Allocate zeros in host memory, pinned if ``device`` is CUDA.
 
     Args:
-        shape: of the tensor.
-        dtype: of the tensor.
-        device: that will read it.
+        shape: shape of the tensor.
+        dtype: dtype of the tensor.
+        device: device that will read the tensor.
 
     Returns:
-        a tensor of the host.
+        a CPU tensor.
 
     Raises:
-        ValueError: the host has no such memory.
+        ValueError: the host cannot allocate the memory.
     """
     pinned = device.type == "cuda"
     try:
         return torch.zeros(tuple(shape), dtype=dtype, device="cpu", pin_memory=pinned)
     except RuntimeError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")  # torch adds its stack
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")  # without the stack
         size = math.prod(shape) * dtype.itemsize
         raise ValueError(
             f"the host has no {size} bytes of {'pinned ' * pinned}memory for keys or values {tuple(shape)} of a "
@@ -37,31 +37,31 @@ def host_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) 
 
 
 def host_rows(key: Tensor, value: Tensor, length: int, device: torch.device) -> Tensor:
-    """Room in host memory for ``length`` keys and values, those of a token side by side; `split_rows` parts them.
+    """Allocate host memory for ``length`` tokens, with key and value of a token side by side; see `split_rows`.
 
-    Where rows lie scattered over gigabytes, a GPU fetches them so in less than half the time that it takes with keys
-    and values apart (evals/results/bench_op_cuda_max.json and, apart, its `repeats`): presumably because it finds out
-    once for both where a page of the host's is.
+    A GPU fetches rows that are scattered over gigabytes in less than half the time than from separate buffers of keys
+    and values (evals/results/bench_op_cuda_max.json; separate buffers in its `repeats`), presumably because both need
+    one address translation of a host page.
 
     Args:
-        key: [B, Hkv, t, D], such as will be kept.
+        key: [B, Hkv, t, D], sets the sizes and the dtype.
         value: [B, Hkv, t, Dv], of the same dtype.
-        length: tokens.
-        device: that will read them.
+        length: number of tokens.
+        device: device that will read the memory.
 
     Returns:
         [B, Hkv, length, D + Dv], zeros.
 
     Raises:
-        ValueError: the host has no such memory.
+        ValueError: the host cannot allocate the memory.
     """
     return host_memory((*key.shape[:2], length, key.shape[3] + value.shape[3]), key.dtype, device)
 
 
 def mapped_rows(key: Tensor, value: Tensor, length: int) -> Tensor:
-    """`host_rows` as a tensor of the device of ``key``, whose kernels read and write it across the bus.
+    """Allocate `host_rows` and return them as a tensor on the device of ``key``, whose kernels access it over the bus.
 
-    So what runs on a device's tensors runs on it, in a CUDA graph too.
+    Operations on device tensors therefore accept it, in a CUDA graph too.
     """
     host = host_rows(key, value, length, key.device)
     if not key.is_cuda:
@@ -71,21 +71,21 @@ def mapped_rows(key: Tensor, value: Tensor, length: int) -> Tensor:
 
 
 def split_rows(rows: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """The keys [B, Hkv, T, head_dim] and the values that lie side by side in ``rows``, as views."""
+    """Split ``rows`` of `host_rows` into views of the keys [B, Hkv, T, head_dim] and of the values."""
     return rows[..., :head_dim], rows[..., head_dim:]
 
 
 def settle(states: Tensor, device: torch.device) -> None:
-    """Wait until ``device`` has written what it was given to write into ``states`` of the host, which is to read them.
+    """Wait until ``device`` has finished its writes to the host tensor ``states``, before the host reads it.
 
-    A copy from a device into pinned memory returns before it is done.
+    A copy from a device to pinned memory returns before it has finished.
     """
     if device.type == "cuda" and not states.is_cuda:
         torch.cuda.current_stream(device).synchronize()
 
 
 class _Mapped:
-    """Pinned memory as bytes of the device, at the same address; what is made of it keeps it alive."""
+    """Presents pinned memory as device memory at the same address; tensors made from it keep it alive."""
 
     def __init__(self, host: Tensor) -> None:
         self._host = host

@@ -1,4 +1,4 @@
-"""A cache layer of a fixed length that keeps packed keys beside keys and values (FASA-C)."""
+"""A static cache layer that keeps packed keys beside keys and values (FASA-C)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fasa_flex.core.scoring import DominantChunks
 
 
 class StaticPackedLayer(KeepsPackedKeys, CountedStaticLayer):
-    """A layer of a fixed length with packed keys, allocated at its first update; made for compiled decoding."""
+    """A static layer with packed keys for compiled decoding; its first update allocates the buffers."""
 
     def __init__(self, scorer: DominantChunks, max_cache_len: int) -> None:
         super().__init__(max_cache_len)
@@ -24,16 +24,16 @@ class StaticPackedLayer(KeepsPackedKeys, CountedStaticLayer):
         self.repack(self.scorer)
 
     def repack(self, scorer: DominantChunks) -> None:
-        """Pack the keys anew, for other dimensions or in another precision."""
+        """Pack all keys again, at the dimensions and in the precision of ``scorer``."""
         with counting():
             super().repack(scorer)
         if self.packed is not None and not torch.compiler.is_compiling():
-            for held in (self.packed.tiles, self.packed.scales):
-                if held is not None:
-                    torch._dynamo.mark_static_address(held)
+            for buffer in (self.packed.tiles, self.packed.scales):
+                if buffer is not None:
+                    torch._dynamo.mark_static_address(buffer)
 
     def reset(self) -> None:
-        """Empty the layer; its buffers stay."""
+        """Remove all tokens; the buffers stay allocated."""
         super().reset()
         if self.packed is not None:
             self.packed.change(Tensor.zero_)
@@ -47,7 +47,7 @@ class StaticPackedLayer(KeepsPackedKeys, CountedStaticLayer):
             self.lazy_initialization(key_states, value_states)
         if torch.compiler.is_compiling():
             return self._write_all(key_states, value_states)
-        if not self._written.knows(self.keys):  # edited, or written by compiled steps
+        if not self._written.knows(self.keys):  # written by user code or compiled steps
             self.repack(self.scorer)
         states = self._write_all(key_states, value_states)
         self._written.mark(self.keys, 0)
@@ -56,12 +56,12 @@ class StaticPackedLayer(KeepsPackedKeys, CountedStaticLayer):
     def _write_all(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Write keys, values and packed keys."""
         assert self.packed is not None
-        packed, held = self.packed, self.cumulative_length
+        packed, written = self.packed, self.cumulative_length
         states = (key_states, value_states, self.keys, self.values)
-        if write_token(*states, packed, self.scorer, held):
-            held.add_(1)
+        if write_token(*states, packed, self.scorer, written):
+            written.add_(1)
             return self.keys, self.values
-        slots, length = held.view(1), key_states.shape[2]
+        slots, length = written.view(1), key_states.shape[2]
         if length > 1:
             slots = slots + torch.arange(length, device=self.device)
         packed.write(self.scorer.pack(key_states), slots)

@@ -1,1 +1,1 @@
-"""Hugging Face transformers as FASA meets it: model structure, attention routing, masks, and checks of these."""
+"""The interface to Hugging Face transformers: model structure, attention routing, masks, and checks of these."""

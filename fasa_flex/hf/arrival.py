@@ -1,4 +1,4 @@
-"""What a probing forward sees arrive at the attention of one layer."""
+"""The arguments that one layer's attention receives in a probing forward."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from transformers import Cache
 
 @dataclass(frozen=True, eq=False)
 class Arrival:
-    """What arrived at the attention of one layer.
+    """Arguments of one layer's attention module and attention function in a probing forward.
 
     Attributes:
         module: the attention module.
-        arguments: its keyword arguments that are not None, by name.
-        has_states: whether it was handed hidden states, as `Fasa` reads them.
-        cache: the cache among its arguments; None: none that is known by name.
-        query: float [rows, Hq, P, D], post-RoPE, on the CPU (or without data, of a model on the meta device).
+        arguments: names of the module's keyword arguments that are not None.
+        has_states: whether the module received hidden states in the place where `Fasa` reads them.
+        cache: the cache among the module's arguments; None: no argument with a known name is a cache.
+        query: float [rows, Hq, P, D], post-RoPE, on the CPU; without data for a model on the meta device.
         key_shape: [rows, Hkv, T, D].
         value_shape: [rows, Hkv, T, Dv].
-        mask: what the attention function was handed as such.
-        options: its other keyword arguments.
-        calls: how often the layer attended in the forward.
-        keeps_keys: whether the cache holds keys of its own for the layer.
+        mask: attention mask that the attention function received.
+        options: other keyword arguments of the attention function.
+        calls: number of times that the layer called its attention function in the forward.
+        keeps_keys: whether the cache holds separate keys for this layer.
     """
 
     module: nn.Module
@@ -43,10 +43,10 @@ class Arrival:
 
     @property
     def rotates(self) -> bool | None:
-        """Whether queries differ from position to position, as far as half precision tells; None without data."""
+        """Whether queries differ between positions, within half precision; None without data."""
         return None if self.query.is_meta else not is_still(self.query.flatten(0, 1).double())
 
 
 def is_still(query: Tensor) -> bool:
-    """Whether queries [rows, P, D] are the same at every position, as far as half precision tells."""
+    """Whether queries [rows, P, D] are equal at all positions, within half precision."""
     return bool((query - query[:, :1]).abs().max() < query.abs().mean() / 8)

@@ -1,9 +1,9 @@
-"""The seam: route a model's attention calls through a function of ours, and back.
+"""The attention seam: routes a model's attention calls through another function, and back.
 
-transformers looks the attention function up by the name in a config. A seam sets a name of ours in the configs that the
-model's attention modules read, and a route on each of these modules: no class and no method is patched. A module
-without a route, of another model that shares the config or was built from a copy of it, attends as it would have. A
-config in which a submodel (a vision tower) has another implementation stays as it is.
+transformers looks up the attention function by a name in the config. The seam sets its own name in the configs that the
+model's attention modules read, and stores a route on each of these modules; it patches no class or method. A module
+without a route, in another model that shares the config or was built from a copy of it, runs its own attention. The
+seam does not change configs of submodels with another implementation (a vision tower).
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ AttentionResult = tuple[Tensor, Tensor | None]
 class DenseAttention(Protocol):
     """The model's own attention: q [B, Hq, Q, D], k and v [B, Hkv, T, D] -> ([B, Q, Hq, D], weights or None)."""
 
-    def __call__(  # noqa: D102 - the class says it
+    def __call__(  # noqa: D102 - see the class
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> AttentionResult: ...
 
 
 SeamFunction = Callable[..., AttentionResult]
-"""What is routed through a seam: called as `DenseAttention` is, with the model's own attention as first argument."""
+"""A function that a seam routes calls through: arguments of `DenseAttention` after the model's own attention."""
 
 _tokens = itertools.count()
 _lock = threading.RLock()
 _open: dict[int, tuple[str, frozenset[int], list[PreTrainedConfig]]] = {}
-"""Of every open seam: who opened it, the ids of its modules, and its configs."""
+"""Owner, module ids and configs of every open seam, by its token."""
 
 
 class AttentionSeam:
     """Route every attention call of a model's layers through a function, from `open` until `close`.
 
     Args:
-        model: whose layers (`attention_modules`) are routed.
-        function: what they are routed through; one for all layers, or each layer's by its number.
-        owner: who opens it and how it is closed, for the error of whoever comes next.
+        model: the model whose layers (`attention_modules`) are routed.
+        function: the function to call instead; one for all layers, or one for each layer number.
+        owner: description of the caller, for the error that a second seam on the model raises.
 
     Raises:
         ValueError: the model's attention cannot be replaced by name, or is routed already.
@@ -78,9 +78,9 @@ class AttentionSeam:
             dense = _own_attention(module, former)
             if dense is None:
                 continue
-            own = function[layer] if isinstance(function, Mapping) else function
-            self._routes.append((weakref.ref(module), functools.partial(own, dense)))
-            if not any(config is known for known in self._configs):
+            routed = function[layer] if isinstance(function, Mapping) else function
+            self._routes.append((weakref.ref(module), functools.partial(routed, dense)))
+            if not any(config is other for other in self._configs):
                 self._configs.append(config)
         if not self._routes:
             raise ValueError(
@@ -104,18 +104,18 @@ class AttentionSeam:
         with _lock:
             self._check_free(modules)
             for module, (_, route) in zip(modules, self._routes, strict=True):
-                setattr(module, _ROUTE, route)  # before any name leads here: another thread may be in a forward
+                setattr(module, _ROUTE, route)  # before the name is set: another thread may be in a forward
             _open[self._token] = (self._owner, frozenset(map(id, modules)), self._configs)
             for config in self._configs:
                 _set_implementation(config, _name_over(_former(config)))
-        # a model that is dropped without being closed leaves a config behind, which others may share
+        # if the model is deleted while the seam is open, other models may still share its config
         self._close = weakref.finalize(modules[0], _leave, self._token)
 
     def check(self) -> None:
-        """Refuse to go on where somebody has set another implementation since, so that calls are not routed.
+        """Check that no other code has set another implementation, which would bypass the routes.
 
         Raises:
-            ValueError: with what was set.
+            ValueError: another implementation is set; the message names it.
         """
         if torch.compiler.is_compiling():
             return
@@ -128,7 +128,7 @@ class AttentionSeam:
                 )
 
     def close(self) -> None:
-        """Let the model attend as before; what somebody has set since stays set, and closing twice does nothing."""
+        """Restore the model's own attention, except where other code has set another; a second call does nothing."""
         if self._close is not None and self._close.alive:
             self._close()
             for module in (ref() for ref, _ in self._routes):
@@ -136,7 +136,7 @@ class AttentionSeam:
                     delattr(module, _ROUTE)
 
     def __enter__(self) -> AttentionSeam:
-        """Open it for the calls of this thread alone: another one may be generating, and is not to be measured."""
+        """Open the seam for calls of this thread alone, so that it does not measure generation in other threads."""
         thread = threading.get_ident()
         self._routes = [(module, _of_thread(thread, route)) for module, route in self._routes]
         self.open()
@@ -179,7 +179,7 @@ def reading(model: PreTrainedModel, read: Callable[[int, Tensor, Tensor, dict[st
 
 
 def _of_thread(thread: int, route: functools.partial[AttentionResult]) -> functools.partial[AttentionResult]:
-    """A route for the calls of one thread; those of others attend by the model's own function."""
+    """Make a route for the calls of one thread; calls of other threads run the model's own attention."""
     (dense,) = route.args
 
     def attend(dense: DenseAttention, module: nn.Module, *args: Any, **kwargs: Any) -> AttentionResult:
@@ -189,7 +189,7 @@ def _of_thread(thread: int, route: functools.partial[AttentionResult]) -> functo
 
 
 def implementation_of(model: PreTrainedModel, module: nn.Module) -> str:
-    """The attention implementation that one of a model's layers has, or would have without FASA."""
+    """Name of the attention implementation that a layer's module uses without FASA, such as "sdpa"."""
     return _former(_config_of(model, module))
 
 
@@ -203,7 +203,7 @@ def _former(config: PreTrainedConfig) -> str:
 
 
 def _leave(token: int) -> None:
-    """Give the configs of a seam their former name back, but those that another open seam routes too."""
+    """Restore the former name in the configs of a seam, except in those that another open seam uses."""
     with _lock:
         _, _, configs = _open.pop(token)
         shared = {id(config) for _, _, others in _open.values() for config in others}
@@ -213,18 +213,18 @@ def _leave(token: int) -> None:
 
 
 def _implementation(config: PreTrainedConfig) -> str | None:
-    """The name in this config; past its own getter, which takes microseconds."""
+    """Read the name in this config, without the config's own getter, which takes microseconds."""
     name: str | None = object.__getattribute__(config, "_attn_implementation_internal")
     return name
 
 
 def _set_implementation(config: PreTrainedConfig, name: str) -> None:
-    """Set the name in this config alone; the public setters reach into all of its subconfigs."""
+    """Set the name in this config alone; the public setters also change all of its subconfigs."""
     config._attn_implementation_internal = name
 
 
 def _name_over(former: str) -> str:
-    """Our name for a model whose implementation is ``former``; it stays registered, as configs are copied."""
+    """Register and return the seam's name for implementation ``former``; it stays registered for copied configs."""
     name = _OURS + former
     AttentionInterface.register(name, _router(former))
     AttentionMaskInterface.register(name, AttentionMaskInterface._global_mapping[former])
@@ -233,7 +233,7 @@ def _name_over(former: str) -> str:
 
 @functools.cache
 def _router(former: str) -> Callable[..., AttentionResult]:
-    """What our name stands for: one function, on whose identity compiled graphs are guarded."""
+    """Return the function behind the seam's name: cached, since compiled graphs guard on its identity."""
     return functools.partial(_routed, former)
 
 
@@ -246,19 +246,19 @@ def _routed(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> AttentionResult:
-    """Attend by a module's route, or by its own attention."""
+    """Call a module's route, or its own attention if it has no route."""
     attend: DenseAttention | None = getattr(module, _ROUTE, None)
-    if attend is None:  # not `or`: torch 2.11's Dynamo does not know whether a partial function is true
+    if attend is None:  # not `or`: torch 2.11's Dynamo cannot evaluate the truth of a partial
         attend = _own_attention(module, former)
-    assert attend is not None  # it has just looked our name up
+    assert attend is not None  # its forward has just looked up the seam's name
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
 def _own_attention(module: nn.Module, former: str) -> DenseAttention | None:
-    """The function that ``former`` names where a module's forward looks it up; None where it looks nothing up."""
+    """Return the attention function that a module's forward finds under ``former``; None if it looks up none."""
     lookup = attention_lookup(module)
     if lookup is None:
         return None
     interface, eager = lookup
-    own: DenseAttention = interface.get_interface(former, eager)
-    return own
+    function: DenseAttention = interface.get_interface(former, eager)
+    return function

@@ -1,4 +1,4 @@
-"""Where the sparse queries of a forward of several tokens begin and end."""
+"""The boundary between dense and sparse queries, and between sparse queries and padding, in a forward."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Boundary:
-    """Slots [start, stop) of each row, int64 [B] or [1], whose queries are sparse.
+    """Slots [start, stop) of each batch row, int64 [B] or [1], whose queries are sparse.
 
     Attributes:
-        start: the first sparse slot of each row.
-        stop: the first slot of padding behind, of which nothing is counted; None: there is none.
-        lowest: of all starts.
-        highest: likewise.
+        start: first sparse slot of each row.
+        stop: first slot of the padding behind the text, whose queries are not counted; None: there is no padding.
+        lowest: smallest element of ``start``.
+        highest: largest element of ``start``.
     """
 
     start: Tensor
@@ -26,10 +26,10 @@ class Boundary:
 
     @classmethod
     def of(cls, start: Tensor, stop: Tensor | None) -> Boundary:
-        """Check and keep.
+        """Make a boundary from checked tensors.
 
         Raises:
-            ValueError: boundaries of another shape or type, or negative ones.
+            ValueError: ``start`` or ``stop`` has another shape or dtype, or is negative.
         """
         for name, slots in (("start", start), ("stop", start if stop is None else stop)):
             if slots.dtype != torch.long or slots.dim() != 1 or slots.shape != start.shape or (slots < 0).any():
@@ -40,20 +40,20 @@ class Boundary:
         return cls(start, stop, int(start.min()), int(start.max()))
 
     def check_rows(self, batch: int) -> None:
-        """Refuse a batch of another size.
+        """Check the batch size of a forward.
 
         Raises:
-            ValueError: starts for another number of rows.
+            ValueError: ``start`` has neither one entry nor ``batch`` entries.
         """
         if len(self.start) not in (1, batch):
             raise ValueError(f"start names {len(self.start)} rows, the batch has {batch}; give each one slot.")
 
     def behind(self, first_slot: int, q_len: int, device: torch.device) -> Tensor:
-        """Which queries, of slots ``first_slot`` on, lie behind the start: bool [B or 1, Q]."""
+        """Whether each query, from slot ``first_slot`` on, is at or behind ``start``: bool [B or 1, Q]."""
         return _slots(first_slot, q_len, device) >= self.start.to(device)[:, None]
 
     def counted(self, first_slot: int, q_len: int, device: torch.device) -> Tensor | None:
-        """Which queries are no padding behind: bool [B or 1, Q]; None: all."""
+        """Whether each query is before ``stop``, so that it is counted: bool [B or 1, Q]; None: all are."""
         if self.stop is None:
             return None
         return _slots(first_slot, q_len, device) < self.stop.to(device)[:, None]

@@ -1,9 +1,9 @@
-"""What fasa_flex takes from transformers and lm-eval by name, said in one place, and checked before it is relied on.
+"""Names in transformers and lm-eval that fasa_flex relies on, and checks that the installed releases have them.
 
-Of transformers, `check_transformers` looks at what is registered and at the methods of caches, and `check_arrivals` at
-what really arrives in a probing forward (`fasa_flex.hf.probe`); both are asked by `enable` and `RotaryLayout.detect`.
-Of lm-eval, `check_lm_eval` looks at the methods that ``fasa_hf`` overrides, when one is made. What is imported by name,
-torch's own names included, fails by itself where it goes.
+`check_transformers` checks registries and cache methods of transformers, `check_arrivals` the arguments that attention
+receives in a probing forward (`fasa_flex.hf.probe`); `enable` and `RotaryLayout.detect` call both. `check_lm_eval`
+checks the methods of lm-eval that ``fasa_hf`` overrides, when a ``fasa_hf`` model is made. Names that are imported need
+no check, since their import fails.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from fasa_flex.hf.arrival import Arrival
 from fasa_flex.hf.wrappers import unwrapped
 
 TESTED = {"transformers": ("5.17", "5.24"), "lm_eval": ("0.4.10", "0.4.13")}
-"""The oldest and the newest release that all tests have passed on; pyproject.toml allows these."""
+"""Oldest and newest release with which all tests have passed; pyproject.toml allows this range."""
 
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
-"""How an attention module is handed its cache: since transformers 5.24, before it, and in GPT-NeoX."""
+"""Argument names of an attention module's cache: since transformers 5.24, before 5.24, and in GPT-NeoX."""
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 """Attention implementations that a model may have; their masks are registered under these names."""
@@ -52,14 +52,14 @@ LM_EVAL_HOOKS: dict[str, tuple[str, ...]] = {
     "set_cache_hook": ("cache_hook",),
     "get_model_info": (),
 }
-"""Methods of lm-eval's ``hf`` that ``fasa_hf`` overrides, with the arguments that it takes of each."""
+"""Methods of lm-eval's ``hf`` that ``fasa_hf`` overrides, with the argument names that it uses."""
 
 GATHER = {"gather_object": ("obj", "dst")}
-"""Overridden likewise, for runs of several processes; since lm-eval 0.4.12, with which such runs begin."""
+"""Methods that ``fasa_hf`` overrides in runs of several processes, which lm-eval supports since 0.4.12."""
 
 
 def unmet(package: str, what: str, since: str | None = None) -> ValueError:
-    """The refusal: ``what`` the installed release of ``package`` does, and which releases (from ``since``) do not."""
+    """Make the error for an installed ``package`` that does ``what``; ``since``: oldest release to recommend."""
     oldest, newest = TESTED[package]
     oldest = since or oldest
     return ValueError(
@@ -69,10 +69,10 @@ def unmet(package: str, what: str, since: str | None = None) -> ValueError:
 
 
 def cache_among(arguments: Mapping[str, Any]) -> Cache | None:
-    """The cache among the keyword arguments of an attention module; None where it is handed none.
+    """Return the cache among the keyword arguments of an attention module; None if there is none.
 
     Raises:
-        ValueError: a cache of another kind, such as the paged one of continuous batching.
+        ValueError: the cache is of another kind, such as the paged cache of continuous batching.
     """
     for name in CACHE_NAMES:
         cache = arguments.get(name)
@@ -87,27 +87,27 @@ def cache_among(arguments: Mapping[str, Any]) -> Cache | None:
 
 
 def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
-    """``cache`` under the name that the model's forward and `generate` have for it, to be passed on with ``**``.
+    """Return ``cache`` as a keyword argument for the model's forward and `generate`.
 
-    It is ``cache`` since transformers 5.24 and ``past_key_values`` before, which later releases warn of.
+    Its name is ``cache`` since transformers 5.24 and ``past_key_values`` before; later releases warn of the old name.
     """
     names = inspect.signature(unwrapped(model).forward).parameters
     return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 def check_transformers(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> None:
-    """Check what transformers registers by name, the methods of its caches, and that attention modules are numbered.
+    """Check the registered names and cache methods of transformers, and that attention modules have a layer number.
 
     Args:
         model: the model.
-        modules: what `attention_modules` found in it.
+        modules: result of `attention_modules` for this model.
 
     Raises:
-        ValueError: a name is gone.
+        ValueError: a name is missing.
     """
     for registry, names in ((AttentionInterface, ("sdpa",)), (AttentionMaskInterface, IMPLEMENTATIONS)):
-        known = getattr(registry, "_global_mapping", {})
-        missing = [name for name in names if name not in known]
+        registered = getattr(registry, "_global_mapping", {})
+        missing = [name for name in names if name not in registered]
         if missing or not callable(getattr(registry, "register", None)):
             raise unmet("transformers", f"has no {registry.__name__}.register with {' and '.join(names)} registered")
     for kind, methods in CACHE_METHODS.items():
@@ -119,23 +119,23 @@ def check_transformers(model: PreTrainedModel, modules: Mapping[int, nn.Module])
 
 
 def check_arrivals(model: PreTrainedModel, cache: DynamicCache, arrivals: Mapping[int, Arrival]) -> None:
-    """Check what arrived at a model's attention in a probing forward of a row with padding.
+    """Check the arguments that a model's attention received in a probing forward of a row with padding.
 
     Args:
         model: the model.
-        cache: the one it was called with, a growing one; its last token is cropped.
-        arrivals: what arrived, layer by layer.
+        cache: the growing cache of that forward; this function crops its last token.
+        arrivals: arguments of the attention, by layer number.
 
     Raises:
-        ValueError: something did not arrive, or not as expected.
+        ValueError: an argument is missing or is not as expected.
     """
     of = f"the attention modules of {type(model).__name__}"
     if not arrivals:
         raise unmet("transformers", f"calls the attention function of its registry for none of {of}")
     for layer, arrived in arrivals.items():
-        what = _amiss(arrived)
-        if what is not None:
-            raise unmet("transformers", f"hands {of} {what} (layer {layer})")
+        unexpected = _unexpected(arrived)
+        if unexpected is not None:
+            raise unmet("transformers", f"hands {of} {unexpected} (layer {layer})")
     if not any(arrived.cache is cache for arrived in arrivals.values()):
         names = ", ".join(f"{name}=" for name in CACHE_NAMES)
         raise unmet("transformers", f"hands {of} no cache under a known name ({names})")
@@ -147,8 +147,8 @@ def check_arrivals(model: PreTrainedModel, cache: DynamicCache, arrivals: Mappin
             _check_length(layers[layer], arrived.query.shape[2])
 
 
-def _amiss(arrived: Arrival) -> str | None:
-    """What one layer was handed that is not as expected."""
+def _unexpected(arrived: Arrival) -> str | None:
+    """Describe the first argument of a layer that is not as expected; None: all are."""
     mask, options, module = arrived.mask, arrived.options, arrived.module
     if not arrived.has_states:
         return "no hidden_states, by this name or as first argument"
@@ -180,9 +180,9 @@ def _is_mask(mask: Tensor, arrived: Arrival) -> bool:
 
 def _check_length(layer: DynamicLayer, tokens: int) -> None:
     """Check that a cache layer holds the ``tokens`` of the forward, and that ``crop(-1)`` drops the last."""
-    held = int(layer.get_seq_length())
-    if held != tokens:
-        raise unmet("transformers", f"counts {held} tokens in a cache layer that was given {tokens}")
+    count = int(layer.get_seq_length())
+    if count != tokens:
+        raise unmet("transformers", f"counts {count} tokens in a cache layer that was given {tokens}")
     layer.crop(-1)
     left = int(layer.get_seq_length())
     if left != tokens - 1:
@@ -190,21 +190,21 @@ def _check_length(layer: DynamicLayer, tokens: int) -> None:
 
 
 def check_lm_eval(model_class: type) -> None:
-    """Check that lm-eval has the methods that ``fasa_hf`` overrides: a hook that is never called says nothing.
+    """Check that lm-eval has the methods that ``fasa_hf`` overrides: a hook that is never called raises no error.
 
     Args:
         model_class: lm-eval's ``HFLM``.
 
     Raises:
-        ValueError: a method is gone, or takes other arguments.
+        ValueError: a method is missing, or takes other arguments.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # as torchrun and accelerate say it
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # torchrun and accelerate set it
     for name, arguments in {**LM_EVAL_HOOKS, **(GATHER if several else {})}.items():
         since = "0.4.12" if name in GATHER else None
         method = getattr(model_class, name, None)
         if not callable(method):
             raise unmet("lm_eval", f"has no method {name} in {model_class.__name__}, which fasa_hf overrides", since)
-        known = inspect.signature(method).parameters
-        missing = [argument for argument in arguments if argument not in known]
+        parameters = inspect.signature(method).parameters
+        missing = [argument for argument in arguments if argument not in parameters]
         if missing:
             raise unmet("lm_eval", f"has no argument {' and '.join(missing)} in {model_class.__name__}.{name}", since)

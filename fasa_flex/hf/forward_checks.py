@@ -1,4 +1,4 @@
-"""What a model hands to its attention function: its softmax, and keys and lengths that cannot end well."""
+"""Softmax settings of an attention call, and checks that refuse bad masks, NaN keys and sequences that are too long."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fasa_flex.hf.masks import check_mask, valid_from_mask
 
 
 def scaling_of(query: Tensor, options: dict[str, Any]) -> float:
-    """The factor of a model's dot products, from the keyword arguments of its attention function."""
+    """Factor that the model multiplies dot products by, from the keyword arguments of its attention function."""
     return options.get("scaling") or float(query.shape[-1] ** -0.5)
 
 
 def softmax_of(module: nn.Module, query: Tensor, options: dict[str, Any], implementation: str) -> Softmax:
-    """The model's own softmax, from the keyword arguments of its attention function.
+    """Read the model's softmax from the keyword arguments of its attention function.
 
     Raises:
-        ValueError: the model's ``implementation`` leaves a part of it out.
+        ValueError: the model's ``implementation`` ignores its logit cap or its learned sinks.
     """
     scaling, softcap, sinks = options.get("scaling"), options.get("softcap"), options.get("s_aux")
     if implementation == "sdpa" and (softcap is not None or sinks is not None):
@@ -36,17 +36,17 @@ def softmax_of(module: nn.Module, query: Tensor, options: dict[str, Any], implem
 def mask_of(
     module: nn.Module, options: dict[str, Any], implementation: str, shape: tuple[int, int], device: torch.device
 ) -> Tensor | None:
-    """The mask of several queries where the model hands on none: None is causal, else all keys, of a decoder that is
-    used bidirectionally.
+    """Return the mask that several queries have if the model passes none: None if causal, otherwise all keys.
 
-    sdpa makes no mask causal unless it is told otherwise, eager attention adds none and so sees every key.
+    Without a mask, sdpa is causal unless ``is_causal`` is False, and eager attention sees every key, as in a decoder
+    that is used bidirectionally.
 
     Args:
         module: the attention module.
         options: keyword arguments of the attention function.
-        implementation: the model's.
-        shape: queries and keys, Q and T.
-        device: of the mask.
+        implementation: name of the model's own attention, such as "sdpa".
+        shape: Q and T.
+        device: device of the mask.
     """
     stated = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if stated is None else stated
@@ -64,22 +64,22 @@ def check_forward(
     boundary: Boundary | None,
     limit: int | None,
 ) -> None:
-    """Refuse a forward that cannot end well; asked before a cache is written to.
+    """Check the arguments of a forward before it writes to a cache.
 
-    A prompt may not be longer than the model was made for; a token decoded beyond that is the model's own affair.
+    A prompt may not exceed the model's maximum length; decoding single tokens beyond it is allowed.
 
     Args:
-        batch: rows.
-        q_len: tokens that each adds.
-        cache: to be written to; None: the forward has none.
-        layer: the first that is written to.
+        batch: B, batch rows.
+        q_len: Q, tokens that each row adds.
+        cache: cache that the forward writes to; None: the forward has none.
+        layer: number of the first layer that is written.
         options: keyword arguments of the attention module.
-        boundary: of `Fasa.sparse_from`.
-        limit: the longest sequence that the model takes; None: it states none.
+        boundary: boundary set by `Fasa.sparse_from`.
+        limit: maximum sequence length of the model in tokens; None: the model states none.
 
     Raises:
-        ValueError: a boundary for other rows, an attention mask that is more than a mask or of other queries and keys
-            than the forward's, or too long a sequence.
+        ValueError: the boundary is for another batch size, the attention mask adds a bias or has another shape than the
+            forward, or the sequence is too long.
     """
     if boundary is not None:
         boundary.check_rows(batch)
@@ -91,45 +91,45 @@ def check_forward(
     end = q_len if cache is None else int(cache.get_seq_length(layer)) + q_len
     if end <= limit:
         return
-    positions: Tensor | None = options.get("position_ids")  # which do not count padding
+    positions: Tensor | None = options.get("position_ids")  # padding does not count
     longest = end if positions is None else int(positions.max()) + 1
     if longest > limit:
         raise ValueError(f"the sequence has {longest} tokens and the model takes at most {limit}; shorten the prompt.")
 
 
 def check_keys(
-    layer: int, key: Tensor, q_len: int, mask: Tensor | None, spoilt: Tensor | None, begins: bool
+    layer: int, key: Tensor, q_len: int, mask: Tensor | None, nan_rows: Tensor | None, begins: bool
 ) -> Tensor | None:
-    """Refuse NaN in a forward of several tokens, but in padding.
+    """Refuse NaN keys in a forward of several tokens, except in padding.
 
-    In decode a check would stall the device; NaN keys rank first there and show.
+    Decode steps are not checked, which would stall the device; there NaN keys rank first and show in the result.
 
-    Dense attention adds a mask to logits, so NaN in the padding of a row spoils all that follows in this row, and no
-    other. That is let be: neither the model's weights nor its dtype are to blame.
+    Dense attention adds the mask to the logits, so that NaN in the padding of a batch row makes all later states of
+    this row NaN. This is allowed, since neither the model's weights nor its dtype are the cause.
 
     Args:
-        layer: its number.
+        layer: number of the layer, for the error.
         key: float [B, Hkv, T, D].
-        q_len: queries, Q.
-        mask: of the forward, as for `valid_from_mask`.
-        spoilt: bool [B], what this returned for the forward's first layer; None before it.
-        begins: whether this is the first.
+        q_len: Q.
+        mask: mask of the attention call, as in `valid_from_mask`.
+        nan_rows: bool [B], result of this function for the forward's first layer; None in the first layer.
+        begins: whether ``layer`` is the first layer.
 
     Returns:
-        bool [B], the rows whose padding holds NaN; None: none does.
+        bool [B], the batch rows whose padding holds NaN; None: no row.
 
     Raises:
-        ValueError: other NaN in the keys.
+        ValueError: keys outside the padding hold NaN.
     """
     if not key.isnan().any():
-        return spoilt
-    found = key.isnan().any(-1).any(1)
+        return nan_rows
+    is_nan = key.isnan().any(-1).any(1)
     if begins:
         attended = valid_from_mask(mask, (key.shape[0], q_len, key.shape[2]), key.device)[:, 0, 0].any(1)
-        spoilt = (found & ~attended).any(1)
-        found = found & attended
-    elif spoilt is not None:
-        found = found & ~spoilt.to(found.device)[:, None]
-    if found.any():
+        nan_rows = (is_nan & ~attended).any(1)
+        is_nan = is_nan & attended
+    elif nan_rows is not None:
+        is_nan = is_nan & ~nan_rows.to(is_nan.device)[:, None]
+    if is_nan.any():
         raise ValueError(f"the keys of layer {layer} hold NaN; check the model's weights, its dtype and its inputs.")
-    return spoilt
+    return nan_rows

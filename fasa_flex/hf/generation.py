@@ -1,4 +1,4 @@
-"""What `generate` is doing, read off the calls that are under way: it tells nothing of it to a model."""
+"""State of `generate`, read from the call stack because transformers does not pass it to the model."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ _GENERATE: CodeType = inspect.unwrap(GenerationMixin.generate).__code__
 
 
 def reads_prompt() -> bool:
-    """Whether `generate` reads its prompt, or a part of it, in the forward that this is called from.
+    """Whether the calling forward runs inside the prefill of `generate`, or of one chunk of its prompt.
 
-    A prompt may end on a chunk of one token. An assistant that goes on with its own candidates reads no prompt.
+    The last chunk may be a single token. An assistant model that continues its own candidates reads no prompt.
     """
     frame = _find(sys._getframe(1), _PREFILL)
     return frame is not None and bool(frame.f_locals.get("is_first_iteration", True))
 
 
 def generating(threads: Iterable[int]) -> int:
-    """How many of these threads are in `generate` now."""
+    """Number of these threads that are in `generate` now."""
     frames = sys._current_frames()
     return sum(_find(frames.get(thread), _GENERATE) is not None for thread in threads)
 
 
 def _find(frame: FrameType | None, code: CodeType | None) -> FrameType | None:
-    """The innermost call of ``code`` that ``frame`` is in."""
+    """Find the innermost frame that runs ``code``, from ``frame`` outwards; None: there is none."""
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return frame

@@ -1,4 +1,4 @@
-"""One way to load a model and its tokenizer, for every command that takes a model's name."""
+"""Loading of a model and its tokenizer, for all commands that take the name of a model."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _GEMMA_MERGES = (5, 18)
 
 
 class GGUFError(ValueError):
-    """What is wrong with a GGUF file, or with what reads it."""
+    """A GGUF file or the package `gguf` is missing, damaged or unsuitable; the message says which."""
 
 
 @contextmanager
 def explained_gguf(pretrained: str, gguf_file: str | None, revision: str | None = None) -> Iterator[None]:
-    """Load from a GGUF file inside: what is wrong with the file is said in one sentence, other errors go on.
+    """Context for loading from a GGUF file: explains errors of the file in one sentence, and passes on other errors.
 
     Args:
         pretrained: a folder or a Hub repository.
-        gguf_file: the file of it; None: nothing is asked.
-        revision: of the repository.
+        gguf_file: name of the GGUF file in it; None: the context does nothing.
+        revision: revision of the repository.
 
     Raises:
-        GGUFError: no package `gguf`, no such file, or one that is no GGUF or is damaged.
+        GGUFError: the package `gguf` or the file is missing, or the file is damaged or is not GGUF.
     """
     if gguf_file is None:
         yield
@@ -52,7 +52,7 @@ def explained_gguf(pretrained: str, gguf_file: str | None, revision: str | None 
             raise GGUFError(f"{path} is no GGUF file; pass one that was exported for llama.cpp.")
     try:
         yield
-    except Exception as error:  # a damaged file fails anywhere in transformers, with any error
+    except Exception as error:  # a damaged file can raise any error anywhere in transformers
         reason = _damage(path)
         if reason is None:
             raise
@@ -60,16 +60,16 @@ def explained_gguf(pretrained: str, gguf_file: str | None, revision: str | None 
 
 
 def check_gguf_tokenizer(model_type: str, gguf_file: str | None) -> None:
-    """Refuse a tokenizer that transformers reads wrongly from GGUF: release 5.17 leaves out the merges of Gemma's.
+    """Refuse Gemma's tokenizer from GGUF in transformers 5.17, which ignores its merges.
 
     Text then has about twice as many tokens, and dense perplexity doubles (Gemma 3 270M: 27 to 60).
 
     Args:
-        model_type: of the model's config.
-        gguf_file: that the tokenizer was read from; None: it was not.
+        model_type: model type in the config.
+        gguf_file: file that the tokenizer was read from; None: it was not read from GGUF.
 
     Raises:
-        GGUFError: it is such a one.
+        GGUFError: the tokenizer was read without its merges.
     """
     release = tuple(map(int, transformers_version.split(".")[:2]))
     if gguf_file is not None and model_type.startswith("gemma") and release < _GEMMA_MERGES:
@@ -80,12 +80,12 @@ def check_gguf_tokenizer(model_type: str, gguf_file: str | None) -> None:
 
 
 def _damage(path: Path) -> str | None:
-    """Why the package `gguf` cannot read the file; None if it can. It takes seconds."""
+    """Return the reason why the package `gguf` cannot read the file, or None if it can; takes seconds."""
     from gguf import GGUFReader
 
     try:
         GGUFReader(path)
-    except Exception as error:  # numpy's, of whatever kind
+    except Exception as error:  # numpy raises various kinds
         return " ".join(str(error).split()).rstrip(".")
     return None
 
@@ -98,24 +98,24 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in evaluation mode, and its tokenizer.
+    """Load a causal language model in evaluation mode, and its tokenizer.
 
     Args:
         pretrained: a folder or a Hub repository.
-        gguf_file: the file of it that holds weights and tokenizer in GGUF.
-        tokenizer: a folder or repository of the tokenizer; None: the model's own.
-        dtype: of the weights, such as ``torch.bfloat16`` or ``"float32"``; None: as they were saved.
-        device: where the model goes; None: the GPU if there is one.
+        gguf_file: name of a file in it with weights and tokenizer in GGUF; None: other formats.
+        tokenizer: folder or repository of the tokenizer; None: the model's own.
+        dtype: dtype of the weights, such as ``torch.bfloat16`` or ``"float32"``; None: the saved dtype.
+        device: device of the model; None: the GPU if there is one.
 
     Raises:
-        ValueError: there is no such model, with the library's reason, or GGUF that cannot be read.
+        ValueError: the model or its GGUF file cannot be loaded; the message gives the library's reason.
     """
     source: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
-    kept = "auto" if dtype is None else dtype
+    weights_dtype = "auto" if dtype is None else dtype
     try:
         with explained_gguf(pretrained, gguf_file):
-            words = AutoTokenizer.from_pretrained(tokenizer or pretrained, **({} if tokenizer else source))
-            model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=kept, **source)
+            loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer or pretrained, **({} if tokenizer else source))
+            model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=weights_dtype, **source)
         if tokenizer is None:
             check_gguf_tokenizer(model.config.get_text_config().model_type, gguf_file)
     except GGUFError:
@@ -127,4 +127,4 @@ def load_model(
             "model with its tokenizer."
         ) from error
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-    return model.to(chosen).eval(), words
+    return model.to(chosen).eval(), loaded_tokenizer

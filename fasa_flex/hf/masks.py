@@ -1,4 +1,4 @@
-"""Which keys a query may attend to, read from the masks that transformers hands to an attention function."""
+"""Valid keys of queries, read from the masks that transformers passes to attention functions."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ Shape = tuple[int, int, int]
 """Batch, queries, keys: B, Q, T."""
 
 MASKED = -1e3
-"""What an additive mask adds to the logit of a key that is not to be attended to, or less: no weight is left of it."""
+"""Largest value of an additive mask that excludes a key: after adding it the key has no weight."""
 
 
 def valid_from_mask(attention_mask: Tensor | None, shape: Shape, device: torch.device) -> Tensor:
-    """Which keys each query may attend to, from the mask that transformers hands to the attention function.
+    """Read the keys that each query may attend to from the mask of an attention call.
 
     Args:
-        attention_mask: bool (True = attend) or additive float [B or 1, 1, Q, T], or None: all keys for one query,
+        attention_mask: bool (True: attend) or additive float, [B or 1, 1, Q, T]; None: all keys for one query,
             otherwise upper-left causal (a first prefill, whatever the length of the buffer).
         shape: B, Q and T.
+        device: device of the result if there is no mask.
 
     Returns:
         bool [B or 1, 1, 1, Q, T].
 
     Raises:
-        ValueError: a mask of another shape.
+        ValueError: the mask has another shape.
     """
     _, q_len, kv_len = shape
     if attention_mask is None:
@@ -39,7 +40,7 @@ def valid_from_mask(attention_mask: Tensor | None, shape: Shape, device: torch.d
 
 
 def last_valid(attention_mask: Tensor | None, shape: Shape, device: torch.device) -> Tensor:
-    """The keys that a forward's last query may attend to: bool [B or 1, T]."""
+    """Read the keys that a forward's last query may attend to: bool [B or 1, T]."""
     batch, q_len, kv_len = shape
     if attention_mask is None:
         return (torch.arange(kv_len, device=device) < (q_len if q_len > 1 else kv_len))[None]
@@ -47,7 +48,7 @@ def last_valid(attention_mask: Tensor | None, shape: Shape, device: torch.device
 
 
 def valid_numbers(attention_mask: Tensor | None, shape: Shape, device: torch.device) -> Tensor:
-    """How many of `last_valid` there are up to each slot: int64 [B or 1, T]."""
+    """Count the keys of `last_valid` up to and including each slot: int64 [B or 1, T]."""
     return last_valid(attention_mask, shape, device).cumsum(-1)
 
 
@@ -68,17 +69,17 @@ def _check_shape(attention_mask: Tensor, shape: Shape) -> None:
 
 
 def check_mask(attention_mask: Tensor, shape: Shape) -> None:
-    """Refuse a mask of another shape, one that differs between heads, or an additive one that is more than a mask.
+    """Refuse a mask of another shape, a mask that differs between heads, and an additive mask that contains a bias.
 
-    A bias has no place in a selection of keys. For it a forward of one token is not checked on a GPU, where asking
-    would stall it.
+    The selection cannot follow a bias. On a GPU a forward of one token is not checked for it, since reading the mask
+    would stall the device.
 
     Args:
-        attention_mask: bool or float.
+        attention_mask: bool (True: attend) or additive float.
         shape: B, Q and T of the forward.
 
     Raises:
-        ValueError: the mask is not [B or 1, 1, Q, T], or adds something else to logits than 0 and what masks.
+        ValueError: the mask is not [B or 1, 1, Q, T], or holds a value above -1000 other than 0.
     """
     _check_shape(attention_mask, shape)
     if not attention_mask.is_floating_point() or torch.compiler.is_compiling():
@@ -95,7 +96,7 @@ def check_mask(attention_mask: Tensor, shape: Shape) -> None:
 
 
 def count_valid(attention_mask: Tensor | None, shape: Shape, device: torch.device) -> Tensor:
-    """Keys that `valid_from_mask` leaves each query: int64 [B, Q], without making the mask where there is none."""
+    """Count the valid keys of each query, as `valid_from_mask` marks them: int64 [B, Q]; None needs no mask tensor."""
     batch, q_len, kv_len = shape
     if attention_mask is None:
         counts = torch.arange(1, q_len + 1, device=device) if q_len > 1 else torch.full((1,), kv_len, device=device)

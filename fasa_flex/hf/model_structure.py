@@ -1,4 +1,4 @@
-"""What a model is made of: its attention modules, their shape, and the layers that FASA leaves dense."""
+"""Structure of a model: its attention modules, their shape, and the layers that FASA leaves dense."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _SELECTABLE = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 def layer_of(module: nn.Module) -> int:
-    """The number that transformers gives an attention module; counts from 0."""
+    """Number of an attention module's layer, from 0, as transformers sets it."""
     layer = module.layer_idx
     assert isinstance(layer, int), f"{type(module).__name__} does not say which layer it is"
     return layer
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """The attention module of every layer of the text decoder.
+    """Find the attention module of every layer of the text decoder, by layer number.
 
-    They know their ``layer_idx``, look their attention function up by name, which convolutions and recurrent layers do
-    not, and have the config of the text, which towers, codecs and depth decoders have not. Where none does, all that
-    are numbered, for the error to name.
+    These modules have a ``layer_idx``, look up their attention function by name (convolutions and recurrent layers do
+    not) and have the text config (towers, codecs and depth decoders do not). If no module meets all conditions, the
+    result holds every module with a ``layer_idx``, so that errors can name them.
     """
     text = model.config.get_text_config()
     numbered = _numbered(model.get_decoder() or model) or _numbered(model)
@@ -37,7 +37,7 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     found = [module for module in found if getattr(module, "config", None) is text] or found
     inner = [m for m in found if not any(child is not m and hasattr(child, "layer_idx") for child in m.modules())]
     modules: dict[int, nn.Module] = {}
-    for module in inner:  # a layer's attention to its own text comes before that to an encoder's output
+    for module in inner:  # self-attention comes before cross-attention
         modules.setdefault(layer_of(module), module)
     return modules
 
@@ -47,9 +47,9 @@ def _numbered(model: nn.Module) -> list[nn.Module]:
 
 
 def attention_lookup(module: nn.Module) -> tuple[AttentionInterface, Callable[..., Any]] | None:
-    """Where a module's forward looks its attention function up, and what it takes for "eager"; None: it does not.
+    """Find the registry in which a module's forward looks up its attention function, and its "eager" function.
 
-    A class of a user's own has what the class has that it inherits the forward from.
+    Both are read from the globals of the class that defines the forward. None: the forward looks up no function.
     """
     for kind in type(module).__mro__:
         forward = inspect.unwrap(vars(kind).get("forward", _nothing))
@@ -63,26 +63,26 @@ def attention_lookup(module: nn.Module) -> tuple[AttentionInterface, Callable[..
 
 
 def _nothing() -> None:
-    """The forward of a class that has none of its own."""
+    """Stand in for the forward of a class that defines none."""
 
 
 def attention_shape(model: PreTrainedModel) -> tuple[int, int, int, int]:
-    """(layers, query heads, key/value heads, dimensions of a query and key head) as the model's config states them."""
+    """Read numbers of layers, query heads, key/value heads, and dimensions of a query or key head from the config."""
     config = model.config.get_text_config()
     query_heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or query_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
-    if getattr(config, "kv_lora_rank", None):  # MLA: queries and keys as attention sees them, expanded and whole
+    if getattr(config, "kv_lora_rank", None):  # MLA: after expansion of the latents
         kv_heads, head_dim = query_heads, config.qk_nope_head_dim + config.qk_rope_head_dim
     return config.num_hidden_layers, query_heads, kv_heads, head_dim
 
 
 def device_of(module: nn.Module, model: nn.Module | None = None) -> torch.device:
-    """Where a module computes: where accelerate brings its weights for that, or where they are, parameters or buffers.
+    """Device on which a module computes: accelerate's execution device, or that of its parameters and buffers.
 
     Args:
         module: a model or a part of one.
-        model: of which it is a part, and whose device it has if it holds nothing itself.
+        model: the model that contains ``module``; its device counts if the module has no tensors of its own.
     """
     for part in module.modules():
         hook = getattr(part, "_hf_hook", None)
@@ -91,9 +91,9 @@ def device_of(module: nn.Module, model: nn.Module | None = None) -> torch.device
             if device is not None:
                 return torch.device(device)
     devices = [tensor.device for tensor in itertools.chain(module.parameters(), module.buffers())]
-    there = next((device for device in devices if device.type != "meta"), None)
-    if there is not None:
-        return there
+    real = next((device for device in devices if device.type != "meta"), None)
+    if real is not None:
+        return real
     if model is not None:
         return device_of(model)
     return next(iter(devices), torch.device("cpu"))
@@ -101,7 +101,7 @@ def device_of(module: nn.Module, model: nn.Module | None = None) -> torch.device
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set a model to evaluation, and every module of it back to what it was."""
+    """Context in evaluation mode; afterwards every module gets its former mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -112,10 +112,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def maximum_positions(model: PreTrainedModel) -> int | None:
-    """The longest sequence the model's config allows, or None where it states none.
+    """Maximum sequence length that the model's config allows, in tokens; None: it states none.
 
-    RoPE that is stretched (YaRN, linear) allows its factor more than what it was trained at, whether the config says so
-    or not, and dynamic RoPE stretches as it goes.
+    Scaled RoPE (YaRN, linear) allows the original length times its factor, whether or not the config states the
+    product; dynamic RoPE has no limit.
     """
     text = model.config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_target_positions", None)  # Whisper's
@@ -135,7 +135,7 @@ def check_supported(model: PreTrainedModel) -> None:
     """Refuse a model that FASA cannot serve.
 
     Raises:
-        ValueError: one sentence with the reason.
+        ValueError: the model is not supported; the message gives the reason.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"expected a transformers model, got {type(model).__name__}; load one with from_pretrained.")
@@ -168,24 +168,24 @@ def _head_size(config: Any) -> tuple[Any, ...]:
 
 
 def dense_layers(
-    model: PreTrainedModel, asked: tuple[int, ...], unrotated: tuple[int, ...], seen: Mapping[int, str] | None = None
+    model: PreTrainedModel, chosen: tuple[int, ...], unrotated: tuple[int, ...], seen: Mapping[int, str] | None = None
 ) -> dict[int, str]:
-    """The layers that stay dense, each with its reason.
+    """Collect the layers that stay dense, each with the reason.
 
     Args:
-        model: whose layers they are.
-        asked: ``FasaConfig.dense_layers``.
+        model: the model.
+        chosen: ``FasaConfig.dense_layers``.
         unrotated: ``RotaryLayout.unrotated_layers``.
-        seen: reasons that a probing forward shows (`fasa_flex.hf.probe.why_dense`).
+        seen: layers and reasons found in a probing forward (`fasa_flex.hf.probe.why_dense`).
 
     Raises:
-        ValueError: layers that the model does not have.
+        ValueError: ``chosen`` names a layer that the model does not have.
     """
     layers = attention_shape(model)[0]
-    if asked and max(asked) >= layers:
-        raise ValueError(f"dense_layers names layer {max(asked)}, the model has {layers}; count from 0.")
+    if chosen and max(chosen) >= layers:
+        raise ValueError(f"dense_layers names layer {max(chosen)}, the model has {layers}; count from 0.")
     reasons = {**dict.fromkeys(unrotated, NO_ROPE), **(seen or {})}
     for layer, cache in enumerate(DynamicCache(config=model.config).layers):
         if getattr(cache, "is_sliding", False):
             reasons[layer] = "sliding window, which bounds its keys already"
-    return dict(sorted({**reasons, **dict.fromkeys(asked, "asked for by dense_layers")}.items()))
+    return dict(sorted({**reasons, **dict.fromkeys(chosen, "asked for by dense_layers")}.items()))

@@ -1,7 +1,7 @@
-"""A probing forward: what a model hands to its attention, layer by layer, and what it does to its queries.
+"""A probing forward, which records the arguments of every layer's attention and its rotated queries.
 
-`RotaryLayout.detect` probes with all weights. `enable` with a profile takes a `glance`, which reads no weights of
-linear layers and so costs the calls alone, whatever the model's size.
+`RotaryLayout.detect` probes with all weights. `enable` with a profile runs a `glance`, which skips the linear layers:
+its cost does not grow with their size.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fasa_flex.hf.model_structure import (
 )
 
 _FARTHEST = 1024
-"""The last position that is probed, where the model takes as many."""
+"""Last position that is probed, if the model allows it."""
 
 
 class ProbeError(ValueError):
@@ -43,20 +43,20 @@ class ProbeError(ValueError):
 
 
 def farthest_position(model: PreTrainedModel) -> int:
-    """The last position to probe a model at."""
+    """Last position at which to probe a model."""
     return min(_FARTHEST, (maximum_positions(model) or _FARTHEST + 1) - 1)
 
 
 def check_attention(model: PreTrainedModel) -> dict[int, str]:
-    """Check, at the price of a `glance`, that what arrives at the model's attention is as expected.
+    """Check by a `glance` that the model's attention receives the expected arguments.
 
-    A model that cannot run, such as one without data, goes unchecked, which is a warning with the reason.
+    A model that cannot run, such as one without data, is not checked; a warning gives the reason.
 
     Returns:
-        the layers that FASA leaves dense for what arrives there, each with its reason (`why_dense`).
+        the layers that FASA leaves dense because of these arguments, each with the reason (`why_dense`).
 
     Raises:
-        ValueError: the model's attention cannot be reached, or something arrives that is not as expected.
+        ValueError: the model's attention cannot be reached, or an argument is not as expected.
     """
     try:
         return why_dense(model, glance(model))
@@ -66,7 +66,7 @@ def check_attention(model: PreTrainedModel) -> dict[int, str]:
 
 
 def why_dense(model: PreTrainedModel, arrivals: Mapping[int, Arrival]) -> dict[int, str]:
-    """The layers that FASA cannot serve, by what they do in a probing forward, each with its reason."""
+    """Find the layers that FASA cannot serve, by their behaviour in a probing forward; each with the reason."""
     layers, heads, kv_heads, head_dim = attention_shape(model)
     reasons = {}
     for layer in range(layers):
@@ -92,7 +92,7 @@ def _sizes(arrived: Arrival) -> tuple[int, int, int, int]:
 
 
 def glance(model: PreTrainedModel) -> dict[int, Arrival]:
-    """A `probe` with few tokens that reads no weights of linear layers; errors are those of `probe`."""
+    """Run a `probe` with four tokens that skips the linear layers; errors are those of `probe`."""
     hidden = _pattern(model.config.get_text_config().hidden_size, torch.device("cpu"), torch.float32)
     last = farthest_position(model)
     return probe(model.base_model, hidden[None], sorted({0, 1, last // 16, last}))
@@ -107,36 +107,36 @@ def probe(
     weights: bool = False,
     dtype: torch.dtype | None = None,
 ) -> dict[int, Arrival]:
-    """Run a forward with the same hidden states at every position, attention giving zeros, and a cache that grows.
+    """Run a forward with equal hidden states at all positions, attention outputs of 0, and a growing cache.
 
-    The hidden states of every layer stay independent of position, so that its queries differ by RoPE alone. The first
-    position is masked, as padding is. The model is left as it was: its implementation, its training mode, dynamic RoPE,
-    and the random state.
+    Hidden states then do not depend on the position in any layer, so that queries differ by RoPE alone. The first
+    position is masked like padding. Afterwards the model has its former attention implementation, training mode and
+    dynamic RoPE, and the random state is unchanged.
 
     Args:
         model: a base model, without its head.
-        hidden: float [rows, hidden_size].
-        positions: P numbers.
-        weights: whether linear layers compute; otherwise each gives made-up states, the same for all tokens of a row.
-        dtype: to compute in, other than the model's: what its weights do not fit is computed with copies that do.
+        hidden: float [rows, hidden_size], hidden states of each row.
+        positions: P position numbers.
+        weights: whether linear layers compute; otherwise each returns fixed states, the same for all tokens of a row.
+        dtype: dtype of the hidden states; operations that then refuse mixed dtypes run in float32. None: the model's.
 
     Returns:
-        what arrived, by layer.
+        arguments of the attention, by layer number.
 
     Raises:
-        ValueError: the model's attention cannot be reached, or something arrives that is not as expected.
+        ValueError: the model's attention cannot be reached, or an argument is not as expected.
         ProbeError: the model cannot run.
     """
     modules = attention_modules(model)
     check_transformers(model, modules)
-    handed: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    received: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     arrivals: dict[int, Arrival] = {}
 
     thread = threading.get_ident()
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if threading.get_ident() == thread:  # another one may be generating
-            handed[module] = args, kwargs
+        if threading.get_ident() == thread:  # other threads may be generating
+            received[module] = args, kwargs
 
     def capture(
         dense: DenseAttention,
@@ -147,7 +147,7 @@ def probe(
         attention_mask: Tensor | None,
         **options: Any,
     ) -> AttentionResult:
-        args, kwargs = handed.get(module, ((), {}))
+        args, kwargs = received.get(module, ((), {}))
         layer = layer_of(module)
         calls = arrivals[layer].calls + 1 if layer in arrivals else 1
         arrivals[layer] = Arrival(
@@ -183,23 +183,23 @@ def probe(
                 use_cache=True,
                 **cache_argument(model, cache),
             )
-        except Exception as error:  # whatever the model raises: its own code, or weights that are not there
+        except Exception as error:  # the model's code, or missing weights, may raise anything
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ProbeError(f"{type(model).__name__} cannot run a probing forward ({reason})") from error
-    held: list[Any] = cache.layers
+    layers: list[Any] = cache.layers
     for layer, arrived in arrivals.items():
-        kept = layer < len(held) and getattr(held[layer], "keys", None) is not None
-        arrivals[layer] = replace(arrived, keeps_keys=arrived.cache is cache and kept)
+        has_keys = layer < len(layers) and getattr(layers[layer], "keys", None) is not None
+        arrivals[layer] = replace(arrived, keeps_keys=arrived.cache is cache and has_keys)
     check_arrivals(model, cache, arrivals)
     return dict(sorted(arrivals.items()))
 
 
 class _MadeUp(TorchFunctionMode):
-    """Linear layers give made-up states of the right shape and read no weights; where dtypes differ, copies are cast.
+    """Mode in which linear layers return fixed states of the right shape and read no weights.
 
     Args:
-        rows: of the batch, each of which has states of its own, the same for all its tokens; None: layers compute.
-        casts: whether a call that refuses tensors of several float dtypes is made again with float32 ones.
+        rows: batch rows, each with fixed states of its own, the same for all its tokens; None: linear layers compute.
+        casts: whether an operation that refuses mixed float dtypes is repeated with float32 copies of its arguments.
     """
 
     def __init__(self, rows: int | None, casts: bool) -> None:
@@ -234,7 +234,7 @@ class _MadeUp(TorchFunctionMode):
 
 
 _WRITES = (Tensor.copy_, Tensor.index_copy_, Tensor.index_add_, Tensor.scatter_, Tensor.__setitem__)
-"""Calls that write to an argument, of which a copy would be written to."""
+"""Operations that write to an argument; repeated with copies, they would write to a copy."""
 
 
 def _widened(states: Tensor) -> Tensor:
@@ -242,12 +242,12 @@ def _widened(states: Tensor) -> Tensor:
 
 
 def _patterns(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Random numbers [rows, width], with a generator of their own."""
+    """Random numbers [rows, width] from a separate generator."""
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(width)).to(device, dtype)
 
 
 def _pattern(width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Numbers [width] between -1 and 1 that no norm makes zero."""
+    """Numbers [width] between -1 and 1 that do not vanish under a norm layer."""
     return torch.arange(width, device=device, dtype=torch.float32).cos().to(dtype)
 
 
@@ -256,20 +256,20 @@ _stance_lock = threading.RLock()
 
 @contextmanager
 def _uncompiled() -> Iterator[None]:
-    """Run what the user had compiled without compiling it for a probe; nothing is where Dynamo was never loaded.
+    """Context that runs compiled modules eagerly; it does nothing if Dynamo is not loaded.
 
-    The stance is the process's: threads that probe take turns, so that none restores what another one had set.
+    The compiler stance is global: threads probe one after another, so that none restores a stance set by another.
     """
     if "torch._dynamo" not in sys.modules:
         yield
         return
-    with _stance_lock, torch.compiler.set_stance("force_eager"):  # set as soon as it is made, before it is entered
+    with _stance_lock, torch.compiler.set_stance("force_eager"):  # the call sets it, before the context is entered
         yield
 
 
 @contextmanager
 def _unstretched(model: nn.Module) -> Iterator[None]:
-    """Give rotary modules their frequencies back: dynamic RoPE stretches them to the longest sequence it has met."""
+    """Context that restores the frequencies of rotary modules, which dynamic RoPE stretches in longer forwards."""
     rotary = [module for module in model.modules() if any("inv_freq" in name for name in module._buffers)]
     states = [(dict(module._buffers), {k: v for k, v in vars(module).items() if k != "_buffers"}) for module in rotary]
     try:

@@ -1,4 +1,4 @@
-"""Models in wrappers: an adapter of PEFT, a compiled module, data parallelism."""
+"""Access to a transformers model inside wrappers: PEFT adapters, compiled modules, data parallelism."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 
 
 def unwrapped(model: Any) -> Any:
-    """The transformers model that wrappers call, adapters and all; anything else as it is.
+    """Return the transformers model inside wrappers, with its adapters; return anything else unchanged.
 
     Args:
-        model: a transformers model, PEFT's around one (whose adapters are within it), what `torch.compile` makes of
-            either, or a ``DistributedDataParallel``.
+        model: a transformers model, a PEFT model (its adapters are inside the transformers model), the result of
+            `torch.compile` for either, or a ``DistributedDataParallel``.
     """
     while isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
         within = model._modules
