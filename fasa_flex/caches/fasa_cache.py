@@ -129,7 +129,7 @@ class FasaCache(Cache):
             )
         if placement == "host" and not packs(model):
             raise ValueError(
-                f"placement='host' needs a cache of whole keys, which {type(model).__name__} (MLA) has not; "
+                f"placement='host' needs keys in the cache, and {type(model).__name__} (MLA) keeps latents; "
                 "use placement='device'."
             )
         if placement == "host" and device_of(model).type == "cpu":
@@ -166,7 +166,7 @@ class FasaCache(Cache):
         try:
             updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except Exception:
-            if not self.layers[layer_idx].is_initialized:  # first forward: other layers hold its tokens alone
+            if not self.layers[layer_idx].is_initialized:  # first forward: the other layers hold nothing older
                 self.layers = self._new_layers()
             raise
         return updated

@@ -40,7 +40,7 @@ def reduce_group(
     if how == "softmax":
         assert sample is not None
         return weigh(logits, valid, sample).ranking
-    if torch.compiler.is_compiling() and scores.device.type == "cpu":  # head by head, so that a row stays in the cache
+    if torch.compiler.is_compiling() and scores.device.type == "cpu":  # head by head: a row stays in the CPU's cache
         softmaxes = (torch.where(valid, member, -torch.inf).softmax(-1) for member in logits.split(1, dim=2))
         return functools.reduce(torch.add, softmaxes)
     return attention_weights(torch.where(valid, logits, -torch.inf)).sum(2, keepdim=True)

@@ -123,8 +123,8 @@ class AttentionSeam:
             now = _implementation(config)
             if not (now or "").startswith(_OURS):
                 raise ValueError(
-                    f"the attention implementation of {self._kind} was set to {now!r} past {self._owner}, so FASA is "
-                    "asked no longer; call disable() first, set it then, and enable again."
+                    f"the attention implementation of {self._kind} was set to {now!r} after {self._owner} was opened, "
+                    "so that its calls bypass FASA; call disable() first, set it then, and enable again."
                 )
 
     def close(self) -> None:

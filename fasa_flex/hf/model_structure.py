@@ -147,7 +147,7 @@ def check_supported(model: PreTrainedModel) -> None:
 def _why_unsupported(config: Any) -> str | None:
     text = config.get_text_config()
     if config.is_encoder_decoder:
-        return "is an encoder-decoder, of whose two kinds of attention FASA serves none"
+        return "is an encoder-decoder model"
     if text.model_type == "bloom" or getattr(getattr(text, "attn_config", text), "alibi", False):
         return "adds ALiBi to its logits and rotates no queries and keys (no RoPE), so it has no frequency chunks"
     others = sorted(set(getattr(text, "layer_types", None) or ()) - set(_SELECTABLE))

@@ -72,7 +72,7 @@ def why_dense(model: PreTrainedModel, arrivals: Mapping[int, Arrival]) -> dict[i
     for layer in range(layers):
         arrived = arrivals.get(layer)
         if arrived is None:
-            reasons[layer] = "no attention to the text, as of a layer of cross-attention or a recurrent one"
+            reasons[layer] = "no attention to the text, as in a cross-attention or recurrent layer"
         elif arrived.calls > 1:
             reasons[layer] = f"{arrived.calls} passes in one forward, which share no selection"
         elif (sizes := _sizes(arrived)) != (heads, kv_heads, head_dim, head_dim):
@@ -81,7 +81,7 @@ def why_dense(model: PreTrainedModel, arrivals: Mapping[int, Arrival]) -> dict[i
                 f"config states {heads} on {kv_heads} of {head_dim}"
             )
         elif not arrived.keeps_keys:
-            reasons[layer] = "no keys of its own in the cache, as it attends to another layer's"
+            reasons[layer] = "no keys of its own in the cache, since it attends to another layer's"
         elif arrived.rotates is False:
             reasons[layer] = NO_ROPE
     return reasons
