@@ -62,7 +62,7 @@ def explained_gguf(pretrained: str, gguf_file: str | None, revision: str | None 
 def check_gguf_tokenizer(model_type: str, gguf_file: str | None) -> None:
     """Refuse Gemma's tokenizer from GGUF in transformers 5.17, which ignores its merges.
 
-    Text then has about twice as many tokens, and dense perplexity doubles (Gemma 3 270M: 27 to 60).
+    Text then has about twice as many tokens.
 
     Args:
         model_type: model type in the config.

@@ -10,17 +10,15 @@ from torch import Tensor
 from fasa_flex.backends.table import sparse_attention
 from fasa_flex.core.config import Backend
 from fasa_flex.core.method import Call
+from fasa_flex.core.pieces import rows_that_fit
 from fasa_flex.core.scoring import Given
 from fasa_flex.hf.attention_routing import AttentionResult
 
-_SCORE_BYTES = 1 << 27
-"""Limit in bytes for the scores of the queries that are computed together."""
-
 
 def in_parts(call: Call, backend: Backend) -> Tensor:
-    """Compute sparse attention of several queries, [B, Q, Hq, D], in parts whose scores take at most 128 MiB."""
-    q_len, kv_len = call.query.shape[2], call.key.shape[2]
-    step = max(1, _SCORE_BYTES // 8 // len(call.query) // call.query.shape[1] // kv_len)
+    """Compute sparse attention of several queries, [B, Q, Hq, D], in parts whose float32 scores fit in 64 MiB."""
+    (batch, query_heads, q_len, _), kv_len = call.query.shape, call.key.shape[2]
+    step = rows_that_fit(4 * batch * query_heads * kv_len)
     scores = call.scorer.scores if isinstance(call.scorer, Given) else None
     parts = []
     for at in range(0, q_len, step):
