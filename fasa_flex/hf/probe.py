@@ -32,6 +32,7 @@ from fasa_flex.hf.model_structure import (
     evaluating,
     layer_of,
     maximum_positions,
+    other_mixers,
 )
 
 _FARTHEST = 1024
@@ -109,7 +110,8 @@ def probe(
 ) -> dict[int, Arrival]:
     """Run a forward with equal hidden states at all positions, attention outputs of 0, and a growing cache.
 
-    Hidden states then do not depend on the position in any layer, so that queries differ by RoPE alone. The first
+    Recurrent layers and convolutions give 0, too (`other_mixers`). Hidden states then do not depend on the position in
+    any layer, so that queries differ by RoPE alone. The first
     position is masked like padding. Afterwards the model has its former attention implementation, training mode and
     dynamic RoPE, and the random state is unchanged.
 
@@ -171,21 +173,31 @@ def probe(
             stack.enter_context(restored)
         for module in modules.values():
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        for mixer in other_mixers(model, modules.values()):
+            stack.callback(mixer.register_forward_hook(_silence).remove)
         embeddings = hidden[:, None].to(device, dtype or model.dtype).expand(-1, length, -1).contiguous()
         mask = torch.ones(rows, length, dtype=torch.long, device=device)
         mask[:, 0] = 0
-        stack.enter_context(_MadeUp(None if weights else rows, casts=dtype is not None and dtype != model.dtype))
-        try:
-            model(
-                inputs_embeds=embeddings,
-                attention_mask=mask,
-                position_ids=torch.tensor([positions], device=device).expand(rows, -1),
-                use_cache=True,
-                **cache_argument(model, cache),
-            )
-        except Exception as error:  # the model's code, or missing weights, may raise anything
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ProbeError(f"{type(model).__name__} cannot run a probing forward ({reason})") from error
+        casts = dtype is not None and dtype != model.dtype
+        stack.enter_context(_MadeUp(None if weights else rows, casts, embeddings))
+        inputs = {
+            "attention_mask": mask,
+            "position_ids": torch.tensor([positions], device=device).expand(rows, -1),
+            "use_cache": True,
+        }
+        first: Exception | None = None
+        for run, given in _ways_to_run(model, cache, embeddings):
+            arrivals.clear()
+            try:
+                run(**inputs, **given)
+                break
+            except Exception as error:  # the model's code, or missing weights, may raise anything
+                first = first or error
+        else:
+            reason = f"{type(first).__name__}: {first}".splitlines()[0]
+            raise ProbeError(f"{type(model).__name__} cannot run a probing forward ({reason})") from first
+    caches = [arrived.cache for arrived in arrivals.values() if isinstance(arrived.cache, DynamicCache)]
+    cache = next((own for own in caches if own is cache), next(iter(caches), cache))
     layers: list[Any] = cache.layers
     for layer, arrived in arrivals.items():
         has_keys = layer < len(layers) and getattr(layers[layer], "keys", None) is not None
@@ -194,17 +206,40 @@ def probe(
     return dict(sorted(arrivals.items()))
 
 
+def _ways_to_run(
+    model: PreTrainedModel, cache: DynamicCache, embeddings: Tensor
+) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+    """Modules to run with their inputs: a model that cannot run with the first ones may take the next.
+
+    They are embeddings and our cache, a cache that the model makes, token ids instead (their embeddings are made up),
+    and the decoder alone, without the towers around it.
+    """
+    states, own = {"inputs_embeds": embeddings}, cache_argument(model, cache)
+    yield model, states | own
+    yield model, states
+    yield model, {"input_ids": torch.zeros(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)} | own
+    decoder = model.get_decoder()
+    if isinstance(decoder, PreTrainedModel) and decoder is not model:
+        yield decoder, states | cache_argument(decoder, DynamicCache(config=model.config))
+
+
+def _silence(mixer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Hook that sets the hidden states [rows, P, width] which a module returns to 0."""
+    return tree_map_only(Tensor, lambda states: torch.zeros_like(states) if states.dim() == 3 else states, output)
+
+
 class _MadeUp(TorchFunctionMode):
     """Mode in which linear layers return fixed states of the right shape and read no weights.
 
     Args:
         rows: batch rows, each with fixed states of its own, the same for all its tokens; None: linear layers compute.
         casts: whether an operation that refuses mixed float dtypes is repeated with float32 copies of its arguments.
+        embeddings: float [rows, P, hidden_size], the embeddings of any token ids [rows, P].
     """
 
-    def __init__(self, rows: int | None, casts: bool) -> None:
+    def __init__(self, rows: int | None, casts: bool, embeddings: Tensor) -> None:
         super().__init__()
-        self._rows, self._casts = rows, casts
+        self._rows, self._casts, self._embeddings = rows, casts, embeddings
         self._patterns: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     def __torch_function__(
@@ -213,6 +248,8 @@ class _MadeUp(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._rows is not None and func is F.linear and len(args) > 1:
             return self._states(self._rows, *args[:2])
+        if func is F.embedding and args[0].shape + args[1].shape[1:] == self._embeddings.shape:
+            return self._embeddings
         try:
             return func(*args, **kwargs)
         except RuntimeError:
