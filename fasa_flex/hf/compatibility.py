@@ -62,9 +62,10 @@ def unmet(package: str, what: str, since: str | None = None) -> ValueError:
     """Make the error for an installed ``package`` that does ``what``; ``since``: oldest release to recommend."""
     oldest, newest = TESTED[package]
     oldest = since or oldest
+    families = " and families such as Llama and Qwen" if package == "transformers" else ""
     return ValueError(
-        f"{package} {metadata.version(package)} {what}; fasa_flex is tested with {package} {oldest} to {newest}, "
-        "install one of these."
+        f"{package} {metadata.version(package)} {what}; fasa_flex is tested with {package} {oldest} to {newest}"
+        f"{families}, use one of these."
     )
 
 

@@ -40,7 +40,15 @@ _FARTHEST = 1024
 
 
 class ProbeError(ValueError):
-    """The model could not run the probing forward; its own error is the cause."""
+    """The model could not run the probing forward; its own error is the cause.
+
+    Args:
+        what: what failed, with the model's own error in brackets.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}; check that the model runs, or use a family such as Llama or Qwen.")
+        self.what = what
 
 
 def farthest_position(model: PreTrainedModel) -> int:
@@ -62,7 +70,7 @@ def check_attention(model: PreTrainedModel) -> dict[int, str]:
     try:
         return why_dense(model, glance(model))
     except ProbeError as error:
-        warnings.warn(f"{error}, so what arrives at its attention is not checked.", stacklevel=3)
+        warnings.warn(f"{error.what}, so what arrives at its attention is not checked.", stacklevel=3)
         return {}
 
 
