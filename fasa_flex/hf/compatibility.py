@@ -115,8 +115,8 @@ def check_transformers(model: PreTrainedModel, modules: Mapping[int, nn.Module])
         for method in methods:
             if not callable(getattr(kind, method, None)):
                 raise unmet("transformers", f"has no method {method} in {kind.__name__}")
-    if not modules:
-        raise unmet("transformers", f"gives the attention modules of {type(model).__name__} no layer_idx")
+    if not modules or min(modules) < 0:  # Zamba 2's shared modules have layer_idx -1
+        raise unmet("transformers", f"gives the attention modules of {type(model).__name__} no layer_idx of their own")
 
 
 def check_arrivals(model: PreTrainedModel, cache: DynamicCache, arrivals: Mapping[int, Arrival]) -> None:

@@ -49,7 +49,7 @@ def _numbered(model: nn.Module) -> list[nn.Module]:
 
 
 def other_mixers(model: PreTrainedModel, attention: Iterable[nn.Module]) -> list[nn.Module]:
-    """Modules of numbered layers that are none of the ``attention`` modules and contain none, such as recurrent ones."""
+    """Modules of numbered layers that neither are nor contain ``attention`` modules, such as recurrent ones."""
     kept = set(attention)
     inner = [m for m in _numbered(model.get_decoder() or model) if not kept & set(m.modules())]
     return [m for m in inner if not any(child is not m and hasattr(child, "layer_idx") for child in m.modules())]

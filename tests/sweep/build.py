@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 import transformers
+from sweep.stated import BEFORE, STATED
 from transformers import PreTrainedConfig, PreTrainedModel
-from stated import BEFORE, STATED
 from transformers.models.auto import modeling_auto
 
 VOCABULARY, HIDDEN, HEADS, HEAD_DIM, WINDOW = 64, 64, 4, 16, 16
@@ -72,6 +72,7 @@ def _settle(model: PreTrainedModel, seed: int) -> None:
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
+        model.generation_config.use_cache = True
     for name, parameter in model.named_parameters():
         if name.endswith("sinks"):
             parameter.data.normal_(generator=torch.Generator().manual_seed(seed))
@@ -110,6 +111,7 @@ _LEFT_OUT = {
     "num_labels",
 }
 _TO_TEXT = re.compile(r"out_hidden_size|text_hidden_size|output_dim|projection_dim|projector_output_dim")
+_WIDE, _IDS = 3000, 16000  # of a tower; larger numbers are token ids, and rates
 _LAYERS = re.compile(
     r"(num_hidden_layers|n_layers?|num_layers|(encoder|decoder)_layers|num_(encoder|decoder)_layers"
     r"|(encoder|decoder)_num_(hidden_)?layers|depth|layers|num_blocks|num_global_layers|speech_encoder_layers"
@@ -124,8 +126,10 @@ def _is_text(config: PreTrainedConfig) -> bool:
 
 
 def _tower(config: PreTrainedConfig, fields: dict[str, Any], hidden: int | None) -> dict[str, Any]:
-    """Two layers, and the text decoder's width where the tower states it."""
+    """Two layers, the text decoder's width where the tower states it, and smaller sizes if it is wide."""
     made = _few_layers(config, fields, least=2, most=2)
+    if max(value for value in (0, *fields.values()) if type(value) is int and value < _IDS) >= _WIDE:
+        made = {name: _small(name, value, fields) for name, value in made.items()}
     return {name: HIDDEN if value == hidden and _TO_TEXT.fullmatch(name) else value for name, value in made.items()}
 
 
@@ -149,7 +153,7 @@ def _small(name: str, value: Any, fields: dict[str, Any]) -> Any:
 def _each(rule: Rule, value: Any, fields: dict[str, Any]) -> Any:
     if isinstance(value, list | tuple) and all(type(one) in (int, float) for one in value):
         return [rule(one, fields) for one in value]
-    if type(value) in (int, float) or isinstance(value, dict):
+    if type(value) in (int, float, bool) or isinstance(value, dict):
         return rule(value, fields)
     return value
 
@@ -196,8 +200,9 @@ def _rotary_field(name: str, value: Any, fields: dict[str, Any]) -> Any:
     if isinstance(value, dict):
         return _rotary(value, fields)
     if name in ("mrope_section", "xdrope_section") and isinstance(value, list | tuple):
-        whole = _head_dim_of(fields)
-        return _parts(list(value), sum(value) * HEAD_DIM // whole)
+        rotated = fields.get("qk_rope_head_dim")
+        total = sum(value) * 8 // rotated if rotated else sum(value) * HEAD_DIM // _head_dim_of(fields)
+        return _parts(list(value), total)
     if name in ("long_factor", "short_factor") and isinstance(value, list):
         return value[: HEAD_DIM // 2]
     return value
@@ -222,6 +227,7 @@ RULES: list[tuple[re.Pattern[str], Rule]] = [
     (re.compile(pattern), rule)
     for pattern, rule in (
         (r".*vocab_size.*", _at_most(VOCABULARY)),
+        (r"use_cache", lambda value, fields: True),
         (r"pad_token_id|_pad_token_id", lambda value, fields: 0),
         (r"bos_token_id|decoder_start_token_id|sep_token_id", lambda value, fields: 1),
         (r"eos_token_id|forced_(b|e)os_token_id", lambda value, fields: 2),
@@ -309,7 +315,7 @@ def _is_index(value: Any, total: int) -> bool:
     """Whether a value lists numbers of layers: ascending, and at least one."""
     if not isinstance(value, list | tuple) or not value or not all(type(one) is int for one in value):
         return False
-    return list(value) == sorted(set(value)) and 0 <= value[0] and value[-1] < total
+    return list(value) == sorted(set(value)) and value[0] >= 0 and value[-1] < total
 
 
 def _of_each_kind(kinds: list[Any], least: int, most: int) -> list[int]:

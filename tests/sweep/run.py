@@ -15,12 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
-import build
-import matrix
 import torch
 import transformers
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from sweep import build, matrix
 
 LIMIT = 180
 """Seconds that one class may take."""
@@ -66,7 +65,7 @@ def _start(name: str, out: Path, quick: bool) -> int:
         return process
     status = 1
     try:
-        with open(os.devnull, "w") as nowhere:
+        with Path(os.devnull).open("w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
         _write(out, matrix.examine(name, quick))
