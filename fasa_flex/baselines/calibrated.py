@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fasa_flex.calibration.from_texts import encode_samples
 from fasa_flex.calibration.rotary import RotaryLayout
 from fasa_flex.hf.attention_routing import reading
+from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import check_supported, device_of, evaluating
 from fasa_flex.hf.wrappers import unwrapped
 
@@ -48,11 +49,12 @@ def channel_weights(
     check_supported(model)
     encoded = encode_samples(model, samples, tokenizer)
     totals: dict[int, Tensor] = {}
+    shard = HeadShard.of(model)
 
     def measure(layer: int, query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
         grouped = query.unflatten(1, (key.shape[1], -1)).double()
         added = (grouped * key.double()[:, :, None]).abs().mean(2).sum((0, 2)).cpu()
-        totals[layer] = totals.get(layer, 0.0) + added
+        totals[layer] = totals.get(layer, 0.0) + shard.whole(added)
 
     with evaluating(model), reading(model, measure):
         for ids in encoded:

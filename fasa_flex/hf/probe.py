@@ -24,6 +24,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from fasa_flex.hf.arrival import Arrival
 from fasa_flex.hf.attention_routing import AttentionResult, AttentionSeam, DenseAttention
 from fasa_flex.hf.compatibility import CACHE_NAMES, cache_argument, check_arrivals, check_transformers
+from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import (
     NO_ROPE,
     attention_modules,
@@ -95,7 +96,7 @@ def glance(model: PreTrainedModel) -> dict[int, Arrival]:
     """Run a `probe` with four tokens that skips the linear layers; errors are those of `probe`."""
     hidden = _pattern(model.config.get_text_config().hidden_size, torch.device("cpu"), torch.float32)
     last = farthest_position(model)
-    return probe(model.base_model, hidden[None], sorted({0, 1, last // 16, last}))
+    return probe(model, hidden[None], sorted({0, 1, last // 16, last}))
 
 
 @torch.no_grad()
@@ -114,19 +115,20 @@ def probe(
     dynamic RoPE, and the random state is unchanged.
 
     Args:
-        model: a base model, without its head.
+        model: the model, whose head does not run.
         hidden: float [rows, hidden_size], hidden states of each row.
         positions: P position numbers.
         weights: whether linear layers compute; otherwise each returns fixed states, the same for all tokens of a row.
         dtype: dtype of the hidden states; operations that then refuse mixed dtypes run in float32. None: the model's.
 
     Returns:
-        arguments of the attention, by layer number.
+        arguments of the attention, by layer number, over the heads of all ranks.
 
     Raises:
         ValueError: the model's attention cannot be reached, or an argument is not as expected.
         ProbeError: the model cannot run.
     """
+    shard, model = HeadShard.of(model), model.base_model
     modules = attention_modules(model)
     check_transformers(model, modules)
     received: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -188,8 +190,9 @@ def probe(
             raise ProbeError(f"{type(model).__name__} cannot run a probing forward ({reason})") from error
     layers: list[Any] = cache.layers
     for layer, arrived in arrivals.items():
+        shard.check(arrived.query, arrived.key_shape[1], f"layer {layer} of {type(model).__name__}")
         has_keys = layer < len(layers) and getattr(layers[layer], "keys", None) is not None
-        arrivals[layer] = replace(arrived, keeps_keys=arrived.cache is cache and has_keys)
+        arrivals[layer] = replace(arrived.whole(shard), keeps_keys=arrived.cache is cache and has_keys)
     check_arrivals(model, cache, arrivals)
     return dict(sorted(arrivals.items()))
 
