@@ -97,6 +97,10 @@ class HeadShard:
         torch.distributed.all_gather(parts, sent, group=self._group)
         return torch.cat(parts, dim).to(part.device)
 
+    def agree(self, fact: bool) -> bool:
+        """Whether ``fact`` holds on every rank, such as a file that each looks for; every rank must call it."""
+        return bool(self.whole(torch.tensor([int(fact)])).all())
+
     def scorer(self, scorer: _S) -> _S:
         """Take this rank's part of a scorer that has tables by head; other scorers serve any heads."""
         divide = getattr(scorer, "shard", None)
@@ -104,6 +108,12 @@ class HeadShard:
             return scorer
         part: _S = divide(self.rank, self.ranks)
         return part
+
+
+def whole_parameter(parameter: Tensor) -> Tensor:
+    """Gather a parameter that tensor parallelism or FSDP2 shards (a DTensor); every rank must call it."""
+    gather = getattr(parameter, "full_tensor", None)
+    return parameter if gather is None else gather()
 
 
 def _divides_heads(model: PreTrainedModel) -> bool:
