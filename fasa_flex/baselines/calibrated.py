@@ -14,7 +14,7 @@ from fasa_flex.calibration.rotary import RotaryLayout
 from fasa_flex.hf.attention_routing import reading
 from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import check_supported, device_of, evaluating
-from fasa_flex.hf.wrappers import unwrapped
+from fasa_flex.hf.wrappers import run_decoder, unwrapped
 
 
 def adjacent_pairs(layout: RotaryLayout) -> RotaryLayout:
@@ -58,7 +58,7 @@ def channel_weights(
 
     with evaluating(model), reading(model, measure):
         for ids in encoded:
-            model.base_model(input_ids=ids[None].to(device_of(model)), use_cache=False)
+            run_decoder(model, input_ids=ids[None].to(device_of(model)), use_cache=False)
     tokens = sum(len(ids) for ids in encoded)
     return torch.stack([totals[layer] for layer in sorted(totals)]).div(tokens).float()
 

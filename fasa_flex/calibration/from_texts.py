@@ -29,7 +29,7 @@ from fasa_flex.hf.model_structure import (
     evaluating,
     maximum_positions,
 )
-from fasa_flex.hf.wrappers import unwrapped
+from fasa_flex.hf.wrappers import run_decoder, unwrapped
 
 
 @torch.no_grad()
@@ -199,5 +199,5 @@ def _sample_tables(
                 tables[name][layer] = shard.whole(part)
 
     with reading(model, measure):
-        model.base_model(input_ids=ids[None].to(device_of(model)), use_cache=False)
+        run_decoder(model, input_ids=ids[None].to(device_of(model)), use_cache=False)
     return tables

@@ -51,8 +51,14 @@ class HeadShard:
         rank.
 
         Raises:
-            NotImplementedError: the key/value heads cannot be divided evenly among the ranks.
+            NotImplementedError: the key/value heads cannot be divided evenly among the ranks, or layers are divided.
         """
+        stages = getattr(getattr(model.config, "distributed_config", None), "pp_size", None) or 1
+        if stages > 1:
+            raise NotSupportedError(
+                f"{type(model).__name__} is divided by layers (pp_size={stages}), and a profile and its budgets need "
+                "all layers in each process; use tp_size, which divides by heads, or device_map in one process."
+            )
         _, query_heads, kv_heads, _ = attention_shape(model)
         mesh, ranks = getattr(model, "_device_mesh", None), getattr(model, "_tp_size", None) or 1
         if mesh is None or ranks == 1 or not _divides_heads(model):

@@ -34,6 +34,7 @@ from fasa_flex.hf.model_structure import (
     layer_of,
     maximum_positions,
 )
+from fasa_flex.hf.wrappers import run_decoder
 
 _FARTHEST = 1024
 """Last position that is probed, if the model allows it."""
@@ -128,9 +129,9 @@ def probe(
         ValueError: the model's attention cannot be reached, or an argument is not as expected.
         ProbeError: the model cannot run.
     """
-    shard, model = HeadShard.of(model), model.base_model
+    shard, base = HeadShard.of(model), model.base_model
     modules = attention_modules(model)
-    check_transformers(model, modules)
+    check_transformers(base, modules)
     received: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     arrivals: dict[int, Arrival] = {}
 
@@ -178,7 +179,8 @@ def probe(
         mask[:, 0] = 0
         stack.enter_context(_MadeUp(None if weights else rows, casts=dtype is not None and dtype != model.dtype))
         try:
-            model(
+            run_decoder(
+                model,
                 inputs_embeds=embeddings,
                 attention_mask=mask,
                 position_ids=torch.tensor([positions], device=device).expand(rows, -1),
@@ -187,13 +189,13 @@ def probe(
             )
         except Exception as error:  # the model's code, or missing weights, may raise anything
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ProbeError(f"{type(model).__name__} cannot run a probing forward ({reason})") from error
+            raise ProbeError(f"{type(base).__name__} cannot run a probing forward ({reason})") from error
     layers: list[Any] = cache.layers
     for layer, arrived in arrivals.items():
-        shard.check(arrived.query, arrived.key_shape[1], f"layer {layer} of {type(model).__name__}")
+        shard.check(arrived.query, arrived.key_shape[1], f"layer {layer} of {type(base).__name__}")
         has_keys = layer < len(layers) and getattr(layers[layer], "keys", None) is not None
         arrivals[layer] = replace(arrived.whole(shard), keeps_keys=arrived.cache is cache and has_keys)
-    check_arrivals(model, cache, arrivals)
+    check_arrivals(base, cache, arrivals)
     return dict(sorted(arrivals.items()))
 
 
