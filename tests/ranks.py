@@ -172,17 +172,18 @@ CASES: dict[str, Callable[[Room], Any]] = {
 
 
 def one_head(room: Room) -> Any:
-    return enable(room.model("one head"))
+    return repr(enable(room.model("one head")))
 
 
 def queries_alone(room: Room) -> Any:
     """Keys and values are gathered on every rank, queries are not."""
-    plan = {f"model.layers.*.self_attn.{name}_proj": "colwise_gather_output" for name in "kv"}
-    return enable(room.model(tp_size=RANKS, tp_plan=plan), room.profile())
+    styles = {"q": "colwise", "k": "colwise_gather_output", "v": "colwise_gather_output", "o": "rowwise"}
+    plan = {f"model.layers.*.self_attn.{name}_proj": style for name, style in styles.items()}
+    return repr(enable(room.model(tp_size=RANKS, tp_plan=plan), room.profile()))
 
 
 def by_layers(room: Room) -> Any:
-    return enable(room.model(pp_size=RANKS), room.profile())
+    return repr(enable(room.model(pp_size=RANKS), room.profile()))
 
 
 def fsdp2(room: Room) -> Any:
