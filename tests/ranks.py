@@ -23,6 +23,7 @@ from transformers.distributed import DistributedConfig
 from fasa_flex import FasaCache, FasaConfig, FasaProfile, calibrate, enable
 from fasa_flex.baselines import channel_weights, scorer_factory
 from fasa_flex.hf.compatibility import cache_argument
+from fasa_flex.hf.wrappers import unwrapped
 
 RANKS, PROMPT = 2, 200
 HEADS = ((1, 3), (3, 1), (2, 1))
@@ -65,7 +66,7 @@ def decoded(model: PreTrainedModel, room: Room, profile: FasaProfile | None, con
 
 def zero_setup(room: Room, **options: Any) -> Any:
     model = room.model(**options)
-    with enable(model, config=FasaConfig(n_fac=24)) as fasa:
+    with enable(model, config=FasaConfig(n_fac=24, criterion="weighted_variance")) as fasa:
         tokens, logits = generate(model, room.prompt)
         assert fasa.profile is not None
         return {"tokens": tokens, "logits": logits, "stats": fasa.stats.as_dict(), **fasa.profile.tables()}
@@ -191,8 +192,21 @@ def fsdp2(room: Room) -> Any:
     return {case.__name__: case(room, fsdp_size=RANKS) for case in (calibrated, zero_setup)}
 
 
+def alone(model: Any, prompt: Tensor) -> Any:
+    """A wrapped or plain model on one row."""
+    with enable(model, config=FasaConfig(n_fac=24)) as fasa:
+        return {"tokens": generate(unwrapped(model), prompt)[0], "stats": fasa.stats.as_dict()}
+
+
+def data_parallel(room: Room) -> Any:
+    """Each rank reads a row of its own, with a profile of its own, as after ``Accelerator.prepare``."""
+    rank = torch.distributed.get_rank()
+    wrapper = torch.nn.parallel.DistributedDataParallel(Room(room.folder).model())
+    return alone(wrapper, room.prompt[rank : rank + 1])
+
+
 ONLY_IN_TWO: dict[str, Callable[[Room], Any]] = {
-    case.__name__: case for case in (one_head, queries_alone, by_layers, fsdp2)
+    case.__name__: case for case in (one_head, queries_alone, by_layers, fsdp2, data_parallel)
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import tiny, word_tokenizer
 from generation import NEW, profile_of
-from ranks import CASES, WORDS, Room, in_two_processes
+from ranks import CASES, WORDS, Room, alone, in_two_processes
 from torch import Tensor
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
@@ -107,3 +107,8 @@ def test_fsdp2_keeps_working(room: Room, ranks: list[Results]) -> None:
     for results in ranks:
         for name, found in results["fsdp2"].items():
             assert_same(found, CASES[name](room), name)
+
+
+def test_data_parallel_processes_are_each_on_their_own(room: Room, ranks: list[Results]) -> None:
+    for rank, results in enumerate(ranks):
+        assert_same(results["data_parallel"], alone(room.model(), room.prompt[rank : rank + 1]), f"rank {rank}")
