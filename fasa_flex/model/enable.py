@@ -18,7 +18,7 @@ from fasa_flex.hf.model_structure import attention_modules, check_supported, den
 from fasa_flex.hf.probe import check_attention
 from fasa_flex.hf.wrappers import unwrapped
 from fasa_flex.model.handle import Fasa
-from fasa_flex.prefill.estimators import BlockEstimator, strided
+from fasa_flex.prefill.estimators import BlockEstimator, pooled
 
 ScorerFactory = Callable[[int], Scorer | SequenceScorer]
 """Takes a layer number and returns the scorer of that layer."""
@@ -30,7 +30,7 @@ def enable(
     config: FasaConfig | None = None,
     *,
     scorer: ScorerFactory | None = None,
-    estimator: BlockEstimator = strided,
+    estimator: BlockEstimator = pooled,
 ) -> Fasa:
     """Let ``model`` decode with frequency-aware sparse attention, until `Fasa.disable`.
 

@@ -25,7 +25,7 @@ from fasa_flex.model.forwards import Forwards
 from fasa_flex.model.layer import Layer
 from fasa_flex.model.shared import OfOneModel, Shared
 from fasa_flex.model.stats import FasaStats, read_share
-from fasa_flex.prefill.estimators import BlockEstimator, strided
+from fasa_flex.prefill.estimators import BlockEstimator, pooled
 
 
 class Fasa(OfOneModel):
@@ -46,7 +46,7 @@ class Fasa(OfOneModel):
         scorers: dict[int, Scorer | SequenceScorer],
         dense: dict[int, str],
         source: FasaProfile | PromptCalibration | None,
-        estimator: BlockEstimator = strided,
+        estimator: BlockEstimator = pooled,
     ) -> None:
         self.config = config
         self.dense_layers = dense

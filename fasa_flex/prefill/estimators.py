@@ -2,9 +2,9 @@
 
 An estimator is one function from `Blocks` to a float tensor, so that another one is a few lines:
 
-    def by_mean(blocks: Blocks) -> Tensor:
-        query, key = (states.mean(-2) for states in (blocks.queries(range(BLOCK)), blocks.keys(range(BLOCK))))
-        return (blocks.softmax.scaling * query @ key[:, :, None].mT).exp()
+    def by_means(blocks: Blocks) -> Tensor:
+        query, key = blocks.mean_queries(BLOCK)[..., 0, :], blocks.mean_keys(BLOCK)[:, :, None, :, 0]
+        return (blocks.softmax.scaling * query.float() @ key.float().mT).exp()
 
 It reads the dominant dimensions alone. The estimators here compute attention between a few representatives of each
 block, in pieces: no matrix of all their scores is ever stored.
@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,18 +53,36 @@ class Blocks:
 
         G is the number of query heads that share their dimensions. A place without a query repeats the nearest one.
         """
-        rows = take(self.query, self.grid.queries_at(places))
-        heads = len(self.scorer.dims)
-        shape = (len(rows), heads, rows.shape[1] // heads, self.grid.n_queries, len(places), -1)
-        return self.scorer.of_query(rows).view(shape)
+        return self._packed_queries(take(self.query, self.grid.queries_at(places)))
 
     def keys(self, places: Sequence[int]) -> Tensor:
         """Dominant dimensions of the keys at S ``places`` of every block: [B, H, N, S, P]."""
-        rows = take(self.key, self.grid.slots_at(places))
+        return self._packed_keys(take(self.key, self.grid.slots_at(places)))
+
+    def mean_queries(self, size: int) -> Tensor:
+        """Means of ``size`` queries one after the other, S = 128 / size for a block: [B, H, G, M, S, P]."""
+        rows = self.query if self.grid.in_order else take(self.query, self.grid.queries)
+        return self._packed_queries(_means(rows, self.grid.queries, size))
+
+    def mean_keys(self, size: int) -> Tensor:
+        """Means of ``size`` keys one after the other: [B, H, N, S, P]."""
+        grid = self.grid
+        in_place = grid.is_packed and grid.tokens is not None
+        rows = self.key[:, :, : grid.tokens] if in_place else take(self.key, grid.slots)
+        return self._packed_keys(_means(rows, self.grid.slots, size))
+
+    def _packed_queries(self, rows: Tensor) -> Tensor:
+        heads = len(self.scorer.dims)
+        shape = (len(rows), heads, rows.shape[1] // heads, self.grid.n_queries, rows.shape[2] // self.grid.n_queries)
+        packed: Tensor = self.scorer.of_query(rows).view(*shape, -1)
+        return packed
+
+    def _packed_keys(self, rows: Tensor) -> Tensor:
         rows = rows.repeat_interleave(len(self.scorer.dims) // rows.shape[1], dim=1)
         # the mean key would shift all logits of a query alike, which a softmax does not see
         packed = replace(self.scorer, mean_key=None).pack(rows)
-        return packed.view(*packed.shape[:2], self.grid.n_keys, len(places), -1)
+        by_block: Tensor = packed.view(*packed.shape[:2], self.grid.n_keys, -1, packed.shape[3])
+        return by_block
 
     def of_all_dimensions(self) -> Blocks:
         """The same blocks with all dimensions of each key/value head as the dominant ones."""
@@ -78,7 +95,18 @@ BlockEstimator = Callable[[Blocks], Tensor]
 of keys. They are compared along N alone; those behind the diagonal are not read."""
 
 
-def attention_mass(blocks: Blocks, query: Tensor, key: Tensor) -> Tensor:
+def _means(rows: Tensor, index: Tensor, size: int) -> Tensor:
+    """Means of ``size`` rows of [B, H, T, D]; the last row is repeated up to the length of ``index``."""
+    missing = index.shape[1] - rows.shape[2]
+    if missing > 0:
+        rows = torch.cat([rows, rows[:, :, -1:].expand(-1, -1, missing, -1)], dim=2)
+    means: Tensor = rows.unflatten(2, (-1, size)).mean(3)
+    return means
+
+
+def attention_mass(
+    blocks: Blocks, query: Tensor, key: Tensor, by_head: bool = False, strongest: bool = False
+) -> Tensor:
     """Compute attention between representatives, summed over blocks of keys and averaged over those of queries.
 
     Representative i of S in a block stands for 128 / S tokens, which may attend to the tokens of a representative of
@@ -88,9 +116,11 @@ def attention_mass(blocks: Blocks, query: Tensor, key: Tensor) -> Tensor:
         blocks: the blocks.
         query: float [B, H, G, M, S, P], representatives of the queries.
         key: float [B, H, N, S', P], of the keys.
+        by_head: whether each query head has estimates of its own; else those of a group are averaged.
+        strongest: whether the largest attention among the queries of a block, and of a group, counts, not the mean.
 
     Returns:
-        float32 [B, H, G, M, N]; each row sums to 1, and is 0 behind the diagonal.
+        float32 [B, H, G or 1, M, N]; 0 behind the diagonal.
     """
     grid, softmax, n_keys = blocks.grid, blocks.softmax, key.shape[2]
     row_bytes = 4 * query[:, :, :, 0, :, 0].numel() * n_keys * key.shape[3]
@@ -100,11 +130,20 @@ def attention_mass(blocks: Blocks, query: Tensor, key: Tensor) -> Tensor:
     for at in range(0, grid.n_queries, step):
         seen = min(n_keys, max(grid.begins) + at + step)
         piece = (query[:, :, :, at : at + step], key[:, :, :seen], grid.first + at)
-        parts.append(F.pad(compute(*piece, softmax.scaling, softmax.softcap), (0, n_keys - seen)))
+        mass = compute(*piece, softmax.scaling, softmax.softcap, by_head, strongest)
+        parts.append(F.pad(mass, (0, n_keys - seen)))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
 
 
-def _mass_of_piece(query: Tensor, key: Tensor, first: Tensor, scaling: float, softcap: float | None) -> Tensor:
+def _mass_of_piece(
+    query: Tensor,
+    key: Tensor,
+    first: Tensor,
+    scaling: float,
+    softcap: float | None,
+    by_head: bool,
+    strongest: bool,
+) -> Tensor:
     """Compute `attention_mass` of some blocks of queries, the first of which has the numbers ``first``, int64 [R]."""
     (_, _, group, m, s, _), (_, _, n, r, _) = query.shape, key.shape
     scores = dot_products(query.flatten(2, 4), key.flatten(2, 3))
@@ -113,7 +152,11 @@ def _mass_of_piece(query: Tensor, key: Tensor, first: Tensor, scaling: float, so
     ends = ends + (torch.arange(s, device=query.device) + 1) * (BLOCK // s)  # [R, m, S]
     begins = torch.arange(n * r, device=query.device).view(n, r) * (BLOCK // r)
     visible = (begins < ends[..., None, None])[:, None, None]
-    return torch.where(visible, logits, -torch.inf).logsumexp(-1).softmax(-1).mean(4)
+    mass = torch.where(visible, logits, -torch.inf).logsumexp(-1).softmax(-1)  # [B, H, G, m, S, n]
+    mass = mass.amax(4) if strongest else mass.mean(4)
+    if by_head:
+        return mass
+    return mass.amax(2, keepdim=True) if strongest else mass.mean(2, keepdim=True)
 
 
 @functools.cache
@@ -123,26 +166,25 @@ def _compiled() -> Callable[..., Tensor]:
     return compiled
 
 
-def strided(blocks: Blocks, stride: int = 16) -> Tensor:
-    """Every ``stride``-th query and key represents those around it."""
+def pooled(blocks: Blocks, size: int = 16, by_head: bool = False, strongest: bool = False) -> Tensor:
+    """The mean of ``size`` queries or keys represents them; options are those of `attention_mass`."""
+    return attention_mass(blocks, blocks.mean_queries(size), blocks.mean_keys(size), by_head, strongest)
+
+
+def strided(blocks: Blocks, stride: int = 16, by_head: bool = False, strongest: bool = False) -> Tensor:
+    """One of ``stride`` queries or keys represents them."""
     places = range(stride // 2, BLOCK, stride)
-    return attention_mass(blocks, blocks.queries(places), blocks.keys(places))
+    return attention_mass(blocks, blocks.queries(places), blocks.keys(places), by_head, strongest)
 
 
-def pooled(blocks: Blocks, size: int = 16) -> Tensor:
-    """The mean of ``size`` queries or keys represents them."""
-    query, key = blocks.queries(range(BLOCK)), blocks.keys(range(BLOCK))
-    return attention_mass(blocks, *(states.unflatten(-2, (-1, size)).mean(-2) for states in (query, key)))
-
-
-def antidiagonal(blocks: Blocks, size: int = 8) -> Tensor:
+def antidiagonal(blocks: Blocks, size: int = 8, by_head: bool = False, strongest: bool = False) -> Tensor:
     """The mean logit on the antidiagonal of each tile of ``size`` queries and keys (XAttention: Xu et al., 2025)."""
-    query, key = blocks.queries(range(BLOCK)), blocks.keys(range(BLOCK))
-    tiles: list[Any] = [states.unflatten(-2, (-1, size)) for states in (query, key)]
-    return attention_mass(blocks, tiles[0].flatten(-2) / size, tiles[1].flip(-2).flatten(-2))
+    query = blocks.queries(range(BLOCK)).unflatten(-2, (-1, size)).flatten(-2) / size
+    key = blocks.keys(range(BLOCK)).unflatten(-2, (-1, size)).flip(-2).flatten(-2)
+    return attention_mass(blocks, query, key, by_head, strongest)
 
 
-def oracle(blocks: Blocks) -> Tensor:
-    """The true attention of all dimensions; as slow as dense attention, to measure the others against."""
+def oracle(blocks: Blocks, by_head: bool = False, strongest: bool = False) -> Tensor:
+    """The true attention of all dimensions; slower than dense attention, to measure the others against."""
     whole = blocks.of_all_dimensions()
-    return attention_mass(whole, whole.queries(range(BLOCK)), whole.keys(range(BLOCK)))
+    return attention_mass(whole, whole.queries(range(BLOCK)), whole.keys(range(BLOCK)), by_head, strongest)

@@ -29,6 +29,7 @@ class Grid:
         slots: int64 [R, N * 128], slot of each token; places behind the last token repeat its slot.
         begins: number of the first block of queries of each row, as ``first``.
         blocks: number of blocks of queries of each row, up to M.
+        tokens: number of tokens of every row; None: rows have different numbers.
         in_order: whether place i holds query i.
         is_packed: whether token i is in slot i.
     """
@@ -39,6 +40,7 @@ class Grid:
     slots: Tensor
     begins: tuple[int, ...]
     blocks: tuple[int, ...]
+    tokens: int | None
     in_order: bool
     is_packed: bool
 
@@ -77,6 +79,7 @@ class Grid:
             slots=torch.searchsorted(number, keys + 1).clamp(max=number.shape[1] - 1),
             begins=first,
             blocks=blocks,
+            tokens=ends[0] if len(set(ends)) == 1 else None,
             in_order=all(not at % BLOCK and stop - at == q_len for at, stop in zip(begins, ends, strict=True)),
             is_packed=lasts == ends,
         )
@@ -138,9 +141,10 @@ def check_causal(valid: Tensor, n_valid: Tensor, last: Tensor, number: Tensor) -
         ValueError: a query attends to other keys than the valid ones up to itself.
     """
     keys, counts = valid[:, 0, 0], n_valid[: len(valid), :, None]
+    sees_later = counts[:, 0, 0] - 1 > keys.shape[2] - keys.shape[1]  # more tokens before the first query than slots
     for at in range(0, keys.shape[1], step := rows_that_fit(2 * len(keys) * keys.shape[2])):
         expected = last[:, None] & (number[:, None] <= counts[:, at : at + step])
-        differs = (keys[:, at : at + step] != expected).flatten(1).any(1)
+        differs = (keys[:, at : at + step] != expected).flatten(1).any(1) | sees_later
         if differs.any():
             raise ValueError(
                 f"the attention mask of row {int(differs.nonzero()[0])} is not causal with padding, as "
