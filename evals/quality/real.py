@@ -32,7 +32,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
 
 from evals.quality.arms import provenance
-from evals.quality.real_arms import SETS, Arm, Lengths, Reach, arms_of
+from evals.quality.real_arms import ESTIMATORS, SETS, Arm, Lengths, Reach, arms_of
 from evals.quality.real_documents import Document, Documents, calibration_samples, read_text
 from evals.quality.real_processes import Job, shard_file, shared
 from evals.quality.real_results import Results, joined, opened, summary
@@ -93,15 +93,17 @@ class Evaluation:
                     score = _score(document, logits)
                     self.results[document.kind].setdefault(document.name, {})[name] = score
                     if fasa is not None:
-                        share = fasa.stats.kv_bytes_share
-                        self.results["bytes_read_share"][f"{name} @ {len(document.ids) // 100 * 100}"] = share
+                        key = f"{name} @ {len(document.ids) // 100 * 100}"
+                        self.results["bytes_read_share"][key] = fasa.stats.kv_bytes_share
+                        if arm.prefills:
+                            self.results["block_share"][key] = fasa.stats.block_share
                         fasa.stats.reset()
 
     def _enabled(self, arm: Arm) -> AbstractContextManager[Fasa | None]:
         if arm.config is None:
             return nullcontext()
         scorer = arm.scorer(self.profile, self._channels)
-        fasa = enable(self.model, self.profile, arm.config, scorer=scorer)
+        fasa = enable(self.model, self.profile, arm.config, scorer=scorer, estimator=ESTIMATORS[arm.estimator])
         # bytes are counted for a 16-bit cache, also if another precision is evaluated
         dtype, packs = torch.bfloat16, arm.config.per == "kv_head"
         given = (self.model, arm.config, packs, fasa.completion, dtype)
