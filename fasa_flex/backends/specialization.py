@@ -52,13 +52,19 @@ def _compiled(*signature: object) -> Step:
     return specialized(attend, signature)
 
 
-def specialized(function: Callable[..., Any], signature: object) -> Callable[..., Any]:
-    """Return ``function`` compiled apart for one static signature; cache the result by it (`_compiled`)."""
+def specialized(function: Callable[..., Any], signature: object, dynamic: bool | None = None) -> Callable[..., Any]:
+    """Return ``function`` compiled apart for one static signature; the caller caches the result by it.
+
+    Args:
+        function: a function without a closure.
+        signature: all that may not vary between the calls of the result.
+        dynamic: argument of `torch.compile`.
+    """
 
     def compile_another(number: int) -> Callable[..., Any]:
         name = f"{function.__name__}_{hashlib.sha256(repr((signature, number)).encode()).hexdigest()[:8]}"
         copy = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
-        return torch.compile(copy, fullgraph=True)
+        return torch.compile(copy, fullgraph=True, dynamic=dynamic)
 
     return _beyond_the_limit(compile_another)
 

@@ -131,9 +131,12 @@ def _by_flex(query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, grid:
         listed, diagonal = (F.pad(each, (0, grid.n_keys - each.shape[3])) for each in (listed, diagonal))
     start = (BLOCK * grid.first).int().expand(batch).contiguous()
     masked = (torch.ones_like(count), diagonal, count, listed.contiguous(), start)
-    sizes = (batch, query_heads, key.shape[1], query.shape[3], value.shape[3], min(grid.n_queries, 2))
+    # Inductor's C++ for two dynamic lengths does not compile (torch 2.13)
+    lengths = (min(grid.n_queries, 2),) if query.is_cuda else (query.shape[2], key.shape[2])
+    sizes = (batch, query_heads, key.shape[1], query.shape[3], value.shape[3], *lengths)
     kind = (query.dtype, query.device.type, softmax.softcap, softmax.scaling, softmax.sinks is None)
-    out, lse = _compiled(*sizes, *kind)(query, key, value, *masked, softmax)
+    modes = (torch.is_inference_mode_enabled(), torch.is_grad_enabled())
+    out, lse = _compiled(*sizes, *kind, *modes)(query, key, value, *masked, softmax)
     return out if softmax.sinks is None else with_sinks(out, lse, None, softmax.sinks)
 
 

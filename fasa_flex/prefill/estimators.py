@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fasa_flex.backends.specialization import specialized
 from fasa_flex.core.packed_keys import dot_products
 from fasa_flex.core.pieces import rows_that_fit
 from fasa_flex.core.scoring import DominantChunks
@@ -125,13 +126,16 @@ def attention_mass(
     grid, softmax, n_keys = blocks.grid, blocks.softmax, key.shape[2]
     row_bytes = 4 * query[:, :, :, 0, :, 0].numel() * n_keys * key.shape[3]
     step = rows_that_fit(row_bytes // (_ON_CUDA if query.is_cuda else 1))
-    compute = _compiled() if query.is_cuda and not torch.is_grad_enabled() else _mass_of_piece
+    compute: Callable[..., Tensor] = _mass_of_piece
+    options = (softmax.scaling, softmax.softcap, by_head, strongest)
+    if query.is_cuda and not torch.is_grad_enabled():
+        sizes = (*query.shape[:3], *query.shape[4:], key.shape[3], len(grid.first))
+        compute = _compiled(*sizes, query.dtype, torch.is_inference_mode_enabled(), *options)
     parts = []
     for at in range(0, grid.n_queries, step):
         seen = min(n_keys, max(grid.begins) + at + step)
         piece = (query[:, :, :, at : at + step], key[:, :, :seen], grid.first + at)
-        mass = compute(*piece, softmax.scaling, softmax.softcap, by_head, strongest)
-        parts.append(F.pad(mass, (0, n_keys - seen)))
+        parts.append(F.pad(compute(*piece, *options), (0, n_keys - seen)))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
 
 
@@ -160,10 +164,9 @@ def _mass_of_piece(
 
 
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
-    """`_mass_of_piece` compiled: one kernel behind the matrix product reads each score once."""
-    compiled: Callable[..., Tensor] = torch.compile(_mass_of_piece, dynamic=True)
-    return compiled
+def _compiled(*signature: object) -> Callable[..., Tensor]:
+    """`_mass_of_piece` compiled for any numbers of blocks: kernels behind the matrix product read each score once."""
+    return specialized(_mass_of_piece, signature, dynamic=True)
 
 
 def pooled(blocks: Blocks, size: int = 16, by_head: bool = False, strongest: bool = False) -> Tensor:
