@@ -30,6 +30,7 @@ from fasa_flex.core.config import FasaConfig, check_choice
 from fasa_flex.core.layer_budgets import spread_budget
 from fasa_flex.core.packed_keys import packed_bytes
 from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import attention_modules, attention_shape, dense_layers, device_of
 from fasa_flex.hf.wrappers import unwrapped
 
@@ -145,9 +146,12 @@ class FasaCache(Cache):
                 f"placement='host' finds no layer of {type(model).__name__} that is sparse and holds keys and values "
                 "alone; use placement='device'."
             )
-        budgets = spread_budget(config.budget, config.layer_budgets, sparse, kv_heads=attention_shape(model)[2])
+        shard = HeadShard.of(model)
+        budgets = spread_budget(
+            config.budget, config.layer_budgets, sparse, attention_shape(model)[2], (shard.rank, shard.ranks)
+        )
         devices = {layer: device_of(module, model) for layer, module in attention_modules(model).items()}
-        scorers = {layer: make(layer).to(devices[layer]) for layer in sparse}
+        scorers = {layer: shard.scorer(make(layer)).to(devices[layer]) for layer in sparse}
         hold = {layer: _to_hold(budgets[layer], max_cache_len) for layer in sparse if placement == "host"}
         self._new_layers = partial(_new_layers, model.config, max_cache_len, scorers, hold)
         with counting():

@@ -12,18 +12,19 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from fasa_flex.hf.arrival import Arrival
 from fasa_flex.hf.attention_routing import AttentionResult, AttentionSeam, DenseAttention
 from fasa_flex.hf.compatibility import CACHE_NAMES, cache_argument, check_arrivals, check_transformers
+from fasa_flex.hf.head_shard import HeadShard
+from fasa_flex.hf.made_up_states import MadeUpStates, pattern
 from fasa_flex.hf.model_structure import (
     NO_ROPE,
     attention_modules,
@@ -34,6 +35,7 @@ from fasa_flex.hf.model_structure import (
     maximum_positions,
     other_mixers,
 )
+from fasa_flex.hf.wrappers import run_decoder
 
 _FARTHEST = 1024
 """Last position that is probed, if the model allows it."""
@@ -102,9 +104,9 @@ def _sizes(arrived: Arrival) -> tuple[int, int, int, int]:
 
 def glance(model: PreTrainedModel) -> dict[int, Arrival]:
     """Run a `probe` with four tokens that skips the linear layers; errors are those of `probe`."""
-    hidden = _pattern(model.config.get_text_config().hidden_size, torch.device("cpu"), torch.float32)
+    hidden = pattern(model.config.get_text_config().hidden_size, torch.device("cpu"), torch.float32)
     last = farthest_position(model)
-    return probe(model.base_model, hidden[None], sorted({0, 1, last // 16, last}))
+    return probe(model, hidden[None], sorted({0, 1, last // 16, last}))
 
 
 @torch.no_grad()
@@ -124,21 +126,22 @@ def probe(
     dynamic RoPE, and the random state is unchanged.
 
     Args:
-        model: a base model, without its head.
+        model: the model, whose head does not run.
         hidden: float [rows, hidden_size], hidden states of each row.
         positions: P position numbers.
         weights: whether linear layers compute; otherwise each returns fixed states, the same for all tokens of a row.
         dtype: dtype of the hidden states; operations that then refuse mixed dtypes run in float32. None: the model's.
 
     Returns:
-        arguments of the attention, by layer number.
+        arguments of the attention, by layer number, over the heads of all ranks.
 
     Raises:
         ValueError: the model's attention cannot be reached, or an argument is not as expected.
         ProbeError: the model cannot run.
     """
+    shard, base = HeadShard.of(model), model.base_model
     modules = attention_modules(model)
-    check_transformers(model, modules)
+    check_transformers(base, modules)
     received: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     arrivals: dict[int, Arrival] = {}
 
@@ -187,7 +190,7 @@ def probe(
         mask = torch.ones(rows, length, dtype=torch.long, device=device)
         mask[:, 0] = 0
         casts = dtype is not None and dtype != model.dtype
-        stack.enter_context(_MadeUp(None if weights else rows, casts, embeddings))
+        stack.enter_context(MadeUpStates(None if weights else rows, casts, embeddings))
         inputs = {
             "attention_mask": mask,
             "position_ids": torch.tensor([positions], device=device).expand(rows, -1),
@@ -203,97 +206,38 @@ def probe(
                 first = first or error
         else:
             reason = f"{type(first).__name__}: {first}".splitlines()[0]
-            raise ProbeError(f"{type(model).__name__} cannot run a probing forward ({reason})") from first
+            raise ProbeError(f"{type(base).__name__} cannot run a probing forward ({reason})") from first
     caches = [arrived.cache for arrived in arrivals.values() if isinstance(arrived.cache, DynamicCache)]
     cache = next((own for own in caches if own is cache), next(iter(caches), cache))
     layers: list[Any] = cache.layers
     for layer, arrived in arrivals.items():
+        shard.check(arrived.query, arrived.key_shape[1], f"layer {layer} of {type(base).__name__}")
         has_keys = layer < len(layers) and getattr(layers[layer], "keys", None) is not None
-        arrivals[layer] = replace(arrived, keeps_keys=arrived.cache is cache and has_keys)
-    check_arrivals(model, cache, arrivals)
+        arrivals[layer] = replace(arrived.whole(shard), keeps_keys=arrived.cache is cache and has_keys)
+    check_arrivals(base, cache, arrivals)
     return dict(sorted(arrivals.items()))
 
 
 def _ways_to_run(
     model: PreTrainedModel, cache: DynamicCache, embeddings: Tensor
-) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
-    """Modules to run with their inputs: a model that cannot run with the first ones may take the next.
+) -> Iterator[tuple[Callable[..., Any], dict[str, Any]]]:
+    """Forwards with their inputs: a model that cannot run with the first ones may take the next.
 
     They are embeddings and our cache, a cache that the model makes, token ids instead (their embeddings are made up),
     and the decoder alone, without the towers around it.
     """
-    states, own = {"inputs_embeds": embeddings}, cache_argument(model, cache)
-    yield model, states | own
-    yield model, states
-    yield model, {"input_ids": torch.zeros(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)} | own
-    decoder = model.get_decoder()
-    if isinstance(decoder, PreTrainedModel) and decoder is not model:
+    states, own = {"inputs_embeds": embeddings}, cache_argument(model.base_model, cache)
+    ids = torch.zeros(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+    for given in (states | own, states, {"input_ids": ids} | own):
+        yield partial(run_decoder, model), given
+    decoder = model.base_model.get_decoder()
+    if isinstance(decoder, PreTrainedModel) and decoder is not model.base_model:
         yield decoder, states | cache_argument(decoder, DynamicCache(config=model.config))
 
 
 def _silence(mixer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """Hook that sets the hidden states [rows, P, width] which a module returns to 0."""
     return tree_map_only(Tensor, lambda states: torch.zeros_like(states) if states.dim() == 3 else states, output)
-
-
-class _MadeUp(TorchFunctionMode):
-    """Mode in which linear layers return fixed states of the right shape and read no weights.
-
-    Args:
-        rows: batch rows, each with fixed states of its own, the same for all its tokens; None: linear layers compute.
-        casts: whether an operation that refuses mixed float dtypes is repeated with float32 copies of its arguments.
-        embeddings: float [rows, P, hidden_size], the embeddings of any token ids [rows, P].
-    """
-
-    def __init__(self, rows: int | None, casts: bool, embeddings: Tensor) -> None:
-        super().__init__()
-        self._rows, self._casts, self._embeddings = rows, casts, embeddings
-        self._patterns: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self._rows is not None and func is F.linear and len(args) > 1:
-            return self._states(self._rows, *args[:2])
-        if func is F.embedding and args[0].shape + args[1].shape[1:] == self._embeddings.shape:
-            return self._embeddings
-        try:
-            return func(*args, **kwargs)
-        except RuntimeError:
-            widened = tree_map_only(Tensor, _widened, (args, kwargs))
-            if not self._casts or func in _WRITES:
-                raise
-            return func(*widened[0], **widened[1])
-
-    def _states(self, rows: int, states: Tensor, weight: Tensor) -> Tensor:
-        key = (weight.shape[0], states.device, states.dtype)
-        if key not in self._patterns:
-            self._patterns[key] = _pattern(*key) if rows == 1 else _patterns(rows, *key)
-        pattern = self._patterns[key]
-        if rows == 1:
-            return pattern.repeat(*states.shape[:-1], 1)
-        if states.dim() < 3 or len(states) != rows:
-            return pattern[0].repeat(*states.shape[:-1], 1)
-        return pattern.view(rows, *[1] * (states.dim() - 2), -1).repeat(1, *states.shape[1:-1], 1)
-
-
-_WRITES = (Tensor.copy_, Tensor.index_copy_, Tensor.index_add_, Tensor.scatter_, Tensor.__setitem__)
-"""Operations that write to an argument; repeated with copies, they would write to a copy."""
-
-
-def _widened(states: Tensor) -> Tensor:
-    return states.float() if states.is_floating_point() else states
-
-
-def _patterns(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Random numbers [rows, width] from a separate generator."""
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(width)).to(device, dtype)
-
-
-def _pattern(width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Numbers [width] between -1 and 1 that do not vanish under a norm layer."""
-    return torch.arange(width, device=device, dtype=torch.float32).cos().to(dtype)
 
 
 _stance_lock = threading.RLock()

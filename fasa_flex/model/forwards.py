@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +19,7 @@ from fasa_flex.hf.forward_checks import check_forward
 from fasa_flex.hf.generation import generating, reads_prompt
 from fasa_flex.hf.masks import Shape
 from fasa_flex.model.visible import Visible
+from fasa_flex.prefill.grid import Grid
 
 _boundaries: ContextVar[Mapping[int, Boundary]] = ContextVar("fasa_boundaries")
 """Boundaries that `Forwards.sparse_from` set in this thread or asyncio task, by the id of the `Forwards`."""
@@ -33,12 +35,14 @@ class _Forward(threading.local):
         boundary: slots of the sparse queries; None: `sparse_from` is not in use.
         traced_boundary: a copy of ``boundary`` for Dynamo, which cannot trace a `ContextVar`.
         nan_rows: bool [B], the batch rows whose padding holds NaN (`check_keys`); None: no row.
+        grid: blocks of a prefill by blocks, with the mask and shape that they belong to; None: not made yet.
     """
 
     reads_prompt: bool = False
     boundary: Boundary | None = None
     traced_boundary: Boundary | None = None
     nan_rows: Tensor | None = None
+    grid: tuple[weakref.ref[Tensor] | None, Shape, Grid | None] | None = None
 
 
 class Forwards:
@@ -81,7 +85,7 @@ class Forwards:
         if not torch.compiler.is_compiling():
             self._threads.add(threading.get_ident())
             now.reads_prompt = q_len == 1 and reads_prompt()
-            now.boundary, now.nan_rows = _boundaries.get(_NONE).get(id(self)), None
+            now.boundary, now.nan_rows, now.grid = _boundaries.get(_NONE).get(id(self)), None, None
         try:
             check_forward(batch, q_len, cache, layer, options, self.boundary, self._limit)
             if cache is not None:
