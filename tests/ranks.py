@@ -212,7 +212,7 @@ ONLY_IN_TWO: dict[str, Callable[[Room], Any]] = {
 
 def _rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), CUDA_VISIBLE_DEVICES="")
     at_most = timedelta(minutes=2)  # where the other rank has failed
     store = f"file://{folder / 'store'}"
     torch.distributed.init_process_group("gloo", store, at_most, RANKS, rank)

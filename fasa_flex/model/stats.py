@@ -99,7 +99,8 @@ def read_share(
 class FasaStats:
     """Counters of every layer, kept as tensors on the layers' devices, so that counting does not synchronise.
 
-    Queries without a valid key (padding) are not counted.
+    Queries without a valid key (padding) are not counted. The counts are of all heads, also in a process that computes
+    some of them (`Budget.shard`).
 
     Attributes:
         interrupted: number of answers that other threads were generating when `Fasa.disable` made attention dense.
