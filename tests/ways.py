@@ -35,10 +35,10 @@ def generate(model: PreTrainedModel, ids: Tensor | None, mask: Tensor | None = N
 
 
 @torch.no_grad()
-def step_by_step(model: PreTrainedModel, cache: Any, ids: Tensor, steps: int = NEW) -> Result:
+def step_by_step(model: PreTrainedModel, cache: Any, ids: Tensor) -> Result:
     """Greedy decoding written out: `ids` on whatever `cache` holds, then one token at a time."""
     tokens, logits = [], []
-    for _ in range(steps):
+    for _ in range(NEW):
         row = model(ids, past_key_values=cache).logits[:, -1]
         ids = row.argmax(-1, keepdim=True)
         tokens.append(ids)
@@ -108,7 +108,8 @@ def mixed_lengths(model: PreTrainedModel) -> Result:
 
 def assisted(model: PreTrainedModel) -> Result:
     """A draft model proposes, the model verifies several tokens in one forward, and the cache is cropped."""
-    return generate(model, prompts(rows=1), assistant_model=tiny("Llama", seed=3))
+    vocabulary = model.config.get_text_config().vocab_size
+    return generate(model, prompts(rows=1), assistant_model=tiny("Llama", seed=3, vocab_size=vocabulary))
 
 
 @dataclass(frozen=True)

@@ -160,12 +160,18 @@ _GREEDY: dict[str, Any] = {
 def _continue(model: PreTrainedModel, ids: Tensor, max_new_tokens: int) -> Tensor:
     """The sample and its greedy dense continuation of at least one token: token ids [n]."""
     prompt = ids[None].to(device_of(model))
-    full = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=max_new_tokens,
-        **_GREEDY,
-    )
+    try:
+        full = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_new_tokens,
+            **_GREEDY,
+        )
+    except (AttributeError, TypeError, LookupError, ValueError) as error:  # such as for want of an image
+        raise NotSupportedError(
+            f"{type(model).__name__} does not continue a text without other inputs ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}); call enable without a profile, which calibrates on the prompt."
+        ) from error
     result: Tensor = full[0]
     if result.dim() != 1 or len(result) <= len(ids) or not torch.equal(result[: len(ids)].cpu(), ids):
         raise NotSupportedError(

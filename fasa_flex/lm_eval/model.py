@@ -143,7 +143,7 @@ class FasaHFLM(HFLM):
         return self._by_task("loglikelihood", requests, lambda own: score(own, disable_tqdm))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generate with dense prefill and sparse decoding."""
+        """Generate with a dense prefill, or one by blocks, and sparse decoding."""
         return self._by_task(
             "generate_until", requests, lambda own: super(FasaHFLM, self).generate_until(own, disable_tqdm)
         )

@@ -19,6 +19,7 @@ from fasa_flex.hf.model_structure import attention_modules, check_supported, den
 from fasa_flex.hf.probe import check_attention
 from fasa_flex.hf.wrappers import unwrapped
 from fasa_flex.model.handle import Fasa
+from fasa_flex.prefill.estimators import BlockEstimator, pooled
 
 ScorerFactory = Callable[[int], Scorer | SequenceScorer]
 """Takes a layer number and returns the scorer of that layer."""
@@ -30,6 +31,7 @@ def enable(
     config: FasaConfig | None = None,
     *,
     scorer: ScorerFactory | None = None,
+    estimator: BlockEstimator = pooled,
 ) -> Fasa:
     """Let ``model`` decode with frequency-aware sparse attention, until `Fasa.disable`.
 
@@ -60,6 +62,8 @@ def enable(
         profile: result of `calibrate`; None: the first long prompt calibrates, unless there is a ``scorer``.
         config: budget and options; None: the defaults of `FasaConfig`.
         scorer: makes the scorer of a layer for another method than FASA; needs no profile.
+        estimator: with ``config.prefill == "blocks"``, estimates the attention between blocks of the prompt
+            (`fasa_flex.prefill.estimators`).
 
     Returns:
         a handle with ``stats`` and ``disable()``; also a context manager that disables at its end.
@@ -90,7 +94,7 @@ def enable(
         scorers = {
             layer: _placed(shard.scorer(scorer(layer)), model, layer, config) for layer in layers if layer not in dense
         }
-    return Fasa(model, config, scorers, dense, profile if prompt is None else prompt)
+    return Fasa(model, config, scorers, dense, profile if prompt is None else prompt, estimator)
 
 
 def _placed(

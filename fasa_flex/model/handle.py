@@ -26,6 +26,7 @@ from fasa_flex.model.forwards import Forwards
 from fasa_flex.model.layer import Layer
 from fasa_flex.model.shared import OfOneModel, Shared
 from fasa_flex.model.stats import FasaStats, read_share
+from fasa_flex.prefill.estimators import BlockEstimator, pooled
 
 
 class Fasa(OfOneModel):
@@ -46,6 +47,7 @@ class Fasa(OfOneModel):
         scorers: dict[int, Scorer | SequenceScorer],
         dense: dict[int, str],
         source: FasaProfile | PromptCalibration | None,
+        estimator: BlockEstimator = pooled,
     ) -> None:
         self.config = config
         self.dense_layers = dense
@@ -53,6 +55,7 @@ class Fasa(OfOneModel):
         source = source if isinstance(source, PromptCalibration) else None
         self._known = {} if source is not None else scorers
         self.completion = _completion_of(config, scorers)
+        _check_prefill(config, scorers)
         packing = packs(model) and config.per == "kv_head"
         self.packed_dtype = _packed_dtype_of(model, scorers) if packing else None
         self._model_name = type(model).__name__
@@ -72,7 +75,7 @@ class Fasa(OfOneModel):
             lambda: self.settings,
         )
         self._forwards = Forwards(lambda: self._seam.check(), maximum_positions(model))
-        shared = Shared(config, self.completion, packing, source, self._forwards, self.stats)
+        shared = Shared(config, self.completion, packing, source, self._forwards, self.stats, estimator)
         self._layers = {
             layer: Layer(
                 layer,
@@ -188,6 +191,20 @@ def _packed_dtype_of(model: PreTrainedModel, scorers: dict[int, Scorer | Sequenc
         if isinstance(scorer, DominantChunks):
             return scorer.dtype or str(model.dtype).removeprefix("torch.")
     return None
+
+
+def _check_prefill(config: FasaConfig, scorers: dict[int, Scorer | SequenceScorer]) -> None:
+    """Refuse a prefill by blocks with scorers that have no dominant chunks to estimate from.
+
+    Raises:
+        ValueError: ``config.prefill`` is "blocks" and a scorer is no `DominantChunks`.
+    """
+    others = [type(scorer).__name__ for scorer in scorers.values() if not isinstance(scorer, DominantChunks)]
+    if config.prefill == "blocks" and others:
+        raise ValueError(
+            f"prefill='blocks' estimates attention from the dominant chunks of a profile, which {others[0]} has not; "
+            "use prefill='dense'."
+        )
 
 
 def _completion_of(config: FasaConfig, scorers: dict[int, Scorer | SequenceScorer]) -> CompletionKind:
