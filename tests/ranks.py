@@ -90,6 +90,10 @@ def paper(room: Room) -> Any:
     return decoded(room.model(), room, room.profile(), FasaConfig.paper(n_fac=24))
 
 
+def sparse_prefill(room: Room) -> Any:
+    return decoded(room.model(), room, room.profile(), FasaConfig(n_fac=24, prefill="sparse"))
+
+
 def static_cache(room: Room) -> Any:
     options = {"cache_implementation": "static", "disable_compile": True}
     return decoded(room.model(), room, room.profile(), FasaConfig(n_fac=24), **options)
@@ -166,7 +170,18 @@ WORDS = "words.txt"
 CASES: dict[str, Callable[[Room], Any]] = {
     case.__name__: case
     for case in (
-        *(zero_setup, calibrated, head_budgets, pyramid, paper, static_cache, own_caches, log_likelihoods, baselines),
+        *(
+            zero_setup,
+            calibrated,
+            head_budgets,
+            pyramid,
+            paper,
+            sparse_prefill,
+            static_cache,
+            own_caches,
+            log_likelihoods,
+            baselines,
+        ),
         *(fused, learned_sinks, evaluated),
     )
 }
