@@ -94,6 +94,15 @@ def sparse_prefill(room: Room) -> Any:
     return decoded(room.model(), room, room.profile(), FasaConfig(n_fac=24, prefill="sparse"))
 
 
+def block_prefill(room: Room) -> Any:
+    """Four blocks of queries; how many blocks of keys they read differs between the heads."""
+    prompt = torch.randint(3, 64, (1, 480), generator=torch.Generator().manual_seed(7))
+    model, config = room.model(), FasaConfig(n_fac=24, prefill="blocks", prefill_share=1.0, prefill_mass=0.7)
+    with enable(model, room.profile(), config) as fasa:
+        tokens, logits = generate(model, prompt)
+        return {"tokens": tokens, "logits": logits, "stats": fasa.stats.as_dict(), "layers": fasa.stats.per_layer}
+
+
 def static_cache(room: Room) -> Any:
     options = {"cache_implementation": "static", "disable_compile": True}
     return decoded(room.model(), room, room.profile(), FasaConfig(n_fac=24), **options)
@@ -177,6 +186,7 @@ CASES: dict[str, Callable[[Room], Any]] = {
             pyramid,
             paper,
             sparse_prefill,
+            block_prefill,
             static_cache,
             own_caches,
             log_likelihoods,

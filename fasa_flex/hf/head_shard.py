@@ -103,6 +103,10 @@ class HeadShard:
         torch.distributed.all_gather(parts, sent, group=self._group)
         return torch.cat(parts, dim).to(part.device)
 
+    def total(self, counts: Tensor) -> Tensor:
+        """Sum counts of the ranks' heads, int64 [n], over the ranks; every rank must call it."""
+        return self.whole(counts[None]).sum(0)
+
     def agree(self, fact: bool) -> bool:
         """Whether ``fact`` holds on every rank, such as a file that each looks for; every rank must call it."""
         return bool(self.whole(torch.tensor([int(fact)])).all())
