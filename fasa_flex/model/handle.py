@@ -73,6 +73,7 @@ class Fasa(OfOneModel):
             {layer: read_share(each, model, config, packing, self.completion) for layer, each in scorers.items()},
             {layer: budget.heads for layer, budget in budgets.items()},
             lambda: self.settings,
+            shard.total,
         )
         self._forwards = Forwards(lambda: self._seam.check(), maximum_positions(model))
         shared = Shared(config, self.completion, packing, source, self._forwards, self.stats, estimator)
