@@ -39,6 +39,9 @@ from fasa_flex.hf.model_structure import attention_modules, dense_layers
 from fasa_flex.hf.probe import check_attention
 from fasa_flex.saving import replace_text
 
+SHARE = " --processes=1 --shard"
+"""The last arguments of a process that `share_documents` starts."""
+
 
 def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     """The options, also of `evals.quality.real_heads`."""
@@ -145,8 +148,10 @@ def run(options: argparse.Namespace) -> None:
     number, of = map(int, options.shard.split("/")) if options.shard else (0, 1)
     out = shard_file(options.out, number, of) if options.shard else options.out
     results = opened(out if out.exists() else options.out, loaded.settings, loaded.arms)
+    made = provenance(time.time())
     results |= {
-        **provenance(time.time()),
+        **made,
+        "command": made["command"].partition(SHARE)[0],
         "model": options.gguf_file or Path(options.pretrained).name,
         "device": torch.cuda.get_device_name() if loaded.device == "cuda" else "cpu",
         "seconds": results["seconds"],
@@ -175,8 +180,8 @@ def share_documents(options: argparse.Namespace) -> None:
         sys.exit("--processes needs --profile, a folder for the profile that all of them read.")
     begun, of = time.monotonic(), options.processes
     loaded = None if (options.profile / "config.json").exists() else Run(options)
-    command = [sys.executable, "-m", "evals.quality.real", *sys.argv[1:], "--processes=1"]
-    started = [subprocess.Popen([*command, f"--shard={number}/{of}"]) for number in range(of)]
+    command = [sys.executable, "-m", "evals.quality.real", *sys.argv[1:]]
+    started = [subprocess.Popen([*command, *f"{SHARE}={number}/{of}".split()]) for number in range(of)]
     loaded = loaded or Run(options)  # beside them
     failed = [process.args for process in started if process.wait()]
     files = [shard_file(options.out, i, of) for i in range(of)]

@@ -27,6 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from fasa_flex.hf.compatibility import cache_argument
+from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import attention_shape, device_of
 from fasa_flex.lm_eval.windows import Batch, Window, score
 from fasa_flex.model.handle import Fasa
@@ -60,13 +61,14 @@ class Limits:
         A part of p tokens needs masks and scores of p * T * 4 bytes, in a few copies (and for each query head where it
         is scored); the cache needs T * (bytes of a token).
         """
-        layers, heads, kv_heads, head_dim = attention_shape(model)
-        token = 2 * layers * kv_heads * head_dim * model.dtype.itemsize
+        layers, _, _, head_dim = attention_shape(model)
+        shard = HeadShard.of(model)
+        token = 2 * layers * shard.kv_heads * head_dim * model.dtype.itemsize
         logits = max(4, _LOGITS // model.config.get_text_config().vocab_size)
         return cls(
             whole=whole,
             part=min(4096, max(128, token // 32)),
-            rows=min(512, logits, max(16, token // (64 * heads))),
+            rows=min(512, logits, max(16, token // (64 * shard.query_heads))),
         )
 
 

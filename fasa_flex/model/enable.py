@@ -14,6 +14,7 @@ from fasa_flex.calibration.profile import FasaProfile, check_kinds
 from fasa_flex.calibration.profile_scorers import dominant_chunks
 from fasa_flex.core.config import FasaConfig
 from fasa_flex.core.scoring import DominantChunks, Scorer, SequenceScorer
+from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import attention_modules, check_supported, dense_layers, device_of
 from fasa_flex.hf.probe import check_attention
 from fasa_flex.hf.wrappers import unwrapped
@@ -83,8 +84,11 @@ def enable(
     layers = sorted(attention_modules(model))
     if not set(layers) - set(dense):
         warnings.warn(f"every layer of {type(model).__name__} stays dense ({dense}): nothing is sparse.", stacklevel=2)
+    shard = HeadShard.of(model)
     with torch.inference_mode(False):  # inference tensors could not be used outside it
-        scorers = {layer: _placed(scorer(layer), model, layer, config) for layer in layers if layer not in dense}
+        scorers = {
+            layer: _placed(shard.scorer(scorer(layer)), model, layer, config) for layer in layers if layer not in dense
+        }
     return Fasa(model, config, scorers, dense, profile if prompt is None else prompt, estimator)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from fasa_flex.caches.capacity import make_room
+from fasa_flex.caches.capacity import last_written, make_room, partly_written, take_back
 from fasa_flex.hf.boundary import Boundary
 from fasa_flex.hf.forward_checks import check_forward
 from fasa_flex.hf.generation import generating, reads_prompt
@@ -86,9 +86,15 @@ class Forwards:
             self._threads.add(threading.get_ident())
             now.reads_prompt = q_len == 1 and reads_prompt()
             now.boundary, now.nan_rows, now.grid = _boundaries.get(_NONE).get(id(self)), None, None
-        check_forward(batch, q_len, cache, layer, options, self.boundary, self._limit)
-        if cache is not None:
-            make_room(cache, q_len)
+        try:
+            check_forward(batch, q_len, cache, layer, options, self.boundary, self._limit)
+            if cache is not None:
+                make_room(cache, q_len)
+        except ValueError as error:
+            last = -1 if cache is None else last_written(cache, layer)
+            if cache is None or last < 0 or take_back(cache, last, q_len):
+                raise
+            raise partly_written(error, last) from error
 
     def visible(self, mask: Tensor | None, shape: Shape, device: torch.device, begins: bool) -> Visible:
         """Return the valid keys of a forward's queries; the layers of a decode step share one object.

@@ -20,6 +20,7 @@ from fasa_flex.core.criteria import Criterion
 from fasa_flex.core.layer_budgets import spread_budget
 from fasa_flex.core.scoring import DominantChunks, Scorer, SequenceScorer, estimates_logits
 from fasa_flex.hf.attention_routing import AttentionSeam, implementation_of
+from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import attention_modules, attention_shape, device_of, maximum_positions
 from fasa_flex.model.forwards import Forwards
 from fasa_flex.model.layer import Layer
@@ -60,7 +61,9 @@ class Fasa(OfOneModel):
         self._model_name = type(model).__name__
         modules = attention_modules(model)
         _, heads, kv_heads, _ = attention_shape(model)
-        budgets = spread_budget(config.budget, config.layer_budgets, sorted(scorers), kv_heads=kv_heads)
+        shard = HeadShard.of(model)
+        ranks = (shard.rank, shard.ranks)
+        budgets = spread_budget(config.budget, config.layer_budgets, sorted(scorers), kv_heads, ranks)
         devices = [device_of(modules.get(layer, model), model) for layer in range(max(modules) + 1)]
         if config.backend == "triton":
             for layer, scorer in scorers.items():

@@ -16,6 +16,7 @@ from fasa_flex.core.bytes_read import ReadShare, StatesReads
 from fasa_flex.core.config import Completion, FasaConfig
 from fasa_flex.core.packed_keys import packed_bytes
 from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import attention_shape
 
 
@@ -85,7 +86,8 @@ def read_share(
     """
     if not isinstance(scorer, StatesReads):
         return None
-    _, query_heads, kv_heads, head_dim = attention_shape(model)
+    head_dim, shard = attention_shape(model)[3], HeadShard.of(model)
+    query_heads, kv_heads = shard.query_heads, shard.kv_heads
     reads, keeps = scorer.reads(head_dim, query_heads, kv_heads), packs
     ranker, dtype = getattr(scorer, "ranker", scorer), dtype or model.dtype
     if isinstance(ranker, DominantChunks) and keeps:

@@ -244,7 +244,6 @@ def test_hf_never_reads_sparse_answers_nor_the_other_way_round(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"tp_plan": "auto"}, "tp_plan='auto' shards heads over processes"),
         ({"batch_size": "auto"}, "batch_size=auto probes memory with dense attention only"),
         ({"nfac": 16}, "knows no argument 'nfac'; did you mean 'n_fac'"),
         ({"budget": 16}, "knows no argument 'budget'; did you mean 'n_fac'"),
