@@ -23,6 +23,7 @@ from fasa_flex.hf.attention_routing import AttentionSeam, implementation_of
 from fasa_flex.hf.model_structure import attention_modules, attention_shape, device_of, maximum_positions
 from fasa_flex.model.forwards import Forwards
 from fasa_flex.model.layer import Layer
+from fasa_flex.model.paged_forwards import PagedForwards
 from fasa_flex.model.shared import OfOneModel, Shared
 from fasa_flex.model.stats import FasaStats, read_share
 
@@ -69,7 +70,10 @@ class Fasa(OfOneModel):
             lambda: self.settings,
         )
         self._forwards = Forwards(lambda: self._seam.check(), maximum_positions(model))
-        shared = Shared(config, self.completion, packing, source, self._forwards, self.stats)
+        self._paged = PagedForwards(
+            config.prefill == "sparse", lambda: [layer.scorer for layer in self._layers.values()]
+        )
+        shared = Shared(config, self.completion, packing, source, self._forwards, self.stats, self._paged)
         self._layers = {
             layer: Layer(
                 layer,
@@ -141,6 +145,7 @@ class Fasa(OfOneModel):
         self._seam.close()
         for hook in self._hooks:
             hook.remove()
+        self._paged.clear()
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value}" for name, value in self.settings.items())

@@ -9,6 +9,7 @@ from fasa_flex.calibration.from_prompt import PromptCalibration
 from fasa_flex.core.config import Completion as CompletionKind
 from fasa_flex.core.config import FasaConfig, GroupReduce
 from fasa_flex.model.forwards import Forwards
+from fasa_flex.model.paged_forwards import PagedForwards
 from fasa_flex.model.stats import FasaStats
 
 
@@ -23,6 +24,7 @@ class Shared:
         source: calibrates on a prompt; None: every layer has its scorer from the start.
         forwards: state of the current forward of each thread.
         stats: counts of queries and selected tokens.
+        paged: state of forwards of continuous batching.
     """
 
     config: FasaConfig
@@ -31,6 +33,7 @@ class Shared:
     source: PromptCalibration | None
     forwards: Forwards
     stats: FasaStats
+    paged: PagedForwards
 
     @property
     def group_reduce(self) -> GroupReduce:
