@@ -15,127 +15,32 @@ files are joined.
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import json
 import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from transformers import DynamicCache, PreTrainedModel
 
 from evals.quality.arms import provenance
-from evals.quality.real_arms import SETS, Arm, Lengths, Reach, arms_of
-from evals.quality.real_documents import Document, Documents, calibration_samples, read_text
+from evals.quality.real_arms import SETS, Lengths, Reach, arms_of
+from evals.quality.real_documents import Documents, calibration_samples, read_text
 from evals.quality.real_processes import Job, shard_file, shared
-from evals.quality.real_results import Results, joined, opened, summary
-from fasa_flex import FasaProfile, calibrate, enable
+from evals.quality.real_results import joined, opened, summary
+from evals.quality.real_scores import Evaluation
+from fasa_flex import FasaProfile, calibrate
 from fasa_flex.baselines import channel_weights
-from fasa_flex.hf.compatibility import cache_argument
 from fasa_flex.hf.loading import load_model
 from fasa_flex.hf.model_structure import attention_modules, dense_layers
 from fasa_flex.hf.probe import check_attention
-from fasa_flex.model.handle import Fasa
-from fasa_flex.model.stats import read_share
 from fasa_flex.saving import replace_text
 
-
-class Evaluation:
-    """A model, its profile and arms, and their scores.
-
-    Args:
-        model: the model.
-        profile: its profile.
-        arms: arms by name.
-        results: the results, updated by `score`.
-        lengths: lengths of all documents.
-        channels: channel weights of Double Sparsity.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        profile: FasaProfile,
-        arms: dict[str, Arm],
-        results: Results,
-        lengths: Lengths,
-        channels: Callable[[], Tensor],
-    ) -> None:
-        self.model, self.profile, self.arms, self.results, self.lengths = model, profile, arms, results, lengths
-        self._channels = channels
-
-    def lacks(self, kind: str, name: str) -> set[str]:
-        """The arms whose score of a document is missing; ``dense`` is included if any other is."""
-        length, number = map(int, name.split("/"))
-        wanted = {key for key, arm in self.arms.items() if arm.reaches(kind, length, number, self.lengths)}
-        return wanted - self.results[kind].get(name, {}).keys()
-
-    @torch.no_grad()
-    def score(self, documents: list[Document]) -> None:
-        """Score each document under its missing arms.
-
-        The score is nats a token of a window's tail, or 1 if a needle was found and else 0.
-        """
-        caches = {document[:2]: self._prefix(document) for document in documents}
-        for name, arm in self.arms.items():
-            todo = [document for document in documents if name in self.lacks(*document[:2])]
-            with self._enabled(arm) if todo else nullcontext() as fasa:
-                for document in todo:
-                    cache = caches[document[:2]]
-                    logits = self._whole(document, fasa) if arm.sees_prefix else self._tail(document, cache, fasa)
-                    score = _score(document, logits)
-                    self.results[document.kind].setdefault(document.name, {})[name] = score
-                    if fasa is not None:
-                        share = fasa.stats.kv_bytes_share
-                        self.results["bytes_read_share"][f"{name} @ {len(document.ids) // 100 * 100}"] = share
-                        fasa.stats.reset()
-
-    def _enabled(self, arm: Arm) -> AbstractContextManager[Fasa | None]:
-        if arm.config is None:
-            return nullcontext()
-        scorer = arm.scorer(self.profile, self._channels)
-        fasa = enable(self.model, self.profile, arm.config, scorer=scorer)
-        # bytes are counted for a 16-bit cache, also if another precision is evaluated
-        dtype, packs = torch.bfloat16, arm.config.per == "kv_head"
-        given = (self.model, arm.config, packs, fasa.completion, dtype)
-        fasa.stats._reads = {number: read_share(layer.scorer, *given) for number, layer in fasa._layers.items()}
-        return fasa
-
-    def _prefix(self, document: Document) -> DynamicCache:
-        cache = DynamicCache(config=self.model.config)
-        ids = document.ids[None, : document.prefix].to(self.model.device)
-        self.model(ids, logits_to_keep=1, **cache_argument(self.model, cache))
-        return cache
-
-    def _tail(self, document: Document, cache: DynamicCache, fasa: Fasa | None) -> Tensor:
-        """Logits of the scored tokens, decoded after the dense prefix."""
-        ids, prefix = document.ids[None].to(self.model.device), document.prefix
-        copied = cache_argument(self.model, copy.deepcopy(cache))
-        with nullcontext() if fasa is None else fasa.sparse_from(torch.tensor([prefix])):
-            kept: Tensor = self.model(ids[:, prefix:], logits_to_keep=document.scored + 1, **copied).logits[0, :-1]
-        return kept
-
-    def _whole(self, document: Document, fasa: Fasa | None) -> Tensor:
-        """Logits of the scored tokens from one forward, in which the method also sees the prefix's dense queries."""
-        assert fasa is not None
-        with fasa.sparse_from(torch.tensor([document.prefix])):
-            ids = document.ids[None].to(self.model.device)
-            kept: Tensor = self.model(ids, use_cache=False, logits_to_keep=document.scored + 1).logits[0, :-1]
-        return kept
-
-
-def _score(document: Document, logits: Tensor) -> float:
-    targets = document.ids[-document.scored :].to(logits.device)
-    if document.kind == "windows":
-        return cross_entropy(logits.float(), targets).item()
-    return float((logits.argmax(-1) == targets).all())
+SHARE = " --processes=1 --shard"
+"""The last arguments of a process that `share_documents` starts."""
 
 
 def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
@@ -243,8 +148,10 @@ def run(options: argparse.Namespace) -> None:
     number, of = map(int, options.shard.split("/")) if options.shard else (0, 1)
     out = shard_file(options.out, number, of) if options.shard else options.out
     results = opened(out if out.exists() else options.out, loaded.settings, loaded.arms)
+    made = provenance(time.time())
     results |= {
-        **provenance(time.time()),
+        **made,
+        "command": made["command"].partition(SHARE)[0],
         "model": options.gguf_file or Path(options.pretrained).name,
         "device": torch.cuda.get_device_name() if loaded.device == "cuda" else "cpu",
         "seconds": results["seconds"],
@@ -273,8 +180,8 @@ def share_documents(options: argparse.Namespace) -> None:
         sys.exit("--processes needs --profile, a folder for the profile that all of them read.")
     begun, of = time.monotonic(), options.processes
     loaded = None if (options.profile / "config.json").exists() else Run(options)
-    command = [sys.executable, "-m", "evals.quality.real", *sys.argv[1:], "--processes=1"]
-    started = [subprocess.Popen([*command, f"--shard={number}/{of}"]) for number in range(of)]
+    command = [sys.executable, "-m", "evals.quality.real", *sys.argv[1:]]
+    started = [subprocess.Popen([*command, *f"{SHARE}={number}/{of}".split()]) for number in range(of)]
     loaded = loaded or Run(options)  # beside them
     failed = [process.args for process in started if process.wait()]
     files = [shard_file(options.out, i, of) for i in range(of)]

@@ -2,9 +2,9 @@
 
 python -m evals.quality.real_page          # writes them between the markers of evals/study_real.md
 
-For every study NAME in `STUDIES` it reads evals/results/study_real/NAME.json and, if they exist, NAME_layers.json
-(``--arms layers``), NAME_heads.json and the profile NAME_profile. Rows, columns, sections and lines of a picture
-without measurements are left out.
+For every study NAME in `STUDIES` it reads evals/results/study_real/NAME.json and, if they exist, NAME_lengths.json
+(several ``--length``), NAME_layers.json (``--arms layers``), NAME_heads.json and the profile NAME_profile. Rows,
+columns, sections and lines of a picture without measurements are left out.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from evals.marked import fill
 from evals.quality.arms import RESULTS, ROOT
 from evals.quality.committed import markdown
 from evals.quality.real_arms import ALL, DEFAULTS
+from evals.quality.real_criteria import criteria
 from evals.quality.real_pictures import Point, draw_bytes, draw_criteria
 from evals.quality.real_results import Interval, Results, bytes_of, found, pairs, perplexity
+from fasa_flex import FasaProfile
 
 PAGE, FOLDER = ROOT / "evals" / "study_real.md", RESULTS / "study_real"
 STUDIES = {
@@ -136,10 +138,15 @@ def equal_bytes(results: Results) -> str:
 
 
 def needles(results: Results) -> str:
-    """Needles found by length, and over all lengths the difference of shares to dense attention."""
+    """Needles found by length, and over all lengths the difference of shares to dense attention.
+
+    Arms with fewer than half of the prompts are in `needles_at_tokens` only.
+    """
     lengths = sorted({int(name.split("/")[0]) for name in results["needles"]})
     lines = []
     for arm in results["arms"]:
+        if 2 * len(pairs(results, "needles", arm, "dense")) < len(results["needles"]):
+            continue
         cells = []
         for length in lengths:
             hits = [own for own, _ in pairs(results, "needles", arm, arm, length)]
@@ -147,6 +154,16 @@ def needles(results: Results) -> str:
         more = "" if arm == "dense" else shown(found(results, arm), 2, signed=True)
         lines.append([label_of(arm), *cells, more])
     return filled(["", *(f"{length} tokens" for length in lengths), "more than dense"], lines)
+
+
+def needles_at_tokens(results: Results) -> str:
+    """Difference to dense attention's share of found needles, at equal tokens; empty if there is only one method."""
+    lines = []
+    for label, form in METHODS.items():
+        arms = [arm_of(results, form, budget) for budget in BUDGETS]
+        lines.append([label, *("" if arm is None else shown(found(results, arm), 2, signed=True) for arm in arms)])
+    measured = sum(any(cells) for _, *cells in lines)
+    return filled(["more than dense", *map(str, BUDGETS)], lines) if measured > len(ALL) else ""
 
 
 def completions(results: Results) -> str:
@@ -209,12 +226,20 @@ SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "At the same tokens": ("", tokens),
     "At the same bytes": ("", equal_bytes),
     "Needles": ("", needles),
+    "Needles at the same tokens": ("", needles_at_tokens),
     "Completion on every ranking, 128 tokens": ("", completions),
-    "Length of the context": ("", lengths),
+    "Length of the context": ("_lengths", lengths),
+    "Needles in longer contexts": ("_lengths", needles),
     "One sparse layer at a time": ("_layers", layers),
     "Heads": ("_heads", heads),
 }
 """Sections: heading, suffix of the result file, and function of the table."""
+
+
+def profile_of(study: str) -> FasaProfile | None:
+    """The profile of a study; None if there is none."""
+    folder = FOLDER / f"{study}_profile"
+    return FasaProfile.from_pretrained(folder) if folder.exists() else None
 
 
 def table(study: str, heading: str) -> str:
@@ -227,6 +252,9 @@ def table(study: str, heading: str) -> str:
 def sections(study: str) -> str:
     """A study's headings and tables; empty if nothing was measured."""
     parts = [f"### {heading}\n\n{text}" for heading in SECTIONS if (text := table(study, heading))]
+    profile = profile_of(study)
+    if profile is not None and parts:
+        parts.append(f"### Chunks by agreement and by variance\n\n{criteria(profile)}")
     return "\n\n".join([f"## {STUDIES[study]}", *parts]) if parts else ""
 
 
@@ -248,8 +276,6 @@ def points(results: Results) -> dict[str, list[Point]]:
 
 def draw(folder: Path = FOLDER) -> list[Path]:
     """Draw the pictures of all results that exist; returns their files."""
-    from fasa_flex import FasaProfile
-
     drawn = []
     known = {name: results for name in STUDIES if (results := read(name)) is not None}
     if known:
@@ -258,10 +284,10 @@ def draw(folder: Path = FOLDER) -> list[Path]:
         drawn.append(folder / "bytes.png")
         figure.savefig(drawn[-1], dpi=110)
     for name, title in STUDIES.items():
-        profile = folder / f"{name}_profile"
-        if profile.exists():
+        profile = profile_of(name)
+        if profile is not None:
             drawn.append(folder / f"{name}_criteria.png")
-            draw_criteria(FasaProfile.from_pretrained(profile), title).savefig(drawn[-1], dpi=110)
+            draw_criteria(profile, title).savefig(drawn[-1], dpi=110)
     return drawn
 
 

@@ -37,8 +37,8 @@ def _holds(own: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
 
 
 def joined(parts: Sequence[Results]) -> Results:
-    """Join the results of several processes with the same settings."""
-    whole = dict(parts[0])
+    """Join results with the same settings; command, date and machine are the last one's."""
+    whole = dict(parts[-1])
     for kind in ("windows", "needles"):
         of_kind: dict[str, dict[str, float]] = {}
         for part in parts:

@@ -137,7 +137,9 @@ def test_arms_of_all_kinds_run_and_methods_that_evict_see_the_prefix(run: Run, m
     """A method that evicts and keeps everything is dense, and one that was shown the tail alone would not run."""
     seen = []
     whole = real.Evaluation._whole
-    monkeypatch.setattr(real.Evaluation, "_whole", lambda *given: seen.append(given[1].name) or whole(*given))
+    monkeypatch.setattr(
+        real.Evaluation, "_whole", lambda *given: seen.extend(document.name for document in given[1]) or whole(*given)
+    )
     names = ["snapkv 0.99 n_sink=0 n_recent=0", "h2o 64 published", "quest 64 published"]
     names += ["double_sparsity 64 published", "sparq 64 published", "sparq 64 n_tip=0.5 published"]
     names += ["vattention 64 n_recent=4", "vattention 64 n_recent=4 sample=0.25", "vattention_oracle 64 n_recent=4"]
@@ -232,3 +234,15 @@ def test_an_arm_of_other_options_is_not_taken_for_the_same(tmp_path: Path) -> No
     assert real_results.opened(path, {}, arms)["arms"].keys() == {"dense", "vattention 64"}
     with pytest.raises(SystemExit, match="other options or defaults"):
         real_results.opened(path, {}, {"vattention 64": arms["vattention 64"]._replace(sample=0.25)})
+
+
+@pytest.mark.slow
+def test_documents_measured_together_have_their_own_scores(run: Run, tmp_path: Path) -> None:
+    """A method that evicts runs documents of equal shape in one forward, and none sees another."""
+    arms = ("snapkv 64 published", "h2o 64 published", "rkv 64 published")
+    together = run(*arms, windows=2, prompts=0, together=2)
+    (tmp_path / "results.json").unlink()
+    alone = run(*arms, windows=2, prompts=0, together=1)
+    assert together["windows"].keys() == {"300/0", "300/1"}
+    for name, scores in together["windows"].items():
+        assert scores == pytest.approx(alone["windows"][name], abs=1e-5)
