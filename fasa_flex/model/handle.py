@@ -116,6 +116,11 @@ class Fasa(OfOneModel):
         """Criterion, packed dtype and completion in use, with every None of the config resolved."""
         return {name: getattr(self, name) for name in ("criterion", "packed_dtype", "completion")}
 
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of packed keys beside the paged caches of continuous batching; 0 without a manager that runs."""
+        return self._paged.n_bytes
+
     def recalibrate(self) -> None:
         """Discard the chunks measured on a prompt; all attention is dense until the next long prompt.
 

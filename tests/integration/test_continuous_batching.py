@@ -269,7 +269,7 @@ def test_packed_pages_take_at_most_a_quarter_of_the_keys(
         answers(manager, prompts_of(ids))
         heads, dim = llama.config.num_key_value_heads, llama.config.head_dim
         keys = 2 * 60 * 16 * heads * dim * 4  # two sparse layers in float32
-        assert 0 < fasa._paged.n_bytes <= keys / 4
+        assert 0 < fasa.packed_bytes <= keys / 4
 
 
 def test_methods_that_follow_sequences_are_refused(llama: PreTrainedModel, ids: Ids) -> None:
