@@ -86,7 +86,7 @@ def measure(
     for turn in range(min(ROUNDS, settings.repeats)):
         for name in sorted(ways, reverse=bool(turn % 2)):
             with ways[name]() as handle:
-                run = _answer(model, asked, page, blocks, settings.device)
+                run = _answer(model, asked, page, blocks, settings.device, tables=handle is not None)
                 if handle is not None:
                     run |= {"sparse_queries": handle.stats.sparse_queries, "dense_queries": handle.stats.dense_queries}
             runs[name].append(run)
@@ -112,9 +112,22 @@ def measure(
 
 
 def _answer(
-    model: PreTrainedModel, asked: Sequence[tuple[list[int], int]], page: int, blocks: int, device: torch.device
+    model: PreTrainedModel,
+    asked: Sequence[tuple[list[int], int]],
+    page: int,
+    blocks: int,
+    device: torch.device,
+    tables: bool = False,
 ) -> dict[str, Any]:
     """Answer all requests by one manager; returns what `_summary` summarises.
+
+    Args:
+        model: the model.
+        asked: prompts and numbers of new tokens.
+        page: tokens of a block.
+        blocks: blocks of the cache.
+        device: the model's.
+        tables: whether decoding reads tables of blocks instead of an index for every cached token.
 
     Raises:
         RuntimeError: a request failed.
@@ -125,9 +138,12 @@ def _answer(
     generation = GenerationConfig(do_sample=False, eos_token_id=-1)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with model.continuous_batching_context_manager(
-        generation_config=generation, continuous_batching_config=batching
-    ) as manager:
+    manager = model.init_continuous_batching(generation_config=generation, continuous_batching_config=batching)
+    if tables:  # otherwise transformers makes them for flash attention alone
+        longest = max(len(prompt) + new for prompt, new in asked)
+        manager.continuous_batching_config.max_blocks_per_request = -(-longest // page) + 1
+    manager.start()
+    try:
         begun = time.perf_counter()
         for number, (prompt, new) in enumerate(asked):
             manager.add_request(prompt, request_id=str(number), max_new_tokens=new, record_timestamps=True)
@@ -139,6 +155,8 @@ def _answer(
             if result.is_finished():
                 results[result.request_id] = result
         seconds = time.perf_counter() - begun
+    finally:
+        manager.stop(block=True)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     times = [[at - begun for at in each.timestamps] for each in results.values()]
     return {"seconds": seconds, "peak_bytes": peak, "times": times}

@@ -70,7 +70,7 @@ class AttentionSeam:
         self._routes: list[tuple[weakref.ref[nn.Module], functools.partial[AttentionResult]]] = []
         for layer, module in by_layer.items():
             config: PreTrainedConfig = own_config(module) or model.config
-            former = _unpaged(config)
+            former = str(_implementation(config))
             if former not in IMPLEMENTATIONS:
                 raise ValueError(
                     f"the model's attention implementation is {former!r}; "
@@ -194,12 +194,7 @@ def _of_thread(thread: int, route: functools.partial[AttentionResult]) -> functo
 
 def implementation_of(model: PreTrainedModel, module: nn.Module) -> str:
     """Name of the attention implementation that an attention module uses without FASA, such as "sdpa"."""
-    return _unpaged(own_config(module) or model.config)
-
-
-def _unpaged(config: PreTrainedConfig) -> str:
-    """Read the name in this config; a manager of continuous batching that runs may have set "paged|" before it."""
-    return str(_implementation(config)).removeprefix("paged|")
+    return str(_implementation(own_config(module) or model.config))
 
 
 def _implementation(config: PreTrainedConfig) -> str | None:

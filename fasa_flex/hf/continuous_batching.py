@@ -128,6 +128,11 @@ def is_written(options: dict[str, Any]) -> bool:
     return "cache" not in options and options.get("block_table") is None
 
 
+def reads_pages(module: nn.Module, options: dict[str, Any]) -> bool:
+    """Whether `attention_now` reads the keys of these arguments; with a block table only flash attention does."""
+    return options.get("block_table") is None or "flash" in own_config(module)._attn_implementation
+
+
 def attention_now(module: nn.Module) -> DenseAttention:
     """Return the attention function that the model's own config names now; a manager may have changed the name."""
     lookup = attention_lookup(module)

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -116,6 +117,13 @@ class PagedForward:
         """The request with the longest prompt among those that end their prompt in several tokens; None: none does."""
         ending = [each for each in self.requests if each.end == each.prompt and each.new > 1]
         return max(ending, key=lambda each: each.end, default=None)
+
+    @cached_property
+    def every(self) -> Group:
+        """All requests of a forward in which each has one new token."""
+        group = Group.of(self.requests, self._device)
+        assert group is not None
+        return group
 
     def plan(self, pages: Pages) -> Plan:
         """What the forward does beside these pages; the layers of a group share it."""

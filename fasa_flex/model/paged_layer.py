@@ -23,6 +23,7 @@ from fasa_flex.hf.continuous_batching import (
     attention_now,
     is_written,
     pages_of,
+    reads_pages,
     writes_alone,
 )
 from fasa_flex.hf.forward_checks import scaling_of, softmax_of
@@ -91,7 +92,8 @@ class PagedLayer(OfOneModel):
         ``key`` and ``value`` hold the new tokens in a layer that may be sparse.
         """
         scorer, forward = self._scorer(), self._forwards.now
-        if scorer is None or self._budget is None:
+        stays_dense = scorer is None or self._budget is None
+        if stays_dense and reads_pages(module, options):
             result = attention_now(module)(module, query, key, value, attention_mask, **options)
             self._stats.add(self._number, forward.tally())
             self._measure(query, forward, options)
@@ -102,21 +104,21 @@ class PagedLayer(OfOneModel):
             rows = plan.new.rows(pages.stride)
             for states, new in ((pages.keys, key), (pages.values, value)):
                 states[rows] = new[0, :, :count].transpose(0, 1)
+        out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
+        if stays_dense or self._budget is None:
+            self._stats.add(self._number, forward.tally())
+            out[0, forward.every.tokens] = self._short(dense, module, query, forward.every, pages, options)
+            return out, None
         packer = scorer if self._packs and isinstance(scorer, DominantChunks) else None
         beside = self._forwards.beside(forward.cache, self._number, pages, packer, self._completing)
         beside.advance(pages, plan, key[0, :, :count].transpose(0, 1), forward.slots(pages))
         parts = forward.parts(self._budget)
         self._stats.add(self._number, forward.tally(self._budget, parts.sparse))
-        out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
         softmax = softmax_of(module, query, options, self._implementation)
         if parts.decoding:
             out[0, parts.decoding.tokens] = self._decode(query, parts.decoding, pages, beside, forward, softmax)
-        if parts.short:  # the budget covers their keys
-            short = parts.short
-            table, valid = forward.table(pages, short.requests), short.valid
-            keys, values = (whole_rows(states, table, pages, valid) for states in (pages.keys, pages.values))
-            queries = query[0, :, short.tokens].transpose(0, 1)[:, :, None]
-            out[0, short.tokens] = attend_alone(dense, module, queries, keys, values, options, valid[:, 0])[:, 0]
+        if parts.short:
+            out[0, parts.short.tokens] = self._short(dense, module, query, parts.short, pages, options)
         for request in parts.alone:
             keys, values = self._states_of(request, key, value, pages)
             queries = query[:, :, request.tokens]
@@ -130,6 +132,21 @@ class PagedLayer(OfOneModel):
     def _completing(self) -> bool | None:
         """Whether states hold the covariance; None: there are no states."""
         return self._strength != 0.0 if self._completes and self._packs else None
+
+    def _short(
+        self,
+        dense: DenseAttention,
+        module: nn.Module,
+        query: Tensor,
+        group: Group,
+        pages: Pages,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Dense attention [B, Hq, Dv] of one token for each of B requests, over all of their keys."""
+        table, valid = self._forwards.now.table(pages, group.requests), group.valid
+        keys, values = (whole_rows(states, table, pages, valid) for states in (pages.keys, pages.values))
+        queries = query[0, :, group.tokens].transpose(0, 1)[:, :, None]
+        return attend_alone(dense, module, queries, keys, values, options, valid[:, 0])[:, 0]
 
     def _decode(
         self, query: Tensor, group: Group, pages: Pages, beside: Beside, forward: PagedForward, softmax: Softmax
