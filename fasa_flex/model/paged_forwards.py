@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,60 +16,10 @@ from fasa_flex.core.budget import Budget
 from fasa_flex.core.scoring import DominantChunks, SequenceScorer
 from fasa_flex.errors import NotSupportedError
 from fasa_flex.hf.continuous_batching import Pages, Request, requests_of_forward
+from fasa_flex.model.paged_parts import Group, Parts
 from fasa_flex.model.stats import tally
 from fasa_flex.paged.book import Book, Plan
 from fasa_flex.paged.pages import PackedPages, States
-
-
-class Group(NamedTuple):
-    """Requests with one new token each, which are computed together.
-
-    Attributes:
-        requests: B requests; an empty tuple counts as False.
-        tokens: int64 [B], the places of their tokens in the packed row.
-        lengths: int64 [B], number of keys of each.
-        valid: bool [B, 1, 1, 1, T], the keys of each, for the longest's T.
-    """
-
-    requests: Sequence[Request]
-    tokens: Tensor
-    lengths: Tensor
-    valid: Tensor
-
-    @classmethod
-    def of(cls, requests: Sequence[Request], device: torch.device) -> Group | None:
-        """Make a group; None without requests."""
-        if not requests:
-            return None
-        tokens, lengths = torch.tensor([[each.start, each.end] for each in requests]).to(device).unbind(1)
-        longest = max(each.end for each in requests)
-        return cls(requests, tokens, lengths, _valid(lengths, longest))
-
-    def valid_to(self, kv_len: int) -> Tensor:
-        """`valid` for ``kv_len`` keys: bool [B, 1, 1, 1, T]."""
-        return _valid(self.lengths, kv_len)
-
-
-def _valid(lengths: Tensor, kv_len: int) -> Tensor:
-    return (torch.arange(kv_len, device=lengths.device) < lengths[:, None])[:, None, None, None]
-
-
-class Parts(NamedTuple):
-    """How the tokens of a forward attend under one budget.
-
-    Attributes:
-        decoding: requests whose one token is sparse; None: there are none.
-        short: requests with one token whose keys the budget covers; None: there are none.
-        alone: other requests: parts of prompts, and generated tokens that are computed again.
-        mixed: those of ``alone`` with a sparse token.
-        sparse: bool [1, N], the tokens that attend to a selection.
-    """
-
-    decoding: Group | None
-    short: Group | None
-    alone: list[Request]
-    mixed: list[Request]
-    sparse: Tensor
 
 
 class PagedForward:

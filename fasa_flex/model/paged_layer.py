@@ -27,7 +27,8 @@ from fasa_flex.hf.continuous_batching import (
     writes_alone,
 )
 from fasa_flex.hf.forward_checks import scaling_of, softmax_of
-from fasa_flex.model.paged_forwards import Beside, Group, PagedForward, PagedForwards
+from fasa_flex.model.paged_forwards import Beside, PagedForward, PagedForwards
+from fasa_flex.model.paged_parts import Group
 from fasa_flex.model.several_queries import in_parts, merged
 from fasa_flex.model.shared import OfOneModel, Shared
 from fasa_flex.paged.attention import attend_pages, whole_rows
@@ -143,7 +144,7 @@ class PagedLayer(OfOneModel):
         options: dict[str, Any],
     ) -> Tensor:
         """Dense attention [B, Hq, Dv] of one token for each of B requests, over all of their keys."""
-        table, valid = self._forwards.now.table(pages, group.requests), group.valid
+        table, valid = self._forwards.now.table(pages, group.requests), group.valid()
         keys, values = (whole_rows(states, table, pages, valid) for states in (pages.keys, pages.values))
         queries = query[0, :, group.tokens].transpose(0, 1)[:, :, None]
         return attend_alone(dense, module, queries, keys, values, options, valid[:, 0])[:, 0]
@@ -156,34 +157,29 @@ class PagedLayer(OfOneModel):
         queries = query[0, :, group.tokens].transpose(0, 1)[:, :, None]
         scorer: Any = self._scorer()
         batch, heads = len(group.requests), pages.keys.shape[1]
-        completion = Completion(self._strength, None, getattr(scorer, "completes_by_all", False))
+        completion = self._completion(scorer)
         assert budget is not None
         if beside.packed is not None:
             if beside.states is not None:
                 completion = Completion(self._strength, beside.states.of(forward.state_slots(pages, group.requests)))
-            packed, valid = beside.packed.of(table), group.valid_to(table.shape[1] * pages.page)
+            packed, valid = beside.packed.of(table), group.valid(table.shape[1] * pages.page)
             key, value = (
                 query.new_empty(states.shape[2]).expand(batch, heads, valid.shape[-1], -1)
                 for states in (pages.keys, pages.values)
             )
         else:
-            packed, valid = None, group.valid
+            packed, valid = None, group.valid()
             key, value = (whole_rows(states, table, pages, valid) for states in (pages.keys, pages.values))
-        call = Call(
-            queries,
-            key,
-            value,
-            scorer,
-            valid,
-            budget,
-            self._group_reduce,
-            softmax,
-            packed,
-            completion=completion if self._completes else None,
-        )
+        marks = group.marks(valid.shape[-1], budget, self._group_reduce == "softmax" or self._completes)
+        settings = (budget, self._group_reduce, softmax, packed, None, marks, completion)
+        call = Call(queries, key, value, scorer, valid, *settings)
         if packed is None:
             return sparse_attention(call, self._backend)[:, :, 0]
         return attend_pages(call, pages, table, self._backend)[:, :, 0]
+
+    def _completion(self, scorer: Any) -> Completion | None:
+        """The completion of calls that read all keys and values; None: there is none."""
+        return Completion(self._strength, None, getattr(scorer, "completes_by_all", False)) if self._completes else None
 
     def _states_of(self, request: Request, key: Tensor, value: Tensor, pages: Pages) -> tuple[Tensor, Tensor]:
         """All keys and values of one request, float [1, Hkv, T, D]."""
@@ -199,20 +195,11 @@ class PagedLayer(OfOneModel):
         """Attention [1, Q, Hq, Dv] of one request's tokens, some of which were generated and are computed again."""
         scorer: Any = self._scorer()
         first = int(sparse[0].int().argmax())
-        valid = valid_keys(query.shape[2], key.shape[2], None, query.device)
-        completion = Completion(self._strength, None, getattr(scorer, "completes_by_all", False))
+        valid = valid_keys(query.shape[2], key.shape[2], None, query.device)[:, :, :, first:]
+        completion = self._completion(scorer)
         assert self._budget is not None
-        call = Call(
-            query[:, :, first:],
-            key,
-            value,
-            scorer,
-            valid[:, :, :, first:],
-            self._budget,
-            self._group_reduce,
-            softmax,
-            completion=completion if self._completes else None,
-        )
+        call = Call(query[:, :, first:], key, value, scorer, valid, self._budget, self._group_reduce, softmax)
+        call.completion = completion
         backend = "auto" if self._backend == "triton" else self._backend  # it decodes one query a row
         return merged((dense, None), in_parts(call, backend), None, sparse, first)[0]
 

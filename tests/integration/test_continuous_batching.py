@@ -276,7 +276,7 @@ def test_a_manager_that_runs_when_fasa_is_enabled(llama: PreTrainedModel, profil
     ) as manager:
         (dense,) = answers(manager, [prompt])
         if llama.config._attn_implementation == "paged|sdpa":
-            with pytest.raises(ValueError, match="implementation is 'paged|sdpa'"):
+            with pytest.raises(ValueError, match=r"implementation is 'paged\|sdpa'"):
                 enable(llama, profile, SMALL)
             return
         with enable(llama, profile, SMALL) as fasa:
