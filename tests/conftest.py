@@ -10,7 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; Triton asks when
 
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, Family, tiny
+from families import FAMILIES, VOCABULARY, Family, tiny, word_tokenizer
 from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerFast
@@ -69,13 +69,7 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Words "w3" ... "w63" with their own numbers as ids; 0 pads, 1 begins, 2 is unknown."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {"<pad>": 0, "<s>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", unk_token="<unk>")
+    return word_tokenizer()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 LAYERS, HEADS, KV_HEADS, VOCABULARY, POSITIONS = 3, 4, 2, 64, 512
 WINDOW = 16
@@ -161,14 +161,20 @@ FAMILIES = {
 
 
 def tiny(name: str, seed: int = 0, **changes: object) -> PreTrainedModel:
-    """A random model of the family, float32, with weights large enough that attention is far from uniform."""
+    """A random model, float32, with weights large enough that attention is far from uniform.
+
+    Args:
+        name: of a family, or the prefix of another one's classes.
+        seed: of the weights.
+        changes: fields of the config.
+    """
     torch.manual_seed(seed)
     if name == "GPT2":
         config = transformers.GPT2Config(
             vocab_size=VOCABULARY, n_embd=64, n_layer=LAYERS, n_head=HEADS, n_positions=POSITIONS, eos_token_id=None
         )
         return transformers.GPT2LMHeadModel(config).eval()
-    family = FAMILIES[name]
+    family = FAMILIES.get(name) or Family(name)
     common: dict[str, object] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -197,3 +203,13 @@ def tiny(name: str, seed: int = 0, **changes: object) -> PreTrainedModel:
         if name_.endswith("sinks"):
             parameter.data.normal_(generator=torch.Generator().manual_seed(seed))
     return model
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Words "w3" ... "w63" with their own numbers as ids; 0 pads, 1 begins, 2 is unknown."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    numbers = {"<pad>": 0, "<s>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    backend = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", unk_token="<unk>")

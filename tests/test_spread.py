@@ -216,3 +216,18 @@ def test_the_kernels_refuse_budgets_of_heads_and_auto_does_without_them() -> Non
     torch.testing.assert_close(attend("auto", 40), attend("reference", 40))
     with pytest.raises(ValueError, match="backend 'triton' cannot serve this call"):
         attend("triton", 40)
+
+
+def test_a_shard_of_budgets_is_the_rank_s_own_and_decides_with_all() -> None:
+    whole = Budget((8, 24, 16, 16), n_sink=2)
+    n_valid = torch.tensor([[4, 12, 30]])
+    parts = [Budget((8, 24, 16, 16), n_sink=2, shard=(rank, 2)) for rank in range(2)]
+    own = torch.cat([part.of(n_valid[:, None, None]) for part in parts], dim=1)
+    assert own.equal(whole.of(n_valid[:, None, None]))
+    for part in parts:
+        assert part.total(n_valid).equal(whole.total(n_valid))
+        assert part.exceeded(n_valid).equal(whole.exceeded(n_valid))
+        assert (part.heads, part.widest(100), part.covers(8)) == (4, 24, True)
+    assert [parts[1].of_head(head).n_fac for head in range(2)] == [16, 16]
+    spread = spread_budget(FasaConfig(n_fac=16).budget, ((1, 3), (1, 1)), [0, 1], 2, (1, 2))
+    assert spread[0].of(torch.tensor([[[[100]]]])).shape == (1, 1, 1, 1)

@@ -108,7 +108,8 @@ def mixed_lengths(model: PreTrainedModel) -> Result:
 
 def assisted(model: PreTrainedModel) -> Result:
     """A draft model proposes, the model verifies several tokens in one forward, and the cache is cropped."""
-    return generate(model, prompts(rows=1), assistant_model=tiny("Llama", seed=3))
+    vocabulary = model.config.get_text_config().vocab_size
+    return generate(model, prompts(rows=1), assistant_model=tiny("Llama", seed=3, vocab_size=vocabulary))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ VALUES = {
     "calibration_source": "`facts`, the path of a text file",
     "profile_cache": "a folder",
     "batch_size": "1 and more",
-    "tp_plan": "none",
     "n_tip": "chunks (`16`), a share of them (`0.5`)",
     "n_fac": "tokens (`256`), a share of the keys (`0.1`)",
     "n_sink": "tokens",

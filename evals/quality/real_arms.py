@@ -4,22 +4,58 @@ A name is ``METHOD BUDGET key=value ...``, such as ``oracle 128 completion=none`
 `fasa_flex.FasaConfig` have its defaults, so that methods differ in their ranking only; with the word ``published`` they
 are those of the method's paper (`fasa_flex.baselines.as_published`). ``only=5`` keeps all other layers dense. For
 ``vattention``, ``sample=0.25`` draws a quarter of the budget at random; ``vattention_oracle`` ranks by exact scores.
+``blocks=0.2`` prefills by blocks at this share, with an ``estimator=`` of `ESTIMATORS`; ``fasa 1.0 blocks=0.2`` then
+decodes densely.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fasa_flex import FasaConfig, FasaProfile
 from fasa_flex.baselines import AllDimensions, Sampled, as_published, scorer_factory, unheard
 from fasa_flex.calibration.profile_scorers import dominant_chunks
 from fasa_flex.core.scoring import Scorer, SequenceScorer
+from fasa_flex.prefill.estimators import BlockEstimator, Blocks, antidiagonal, oracle, pooled, strided
 
 Factory = Callable[[int], Scorer | SequenceScorer]
+
+
+def window(blocks: Blocks) -> Tensor:
+    """The nearest blocks; the first one is taken in any case."""
+    grid = blocks.grid
+    behind = grid.diagonal[:, :, None] - torch.arange(grid.n_keys, device=grid.first.device)
+    shape = (len(blocks.query), len(blocks.scorer.dims), 1, grid.n_queries, grid.n_keys)
+    return (1.0 / (1.0 + behind.clamp(min=0)))[:, None, None].expand(shape)
+
+
+def random_blocks(blocks: Blocks) -> Tensor:
+    """Blocks at random, others in every layer and head, the same in every run."""
+    shape = (len(blocks.query), len(blocks.scorer.dims), 1, blocks.grid.n_queries, blocks.grid.n_keys)
+    seed = int(blocks.scorer.dims.sum())
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).to(blocks.query.device)
+
+
+ESTIMATORS: dict[str, BlockEstimator] = {
+    "pooled": pooled,
+    "pooled_8": partial(pooled, size=8),
+    "pooled_32": partial(pooled, size=32),
+    "pooled_by_head": partial(pooled, by_head=True),
+    "pooled_strongest": partial(pooled, strongest=True),
+    "strided": strided,
+    "antidiagonal": antidiagonal,
+    "oracle": oracle,
+    "oracle_strongest": partial(oracle, strongest=True),
+    "window": window,
+    "random": random_blocks,
+}
+"""Estimators by name; `pooled` is the default of `enable`."""
 
 
 class Reach(NamedTuple):
@@ -58,6 +94,7 @@ class Arm(NamedTuple):
     n_tip: int | float | None = None
     reach: Reach = Reach()
     sample: float = 0.5
+    estimator: str = "pooled"
 
     def record(self) -> dict[str, Any] | None:
         """Everything that decides the arm's scores, JSON-ready."""
@@ -66,6 +103,8 @@ class Arm(NamedTuple):
         own = {"method": self.method, "config": json.loads(json.dumps(self.config.to_dict()))}
         if self.n_tip is not None and self.method != "fasa":
             own["n_tip"] = self.n_tip
+        if self.config.prefill == "blocks":
+            own["estimator"] = self.estimator
         return {**own, "sample": self.sample} if self.method.startswith("vattention") else own
 
     def reaches(self, kind: str, length: int, number: int, lengths: Lengths) -> bool:
@@ -81,8 +120,13 @@ class Arm(NamedTuple):
 
     @property
     def sees_prefix(self) -> bool:
-        """Whether the method has to see the prefix too, since it decides which keys are evicted."""
-        return self.method in ("snapkv", "h2o", "rkv")
+        """Whether the method has to see the prefix, since it evicts keys there, or prefills it by blocks."""
+        return self.method in ("snapkv", "h2o", "rkv") or self.prefills
+
+    @property
+    def prefills(self) -> bool:
+        """Whether the prefix is prefilled by blocks."""
+        return self.config is not None and self.config.prefill == "blocks"
 
     def scorer(self, profile: FasaProfile, channels: Callable[[], Tensor]) -> Factory | None:
         """`enable`'s scorer; None for FASA."""
@@ -131,13 +175,19 @@ def arms_of(
             if key == "only":
                 fields["dense_layers"] = tuple(layer for layer in layers if layer != int(value))
                 continue
+            if key == "blocks":
+                fields |= {"prefill": "blocks", "prefill_share": float(value)}
+                continue
             try:
                 fields[key] = json.loads(value)
             except json.JSONDecodeError:
                 fields[key] = value
-        sample = fields.pop("sample", 0.5)
+        sample, estimator = fields.pop("sample", 0.5), fields.pop("estimator", "pooled")
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"{name!r} names no estimator; write estimator={', '.join(ESTIMATORS)}.")
         config = FasaConfig.paper(**fields) if method == "paper" else FasaConfig(**fields)
-        arms[name] = Arm(config, "fasa" if method == "paper" else method, fields.get("n_tip"), reach, sample)
+        method = "fasa" if method == "paper" else method
+        arms[name] = Arm(config, method, fields.get("n_tip"), reach, sample, estimator)
     return arms
 
 
@@ -215,10 +265,23 @@ def by_layer(layers: Iterable[int]) -> dict[str, Reach]:
     return {f"{arm} only={layer}": reach for arm in arms for layer in layers}
 
 
+def prefills(layers: Iterable[int]) -> dict[str, Reach]:
+    """Prefills by blocks: shares with sparse and with dense decoding, and other choices of blocks at these shares."""
+    shares = (0.1, 0.2, 0.3, 0.5)
+    names = [f"fasa {decode} blocks={share}" for decode in ("1.0", "256") for share in shares]
+    names += ["fasa 256", "fasa 1.0 blocks=1.0 prefill_mass=0.9", "fasa 1.0 blocks=1.0 prefill_mass=0.95"]
+    for kind in ("oracle", "window", "random", "pooled_strongest", "pooled_by_head"):
+        names += [f"fasa 1.0 blocks={share} estimator={kind}" for share in shares]
+    for kind in ("strided", "antidiagonal", "pooled_32", "pooled_8", "oracle_strongest"):
+        names += [f"fasa 1.0 blocks={share} estimator={kind}" for share in (0.2, 0.3)]
+    return dict.fromkeys(names, FEW)
+
+
 SETS: dict[str, Callable[[Iterable[int]], dict[str, Reach]]] = {
     "study": study,
     "evicting": evicting,
     "defaults": defaults,
     "grid": grid,
     "layers": by_layer,
+    "prefill": prefills,
 }

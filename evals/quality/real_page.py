@@ -137,16 +137,19 @@ def equal_bytes(results: Results) -> str:
     return filled(head, lines)
 
 
+def has_few_prompts(results: Results, arm: str) -> bool:
+    """Whether an arm was measured on fewer than half of the prompts."""
+    return 2 * len(pairs(results, "needles", arm, "dense")) < len(results["needles"])
+
+
 def needles(results: Results) -> str:
     """Needles found by length, and over all lengths the difference of shares to dense attention.
 
-    Arms with fewer than half of the prompts are in `needles_at_tokens` only.
+    Arms with few prompts are in `needles_at_tokens` only.
     """
     lengths = sorted({int(name.split("/")[0]) for name in results["needles"]})
     lines = []
-    for arm in results["arms"]:
-        if 2 * len(pairs(results, "needles", arm, "dense")) < len(results["needles"]):
-            continue
+    for arm in (arm for arm in results["arms"] if not has_few_prompts(results, arm)):
         cells = []
         for length in lengths:
             hits = [own for own, _ in pairs(results, "needles", arm, arm, length)]
@@ -157,13 +160,13 @@ def needles(results: Results) -> str:
 
 
 def needles_at_tokens(results: Results) -> str:
-    """Difference to dense attention's share of found needles, at equal tokens; empty if there is only one method."""
-    lines = []
+    """Difference to dense attention's share of found needles, at equal tokens; empty if `needles` has every arm."""
+    lines, few = [], False
     for label, form in METHODS.items():
         arms = [arm_of(results, form, budget) for budget in BUDGETS]
         lines.append([label, *("" if arm is None else shown(found(results, arm), 2, signed=True) for arm in arms)])
-    measured = sum(any(cells) for _, *cells in lines)
-    return filled(["more than dense", *map(str, BUDGETS)], lines) if measured > len(ALL) else ""
+        few = few or any(has_few_prompts(results, arm) for arm in arms if arm is not None)
+    return filled(["more than dense", *map(str, BUDGETS)], lines) if few else ""
 
 
 def completions(results: Results) -> str:

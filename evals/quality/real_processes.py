@@ -17,7 +17,7 @@ def shared(jobs: list[Job], arms: dict[str, Arm], lengths: Lengths, of: int) -> 
     def cost(job: Job) -> int:
         reached = [arm for arm in arms.values() if arm.reaches(*job[:3], lengths)]
         each = 3 if job[0] == "windows" else 1
-        return sum(each * (20 if arm.sees_prefix else 1) for arm in reached)
+        return sum(each * (20 if arm.sees_prefix and not arm.prefills else 1) for arm in reached)
 
     loads, parts = [0] * of, [set[Job]() for _ in range(of)]
     for job in sorted(jobs, key=cost, reverse=True):

@@ -27,7 +27,15 @@ def opened(path: Path, settings: Mapping[str, Any], arms: Mapping[str, Arm]) -> 
         if known and own and not _holds(own, known):
             sys.exit(f"{path} holds results of {name!r} with other options or defaults; choose another --out.")
         results["arms"][name] = own
-    return {"windows": {}, "needles": {}, "bytes_read_share": {}, "seconds": 0.0, **results, **settings}
+    return {
+        "windows": {},
+        "needles": {},
+        "bytes_read_share": {},
+        "block_share": {},
+        "seconds": 0.0,
+        **results,
+        **settings,
+    }
 
 
 def _holds(own: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
@@ -46,8 +54,8 @@ def joined(parts: Sequence[Results]) -> Results:
                 of_kind.setdefault(name, {}).update(scores)
         order = sorted(of_kind, key=lambda name: tuple(map(int, name.split("/"))))
         whole[kind] = {name: of_kind[name] for name in order}
-    for key in ("arms", "bytes_read_share"):
-        whole[key] = {name: value for part in parts for name, value in part[key].items()}
+    for key in ("arms", "bytes_read_share", "block_share"):
+        whole[key] = {name: value for part in parts for name, value in part.get(key, {}).items()}
     return whole
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
 
-from evals.quality.real_arms import Arm, Lengths
+from evals.quality.real_arms import ESTIMATORS, Arm, Lengths
 from evals.quality.real_documents import Document
 from evals.quality.real_results import Results
 from fasa_flex import FasaProfile, enable
@@ -66,15 +66,17 @@ class Evaluation:
                     for document, logits in zip(group, rows, strict=True):
                         self.results[document.kind].setdefault(document.name, {})[name] = _score(document, logits)
                     if fasa is not None:
-                        share = fasa.stats.kv_bytes_share
-                        self.results["bytes_read_share"][f"{name} @ {len(group[0].ids) // 100 * 100}"] = share
+                        key = f"{name} @ {len(group[0].ids) // 100 * 100}"
+                        self.results["bytes_read_share"][key] = fasa.stats.kv_bytes_share
+                        if arm.prefills:
+                            self.results["block_share"][key] = fasa.stats.block_share
                         fasa.stats.reset()
 
     def _enabled(self, arm: Arm) -> AbstractContextManager[Fasa | None]:
         if arm.config is None:
             return nullcontext()
         scorer = arm.scorer(self.profile, self._channels)
-        fasa = enable(self.model, self.profile, arm.config, scorer=scorer)
+        fasa = enable(self.model, self.profile, arm.config, scorer=scorer, estimator=ESTIMATORS[arm.estimator])
         # bytes are counted for a 16-bit cache, also if another precision is evaluated
         dtype, packs = torch.bfloat16, arm.config.per == "kv_head"
         given = (self.model, arm.config, packs, fasa.completion, dtype)

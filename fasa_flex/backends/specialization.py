@@ -49,11 +49,22 @@ def _compiled(*signature: object) -> Step:
     which flex's decode kernel refuses for batch and heads. Each signature therefore compiles a function of its own, in
     which only lengths vary, and further ones if the limit is reached, such as for scorers that differ by layer.
     """
+    return specialized(attend, signature)
 
-    def compile_another(number: int) -> Step:
-        name = f"{attend.__name__}_{hashlib.sha256(repr((signature, number)).encode()).hexdigest()[:8]}"
-        copy = types.FunctionType(attend.__code__.replace(co_name=name), attend.__globals__, name)
-        return torch.compile(copy, fullgraph=True)
+
+def specialized(function: Callable[..., Any], signature: object, dynamic: bool | None = None) -> Callable[..., Any]:
+    """Return ``function`` compiled apart for one static signature; the caller caches the result by it.
+
+    Args:
+        function: a function without a closure.
+        signature: all that may not vary between the calls of the result.
+        dynamic: argument of `torch.compile`.
+    """
+
+    def compile_another(number: int) -> Callable[..., Any]:
+        name = f"{function.__name__}_{hashlib.sha256(repr((signature, number)).encode()).hexdigest()[:8]}"
+        copy = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
+        return torch.compile(copy, fullgraph=True, dynamic=dynamic)
 
     return _beyond_the_limit(compile_another)
 
@@ -121,7 +132,7 @@ def _padded_to_power_of_two(call: Call) -> Call:
     return replace(call, query=padded(call.query), valid=padded(call.valid), marks=marks, scorer=scorer)
 
 
-def _beyond_the_limit(compile_another: Callable[[int], Step]) -> Step:
+def _beyond_the_limit(compile_another: Callable[[int], Callable[..., Any]]) -> Callable[..., Any]:
     """Return a step that compiles another function whenever the earlier ones have reached Dynamo's limit of graphs.
 
     Args:
@@ -129,7 +140,7 @@ def _beyond_the_limit(compile_another: Callable[[int], Step]) -> Step:
     """
     steps = [compile_another(0)]
 
-    def call(*args: Any) -> Tensor:
+    def call(*args: Any) -> Any:
         for step in steps:
             try:
                 return step(*args)

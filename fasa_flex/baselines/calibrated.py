@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fasa_flex.calibration.from_texts import encode_samples
 from fasa_flex.calibration.rotary import RotaryLayout
 from fasa_flex.hf.attention_routing import reading
+from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import check_supported, device_of, evaluating
-from fasa_flex.hf.wrappers import unwrapped
+from fasa_flex.hf.wrappers import run_decoder, unwrapped
 
 
 def adjacent_pairs(layout: RotaryLayout) -> RotaryLayout:
@@ -48,15 +49,16 @@ def channel_weights(
     check_supported(model)
     encoded = encode_samples(model, samples, tokenizer)
     totals: dict[int, Tensor] = {}
+    shard = HeadShard.of(model)
 
     def measure(layer: int, query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
         grouped = query.unflatten(1, (key.shape[1], -1)).double()
         added = (grouped * key.double()[:, :, None]).abs().mean(2).sum((0, 2)).cpu()
-        totals[layer] = totals.get(layer, 0.0) + added
+        totals[layer] = totals.get(layer, 0.0) + shard.whole(added)
 
     with evaluating(model), reading(model, measure):
         for ids in encoded:
-            model.base_model(input_ids=ids[None].to(device_of(model)), use_cache=False)
+            run_decoder(model, input_ids=ids[None].to(device_of(model)), use_cache=False)
     tokens = sum(len(ids) for ids in encoded)
     return torch.stack([totals[layer] for layer in sorted(totals)]).div(tokens).float()
 

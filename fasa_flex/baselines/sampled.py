@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class Sampled:
         ranker: ranks the keys, and states the bytes that ranking reads.
         share: share of the budget that is drawn at random, in [0, 1).
         seed: seed of the draws; each layer needs another one.
+        rank: number of the rank of a tensor-parallel model, so that its heads draw their own keys (`shard`).
 
     Raises:
         ValueError: ``share`` out of range.
@@ -42,6 +43,7 @@ class Sampled:
     ranker: Scorer
     share: float = 0.5
     seed: int = 0
+    rank: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.share < 1.0:
@@ -50,6 +52,11 @@ class Sampled:
     def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
         """As `Scorer`: the ranker's scores."""
         return self.ranker(query, key, packed_keys)
+
+    def shard(self, rank: int, ranks: int) -> Sampled:
+        """As `Scorer`: the part of one rank."""
+        divide = getattr(self.ranker, "shard", None)
+        return replace(self, ranker=divide(rank, ranks) if divide else self.ranker, rank=rank)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, selection: Selection, softmax: Softmax
@@ -82,7 +89,8 @@ class Sampled:
 
     def _lots(self, valid: Tensor) -> Tensor:
         """Random numbers by a hash (splitmix64) for every query and key: int64 [B, H, G, Q, T], at least 0."""
-        number, heads = valid.cumsum(-1), torch.arange(valid.shape[1] * valid.shape[2], device=valid.device)
+        number, count = valid.cumsum(-1), valid.shape[1] * valid.shape[2]
+        heads = self.rank * count + torch.arange(count, device=valid.device)
         own = (self.seed * 1_000_003 + heads.view(valid.shape[1:3])) * 0x2545F4914F6CDD1D
         mixed = _mix(own[:, :, None, None] + number[..., -1:])
         return _mix(mixed + number * 0x1E3779B97F4A7C15) & ((1 << 62) - 1)

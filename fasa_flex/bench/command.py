@@ -1,4 +1,4 @@
-"""``fasa-flex bench``: time one attention call (op), a whole decode step (step), or many requests (serve).
+"""``fasa-flex bench``: time an attention call (op), a decode step (step), a prefill, or many requests (serve).
 
 All rivals of one context and batch run interleaved in one process. Weights, queries and keys are random, so a run
 measures no quality; evals/results has the quality at the default n_tip and n_fac. The command writes JSON after every
@@ -12,12 +12,13 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from fasa_flex.bench import op, rivals, serve, step
+from fasa_flex.bench import op, prefill, rivals, serve, step
 from fasa_flex.bench.options import BACKENDS, PARTS
 from fasa_flex.bench.record import Ledger, command_line, provenance, reason_of
 from fasa_flex.bench.report import absences, crossovers, picture, sentences, table
@@ -34,12 +35,20 @@ Measure = Callable[[], dict[str, Any]]
 _CONTEXTS = {
     ("op", "cpu"): (1024, 4096, 16384, 65536),
     ("step", "cpu"): (1024, 4096, 32768),
+    ("prefill", "cpu"): (1024, 4096),
+    ("prefill", "cuda"): (8192, 16384, 32768, 65536, 131072),
     ("op", "cuda"): (1024, 4096, 16384, 32768, 65536, 131072),
     ("step", "cuda"): (4096, 16384, 32768, 65536, 131072),
     ("serve", "cpu"): (1024,),
     ("serve", "cuda"): (2048, 8192, 32768),
 }
-_BATCHES = {("step", "cpu"): (1,), ("serve", "cpu"): (4,), ("serve", "cuda"): (16,)}
+_BATCHES = {
+    ("step", "cpu"): (1,),
+    ("prefill", "cpu"): (1,),
+    ("prefill", "cuda"): (1,),
+    ("serve", "cpu"): (4,),
+    ("serve", "cuda"): (16,),
+}
 """Default batches, for serve numbers of requests, where they are not 1 and 8."""
 _QUALITY = "random weights: for quality at n_tip and n_fac see choices.json in evals/results"
 
@@ -85,9 +94,13 @@ def _settings(options: argparse.Namespace, part: str, device: torch.device) -> S
         seconds=options.row_seconds,
         layers=options.layers,
         dense_layers=options.dense_layers,
+        shares=options.shares or Settings.shares,
+        times_model=not options.no_model,
         static_lengths=options.static_lengths,
     )
-    return quick(settings) if options.quick else settings
+    if not options.quick:
+        return settings
+    return replace(quick(settings), contexts=(512, 768)) if part == "prefill" else quick(settings)
 
 
 def _measure_part(part: str, settings: Settings, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -129,7 +142,7 @@ def _rows_of(
 ) -> Callable[[Settings, Ledger], Iterator[tuple[Key, Measure | str]]]:
     if part == "serve":
         return partial(_serve_rows, new_tokens=options.new_tokens)
-    return {"op": _op_rows, "step": _step_rows}[part]
+    return {"op": _op_rows, "step": _step_rows, "prefill": _prefill_rows}[part]
 
 
 def _op_rows(settings: Settings, ledger: Ledger) -> Iterator[tuple[Key, Measure | str]]:
@@ -186,6 +199,24 @@ def _serve_rows(settings: Settings, ledger: Ledger, new_tokens: int | None) -> I
                 yield key, partial(serve.measure, shape, batch, context, settings, model, layers, new_tokens)
 
 
+def _prefill_rows(settings: Settings, ledger: Ledger) -> Iterator[tuple[Key, Measure | str]]:
+    for name in settings.shapes:
+        shape, model = SHAPES[name], None
+        sizes = [(batch, context) for batch in settings.batches for context in sorted(settings.contexts)]
+        todo = [size for size in sizes if not ledger.has({"shape": name, "batch": size[0], "context": size[1]})]
+        depth = min((prefill.layers_that_fit(shape, *size, settings) for size in todo), default=0)
+        if settings.times_model and depth:
+            model = shape.model(depth, max(settings.contexts), settings.dtype, settings.device)
+        for batch, context in todo:
+            key: Key = {"shape": name, "batch": batch, "context": context}
+            needed, free = prefill.bytes_needed(shape, batch, context, settings), free_memory(settings.device)
+            if needed > free:
+                yield key, f"needs about {needed >> 20} MiB, but {free >> 20} MiB are free"
+            else:
+                yield key, partial(prefill.measure, shape, batch, context, settings, model)
+        del model
+
+
 def _line(row: dict[str, Any]) -> str:
     """A row in one line: the best dense time, and each sparse rival's speed-up over it."""
     times = {rival["name"]: rival["seconds"] for rival in row["rivals"]}
@@ -216,7 +247,7 @@ def _report(ledger: Ledger, part: str) -> None:
 def _draw(ledger: Ledger, part: str) -> None:
     hardware = ledger.data["hardware"]
     where = hardware.get("gpu", f"{hardware['cpu']}, {hardware['threads']} threads")
-    what = {"op": "One attention call", "step": "A whole decode step"}[part]
+    what = {"op": "One attention call", "step": "A whole decode step", "prefill": "A prompt's attention"}[part]
     title = f"{what} on {where}, {ledger.data['settings']['dtype']}"
     try:
         drawn = picture(ledger.rows, title)

@@ -8,7 +8,7 @@ from typing import get_args
 
 from fasa_flex.core.option_types import Backend, Completion, GroupReduce, PackedDtype
 
-PARTS = ("op", "step")
+PARTS = ("op", "step", "prefill")
 """Parts of ``--part all``; "serve" takes longer and runs by name alone."""
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("eager", "compiled")
@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backends", type=_words, help="FASA's backends (default: gather,flex,triton; also: permuted)")
     parser.add_argument("--layers", type=int, help="layers of the model in a step (default: as many as fit)")
     parser.add_argument("--dense-layers", type=_layers, help="dense layers in a step (default: 0, none of a cut model)")
+    parser.add_argument("--shares", type=_shares, help="shares of the blocks in a prefill (default: .05,.1,.2,.3)")
+    parser.add_argument("--no-model", action="store_true", help="do not time a model's first token (prefill)")
     parser.add_argument("--static-lengths", action="store_true", help="compile each context separately (op)")
     parser.add_argument("--repeats", type=int, default=15, help="most rounds of a row (default: 15)")
     parser.add_argument("--row-seconds", type=float, default=10.0, help="seconds for a row's rounds (default: 10)")
@@ -53,6 +55,13 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(word[:-1]) * 1024 if word.endswith("k") else int(word) for word in _words(text))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected numbers such as 4096,32k, got {text!r}") from None
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, _words(text)))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected shares such as 0.1,0.2, got {text!r}") from None
 
 
 def _layers(text: str) -> tuple[int, ...]:

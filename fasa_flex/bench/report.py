@@ -19,7 +19,7 @@ def table(rows: Sequence[Row]) -> str:
     if whole_step:
         header += ["ceiling", "tok/s", "tok/s, all layers (projected)"]
     else:
-        header += ["byte limit", "share of the limit"]
+        header += [f"{rows[0].get('limit_kind', 'byte')} limit", "share of the limit"]
     lines = [[*header, "memory, MB"], ["---"] * 4 + ["--:"] * (len(header) - 3)]
     for row in sorted(rows, key=lambda row: (row["shape"], row["batch"], row["context"])):
         for rival in sorted(row["rivals"], key=lambda rival: (rival["kind"], rival["seconds"])):
@@ -81,7 +81,7 @@ def _shared(row: Row, rival: Row) -> list[str]:
 def _op(row: Row, rival: Row) -> list[str]:
     if rival["kind"] == "dense":
         return ["-", "-"]
-    return [f"{row['limit']:.2f}", f"{rival['limit_share']:.0%}"]
+    return [f"{rival.get('limit', row['limit']):.2f}", f"{rival['limit_share']:.0%}"]
 
 
 def _step(row: Row, rival: Row) -> list[str]:
@@ -136,6 +136,7 @@ def picture(rows: Sequence[Row], title: str) -> Any:
         contexts = [row["context"] for row in here]
         ratio, times = grid[0][column], grid[1][column]
         bound, word = ("ceiling", "Amdahl ceiling") if "ceiling" in here[0] else ("limit", "byte-count limit")
+        word = f"{here[0]['limit_kind']} limit" if "limit_kind" in here[0] else word
         ratio.plot(contexts, [row[bound] for row in here], color="0.5", linestyle="--", label=word)
         ratio.axhline(1, color="0.2", linewidth=1)
         best = [next(r for r in row["rivals"] if r["name"] == row["best_dense"]) for row in here]

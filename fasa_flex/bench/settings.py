@@ -39,6 +39,8 @@ class Settings:
         layers: layers of the model in the step part; None: as many as fit.
         dense_layers: dense layers in the step part; None: layer 0 of a whole model, none of a cut one, in which one
             layer would be too large a share.
+        shares: shares of the blocks that a block of queries attends to in the prefill part.
+        times_model: whether the prefill part also times a model's first token.
         static_lengths: compile each context separately; otherwise torch makes lengths dynamic at the second one.
 
     Raises:
@@ -62,6 +64,8 @@ class Settings:
     seconds: float = 10.0
     layers: int | None = None
     dense_layers: tuple[int, ...] | None = None
+    shares: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3)
+    times_model: bool = True
     static_lengths: bool = False
 
     def __post_init__(self) -> None:
@@ -78,6 +82,8 @@ class Settings:
             if number is not None:
                 check_count(name, number, 1)
         check_count("repeats", self.repeats, 1)
+        for share in self.shares:
+            FasaConfig(prefill_share=share)
         for layer in self.dense_layers or ():
             check_count("each of dense_layers", layer, 0)
         for shape in (SHAPES[name] for name in self.shapes):

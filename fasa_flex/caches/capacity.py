@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import LinearAttentionCacheLayerMixin, StaticLayer
 
 from fasa_flex.caches.write_tracking import counting
 
@@ -48,10 +48,7 @@ class CountedStaticLayer(StaticLayer):
         if written is None or self.captured or written + length > self.max_cache_len:
             written = self.written = int(self.cumulative_length)
         if written + length > self.max_cache_len:
-            raise ValueError(
-                f"the static cache holds {written} of at most {self.max_cache_len} tokens and {length} more "
-                "were given; allocate a longer one (max_cache_len)."
-            )
+            raise _is_full(written, self.max_cache_len, length)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values [B, Hkv, t, D]; return the complete buffers.
@@ -119,6 +116,15 @@ def counted(plain: StaticLayer) -> CountedStaticLayer:
     return layer
 
 
+def last_written(cache: Cache, first: int) -> int:
+    """Number of the last layer that a forward has written to when it comes to its first attention, in layer ``first``.
+
+    Recurrent layers before it are written, and the recurrent state of a hybrid layer. Before layer 0: -1.
+    """
+    own = first < len(cache.layers) and isinstance(cache.layers[first], LinearAttentionCacheLayerMixin)
+    return first if own else first - 1
+
+
 def take_back(cache: Cache, last: int, length: int) -> bool:
     """Remove the ``length`` tokens that a failed forward wrote into the layers up to ``last``.
 
@@ -127,7 +133,9 @@ def take_back(cache: Cache, last: int, length: int) -> bool:
         absorbed the new ones.
     """
     written: list[Any] = cache.layers[: last + 1]
-    if not all(getattr(layer, "is_croppable", False) and not layer.is_sliding for layer in written):
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in written):
+        return False
+    if not all(getattr(layer, "is_croppable", False) and not getattr(layer, "is_sliding", False) for layer in written):
         return False
     for layer in written:
         layer.crop(-length)
@@ -157,3 +165,19 @@ def make_room(cache: Cache, length: int) -> None:
             layer = cache.layers[index] = counted(layer)
         if hasattr(layer, "reserve"):
             layer.reserve(length)
+        elif isinstance(layer, LinearAttentionCacheLayerMixin) and isinstance(layer, StaticLayer):
+            _check_room(layer, length)
+
+
+def _check_room(layer: Any, length: int) -> None:
+    """Check the room of a static layer that holds a recurrent state, too, and is not replaced by a counted one."""
+    written = int(layer.cumulative_length) if layer.is_initialized and not layer.is_sliding else 0
+    if written + length > layer.max_cache_len and not layer.is_sliding:
+        raise _is_full(written, layer.max_cache_len, length)
+
+
+def _is_full(written: int, most: int, length: int) -> ValueError:
+    return ValueError(
+        f"the static cache holds {written} of at most {most} tokens and {length} more were given; "
+        "allocate a longer one (max_cache_len)."
+    )

@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
 from fasa_flex.caches.capacity import counted, make_room
 from fasa_flex.caches.host_layers import HostLayer, OnHost, StaticHostLayer
 from fasa_flex.caches.keeps_packed_keys import KeepsPackedKeys, writable
 from fasa_flex.caches.packed_layers import PackedLayer
-from fasa_flex.caches.packing import packs
+from fasa_flex.caches.packing import packs, plain_layers
 from fasa_flex.caches.static_packed_layer import StaticPackedLayer
 from fasa_flex.caches.write_tracking import counting
 from fasa_flex.calibration.profile import FasaProfile, check_kinds
@@ -30,6 +30,7 @@ from fasa_flex.core.config import FasaConfig, check_choice
 from fasa_flex.core.layer_budgets import spread_budget
 from fasa_flex.core.packed_keys import packed_bytes
 from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import attention_modules, attention_shape, dense_layers, device_of
 from fasa_flex.hf.wrappers import unwrapped
 
@@ -139,14 +140,23 @@ class FasaCache(Cache):
             )
         dense = dense_layers(model, config.dense_layers, profile.layout.unrotated_layers)
         make = dominant_chunks(profile, config)
-        sparse = [layer for layer in range(len(profile.agreement)) if layer not in dense and packs(model)]
-        budgets = spread_budget(config.budget, config.layer_budgets, sparse, kv_heads=attention_shape(model)[2])
+        sparse = [layer for layer in plain_layers(model) if layer not in dense and packs(model)]
+        if placement == "host" and not sparse:
+            raise ValueError(
+                f"placement='host' finds no layer of {type(model).__name__} that is sparse and holds keys and values "
+                "alone; use placement='device'."
+            )
+        shard = HeadShard.of(model)
+        budgets = spread_budget(
+            config.budget, config.layer_budgets, sparse, attention_shape(model)[2], (shard.rank, shard.ranks)
+        )
         devices = {layer: device_of(module, model) for layer, module in attention_modules(model).items()}
-        scorers = {layer: make(layer).to(devices[layer]) for layer in sparse}
+        scorers = {layer: shard.scorer(make(layer)).to(devices[layer]) for layer in sparse}
         hold = {layer: _to_hold(budgets[layer], max_cache_len) for layer in sparse if placement == "host"}
         self._new_layers = partial(_new_layers, model.config, max_cache_len, scorers, hold)
         with counting():
             super().__init__(layers=self._new_layers())
+        self._first = next((n for n, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)), 0)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -161,7 +171,7 @@ class FasaCache(Cache):
         if torch.compiler.is_compiling():
             updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             return updated
-        if layer_idx == 0:
+        if layer_idx == self._first:
             make_room(self, key_states.shape[2])
         try:
             updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -176,9 +186,10 @@ class FasaCache(Cache):
         for layer in self.layers:
             if isinstance(layer, DynamicLayer):  # the base class would write zeros, which inference tensors refuse
                 layer.is_initialized, layer.keys, layer.values = False, None, None
-            for name, states in list(vars(layer).items()):
-                if isinstance(states, Tensor) and not writable(states):
-                    setattr(layer, name, states.clone())
+            for held in (vars(layer), *(own for own in vars(layer).values() if isinstance(own, dict))):
+                for name, states in list(held.items()):
+                    if isinstance(states, Tensor) and not writable(states):
+                        held[name] = states.clone()
         super().reset()
 
     @property
@@ -191,7 +202,8 @@ class FasaCache(Cache):
         if not int(self.get_seq_length()):
             raise ValueError("an empty cache has no size; run a forward with it first.")
         device = host = dense = formula = 0.0
-        for layer in self.layers:
+        layers = [layer for layer in self.layers if getattr(layer, "keys", None) is not None]  # others keep states
+        for layer in layers:
             tokens = layer.keys.shape[0] * layer.keys.shape[2]
             plain = (layer.keys.nbytes + layer.values.nbytes) / tokens
             stored = _storage_bytes(layer.keys, layer.values) / tokens
@@ -209,7 +221,7 @@ class FasaCache(Cache):
                 formula += layer.hold * plain * layer.keys.shape[0] / tokens
             else:
                 formula += plain
-        count, where = len(self.layers), self.layers[0].device.type
+        count, where = len(layers), layers[0].device.type
         return CacheSize(device / count, host / count, dense / count, formula / count, where)
 
 

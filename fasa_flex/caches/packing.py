@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from fasa_flex.caches.capacity import CountedStaticLayer
@@ -50,3 +50,9 @@ def _adopt(plain: CacheLayerMixin, layer: Any) -> Any:
 def packs(model: PreTrainedModel) -> bool:
     """Whether the model's cache holds keys; with MLA it holds the latents that keys are computed from."""
     return getattr(model.config.get_text_config(), "kv_lora_rank", None) is None
+
+
+def plain_layers(model: PreTrainedModel) -> list[int]:
+    """Numbers of the layers whose cache holds keys and values and nothing else, such as a recurrent state."""
+    layers = DynamicCache(config=model.config).layers
+    return [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer]

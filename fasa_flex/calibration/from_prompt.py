@@ -22,6 +22,7 @@ from fasa_flex.core.criteria import LogitStatistics, logit_statistics
 from fasa_flex.core.packed_keys import dot_products
 from fasa_flex.core.pieces import rows_that_fit
 from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.masks import valid_from_mask
 from fasa_flex.hf.model_structure import attention_shape, dense_layers
 
@@ -177,7 +178,7 @@ class PromptCalibration:
 
     def __init__(self, model: PreTrainedModel, config: FasaConfig) -> None:
         self.layout = RotaryLayout.detect(model)
-        self._config = config
+        self._config, self._shard = config, HeadShard.of(model)
         layers, query_heads, kv_heads, _ = attention_shape(model)
         never_sparse = dense_layers(model, (), self.layout.unrotated_layers)
         self._layers = [layer for layer in range(layers) if layer not in never_sparse]
@@ -261,11 +262,11 @@ class PromptCalibration:
         parts = sample.statistics(query, key, self.layout, scaling)
         found = {"agreement": sample.agreement(query, key, self.layout), **vars(parts)}
         for name, table in tables.items():
-            table[layer] = found[name].cpu()
+            table[layer] = self._shard.whole(found[name]).cpu()
         source = (f"the last queries of a prompt of {sample.length} tokens", sample.queries.numel(), sample.top_k)
         own = self._profile({name: table[layer, None] for name, table in tables.items()}, *source)
         with torch.inference_mode(False):  # a forward with gradients may follow
-            prompt.scorers[layer] = dominant_chunks(own, self._config)(0).to(query.device)
+            prompt.scorers[layer] = self._shard.scorer(dominant_chunks(own, self._config)(0)).to(query.device)
         if layer == self._layers[-1]:
             with self._lock:
                 if self.profile is None:

@@ -21,6 +21,7 @@ from fasa_flex.core.criteria import causal, logit_statistics
 from fasa_flex.errors import ArgumentTypeError, NotSupportedError
 from fasa_flex.hf.attention_routing import reading
 from fasa_flex.hf.forward_checks import scaling_of
+from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import (
     attention_shape,
     check_supported,
@@ -28,7 +29,7 @@ from fasa_flex.hf.model_structure import (
     evaluating,
     maximum_positions,
 )
-from fasa_flex.hf.wrappers import unwrapped
+from fasa_flex.hf.wrappers import run_decoder, unwrapped
 
 
 @torch.no_grad()
@@ -159,12 +160,18 @@ _GREEDY: dict[str, Any] = {
 def _continue(model: PreTrainedModel, ids: Tensor, max_new_tokens: int) -> Tensor:
     """The sample and its greedy dense continuation of at least one token: token ids [n]."""
     prompt = ids[None].to(device_of(model))
-    full = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=max_new_tokens,
-        **_GREEDY,
-    )
+    try:
+        full = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_new_tokens,
+            **_GREEDY,
+        )
+    except (AttributeError, TypeError, LookupError, ValueError) as error:  # such as for want of an image
+        raise NotSupportedError(
+            f"{type(model).__name__} does not continue a text without other inputs ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}); call enable without a profile, which calibrates on the prompt."
+        ) from error
     result: Tensor = full[0]
     if result.dim() != 1 or len(result) <= len(ids) or not torch.equal(result[: len(ids)].cpu(), ids):
         raise NotSupportedError(
@@ -179,6 +186,7 @@ def _sample_tables(
 ) -> dict[str, Tensor]:
     """Tables of the last ``decoded`` queries of one dense forward: float64, on CPU."""
     layers, heads, kv_heads, head_dim = attention_shape(model)
+    shard = HeadShard.of(model)
     chunks = len(layout.chunks)
     shapes = {
         "agreement": (heads, chunks),
@@ -191,11 +199,11 @@ def _sample_tables(
     def measure(layer: int, query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
         if layer not in layout.unrotated_layers:
             last, visible = query[:, :, -decoded:], causal(decoded, key.shape[2], key.device)
-            tables["agreement"][layer] = contextual_agreement(last, key, layout, top_k)  # refuses NaN
+            tables["agreement"][layer] = shard.whole(contextual_agreement(last, key, layout, top_k))  # refuses NaN
             parts = logit_statistics(last, key, visible, layout.chunks, scaling_of(query, options))
             for name, part in vars(parts).items():
-                tables[name][layer] = part
+                tables[name][layer] = shard.whole(part)
 
     with reading(model, measure):
-        model.base_model(input_ids=ids[None].to(device_of(model)), use_cache=False)
+        run_decoder(model, input_ids=ids[None].to(device_of(model)), use_cache=False)
     return tables

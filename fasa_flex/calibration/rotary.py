@@ -201,11 +201,11 @@ def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, Arrival]]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(samples, model.config.get_text_config().hidden_size, generator=generator)
     if model.dtype in (torch.float32, torch.float64):
-        arrivals = probe(model.base_model, hidden, positions, weights=True)
+        arrivals = probe(model, hidden, positions, weights=True)
     else:
-        arrivals = probe(model.base_model, hidden, positions, dtype=torch.float32)
+        arrivals = probe(model, hidden, positions, dtype=torch.float32)
         if not all(_tells_apart(arrived) for arrived in arrivals.values()):
-            arrivals = probe(model.base_model, hidden, positions, weights=True, dtype=torch.float32)
+            arrivals = probe(model, hidden, positions, weights=True, dtype=torch.float32)
     return torch.tensor(positions, dtype=torch.float64), arrivals
 
 

@@ -28,6 +28,8 @@ class Budget:
             of a budget below 32.
         n_recent: number of last valid tokens that are always selected and count towards ``n_fac``; None: 32, or half of
             a budget below 64.
+        shard: rank and number of ranks of a tensor-parallel model. ``n_fac`` counts for all heads, and so do `total`,
+            `exceeded`, `covers` and `widest`, which thus agree on all ranks; `of` is for the rank's own heads.
 
     Raises:
         ValueError: ``n_fac`` is neither a positive count nor a share in (0, 1], or is less than the forced tokens.
@@ -36,6 +38,7 @@ class Budget:
     n_fac: int | float | tuple[int, ...]
     n_sink: int | None = 0
     n_recent: int | None = 0
+    shard: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
         counts = self.n_fac if isinstance(self.n_fac, tuple) else (self.n_fac,)
@@ -79,6 +82,11 @@ class Budget:
         return self.n_fac if isinstance(self.n_fac, tuple) else (self.n_fac,)
 
     @property
+    def _own_counts(self) -> tuple[Any, ...]:
+        (rank, ranks), counts = self.shard, self._counts
+        return counts[rank * len(counts) // ranks : (rank + 1) * len(counts) // ranks]
+
+    @property
     def heads(self) -> int:
         """Number of key/value heads with a count of their own; 1 if all heads share one budget."""
         return len(self._counts)
@@ -102,7 +110,7 @@ class Budget:
             return allowed
         if isinstance(self.n_fac, int):
             return n_valid.clamp(max=self.n_fac)
-        return torch.cat([n_valid.clamp(max=count) for count in self.n_fac], dim=1)  # no copy to the device
+        return _up_to(self._own_counts, n_valid)
 
     def forced(self, allowed: Any) -> tuple[Any, Any]:
         """Numbers of first and of last valid keys that are selected whatever their scores.
@@ -122,7 +130,7 @@ class Budget:
         """Number of tokens that queries attend to, summed over `heads`: int64 in the shape of ``n_valid`` [B, Q]."""
         if not isinstance(self.n_fac, tuple):
             return self.of(n_valid)
-        return self.of(n_valid[:, None, None]).sum((1, 2))
+        return _up_to(self.n_fac, n_valid[:, None, None]).sum((1, 2))
 
     def exceeded(self, n_valid: Tensor) -> Tensor:
         """Whether the valid keys exceed the budget of any head: bool in the shape of ``n_valid``, int64 [B, Q]."""
@@ -143,8 +151,13 @@ class Budget:
         return (min(self.n_fac) if isinstance(self.n_fac, tuple) else self.widest(kv_len)) >= kv_len
 
     def of_head(self, head: int) -> Budget:
-        """The budget of one key/value head."""
-        return replace(self, n_fac=self.n_fac[head]) if isinstance(self.n_fac, tuple) else self
+        """The budget of one key/value head of the rank."""
+        return replace(self, n_fac=self._own_counts[head]) if isinstance(self.n_fac, tuple) else self
+
+
+def _up_to(counts: tuple[int, ...], n_valid: Tensor) -> Tensor:
+    """The least of each head's count and ``n_valid``, int64 [B, 1, 1, Q]: int64 [B, heads, 1, Q]."""
+    return torch.cat([n_valid.clamp(max=count) for count in counts], dim=1)  # no copy to the device
 
 
 def _at_most(value: int, max: int) -> int:  # noqa: A002 - the name of torch.clamp's argument

@@ -50,7 +50,13 @@ class FasaConfig:
             call, otherwise flex on CUDA and gather without CUDA. ``"fastest"``: triton if it can serve the call,
             otherwise compiled gather (compiling takes tens of seconds), and dense attention for the sizes at which it
             was measured to be faster (`fasa_flex.model.crossover`): for speed, not for evaluation.
-        prefill: attention of a forward of several tokens: ``"dense"``, or ``"sparse"``: every query selects its keys.
+        prefill: attention of a forward of several tokens: ``"dense"``; ``"blocks"``: each block of 128 queries attends
+            to the blocks of keys that an estimate ranks best (`fasa_flex.prefill`), for speed; or ``"sparse"``: every
+            query selects its keys, as in decoding, for evaluation.
+        prefill_share: with blocks, the largest share of the blocks up to its own that a block of queries attends to, in
+            (0, 1]; the first block, its own and the one before it always are among them.
+        prefill_mass: with blocks, the share of the estimated attention, in (0, 1], that they have to hold: a block of
+            queries attends to no more of them than it takes; None: to as many as ``prefill_share`` allows.
         packed_dtype: precision of packed keys: ``"bfloat16"``, ``"float16"``, ``"int8"`` or ``"int4"`` (with a scale
             for each key); None: the cache's. Packed keys only rank: a lower precision changes a few selected keys,
             never their attention. With chunk sets per query head nothing is packed; scores read the cache's keys.
@@ -74,12 +80,15 @@ class FasaConfig:
     group_reduce: GroupReduce = "softmax"
     backend: Backend = "auto"
     prefill: Prefill = "dense"
+    prefill_share: float = 0.3
+    prefill_mass: float | None = None
     packed_dtype: PackedDtype | None = "int4"
     completion: Completion | None = None
     completion_strength: float = 0.75
 
     def __post_init__(self) -> None:
-        for name in ("n_tip", "n_fac", "n_sink", "n_recent", "completion_strength"):
+        numbers = ("n_tip", "n_fac", "n_sink", "n_recent", "completion_strength", "prefill_share", "prefill_mass")
+        for name in numbers:
             value = getattr(self, name)
             if value is None and name == "n_tip":
                 value = type(self).n_tip
@@ -110,6 +119,16 @@ class FasaConfig:
         for name, choices in (("packed_dtype", PackedDtype), ("completion", Completion), ("criterion", Criterion)):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), choices)
+        self._check_prefill()
+
+    def _check_prefill(self) -> None:
+        for name, share in (("prefill_share", self.prefill_share), ("prefill_mass", self.prefill_mass)):
+            if share is None and name == "prefill_mass":
+                continue
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share <= 1.0:
+                raise ValueError(f"{name} must be a share in (0, 1], got {share!r}.")
+        if self.prefill == "blocks" and self.backend in ("triton", "reference"):
+            raise ValueError(f"prefill='blocks' runs on flex or gather, not {self.backend!r}; use backend='auto'.")
 
     @classmethod
     def paper(cls, **changes: Any) -> FasaConfig:

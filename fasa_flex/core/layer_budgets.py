@@ -46,7 +46,9 @@ def check_layer_budgets(value: object) -> LayerBudgets:
     )
 
 
-def spread_budget(budget: Budget, how: LayerBudgets, layers: Sequence[int], kv_heads: int) -> dict[int, Budget]:
+def spread_budget(
+    budget: Budget, how: LayerBudgets, layers: Sequence[int], kv_heads: int, shard: tuple[int, int] = (0, 1)
+) -> dict[int, Budget]:
     """Spread a mean budget over the sparse layers, or over their key/value heads.
 
     Every layer or head gets its forced tokens, and a part of the other tokens in proportion to its weight; at least one
@@ -58,7 +60,8 @@ def spread_budget(budget: Budget, how: LayerBudgets, layers: Sequence[int], kv_h
             (PyramidKV, Cai et al., 2024; the paper's Table 4); or one weight for every layer of the model, of which
             those of dense layers are ignored.
         layers: numbers of the sparse layers, ascending.
-        kv_heads: key/value heads per layer.
+        kv_heads: key/value heads per layer, over all ranks.
+        shard: `Budget.shard` of heads with budgets of their own.
 
     Returns:
         the budget of each layer, by its number.
@@ -90,7 +93,9 @@ def spread_budget(budget: Budget, how: LayerBudgets, layers: Sequence[int], kv_h
     ends = [floor(amount + 0.5) for amount in accumulate(amounts, initial=0)]
     counts = [forced + end - start for start, end in pairwise(ends)]
     rows = [tuple(counts[at : at + heads]) for at in range(0, len(counts), heads)]
-    return {layer: replace(budget, n_fac=row if by_head else row[0]) for layer, row in zip(layers, rows, strict=True)}
+    shard = shard if by_head else budget.shard
+    counts_of = {layer: row if by_head else row[0] for layer, row in zip(layers, rows, strict=True)}
+    return {layer: replace(budget, n_fac=own, shard=shard) for layer, own in counts_of.items()}
 
 
 def _in_proportion(total: int, weights: Sequence[float], least: int) -> list[float]:

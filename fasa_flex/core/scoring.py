@@ -23,7 +23,9 @@ class Scorer(Protocol):
     Optional attributes of a scorer: ``estimates_logits = True`` states that its scores estimate the dot products
     ``q . k``, so that they give the unselected keys' mass for the completion (`fasa_flex.core.completion`).
     ``completes_by_all = True`` takes the completion's mean value over all valid keys instead of the covered ones. A
-    method ``attend`` replaces the softmax over the selected keys (`fasa_flex.baselines.sampled`).
+    method ``attend`` replaces the softmax over the selected keys (`fasa_flex.baselines.sampled`). A method
+    ``shard(rank, ranks)`` returns the part of a scorer with tables by head that serves one rank of a tensor-parallel
+    model.
     """
 
     def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
@@ -147,6 +149,13 @@ class DominantChunks:
         """Return the same scorer with its tensors on ``device``."""
         mean_key, weights = (None if states is None else states.to(device) for states in (self.mean_key, self.weights))
         return replace(self, dims=self.dims.to(device), mean_key=mean_key, weights=weights)
+
+    def shard(self, rank: int, ranks: int) -> DominantChunks:
+        """Return the part of one rank, with 1 / ``ranks`` of the heads."""
+        tables = (self.dims, self.mean_key, self.weights)
+        dims, *others = (None if table is None else table.chunk(ranks)[rank].clone() for table in tables)
+        assert dims is not None
+        return replace(self, dims=dims, mean_key=others[0], weights=others[1])
 
     def ranks_as(self, other: DominantChunks) -> bool:
         """Whether both scorers pack keys to the same numbers."""

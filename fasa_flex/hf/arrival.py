@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
+
+from fasa_flex.hf.head_shard import HeadShard
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +42,14 @@ class Arrival:
     options: Mapping[str, Any]
     calls: int = 1
     keeps_keys: bool = True
+
+    def whole(self, shard: HeadShard) -> Arrival:
+        """Return the arguments with the heads of all ranks in query and shapes; every rank must call it."""
+        query = self.query if self.query.is_meta else shard.whole(self.query, 1)
+        key, value = (
+            torch.Size((rows, shard.ranks * heads, *rest)) for rows, heads, *rest in (self.key_shape, self.value_shape)
+        )
+        return replace(self, query=query, key_shape=key, value_shape=value)
 
     @property
     def rotates(self) -> bool | None:

@@ -62,9 +62,10 @@ def unmet(package: str, what: str, since: str | None = None) -> ValueError:
     """Make the error for an installed ``package`` that does ``what``; ``since``: oldest release to recommend."""
     oldest, newest = TESTED[package]
     oldest = since or oldest
+    families = " and families such as Llama and Qwen" if package == "transformers" else ""
     return ValueError(
-        f"{package} {metadata.version(package)} {what}; fasa_flex is tested with {package} {oldest} to {newest}, "
-        "install one of these."
+        f"{package} {metadata.version(package)} {what}; fasa_flex is tested with {package} {oldest} to {newest}"
+        f"{families}, use one of these."
     )
 
 
@@ -114,8 +115,8 @@ def check_transformers(model: PreTrainedModel, modules: Mapping[int, nn.Module])
         for method in methods:
             if not callable(getattr(kind, method, None)):
                 raise unmet("transformers", f"has no method {method} in {kind.__name__}")
-    if not modules:
-        raise unmet("transformers", f"gives the attention modules of {type(model).__name__} no layer_idx")
+    if not modules or min(modules) < 0:  # Zamba 2's shared modules have layer_idx -1
+        raise unmet("transformers", f"gives the attention modules of {type(model).__name__} no layer_idx of their own")
 
 
 def check_arrivals(model: PreTrainedModel, cache: DynamicCache, arrivals: Mapping[int, Arrival]) -> None:

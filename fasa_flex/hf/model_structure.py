@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
+
+from fasa_flex.hf.layer_kinds import WINDOW, other_kinds, sized_config, why_unsupported
 
 _INTERFACE, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
 OWN_CONFIG = "_fasa_own_config"
 """Attribute of an attention module that holds its own config while a seam has replaced it by a copy."""
 NO_ROPE = "no RoPE, hence no frequency chunks"
-_SELECTABLE = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 def layer_of(module: nn.Module) -> int:
@@ -36,6 +37,7 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     text = model.config.get_text_config()
     numbered = _numbered(model.get_decoder() or model) or _numbered(model)
     found = [module for module in numbered if attention_lookup(module) is not None] or numbered
+    found = [module for module in found if _INTERFACE in _forward(module).__code__.co_names] or found
     found = [module for module in found if own_config(module) is text] or found
     inner = [m for m in found if not any(child is not m and hasattr(child, "layer_idx") for child in m.modules())]
     modules: dict[int, nn.Module] = {}
@@ -51,6 +53,13 @@ def own_config(module: nn.Module) -> Any:
 
 def _numbered(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+
+
+def other_mixers(model: PreTrainedModel, attention: Iterable[nn.Module]) -> list[nn.Module]:
+    """Modules of numbered layers that neither are nor contain ``attention`` modules, such as recurrent ones."""
+    kept = set(attention)
+    inner = [m for m in _numbered(model.get_decoder() or model) if not kept & set(m.modules())]
+    return [m for m in inner if not any(child is not m and hasattr(child, "layer_idx") for child in m.modules())]
 
 
 def attention_lookup(module: nn.Module) -> tuple[AttentionInterface, Callable[..., Any]] | None:
@@ -69,19 +78,29 @@ def attention_lookup(module: nn.Module) -> tuple[AttentionInterface, Callable[..
     return None
 
 
+def _forward(module: nn.Module) -> Callable[..., Any]:
+    """The Python function behind a module's forward."""
+    forward = inspect.unwrap(type(module).forward)
+    return forward if inspect.isfunction(forward) else _nothing
+
+
 def _nothing() -> None:
     """Stand in for the forward of a class that defines none."""
 
 
 def attention_shape(model: PreTrainedModel) -> tuple[int, int, int, int]:
-    """Read numbers of layers, query heads, key/value heads, and dimensions of a query or key head from the config."""
-    config = model.config.get_text_config()
+    """Read numbers of layers, query heads, key/value heads, and dimensions of a query or key head from the config.
+
+    If the config states sizes by layer, those of the first layer with a growing cache of keys count.
+    """
+    layers = model.config.get_text_config().num_hidden_layers
+    config = sized_config(model.config)
     query_heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or query_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
     if getattr(config, "kv_lora_rank", None):  # MLA: after expansion of the latents
         kv_heads, head_dim = query_heads, config.qk_nope_head_dim + config.qk_rope_head_dim
-    return config.num_hidden_layers, query_heads, kv_heads, head_dim
+    return layers, query_heads, kv_heads, head_dim
 
 
 def device_of(module: nn.Module, model: nn.Module | None = None) -> torch.device:
@@ -146,32 +165,9 @@ def check_supported(model: PreTrainedModel) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"expected a transformers model, got {type(model).__name__}; load one with from_pretrained.")
-    reason = _why_unsupported(model.config)
+    reason = why_unsupported(model.config)
     if reason is not None:
         raise ValueError(f"{type(model).__name__} {reason}; FASA needs a decoder-only RoPE model, such as Llama.")
-
-
-def _why_unsupported(config: Any) -> str | None:
-    text = config.get_text_config()
-    if config.is_encoder_decoder:
-        return "is an encoder-decoder model"
-    if text.model_type == "bloom" or getattr(getattr(text, "attn_config", text), "alibi", False):
-        return "adds ALiBi to its logits and rotates no queries and keys (no RoPE), so it has no frequency chunks"
-    others = sorted(set(getattr(text, "layer_types", None) or ()) - set(_SELECTABLE))
-    if "indexed_attention" in others:
-        return "has layers of type indexed_attention, which select their keys by an indexer of their own"
-    if others:
-        return f"has layers of type {', '.join(others)}, which keep no keys and values to select from"
-    if getattr(text, "num_attention_heads", None) is None:
-        return "has no attention heads (a recurrent model), so it has no queries and keys to compare"
-    sizes = {_head_size(layer) for layer in getattr(text, "per_layer_config", None) or ()}
-    if len(sizes) > 1:
-        return f"has heads of different sizes in its layers ({', '.join(map(str, sorted(sizes, key=str)))})"
-    return None
-
-
-def _head_size(config: Any) -> tuple[Any, ...]:
-    return tuple(getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
 
 
 def dense_layers(
@@ -191,8 +187,7 @@ def dense_layers(
     layers = attention_shape(model)[0]
     if chosen and max(chosen) >= layers:
         raise ValueError(f"dense_layers names layer {max(chosen)}, the model has {layers}; count from 0.")
-    reasons = {**dict.fromkeys(unrotated, NO_ROPE), **(seen or {})}
-    for layer, cache in enumerate(DynamicCache(config=model.config).layers):
-        if getattr(cache, "is_sliding", False):
-            reasons[layer] = "sliding window, which bounds its keys already"
+    others = other_kinds(model.config)
+    windows = {layer: reason for layer, reason in others.items() if reason == WINDOW}
+    reasons = {**dict.fromkeys(unrotated, NO_ROPE), **others, **(seen or {}), **windows}
     return dict(sorted({**reasons, **dict.fromkeys(chosen, "asked for by dense_layers")}.items()))

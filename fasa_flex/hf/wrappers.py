@@ -1,4 +1,4 @@
-"""Access to a transformers model inside wrappers: PEFT adapters, compiled modules, data parallelism."""
+"""Access to a transformers model inside wrappers: PEFT adapters, compiled modules, data parallelism, FSDP2."""
 
 from __future__ import annotations
 
@@ -26,3 +26,18 @@ def unwrapped(model: Any) -> Any:
         else:
             break
     return model
+
+
+def run_decoder(model: PreTrainedModel, **arguments: Any) -> None:
+    """Run a forward without the output head; a model that FSDP2 shards (``fully_shard``) runs with it.
+
+    FSDP2 gathers parameters from the root module on: a forward that begins below the root makes every later one fail.
+
+    Args:
+        model: the model.
+        arguments: keyword arguments of its forward.
+    """
+    if hasattr(type(model), "set_reshard_after_forward"):  # torch's FSDPModule, which is not imported for this
+        model(**arguments, logits_to_keep=1)
+    else:
+        model.base_model(**arguments)

@@ -35,6 +35,9 @@ class Run:
         valid: keys that sparse queries selected from, summed over queries.
         bytes_read: keys and values that sparse queries read, ranking included, in units of one key and value
             (`fasa_flex.core.bytes_read`); None if the method does not state it, also in a sum.
+        block_queries: queries of a prefill by blocks, summed over layers.
+        block_pairs: pairs of blocks that these attended to.
+        causal_pairs: pairs of blocks that dense attention would have attended to.
     """
 
     task: str
@@ -49,6 +52,9 @@ class Run:
     selected: float = 0.0
     valid: float = 0.0
     bytes_read: float | None = 0.0
+    block_queries: int = 0
+    block_pairs: int = 0
+    causal_pairs: int = 0
 
     def read(self, stats: FasaStats) -> None:
         """Add the model's counters."""
@@ -58,6 +64,9 @@ class Run:
             self.sparse_queries += layer.sparse_queries
             self.selected += layer.mean_selected * layer.sparse_queries
             self.valid += layer.mean_valid * layer.sparse_queries
+            self.block_queries += layer.block_queries
+            self.block_pairs += layer.block_pairs
+            self.causal_pairs += layer.causal_pairs
         share = stats.kv_bytes_share
         self.bytes_read = None if share is None else share * self.valid
 
@@ -77,20 +86,29 @@ class Run:
             self.selected + other.selected,
             self.valid + other.valid,
             None if self.bytes_read is None or other.bytes_read is None else self.bytes_read + other.bytes_read,
+            self.block_queries + other.block_queries,
+            self.block_pairs + other.block_pairs,
+            self.causal_pairs + other.causal_pairs,
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready counts; ``kv_share``: share of keys attended to, ``kv_bytes_share``: read, ranking included."""
+        """JSON-ready counts.
+
+        ``kv_share``: share of keys attended to, ``kv_bytes_share``: read, ranking included; after a prefill by blocks
+        ``block_share``: share of the pairs of blocks attended to.
+        """
         share = self.selected / self.valid if self.valid else None
         read = self.bytes_read / self.valid if self.valid and self.bytes_read is not None else None
         names = ("requests", "dense_answers", "truncated", "unfinished", "dense_queries", "sparse_queries")
         counts = {name: getattr(self, name) for name in names}
+        blocks = {"block_queries": self.block_queries, "block_share": self.block_pairs / max(1, self.causal_pairs)}
+        counts |= blocks if self.block_queries else {}
         return {"kind": self.kind, **counts, "kv_share": share, "kv_bytes_share": read, **self.settings}
 
     def warnings(self) -> list[str]:
         """Sentences that a reader of the score needs to know."""
         sentences = []
-        if not self.sparse_queries:
+        if not self.sparse_queries and not self.block_queries:
             sentences.append(
                 f"NO SPARSE QUERY in {self.kind} requests of {self.task}, {DENSE}: the budget may cover every context, "
                 "continuations of one token may come from the prompt's last query alone (pass sparse_tail=1), "

@@ -17,7 +17,8 @@ from lm_eval.models.huggingface import HFLM
 from fasa_flex import FasaConfig, FasaProfile
 from fasa_flex.baselines import RANKING_OPTIONS, Method, as_published, scorer_factory, unheard
 from fasa_flex.core.scoring import Scorer, SequenceScorer
-from fasa_flex.errors import ArgumentTypeError, NotSupportedError
+from fasa_flex.errors import ArgumentTypeError
+from fasa_flex.hf.compatibility import unmet
 from fasa_flex.lm_eval.profiles import AUTO, Calibration
 
 LayerSet = int | str | Sequence[int] | None
@@ -150,16 +151,24 @@ def check_batch_size(batch_size: int | str | None) -> None:
         raise ValueError(f"batch_size={batch_size} is no number of requests; pass 1 or more.")
 
 
-def check_parallel(tp_plan: object) -> None:
-    """Refuse tensor parallelism: each process would hold some of the heads, but a profile describes all of them.
+def check_parallel(tp_plan: object, *, loads: bool = True) -> None:
+    """Refuse a ``tp_plan`` that lm-eval would not hand over.
+
+    Args:
+        tp_plan: option of lm-eval's ``hf`` since 0.4.12: shard the model over the processes of torchrun.
+        loads: whether the model is loaded by name, which is when it is sharded.
 
     Raises:
-        NotImplementedError: any ``tp_plan``.
+        ValueError: a model object is given, or the installed lm-eval is older.
     """
-    if tp_plan is not None:
-        raise NotSupportedError(
-            f"tp_plan={tp_plan!r} shards heads over processes, but no profile is sharded with them; leave it out, and "
-            "use accelerate launch for data parallelism or parallelize=True to spread the layers."
+    if tp_plan is None:
+        return
+    if "tp_plan" not in inspect.signature(HFLM.__init__).parameters:
+        raise unmet("lm_eval", "shards no model over processes (tp_plan)", since="0.4.12")
+    if not loads:
+        raise ValueError(
+            f"tp_plan={tp_plan!r} shards a model while it is loaded, and a model object is given; pass its folder, or "
+            "a model that is sharded already without tp_plan."
         )
 
 

@@ -68,9 +68,9 @@ class FasaHFLM(HFLM):
             packaged text, which end on a question; the default) or the path of a text file.
         profile_cache: folder in which ``profile=auto`` keeps profiles; None for ``~/.cache/fasa_flex/profiles``.
         batch_size: requests of one forward, a number; ``auto`` is refused.
-        tp_plan: refused; see `fasa_flex.lm_eval.arguments.check_parallel`.
         options: every field of `fasa_flex.FasaConfig`, with its meaning and default there, and every other argument of
-            ``hf``, such as ``gguf_file``, a file of ``pretrained`` (extra ``gguf``). A baseline's defaults are its
+            ``hf``, such as ``gguf_file``, a file of ``pretrained`` (extra ``gguf``), or ``tp_plan=auto``, which shards
+            the model over the processes of torchrun (lm-eval 0.4.12). A baseline's defaults are its
             paper's: ``n_sink`` is 8 for ``streaming_llm``; for ``sparq`` ``n_recent`` is a quarter of the budget and
             ``completion`` is ``mean``. ``sparq`` and ``double_sparsity`` score with ``2 * n_tip`` dimensions. An option
             that a method does not use is refused. Write ``dense_layers`` as ``0``, ``0+1`` or ``none``, and
@@ -93,7 +93,6 @@ class FasaHFLM(HFLM):
         calibration_source: str | os.PathLike[str] | int | None = None,
         profile_cache: str | os.PathLike[str] | int | None = None,
         batch_size: int | str | None = 1,
-        tp_plan: str | dict[str, str] | None = None,
         **options: Any,
     ) -> None:
         check_lm_eval(HFLM)
@@ -102,7 +101,7 @@ class FasaHFLM(HFLM):
         known, gguf_file = arguments.own_names(FasaHFLM), hf_args.get("gguf_file")
         arguments.check_batch_size(batch_size)
         arguments.check_method(method)
-        arguments.check_parallel(tp_plan)
+        arguments.check_parallel(hf_args.get("tp_plan"), loads=isinstance(pretrained, str))
         arguments.check_unknown(hf_args, known, loads=isinstance(pretrained, str))
         profile = arguments.folder_or_profile(profile)
         if profile is None and method in ("fasa", "random_chunks"):
@@ -144,7 +143,7 @@ class FasaHFLM(HFLM):
         return self._by_task("loglikelihood", requests, lambda own: score(own, disable_tqdm))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generate with dense prefill and sparse decoding."""
+        """Generate with a dense prefill, or one by blocks, and sparse decoding."""
         return self._by_task(
             "generate_until", requests, lambda own: super(FasaHFLM, self).generate_until(own, disable_tqdm)
         )

@@ -18,6 +18,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,9 +27,11 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from fasa_flex.hf.compatibility import cache_argument
+from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import attention_shape, device_of
 from fasa_flex.lm_eval.windows import Batch, Window, score
 from fasa_flex.model.handle import Fasa
+from fasa_flex.prefill.grid import BLOCK
 
 Answer = tuple[float, bool]
 
@@ -58,13 +61,14 @@ class Limits:
         A part of p tokens needs masks and scores of p * T * 4 bytes, in a few copies (and for each query head where it
         is scored); the cache needs T * (bytes of a token).
         """
-        layers, heads, kv_heads, head_dim = attention_shape(model)
-        token = 2 * layers * kv_heads * head_dim * model.dtype.itemsize
+        layers, _, _, head_dim = attention_shape(model)
+        shard = HeadShard.of(model)
+        token = 2 * layers * shard.kv_heads * head_dim * model.dtype.itemsize
         logits = max(4, _LOGITS // model.config.get_text_config().vocab_size)
         return cls(
             whole=whole,
             part=min(4096, max(128, token // 32)),
-            rows=min(512, logits, max(16, token // (64 * heads))),
+            rows=min(512, logits, max(16, token // (64 * shard.query_heads))),
         )
 
 
@@ -90,6 +94,7 @@ class Passes:
         self.model, self.fasa, self.pad, self.softmax_dtype = model, fasa, pad, softmax_dtype
         self.limits = Limits.of(model) if limits is None else limits
         self.shared_prefills = 0
+        self._whole = BLOCK if fasa.config.prefill == "blocks" else 1  # parts of a prefill by blocks hold whole ones
         layers = getattr(model.config.get_text_config(), "layer_types", None) or ()
         window = getattr(model.config.get_text_config(), "sliding_window", None)
         self._crops = not fasa.remembers and not window and all(kind == "full_attention" for kind in layers)
@@ -128,7 +133,7 @@ class Passes:
         """Indices of windows that share their dense context; longest first, so that out-of-memory comes early."""
         groups: dict[Any, list[int]] = {}
         for number, window in enumerate(windows):
-            shared = window.unscored
+            shared = self._shared(window)
             alone = not self._crops or shared < _SHARED
             key = number if alone else (shared, hashlib.sha1(array("q", window.ids[:shared]).tobytes()).digest())
             groups.setdefault(key, []).append(number)
@@ -155,9 +160,9 @@ class Passes:
 
     def _in_parts(self, windows: Sequence[Window]) -> list[Answer]:
         """Score windows with the same first ``unscored`` tokens: one prefill of these, then each window's rest."""
-        shared = windows[0].unscored
+        shared = self._shared(windows[0])
         cache = reserved_cache(self.model, max(len(window.ids) for window in windows))
-        for start, stop in parts(0, shared, self.limits.part):
+        for start, stop in parts(0, shared, self.limits.part, self._whole):
             self._forward(windows[0], start, stop, cache, keep=1)
         answers = []
         for number, window in enumerate(windows):
@@ -166,9 +171,13 @@ class Passes:
                 cache.crop(shared - len(window.ids))
         return answers
 
+    def _shared(self, window: Window) -> int:
+        """Tokens of the context that are prefilled apart."""
+        return window.unscored // self._whole * self._whole
+
     def _rest(self, window: Window, shared: int, cache: DynamicCache) -> Answer:
         total, greedy = 0.0, True
-        for start, stop in parts(shared, len(window.ids), self.limits.rows):
+        for start, stop in parts(shared, len(window.ids), max(self.limits.rows, 2 * self._whole)):
             scored = stop - max(start, window.first)
             logits = self._forward(window, start, stop, cache, keep=max(1, scored))
             if scored > 0:
@@ -237,12 +246,15 @@ def _grouped_heads(device: torch.device) -> Iterator[None]:
         del os.environ[name]
 
 
-def parts(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+def parts(start: int, stop: int, size: int, whole: int = 1) -> Iterator[tuple[int, int]]:
     """Cut slots [start, stop) into even parts of at most ``max(size, 3)``, none of one slot unless it is the only one.
 
-    A forward of one token counts as a decode step, which is sparse whatever the boundary is.
+    A forward of one token counts as a decode step, which is sparse whatever the boundary is. With ``whole`` parts
+    end at its multiples, and are longer by less than it.
     """
     length = stop - start
     count = -(-length // max(size, 3))
-    for number in range(count):
-        yield start + length * number // count, start + length * (number + 1) // count
+    ends = [start + length * number // count // whole * whole for number in range(1, count)]
+    for begin, end in pairwise([start, *ends, stop]):
+        if end > begin:
+            yield begin, end

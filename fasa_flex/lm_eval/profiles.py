@@ -26,6 +26,7 @@ from fasa_flex import FasaProfile, RotaryLayout, calibrate
 from fasa_flex.baselines import adjacent_pairs, channel_weights
 from fasa_flex.calibration.profile import FORMAT
 from fasa_flex.calibration.provenance import config_hash
+from fasa_flex.hf.head_shard import HeadShard, whole_parameter
 from fasa_flex.lm_eval.haystack import document
 from fasa_flex.saving import check_writable
 
@@ -156,7 +157,8 @@ def auto_profile(
         texts, described = samples_of(source, lambda text: len(tokenizer(text).input_ids), max_length)
         decides = (model_hash(model), described, FORMAT, *(("adjacent pairs",) if adjacent else ()))
         folder = cache / hashlib.sha256(repr(decides).encode()).hexdigest()[:32]
-        if (folder / CONFIG_NAME).is_file():
+        shard = HeadShard.of(model)
+        if shard.agree((folder / CONFIG_NAME).is_file()):
             profile = FasaProfile.from_pretrained(folder)
             profile.check_fits(model)
             return profile, {**asdict(described), "cached": True}
@@ -169,7 +171,8 @@ def auto_profile(
             layout=adjacent_pairs(RotaryLayout.detect(model)) if adjacent else None,
             progress=False,
         )
-        profile.save_pretrained(folder)
+        if shard.rank == 0:
+            profile.save_pretrained(folder)
         return profile, {**asdict(described), "cached": False}
 
 
@@ -230,7 +233,7 @@ def model_hash(model: PreTrainedModel) -> str:
     """SHA-256 of the rotary configuration and of every parameter's name, shape, dtype and 64 of its values."""
     digest = hashlib.sha256(config_hash(model).encode())
     for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
+        flat = whole_parameter(parameter).detach().flatten()
         at = torch.linspace(0, max(0, len(flat) - 1), min(_VALUES, len(flat)), dtype=torch.float64).long()
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode())
         digest.update(flat[at.to(flat.device)].double().cpu().numpy().tobytes())

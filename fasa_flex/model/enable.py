@@ -14,10 +14,12 @@ from fasa_flex.calibration.profile import FasaProfile, check_kinds
 from fasa_flex.calibration.profile_scorers import dominant_chunks
 from fasa_flex.core.config import FasaConfig
 from fasa_flex.core.scoring import DominantChunks, Scorer, SequenceScorer
+from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import attention_modules, check_supported, dense_layers, device_of
 from fasa_flex.hf.probe import check_attention
 from fasa_flex.hf.wrappers import unwrapped
 from fasa_flex.model.handle import Fasa
+from fasa_flex.prefill.estimators import BlockEstimator, pooled
 
 ScorerFactory = Callable[[int], Scorer | SequenceScorer]
 """Takes a layer number and returns the scorer of that layer."""
@@ -29,6 +31,7 @@ def enable(
     config: FasaConfig | None = None,
     *,
     scorer: ScorerFactory | None = None,
+    estimator: BlockEstimator = pooled,
 ) -> Fasa:
     """Let ``model`` decode with frequency-aware sparse attention, until `Fasa.disable`.
 
@@ -55,6 +58,8 @@ def enable(
         profile: result of `calibrate`; None: the first long prompt calibrates, unless there is a ``scorer``.
         config: budget and options; None: the defaults of `FasaConfig`.
         scorer: makes the scorer of a layer for another method than FASA; needs no profile.
+        estimator: with ``config.prefill == "blocks"``, estimates the attention between blocks of the prompt
+            (`fasa_flex.prefill.estimators`).
 
     Returns:
         a handle with ``stats`` and ``disable()``; also a context manager that disables at its end.
@@ -79,9 +84,12 @@ def enable(
     layers = sorted(attention_modules(model))
     if not set(layers) - set(dense):
         warnings.warn(f"every layer of {type(model).__name__} stays dense ({dense}): nothing is sparse.", stacklevel=2)
+    shard = HeadShard.of(model)
     with torch.inference_mode(False):  # inference tensors could not be used outside it
-        scorers = {layer: _placed(scorer(layer), model, layer, config) for layer in layers if layer not in dense}
-    return Fasa(model, config, scorers, dense, profile if prompt is None else prompt)
+        scorers = {
+            layer: _placed(shard.scorer(scorer(layer)), model, layer, config) for layer in layers if layer not in dense
+        }
+    return Fasa(model, config, scorers, dense, profile if prompt is None else prompt, estimator)
 
 
 def _placed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from fasa_flex.caches.capacity import make_room
+from fasa_flex.caches.capacity import last_written, make_room, partly_written, take_back
 from fasa_flex.hf.boundary import Boundary
 from fasa_flex.hf.forward_checks import check_forward
 from fasa_flex.hf.generation import generating, reads_prompt
 from fasa_flex.hf.masks import Shape
 from fasa_flex.model.visible import Visible
+from fasa_flex.prefill.grid import Grid
 
 _boundaries: ContextVar[Mapping[int, Boundary]] = ContextVar("fasa_boundaries")
 """Boundaries that `Forwards.sparse_from` set in this thread or asyncio task, by the id of the `Forwards`."""
@@ -33,12 +35,14 @@ class _Forward(threading.local):
         boundary: slots of the sparse queries; None: `sparse_from` is not in use.
         traced_boundary: a copy of ``boundary`` for Dynamo, which cannot trace a `ContextVar`.
         nan_rows: bool [B], the batch rows whose padding holds NaN (`check_keys`); None: no row.
+        grid: blocks of a prefill by blocks, with the mask and shape that they belong to; None: not made yet.
     """
 
     reads_prompt: bool = False
     boundary: Boundary | None = None
     traced_boundary: Boundary | None = None
     nan_rows: Tensor | None = None
+    grid: tuple[weakref.ref[Tensor] | None, Shape, Grid | None] | None = None
 
 
 class Forwards:
@@ -81,10 +85,16 @@ class Forwards:
         if not torch.compiler.is_compiling():
             self._threads.add(threading.get_ident())
             now.reads_prompt = q_len == 1 and reads_prompt()
-            now.boundary, now.nan_rows = _boundaries.get(_NONE).get(id(self)), None
-        check_forward(batch, q_len, cache, layer, options, self.boundary, self._limit)
-        if cache is not None:
-            make_room(cache, q_len)
+            now.boundary, now.nan_rows, now.grid = _boundaries.get(_NONE).get(id(self)), None, None
+        try:
+            check_forward(batch, q_len, cache, layer, options, self.boundary, self._limit)
+            if cache is not None:
+                make_room(cache, q_len)
+        except ValueError as error:
+            last = -1 if cache is None else last_written(cache, layer)
+            if cache is None or last < 0 or take_back(cache, last, q_len):
+                raise
+            raise partly_written(error, last) from error
 
     def visible(self, mask: Tensor | None, shape: Shape, device: torch.device, begins: bool) -> Visible:
         """Return the valid keys of a forward's queries; the layers of a decode step share one object.

@@ -20,12 +20,14 @@ from fasa_flex.core.criteria import Criterion
 from fasa_flex.core.layer_budgets import spread_budget
 from fasa_flex.core.scoring import DominantChunks, Scorer, SequenceScorer, estimates_logits
 from fasa_flex.hf.attention_routing import AttentionSeam, implementation_of
+from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import attention_modules, attention_shape, device_of, maximum_positions
 from fasa_flex.model.forwards import Forwards
 from fasa_flex.model.layer import Layer
 from fasa_flex.model.paged_forwards import PagedForwards
 from fasa_flex.model.shared import OfOneModel, Shared
 from fasa_flex.model.stats import FasaStats, read_share
+from fasa_flex.prefill.estimators import BlockEstimator, pooled
 
 
 class Fasa(OfOneModel):
@@ -46,6 +48,7 @@ class Fasa(OfOneModel):
         scorers: dict[int, Scorer | SequenceScorer],
         dense: dict[int, str],
         source: FasaProfile | PromptCalibration | None,
+        estimator: BlockEstimator = pooled,
     ) -> None:
         self.config = config
         self.dense_layers = dense
@@ -53,12 +56,15 @@ class Fasa(OfOneModel):
         source = source if isinstance(source, PromptCalibration) else None
         self._known = {} if source is not None else scorers
         self.completion = _completion_of(config, scorers)
+        _check_prefill(config, scorers)
         packing = packs(model) and config.per == "kv_head"
         self.packed_dtype = _packed_dtype_of(model, scorers) if packing else None
         self._model_name = type(model).__name__
         modules = attention_modules(model)
         _, heads, kv_heads, _ = attention_shape(model)
-        budgets = spread_budget(config.budget, config.layer_budgets, sorted(scorers), kv_heads=kv_heads)
+        shard = HeadShard.of(model)
+        ranks = (shard.rank, shard.ranks)
+        budgets = spread_budget(config.budget, config.layer_budgets, sorted(scorers), kv_heads, ranks)
         devices = [device_of(modules.get(layer, model), model) for layer in range(max(modules) + 1)]
         if config.backend == "triton":
             for layer, scorer in scorers.items():
@@ -70,10 +76,8 @@ class Fasa(OfOneModel):
             lambda: self.settings,
         )
         self._forwards = Forwards(lambda: self._seam.check(), maximum_positions(model))
-        self._paged = PagedForwards(
-            config.prefill == "sparse", lambda: [layer.scorer for layer in self._layers.values()]
-        )
-        shared = Shared(config, self.completion, packing, source, self._forwards, self.stats, self._paged)
+        self._paged = PagedForwards(config.prefill, lambda: [layer.scorer for layer in self._layers.values()])
+        shared = Shared(config, self.completion, packing, source, self._forwards, self.stats, estimator, self._paged)
         self._layers = {
             layer: Layer(
                 layer,
@@ -195,6 +199,20 @@ def _packed_dtype_of(model: PreTrainedModel, scorers: dict[int, Scorer | Sequenc
         if isinstance(scorer, DominantChunks):
             return scorer.dtype or str(model.dtype).removeprefix("torch.")
     return None
+
+
+def _check_prefill(config: FasaConfig, scorers: dict[int, Scorer | SequenceScorer]) -> None:
+    """Refuse a prefill by blocks with scorers that have no dominant chunks to estimate from.
+
+    Raises:
+        ValueError: ``config.prefill`` is "blocks" and a scorer is no `DominantChunks`.
+    """
+    others = [type(scorer).__name__ for scorer in scorers.values() if not isinstance(scorer, DominantChunks)]
+    if config.prefill == "blocks" and others:
+        raise ValueError(
+            f"prefill='blocks' estimates attention from the dominant chunks of a profile, which {others[0]} has not; "
+            "use prefill='dense'."
+        )
 
 
 def _completion_of(config: FasaConfig, scorers: dict[int, Scorer | SequenceScorer]) -> CompletionKind:

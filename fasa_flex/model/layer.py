@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,13 @@ from fasa_flex.caches.packing import pack_layer
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.completion import Completion
 from fasa_flex.core.method import Call
-from fasa_flex.core.scoring import Forward, Given, Scorer, SequenceScorer
+from fasa_flex.core.scoring import DominantChunks, Forward, Given, Scorer, SequenceScorer
 from fasa_flex.core.softmax import Softmax
 from fasa_flex.hf.attention_routing import AttentionResult, DenseAttention
 from fasa_flex.hf.compatibility import cache_among
 from fasa_flex.hf.continuous_batching import PAGED
 from fasa_flex.hf.forward_checks import check_keys, mask_of, softmax_of
+from fasa_flex.model.block_prefill import BlockPrefill
 from fasa_flex.model.crossover import packs_late, sparse_is_faster
 from fasa_flex.model.paged_layer import PagedLayer
 from fasa_flex.model.several_queries import in_parts, merged, weights_of
@@ -70,6 +71,9 @@ class Layer(OfOneModel):
         self._dense_budget = config.budget  # up to this many keys a dense layer runs the model's own attention
         self._may_group = budget is None or config.backend == "fastest"
         self._paged = PagedLayer(number, begins, implementation, shared, budget, lambda: self.scorer)
+        own = (number, config, shared.estimator, implementation == "eager")
+        by_blocks = config.prefill == "blocks" and budget is not None
+        self._blocks = BlockPrefill(*own, shared.forwards, shared.stats) if by_blocks else None
 
     @property
     def scorer(self) -> Scorer | SequenceScorer | None:
@@ -156,8 +160,7 @@ class Layer(OfOneModel):
         if mask is None and q_len > 1:
             mask = mask_of(module, options, self.implementation, (q_len, kv_len), query.device)
         visible = self._forwards.visible(mask, (len(query), q_len, kv_len), query.device, self.begins)
-        if q_len > 1:
-            self._read_prompt(query, key, visible, cache, first_slot, softmax.scaling)
+        measured = q_len > 1 and self._read_prompt(query, key, visible, cache, first_slot, softmax.scaling)
         scorer = self._scorer if self._source is None else self.scorer
         completion = cached = sparse = marks = None
         first, counts = q_len, visible.dense_counts
@@ -181,6 +184,9 @@ class Layer(OfOneModel):
         if boundary is not None or (sparse is not None and marks is None):
             counts = self._counts(visible, sparse, first_slot)
         self._stats.add(number, counts)
+        prefills = q_len > 1 or (not compiling and now.reads_prompt)
+        if self._blocks and isinstance(scorer, DominantChunks) and prefills and not measured:
+            dense = self._blocks.instead_of(dense, scorer, visible, sparse, first_slot, softmax)
         if self.follower is not None and budget is not None:
             chosen = torch.zeros_like(visible.n_valid, dtype=torch.bool) if sparse is None else sparse
             inputs = (query, key, visible.valid(), chosen, first, first_slot, budget, softmax.scaling, cache)
@@ -197,9 +203,9 @@ class Layer(OfOneModel):
                 cached = cache.layers[number] if getattr(cache.layers[number], "scorer", None) is scorer else None
             packed = None if cached is None else cached.packed
             resident = cached.own_resident() if isinstance(cached, OnHost) else None
-        queries, valid = query if first == 0 else query[:, :, first:], visible.valid()[:, :, :, first:]
-        settings = (budget, self._group_reduce, softmax, packed, resident, marks, completion)
-        call = Call(queries, key, value, scorer, valid, *settings)  # type: ignore[arg-type]  # follow's scores are `Given`
+        ranker, part = cast(Scorer, scorer), query if first == 0 else query[:, :, first:]  # others' scores are `Given`
+        states = (part, key, value, ranker, visible.valid()[:, :, :, first:], budget, self._group_reduce, softmax)
+        call = Call(*states, packed, resident, marks, completion)
         if q_len == 1:  # splitting many queries would guard a compiled graph on T and recompile for every token
             focused = sparse_attention(call, self._backend).transpose(1, 2).contiguous()
         else:
@@ -216,18 +222,18 @@ class Layer(OfOneModel):
 
     def _read_prompt(
         self, query: Tensor, key: Tensor, visible: Visible, cache: Cache | None, first_slot: int, scaling: float
-    ) -> None:
-        """Refuse NaN in the keys of a forward of several tokens; calibrate on them if there is no profile yet."""
+    ) -> bool:
+        """Refuse NaN keys in a forward of several tokens; calibrate on them if there is no profile; return whether."""
         now, q_len = self._forwards.now, query.shape[2]
         if not torch.compiler.is_compiling():
             now.nan_rows = check_keys(self.number, key, q_len, visible.mask, now.nan_rows, self.begins)
         source, boundary = self._source, self._forwards.boundary
         if source is None or source.profile is not None:
-            return
+            return False
         if self.begins:
             source.begin()
         if boundary is not None and first_slot + q_len + 1 < boundary.lowest:
-            return  # not the last chunk of the prompt; + 1: the last prompt token may come with the continuation
+            return False  # not the last chunk of the prompt; + 1: the last prompt token may come with the continuation
         sparse = None if boundary is None else boundary.behind(first_slot, q_len, visible.device)
         if now.nan_rows is not None:  # batch rows with NaN cannot be measured
             excluded = now.nan_rows.to(visible.device)[:, None].expand(-1, q_len)
@@ -235,6 +241,7 @@ class Layer(OfOneModel):
         measured = source.measure(self.number, query, key, visible.mask, visible.n_valid, sparse, scaling)
         if measured and self._packs and cache is not None:
             self._pack(cache, self.scorer, query.device)
+        return measured
 
     def _sparse_queries(self, visible: Visible, first_slot: int) -> tuple[int, Tensor | None]:
         """Find the sparse queries of a forward of several tokens, or with a boundary.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fasa_flex.core.budget import Budget
+from fasa_flex.core.config import Prefill
 from fasa_flex.core.scoring import DominantChunks, SequenceScorer
 from fasa_flex.errors import NotSupportedError
 from fasa_flex.hf.continuous_batching import Pages, Request, requests_of_forward
@@ -171,12 +172,12 @@ class PagedForwards:
     """Forwards of continuous batching of a model under FASA.
 
     Args:
-        prefill_sparse: whether prompt tokens are sparse, too.
+        prefill: ``FasaConfig.prefill``.
         scorers: returns the scorer of every layer.
     """
 
-    def __init__(self, prefill_sparse: bool, scorers: Callable[[], list[object]]) -> None:
-        self._prefill_sparse, self._scorers = prefill_sparse, scorers
+    def __init__(self, prefill: Prefill, scorers: Callable[[], list[object]]) -> None:
+        self._prefill, self._scorers = prefill, scorers
         self._local = threading.local()
         self._caches: weakref.WeakKeyDictionary[Any, _OfCache] = weakref.WeakKeyDictionary()
 
@@ -196,12 +197,16 @@ class PagedForwards:
 
         Raises:
             NotImplementedError: the forward is captured in a CUDA graph, which would replay without this call, or a
-                scorer follows sequences.
+                scorer or the prefill needs a sequence by itself.
         """
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise NotSupportedError(
                 "FASA attends to a paged cache outside of CUDA graphs only; pass "
                 "ContinuousBatchingConfig(use_cuda_graph=False)."
+            )
+        if self._prefill == "blocks":
+            raise NotSupportedError(
+                "prefill='blocks' reads one prompt a row, and continuous batching packs several; use prefill='dense'."
             )
         kept, used = self._caches.get(cache), self._scorers()
         follower = next((each for each in used if isinstance(each, SequenceScorer)), None)
@@ -213,7 +218,7 @@ class PagedForwards:
         if kept is None or any(a is not b for a, b in zip(kept.scorers, used, strict=True)):
             kept = self._caches[cache] = _OfCache(used)
         requests = requests_of_forward()
-        self._local.now = PagedForward(cache, requests, length, device, kept.books, self._prefill_sparse)
+        self._local.now = PagedForward(cache, requests, length, device, kept.books, self._prefill == "sparse")
 
     def beside(
         self, cache: Any, layer: int, pages: Pages, scorer: DominantChunks | None, completing: bool | None

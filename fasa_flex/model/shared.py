@@ -11,6 +11,7 @@ from fasa_flex.core.config import FasaConfig, GroupReduce
 from fasa_flex.model.forwards import Forwards
 from fasa_flex.model.paged_forwards import PagedForwards
 from fasa_flex.model.stats import FasaStats
+from fasa_flex.prefill.estimators import BlockEstimator
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Shared:
         source: calibrates on a prompt; None: every layer has its scorer from the start.
         forwards: state of the current forward of each thread.
         stats: counts of queries and selected tokens.
+        estimator: estimates the attention between blocks of a prefill by blocks.
         paged: state of forwards of continuous batching.
     """
 
@@ -33,6 +35,7 @@ class Shared:
     source: PromptCalibration | None
     forwards: Forwards
     stats: FasaStats
+    estimator: BlockEstimator
     paged: PagedForwards
 
     @property

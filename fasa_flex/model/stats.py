@@ -16,6 +16,7 @@ from fasa_flex.core.bytes_read import ReadShare, StatesReads
 from fasa_flex.core.config import Completion, FasaConfig
 from fasa_flex.core.packed_keys import packed_bytes
 from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import attention_shape
 
 
@@ -30,6 +31,9 @@ class LayerStats:
         mean_valid: mean number of valid keys of a sparse query.
         kv_bytes_share: bytes of keys and values that sparse queries read, including the ranking, as a share of the
             bytes that dense attention reads; None: the method does not state the bytes that it reads.
+        block_queries: queries of a prefill by blocks.
+        block_pairs: pairs of a block of queries and a block of keys that these attended to, summed over query heads.
+        causal_pairs: pairs that dense attention would have attended to.
     """
 
     dense_queries: int
@@ -37,6 +41,9 @@ class LayerStats:
     mean_selected: float
     mean_valid: float
     kv_bytes_share: float | None
+    block_queries: int = 0
+    block_pairs: int = 0
+    causal_pairs: int = 0
 
 
 def tally(n_valid: Tensor, sparse: Tensor | None = None, budget: Budget | None = None) -> Tensor:
@@ -79,7 +86,8 @@ def read_share(
     """
     if not isinstance(scorer, StatesReads):
         return None
-    _, query_heads, kv_heads, head_dim = attention_shape(model)
+    head_dim, shard = attention_shape(model)[3], HeadShard.of(model)
+    query_heads, kv_heads = shard.query_heads, shard.kv_heads
     reads, keeps = scorer.reads(head_dim, query_heads, kv_heads), packs
     ranker, dtype = getattr(scorer, "ranker", scorer), dtype or model.dtype
     if isinstance(ranker, DominantChunks) and keeps:
@@ -120,6 +128,7 @@ class FasaStats:
         self.interrupted = 0
         with torch.inference_mode(False):  # inference tensors could not be written outside it
             self._counts = [torch.zeros(4, dtype=torch.long, device=device) for device in devices]
+            self._blocks = [torch.zeros(3, dtype=torch.long, device=device) for device in devices]
 
     def add(self, layer: int, tally: Tensor) -> None:
         """Add a `tally` to the counts of a layer."""
@@ -128,22 +137,39 @@ class FasaStats:
                 self._counts[layer] = self._counts[layer].to(tally.device)
         self._counts[layer].add_(tally)
 
+    def read_blocks(self, layer: int, queries: Tensor, pairs: Tensor, heads: int) -> None:
+        """Move queries that are counted as dense to those of a prefill by blocks.
+
+        Args:
+            layer: number of the layer.
+            queries: int64, number of queries.
+            pairs: int64 [2], result of `BlockLists.pairs`.
+            heads: query heads that share a selection, for each of which the pairs count.
+        """
+        read = torch.stack([queries, *(heads * pairs)])
+        if self._blocks[layer].device != read.device:
+            with torch.inference_mode(False):
+                self._blocks[layer] = self._blocks[layer].to(read.device)
+        self._blocks[layer].add_(read)
+        self.add(layer, F.pad(-queries[None], (0, 3)))
+
     def reset(self) -> None:
         """Set all counts to 0."""
         self.interrupted = 0
-        for counts in self._counts:
+        for counts in (*self._counts, *self._blocks):
             counts.zero_()
 
     @property
     def per_layer(self) -> list[LayerStats]:
         """Counts of each layer, by layer number."""
         stats = []
-        for layer, counts in enumerate(self._counts):
+        for layer, (counts, blocks) in enumerate(zip(self._counts, self._blocks, strict=True)):
             dense, sparse, total, valid = counts.tolist()
             selected = total / self._heads.get(layer, 1)
             reads = self._reads.get(layer)
             share = None if reads is None else reads.of(selected, valid, sparse)
-            stats.append(LayerStats(dense, sparse, selected / max(1, sparse), valid / max(1, sparse), share))
+            means = (selected / max(1, sparse), valid / max(1, sparse))
+            stats.append(LayerStats(dense, sparse, *means, share, *blocks.tolist()))
         return stats
 
     @property
@@ -155,6 +181,18 @@ class FasaStats:
     def sparse_queries(self) -> int:
         """Number of sparse queries, summed over layers."""
         return sum(layer.sparse_queries for layer in self.per_layer)
+
+    @property
+    def block_queries(self) -> int:
+        """Number of queries of a prefill by blocks, summed over layers."""
+        return sum(layer.block_queries for layer in self.per_layer)
+
+    @property
+    def block_share(self) -> float:
+        """Share of the pairs of blocks of dense attention that a prefill by blocks attended to; 1.0 without one."""
+        layers = self.per_layer
+        causal = sum(layer.causal_pairs for layer in layers)
+        return sum(layer.block_pairs for layer in layers) / causal if causal else 1.0
 
     @property
     def kv_share(self) -> float:
@@ -181,7 +219,8 @@ class FasaStats:
 
     def as_dict(self) -> dict[str, Any]:
         """Totals over layers, and the settings in use, as JSON-ready values."""
-        names = ("dense_queries", "sparse_queries", "kv_share", "kv_bytes_share")
+        names = ["dense_queries", "sparse_queries", "kv_share", "kv_bytes_share"]
+        names += ["block_queries", "block_share"] if self.block_queries else []
         return {**{name: getattr(self, name) for name in names}, **self.settings}
 
     def __repr__(self) -> str:

@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "evals" / "examples"
 SPARSE_LAYERS = 3  # of the reference model's four
-HERE = {"generate", "decode_loop", "own_scorer", "attention"}
+HERE = {"generate", "decode_loop", "own_scorer", "attention", "tensor_parallel"}
 
 
 @pytest.fixture
@@ -38,6 +41,17 @@ def test_a_stock_model_generates_sparsely(run: Callable[[str], dict[str, Any]]) 
     assert written == 50
     assert stats.sparse_queries == SPARSE_LAYERS * (written - 1)
     assert 0 < stats.kv_share < 0.05  # 128 of some 3900 keys
+
+
+@pytest.mark.slow
+def test_a_model_divided_over_two_processes_generates_sparsely() -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, str(EXAMPLES / "tensor_parallel.py")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"sparse_queries={SPARSE_LAYERS * 29}" in done.stdout
+    assert done.stdout.count("FasaStats") == 1
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from evals.bench import generate, growing
+from evals.bench import generate, growing, tensor_parallel
 from fasa_flex.bench.shapes import Shape
 
 SHAPE = Shape("tiny", 2, 64, 4, 2, 16, 32, 50)
@@ -49,3 +52,30 @@ def test_a_tokens_time_is_a_long_answers_less_a_short_ones(monkeypatch: pytest.M
     model: Any = Model()
     assert generate.seconds_a_token(model, torch.ones(1, 1), generate.CACHES["static"]) == 2.0
     assert asked == [generate.LONG, generate.LONG, generate.SHORT, generate.SHORT]
+
+
+def test_a_rank_measures_every_variant_on_the_same_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What two ranks add is in tests/test_tensor_parallel.py; here one measures, and leaves its logits to compare."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    tensor_parallel.SHAPES["tiny"].model(2, CONTEXT, torch.float32, torch.device("cpu")).save_pretrained(tmp_path)
+    options = {"device": "cpu", "shape": "tiny", "layers": 2, "batches": "1", "contexts": str(CONTEXT), "rounds": 2}
+    arguments = Namespace(**options, weights=tmp_path, rows=tmp_path / "rows.jsonl")
+    tensor_parallel.measure(arguments)
+    rows = [json.loads(line) for line in arguments.rows.read_text().splitlines()]
+    assert {row["name"] for row in rows} > {"FASA-C gather", "FASA-C fastest", "transformers' SDPA"}
+    assert all(row["seconds"] > 0 and row["error"] == 0 and row["ranks"] == 1 for row in rows)
+    names = ("SDPA", "grouped SDPA", "FASA-C gather")
+    dense, same, sparse = (torch.load(tmp_path / f"1 {CONTEXT} {name}.pt") for name in names)
+    torch.testing.assert_close(same, dense)
+    assert 0.01 < float((dense - sparse).norm() / dense.norm()) < 0.5
+
+
+def test_the_table_says_what_more_gpus_and_what_sparse_attention_give() -> None:
+    times = {("SDPA", 1): 0.008, ("grouped SDPA", 1): 0.01, ("FASA", 1): 0.004}
+    times |= {("SDPA", 2): 0.006, ("grouped SDPA", 2): 0.005, ("FASA", 2): 0.002}
+    rows = [{"batch": 8, "context": 99, "name": n, "ranks": r, "seconds": s} for (n, r), s in times.items()]
+    lines = tensor_parallel.table(rows).splitlines()
+    assert "| 8 | 99 | FASA | 1 | 4.00 | 1.00x | 2.00x |" in lines
+    assert "| 8 | 99 | FASA | 2 | 2.00 | 2.00x | 2.50x |" in lines
+    assert "| 8 | 99 | grouped SDPA | 2 | 5.00 | 2.00x | 1.00x |" in lines

@@ -246,3 +246,22 @@ def test_documents_measured_together_have_their_own_scores(run: Run, tmp_path: P
     assert together["windows"].keys() == {"300/0", "300/1"}
     for name, scores in together["windows"].items():
         assert scores == pytest.approx(alone["windows"][name], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_arms_that_prefill_by_blocks(run: Run) -> None:
+    """At a share of one they are level with dense attention, whatever the estimator; below, blocks are counted."""
+    options = ("1.0 blocks=1.0", "1.0 blocks=0.6", "16 blocks=0.6", "1.0 blocks=0.6 estimator=window")
+    names = [f"fasa {each} dense_layers=[]" for each in options]
+    made = run(*names, length=1000, lengths="900")
+    window = made["windows"]["1000/0"]
+    assert window[names[0]] == pytest.approx(window["dense"], abs=1e-5)
+    assert len({round(window[name], 4) for name in names}) == 4
+    assert made["block_share"][f"{names[0]} @ 1000"] == 1.0  # no query of a prefill by blocks
+    assert 0 < made["block_share"][f"{names[1]} @ 1000"] < 1
+    assert made["arms"][names[3]]["estimator"] == "window"
+
+
+def test_an_unknown_estimator_is_refused() -> None:
+    with pytest.raises(ValueError, match="names no estimator; write estimator=pooled"):
+        arms_of(["fasa 128 blocks=0.2 estimator=best"])

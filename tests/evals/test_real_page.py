@@ -53,6 +53,7 @@ def test_tables_pair_arms(folder: Path) -> None:
     assert made["SparQ"][1].startswith("1.050 [1.047, 1.053]")
     assert made["SparQ"][0] == ""
     needles = rows("Needles")
+    assert "Quest, 64 tokens" not in needles
     assert needles["SparQ, 128 tokens"] == ["2 of 4", "-0.50 [-1.41, +0.41]"]
     assert needles["**FASA, default, 128 tokens**"][0] == "4 of 4"
     assert needles["dense"] == ["4 of 4", ""]
@@ -80,10 +81,28 @@ def test_what_was_not_measured_is_left_out(folder: Path) -> None:
     for name, window in list(made["windows"].items()):
         made["windows"][name.replace("8192", "1024")] = window
     path.write_text(json.dumps(made))
+    (folder / "smollm2_lengths.json").write_text(json.dumps(made))
     completions = rows("Completion on every ranking, 128 tokens")
     assert completions["ranking"] == ["no completion", "first order"]
     assert completions["FASA's chunks, default"] == ["1.105 [1.103, 1.108]", "1.000 [0.998, 1.002]"]
     assert rows("Length of the context")["**FASA, default, 64 tokens**"] == ["1.000 [0.998, 1.002]"] * 2
+
+
+def test_arms_with_few_prompts_are_compared_at_equal_tokens_only(folder: Path) -> None:
+    path = folder / "smollm2.json"
+    made = json.loads(path.read_text())
+    for name in ("quest 64 published", "sparq 256 published"):
+        del made["arms"][name]
+    path.write_text(json.dumps(made))
+    assert real_page.table("smollm2", "Needles at the same tokens") == ""
+    made["arms"]["quest 64 published"] = None
+    for i in range(4, 8):
+        made["needles"][f"1024/{i}"] = dict.fromkeys(made["needles"]["1024/0"], 1.0)
+    for i in (0, 1):
+        made["needles"][f"1024/{i}"]["quest 64 published"] = float(i)
+    path.write_text(json.dumps(made))
+    assert "Quest, 64 tokens" not in rows("Needles")
+    assert rows("Needles at the same tokens")["Quest"][0].startswith("-0.50")
 
 
 def test_at_equal_bytes_a_method_has_its_best_budget_that_it_can_afford(folder: Path) -> None:

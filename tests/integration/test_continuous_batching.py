@@ -310,6 +310,15 @@ def test_methods_that_follow_sequences_are_refused(llama: PreTrainedModel, ids: 
     assert "follows one sequence" in str(result.error)
 
 
+def test_a_prefill_by_blocks_is_refused(llama: PreTrainedModel, profile: FasaProfile, ids: Ids) -> None:
+    with enable(llama, profile, FasaConfig(n_fac=32, prefill="blocks")):
+        results = llama.generate_batch(
+            [ids(40).tolist()], generation_config=GREEDY, continuous_batching_config=batching(), progress_bar=False
+        )
+    (result,) = results.values()
+    assert "prefill='blocks' reads one prompt a row" in str(result.error)
+
+
 def test_other_scorers_rank_the_keys_of_their_requests(llama: PreTrainedModel, ids: Ids) -> None:
     prompts = prompts_of(ids)
     with enable(llama, None, SMALL, scorer=scorer_factory("oracle")) as fasa:

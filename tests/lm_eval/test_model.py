@@ -244,7 +244,6 @@ def test_hf_never_reads_sparse_answers_nor_the_other_way_round(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"tp_plan": "auto"}, "tp_plan='auto' shards heads over processes"),
         ({"batch_size": "auto"}, "batch_size=auto probes memory with dense attention only"),
         ({"nfac": 16}, "knows no argument 'nfac'; did you mean 'n_fac'"),
         ({"budget": 16}, "knows no argument 'budget'; did you mean 'n_fac'"),
@@ -342,3 +341,16 @@ def test_an_adapter_of_peft_is_evaluated_and_sparse(sparse: Load, checkpoint: Pa
     stepped = [decode(lora, context, continuation, prompt=len(context)) for context, continuation in pairs()]
     assert totals == pytest.approx(stepped, abs=1e-4)
     assert totals != pytest.approx([total for total, _ in plain._loglikelihood_tokens(asked, disable_tqdm=True)])
+
+
+def test_a_prefill_by_blocks_is_counted(sparse: Load) -> None:
+    """The words of the command line arrive, and the account has the share of the blocks."""
+    lm = sparse(prefill="blocks", prefill_share=0.5, prefill_mass="none")
+    assert (lm.fasa_config.prefill_share, lm.fasa_config.prefill_mass) == (0.5, None)
+    words = [3 + number % 50 for number in range(lm.max_length - 20)]
+    with lm.account.of("task", "loglikelihood", 1):
+        lm._loglikelihood_tokens([(("", "0"), words, words[:10])], disable_tqdm=True)
+    counts = lm.account.by("task")["task"].as_dict()
+    assert counts["block_queries"] == SPARSE_LAYERS * len(words)
+    assert 0 < counts["block_share"] < 1
+    assert counts["sparse_queries"] > 0

@@ -211,3 +211,29 @@ def test_the_peak_stays_below_two_kv_caches() -> None:
     cache = 2 * layers * kv_heads * head_dim * length * 4
     assert cache < live.peak < 2 * cache + 4 * vocabulary
     assert live.largest < 4 * length * vocabulary
+
+
+@pytest.mark.parametrize("limits", [None, Limits(whole=16, part=200, rows=8)], ids=["beside", "in parts"])
+def test_a_prefill_by_blocks_scores_as_decoded_after_one_prefill(
+    model: PreTrainedModel, profile: FasaProfile, limits: Limits | None
+) -> None:
+    """Parts of a context end where blocks do, whether continuations share it or not."""
+    rng = random.Random(3)
+    context = [rng.randrange(2, 400) for _ in range(700)]
+    continuations = [[rng.randrange(2, 400) for _ in range(count)] for count in (9, 1, 30)]
+    asked = [(context, each) for each in continuations] + [(context[:530], continuations[0])]
+    with enable(model, profile, FasaConfig(n_fac=16, prefill="blocks", prefill_share=0.6)) as fasa:
+        stepped = [decoded(model, *pair, prompt=len(pair[0])) for pair in asked]
+        fasa.stats.reset()
+        assert scored(
+            Passes(model, fasa, 0, limits=limits), [Window.of(*pair, 768) for pair in asked]
+        ) == pytest.approx(stepped, abs=1e-4)
+        assert fasa.stats.block_queries
+    with enable(model, profile, FasaConfig(n_fac=16)):
+        assert decoded(model, *asked[0], prompt=700) != pytest.approx(stepped[0], abs=1e-3)
+
+
+def test_parts_end_at_whole_blocks() -> None:
+    assert list(parts(0, 700, 200, 128)) == [(0, 128), (128, 256), (256, 512), (512, 700)]
+    assert list(parts(0, 100, 40, 128)) == [(0, 100)]
+    assert list(parts(512, 700, 300, 128)) == [(512, 700)]

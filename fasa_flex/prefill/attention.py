@@ -1,0 +1,202 @@
+"""Attention by blocks: exact attention of every block of queries to its selected blocks of keys.
+
+`flex_attention` computes it with a `BlockMask` of full blocks and, on the diagonal, partial ones; Inductor's kernel
+then reads the listed blocks alone. Without a GPU, or with gradients, the keys and values of each block of queries are
+gathered instead.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from fasa_flex.backends.gather import dot_rows, take_rows
+from fasa_flex.backends.specialization import specialized
+from fasa_flex.core.config import Backend
+from fasa_flex.core.softmax import Softmax, with_sinks
+from fasa_flex.prefill.estimators import BlockEstimator, Blocks
+from fasa_flex.prefill.grid import BLOCK, Grid, take
+from fasa_flex.prefill.selection import BlockBudget, BlockLists, select_blocks
+
+
+def block_sparse_attention(
+    blocks: Blocks, value: Tensor, budget: BlockBudget, estimator: BlockEstimator, backend: Backend = "auto"
+) -> tuple[Tensor, BlockLists]:
+    """Estimate, select and attend: sparse attention of a prefill.
+
+    Args:
+        blocks: queries and keys in the blocks of a grid.
+        value: float [B, Hkv, T, Dv].
+        budget: number of blocks of keys of each block of queries.
+        estimator: estimates the attention between blocks.
+        backend: ``"flex"``, ``"gather"``, or ``"auto"``: flex on CUDA if it can serve the call, otherwise gather.
+
+    Returns:
+        [B, Hq, Q, Dv], zeros for queries outside the grid; and the selected blocks.
+
+    Raises:
+        ValueError: the estimator returned another shape, or flex is asked for and cannot serve the call.
+    """
+    lists = select_blocks(_checked(estimator(blocks), blocks), blocks.grid, budget)
+    return attend_to_blocks(blocks, lists, value, backend), lists
+
+
+def _checked(mass: object, blocks: Blocks) -> Tensor:
+    """The estimates of each selecting head, [B, Hq or H, M, N]."""
+    grid, (batch, heads) = blocks.grid, blocks.query.shape[:2]
+    sets = len(blocks.scorer.dims)
+    shapes = [(batch, sets, group, grid.n_queries, grid.n_keys) for group in (heads // sets, 1)]
+    got = tuple(mass.shape) if isinstance(mass, Tensor) else type(mass).__name__
+    if got not in shapes:
+        raise ValueError(f"an estimator must return {shapes[0]}, or 1 in the third place, got {got}.")
+    assert isinstance(mass, Tensor)
+    return mass.flatten(1, 2)
+
+
+def attend_to_blocks(blocks: Blocks, lists: BlockLists, value: Tensor, backend: Backend = "auto") -> Tensor:
+    """Compute exact attention to the selected blocks, [B, Hq, Q, Dv]; zeros for queries outside the grid."""
+    grid, query, key, softmax = blocks.grid, blocks.query, blocks.key, blocks.softmax
+    reason = _why_no_flex(query, key, value, softmax)
+    if backend == "flex" and reason is not None:
+        raise ValueError(f"backend 'flex' cannot attend by blocks: {reason}; use backend='auto'.")
+    by_flex = backend == "flex" or (backend != "gather" and reason is None and query.is_cuda)
+    if not grid.is_packed:
+        key, value = take(key, grid.slots), take(value, grid.slots)
+    elif key.shape[2] > (end := grid.n_keys * BLOCK):
+        key, value = key[:, :, :end], value[:, :, :end]
+    ordered = grid.in_order and query.shape[2] >= BLOCK  # a shorter one would take flex's kernel for decoding
+    rows = query if ordered else take(query, grid.queries)
+    out = (_by_flex if by_flex else _by_gather)(rows, key, value, lists, grid, softmax)
+    if ordered:
+        return out
+    return torch.where((grid.places >= 0)[:, None, :, None], take(out, grid.places.clamp(min=0)), 0.0)
+
+
+def _why_no_flex(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> str | None:
+    if torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value)):
+        return "it computes no gradients (torch.no_grad() asks for none)"
+    if not query.is_cuda and softmax.sinks is not None:
+        return "it has no learned sinks on CPU"
+    return None
+
+
+def _by_gather(query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, grid: Grid, softmax: Softmax) -> Tensor:
+    """Attend block by block of queries, to gathered keys and values; queries are in the places of the grid."""
+    (batch, query_heads), (kv_heads, kv_len), heads = query.shape[:2], key.shape[1:3], lists.count.shape[1]
+    within, device, outs = torch.arange(BLOCK, device=query.device), query.device, []
+    for m in range(grid.n_queries):
+        width, rows = int(lists.count[:, :, m].max()), query[:, :, m * BLOCK : (m + 1) * BLOCK]
+        diagonal = lists.diagonal[:, None, m, None].expand(batch, heads, 1)
+        chosen = torch.cat([lists.listed[:, :, m, :width], diagonal], dim=-1).long()
+        taken = torch.arange(width + 1, device=device) < lists.count[:, :, m, None]
+        taken[..., width] = True
+        slots = (BLOCK * chosen[..., None] + within).flatten(2)  # [B, H, W]
+        token = (BLOCK * (grid.first + m))[:, None] + within[: rows.shape[2]]  # [R, 128]
+        visible = taken.repeat_interleave(BLOCK, dim=-1)[:, :, None] & (slots[:, :, None] <= token[:, None, :, None])
+        index = slots.clamp(max=kv_len - 1).view(batch, kv_heads, -1, 1, slots.shape[2])
+        keys, values = take_rows(key, index), take_rows(value, index)
+        members = query_heads // heads
+        grouped = rows.unflatten(1, (heads, members)).flatten(2, 3)
+        mask = visible.repeat(1, 1, members, 1)
+        if softmax.plain:
+            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=softmax.scaling)
+        else:
+            logits = softmax.logits(dot_rows(grouped, keys)).masked_fill(~mask, -torch.inf)
+            out = (logits.softmax(-1).to(values.dtype)) @ values
+        out = out.unflatten(2, (members, -1)).flatten(1, 2)
+        if softmax.sinks is not None:
+            lse = logits.logsumexp(-1).unflatten(2, (members, -1)).flatten(1, 2)
+            out = with_sinks(out, lse, None, softmax.sinks)
+        outs.append(out)
+    return torch.cat(outs, dim=2)
+
+
+def _by_flex(query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, grid: Grid, softmax: Softmax) -> Tensor:
+    """Run the compiled `flex_blocks`; queries are in the places of the grid."""
+    batch, query_heads = query.shape[:2]
+
+    def by_head(states: Tensor) -> Tensor:  # flex takes one list for each query head, contiguous
+        heads = query_heads // states.shape[1]
+        return states.repeat_interleave(heads, dim=1) if heads > 1 else states
+
+    count, listed = by_head(lists.count).contiguous(), by_head(lists.listed)
+    diagonal = lists.diagonal[:, None, :, None].expand(batch, query_heads, -1, 1).contiguous()
+    if not query.is_cuda:  # the CPU kernel needs one entry for each block of keys
+        listed, diagonal = (F.pad(each, (0, grid.n_keys - each.shape[3])) for each in (listed, diagonal))
+    start = (BLOCK * grid.first).int().expand(batch).contiguous()
+    masked = (torch.ones_like(count), diagonal, count, listed.contiguous(), start)
+    # Inductor's C++ for two dynamic lengths does not compile (torch 2.13)
+    lengths = (min(grid.n_queries, 2),) if query.is_cuda else (query.shape[2], key.shape[2])
+    sizes = (batch, query_heads, key.shape[1], query.shape[3], value.shape[3], *lengths)
+    kind = (query.dtype, query.device.type, softmax.softcap, softmax.scaling, softmax.sinks is None)
+    modes = (torch.is_inference_mode_enabled(), torch.is_grad_enabled())
+    out, lse = _compiled(*sizes, *kind, *modes)(query, key, value, *masked, softmax)
+    return out if softmax.sinks is None else with_sinks(out, lse, None, softmax.sinks)
+
+
+@functools.cache
+def _compiled(*signature: object) -> Callable[..., Any]:
+    return specialized(flex_blocks, signature)
+
+
+def flex_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    partial_count: Tensor,
+    partial: Tensor,
+    full_count: Tensor,
+    full: Tensor,
+    start: Tensor,
+    softmax: Softmax,
+) -> tuple[Tensor, Tensor | None]:
+    """Run `flex_attention` with lists of partial and of full blocks; compile it, as eager code computes every score.
+
+    Args:
+        query: float [B, Hq, M * 128, D], row i of batch row b is token ``start[b] + i``.
+        key: float [B, Hkv, T, D], key i is token i.
+        value: float [B, Hkv, T, Dv].
+        partial_count: int32 [B, Hq, M], 1.
+        partial: int32 [B, Hq, M, ..], the blocks on the diagonal.
+        full_count: int32 [B, Hq, M], number of blocks before the diagonal.
+        full: int32 [B, Hq, M, K], their numbers.
+        start: int32 [B], token of the first query.
+        softmax: scaling and logit cap; for learned sinks the log-sum-exp is returned, too.
+
+    Returns:
+        [B, Hq, M * 128, Dv], and the log-sum-exp of the logits, float32 [B, Hq, M * 128], or None.
+    """
+
+    def causal(b: Tensor, h: Tensor, row: Tensor, slot: Tensor) -> Tensor:
+        visible: Tensor = slot <= start[b] + row
+        return visible
+
+    block_mask = BlockMask.from_kv_blocks(
+        partial_count,
+        partial,
+        full_count,
+        full,
+        BLOCK_SIZE=BLOCK,
+        mask_mod=causal,
+        seq_lengths=(query.shape[2], key.shape[2]),
+        compute_q_blocks=False,
+    )
+    out: Any = flex_attention(
+        query,
+        key,
+        value,
+        score_mod=None if softmax.softcap is None else lambda score, b, h, row, slot: softmax.cap(score),
+        block_mask=block_mask,
+        scale=softmax.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+        return_aux=None if softmax.sinks is None else AuxRequest(lse=True),
+    )
+    if isinstance(out, tuple):
+        return out[0], out[1].lse
+    return out, None

@@ -1,0 +1,110 @@
+"""Hybrids: their attention layers are sparse and decode as the oracle does, all other layers are as they were."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import pytest
+import torch
+from cases import plain
+from conftest import token_ids
+from generation import generate, profile_of
+from integration.test_oracle_decode import decoding_by_the_oracle
+from sweep.build import NotBuiltError, build
+from transformers import PreTrainedModel, StaticCache
+from ways import PROMPT, prompts
+
+from fasa_flex import FasaCache, FasaConfig, RotaryLayout, enable
+from fasa_flex.hf.compatibility import cache_argument
+
+HYBRIDS = {
+    "Qwen3NextForCausalLM": (2, 3),
+    "Qwen3_5ForCausalLM": (2, 3),
+    "Lfm2ForCausalLM": (1, 3, 5, 7),
+    "BambaForCausalLM": (1, 3),
+    "FalconH1ForCausalLM": (0, 1, 2, 3),
+    "GraniteMoeHybridForCausalLM": (1, 3),
+    "MiniMaxForCausalLM": (0, 2),
+}
+"""Sparse layers of each."""
+
+
+@dataclass
+class Sparse:
+    """What `decoding_by_the_oracle` reads of a family."""
+
+    sparse: tuple[int, ...]
+    pairs: list[list[int]]
+
+
+def made(name: str) -> PreTrainedModel:
+    try:
+        return build(name)
+    except NotBuiltError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("config", [plain(n_fac=6, dense_layers=()), FasaConfig(n_fac=16, packed_dtype=None)])
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_hybrid_decodes_as_the_oracle(name: str, config: FasaConfig) -> None:
+    """A step's state enters the next one, so that a fault of a recurrent layer would show from the second on."""
+    model = made(name)
+    profile = profile_of(model, mean_key=config.completion != "none")
+    sparse = tuple(layer for layer in HYBRIDS[name] if layer not in config.dense_layers)
+    prompt = token_ids(66, rows=1)
+    with decoding_by_the_oracle(model, Sparse(sparse, profile.layout.chunks.tolist()), profile, config):
+        expected_tokens, expected = generate(model, prompt, max_new_tokens=5)
+    with enable(model, profile, config) as fasa:
+        tokens, logits = generate(model, prompt, max_new_tokens=5)
+        assert [layer for layer, stats in enumerate(fasa.stats.per_layer) if stats.sparse_queries] == list(sparse)
+    assert torch.equal(tokens, expected_tokens)
+    torch.testing.assert_close(logits, expected, atol=5e-4 * float(expected.abs().max()), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_planes_are_found_behind_recurrent_layers(dtype: torch.dtype) -> None:
+    """Their states depend on the position, so that the queries behind them would seem to turn in no plane."""
+    for name, layout in (
+        ("Qwen3_5ForCausalLM", RotaryLayout.half_split(16, 4)),
+        ("Lfm2ForCausalLM", RotaryLayout.half_split(16)),
+    ):
+        assert RotaryLayout.detect(made(name).to(dtype)) == layout
+
+
+@pytest.mark.parametrize("options", [{}, {"placement": "host"}, {"max_cache_len": 60}], ids=str)
+@pytest.mark.parametrize("name", ["Qwen3_5ForCausalLM", "Lfm2ForCausalLM"])
+def test_a_cache_of_a_hybrid_packs_its_attention_layers(name: str, options: dict[str, object]) -> None:
+    model = made(name)
+    profile, config = profile_of(model), FasaConfig(n_fac=6, dense_layers=())
+    with enable(model, profile, config):
+        expected = generate(model, prompts())[1]
+        cache = FasaCache(model, profile, config, **options)
+        for _ in range(2):
+            assert torch.equal(generate(model, prompts(), **cache_argument(model, cache))[1], expected)
+            assert cache.size.device > 0
+            cache.reset()
+    assert [n for n, layer in enumerate(cache.layers) if hasattr(layer, "packed")] == list(HYBRIDS[name])
+
+
+def test_keys_beside_a_state_are_not_moved_to_host_memory() -> None:
+    model = made("FalconH1ForCausalLM")
+    with pytest.raises(ValueError, match=r"finds no layer .*placement='device'"):
+        FasaCache(model, profile_of(model), placement="host")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Qwen3_5ForCausalLM", "36 more were given.*layers 0 to 1 of the cache hold this forward"),
+        ("FalconH1ForCausalLM", "36 more were given"),
+    ],
+)
+def test_a_full_static_cache_of_a_hybrid_is_an_error_that_says_what_is_written(name: str, said: str) -> None:
+    model = made(name)
+    cache = cache_argument(model, StaticCache(config=model.config, max_cache_len=PROMPT + 14))
+    with warnings.catch_warnings(), torch.no_grad(), enable(model, profile_of(model), FasaConfig(n_fac=6)):
+        warnings.simplefilter("ignore")
+        model(prompts(), **cache)
+        with pytest.raises(ValueError, match=said):
+            model(prompts(), **cache)
