@@ -48,8 +48,8 @@ def enable(
     earlier cache are prefill. In a decode loop of your own a forward of one token counts as decoding; state the end of
     the prompt with `Fasa.sparse_from`.
 
-    In continuous batching (`generate_batch`, ``transformers serve``) prompts are dense and decoded tokens sparse, request
-    by request; a request whose settings are not served there fails with the reason (`fasa_flex.model.paged_layer`).
+    In continuous batching (`generate_batch`, ``transformers serve``) prompts are dense and decoded tokens sparse,
+    request by request. Settings that are not served there make requests fail with the reason.
 
     Without a profile the model calibrates itself: all attention is dense until a forward of several tokens reads a
     prompt of at least 128 tokens, and the last queries of this prompt choose the chunks of each layer
