@@ -38,8 +38,8 @@ def enable(
     Attention stays dense in the prefill, in ``config.dense_layers``, and in layers without RoPE or with a sliding
     window (`Fasa.dense_layers` gives the reason for each). In all other layers every query decoded after the prefill
     selects its own ``n_fac`` keys. No key is evicted from the cache. No class or method is patched: FASA registers an
-    attention function under its own name and sets this name in the configs of the model's layers. The function serves
-    these layers alone, so that models with different profiles and budgets can run in one process.
+    attention function under its own name and gives the model's layers a copy of their config with this name. The
+    function serves these layers alone, so that models with different profiles and budgets can run in one process.
 
     If the cache's keys are replaced or written to in place, FASA packs them again, except after writes that PyTorch
     does not count, such as those through ``keys.data`` (`FasaCache`).
@@ -47,6 +47,9 @@ def enable(
     In `generate` FASA knows the end of the prompt: the last chunk (``prefill_chunk_size``) and a one-token suffix on an
     earlier cache are prefill. In a decode loop of your own a forward of one token counts as decoding; state the end of
     the prompt with `Fasa.sparse_from`.
+
+    In continuous batching (`generate_batch`, ``transformers serve``) prompts are dense and decoded tokens sparse,
+    request by request. Settings that are not served there make requests fail with the reason.
 
     Without a profile the model calibrates itself: all attention is dense until a forward of several tokens reads a
     prompt of at least 128 tokens, and the last queries of this prompt choose the chunks of each layer
