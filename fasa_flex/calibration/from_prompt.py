@@ -64,7 +64,8 @@ class Sample:
         """Choose the sample; None if no row has `LEAST_KEYS` valid keys.
 
         A real query has more valid keys than the query before it, a query of padding as many. So the first query of a
-        forward is never sampled, unless the prompt attends in both directions. Rows with fewer valid keys than the sample are left out.
+        forward is never sampled, unless the prompt attends in both directions. Rows with fewer valid keys than the
+        sample are left out.
 
         Args:
             attention_mask: the mask that transformers passes to the attention function (`valid_from_mask`).

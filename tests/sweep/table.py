@@ -16,10 +16,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from evals.marked import fill
-
 RESULT = ROOT / "evals" / "results" / "families.json"
 PAGE = ROOT / "evals" / "docs" / "families.md"
 README = ROOT / "README.md"
@@ -85,10 +81,9 @@ def works_table() -> str:
     for name, record in sorted(_of("works").items(), key=lambda item: item[0].lower()):
         unable = [way for way, result in record["ways"].items() if result not in ("yes", "dense")]
         able = len(record["ways"]) - len(unable)
-        lines.append(
-            f"| {_family(name)} | {'yes' if is_hybrid(record) else ''} | {len(record['sparse'])} of {record['layers']} | "
-            f"{_reasons(record)} | {able} | {', '.join(unable)} |"
-        )
+        hybrid, sparse = "yes" if is_hybrid(record) else "", f"{len(record['sparse'])} of {record['layers']}"
+        cells = (_family(name), hybrid, sparse, _reasons(record), str(able), ", ".join(unable))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -156,8 +151,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.collect:
         collect(options.collect)
+    sys.path.insert(0, str(ROOT))
+    from evals.marked import fill
+
     for page, tables in TABLES.items():
         fill(page, tables)
+    if raw := _of("raw"):
+        raise SystemExit(f"{', '.join(raw)} end in a raw error; see {PAGE.relative_to(ROOT)}.")
 
 
 if __name__ == "__main__":
