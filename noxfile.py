@@ -79,6 +79,15 @@ def newest_torch(session: nox.Session) -> None:
 
 
 @nox.session
+def sweep(session: nox.Session) -> None:
+    """Take every class of transformers through the matrix (half an hour on 2 idle cores; started again, it goes on)."""
+    install(session, "dev", "kernels")
+    out = Path(session.create_tmp()).resolve() / "sweep"
+    session.run("python", "tests/sweep/run.py", "--out", str(out), *session.posargs)
+    session.run("python", "tests/sweep/table.py", "--collect", str(out))
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """Evaluate SmolLM2 with dense attention, with FASA and with rivals, side by side (10 minutes on 2 idle cores)."""
     install(session, "lm-eval", "plots", "gguf")

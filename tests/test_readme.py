@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sweep import table
 from ways import support_table
 
 from evals.bench.tables import TABLES
@@ -33,7 +34,7 @@ def test_the_support_table_is_the_matrix_of_the_tests() -> None:
 
 FILLED = [
     (page, name, made)
-    for tables in (real_tables.TABLES, TABLES)
+    for tables in (real_tables.TABLES, TABLES, table.TABLES)
     for page in tables
     for name, made in tables[page].items()
 ]
@@ -41,7 +42,7 @@ FILLED = [
 
 @pytest.mark.parametrize(("page", "table", "made"), FILLED, ids=[f"{page.stem}: {name}" for page, name, _ in FILLED])
 def test_tables_are_those_of_the_committed_results(page: Path, table: str, made: Callable[[], str]) -> None:
-    """`python -m evals.quality.real_tables` and `evals.bench.tables` write them."""
+    """`python -m evals.quality.real_tables`, `evals.bench.tables` and `tests/sweep/table.py` write them."""
     assert block(page.read_text(), table) == made()
 
 
@@ -57,3 +58,11 @@ def test_the_first_example_runs_as_pasted() -> None:
     stats = names["fasa"].stats
     assert stats.sparse_queries == 49 * (names["model"].config.num_hidden_layers - 1)
     assert 0 < stats.kv_share < 0.2
+
+
+def test_no_class_of_the_sweep_ends_in_a_raw_error() -> None:
+    classes = table.committed()["classes"]
+    assert not [name for name, record in classes.items() if record["status"] == "raw"]
+    works = [record for record in classes.values() if record["status"] == "works"]
+    assert len({record["family"] for record in works}) >= 60
+    assert len({record["family"] for record in works if table.is_hybrid(record)}) >= 8

@@ -14,6 +14,8 @@ from generation import left_padded
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 
+from fasa_flex.hf.compatibility import cache_argument
+
 PROMPT, NEW, BUFFER = 36, 6, 96
 Result = tuple[Tensor, Tensor]
 """Tokens, and the logits or scores behind them."""
@@ -39,7 +41,7 @@ def step_by_step(model: PreTrainedModel, cache: Any, ids: Tensor) -> Result:
     """Greedy decoding written out: `ids` on whatever `cache` holds, then one token at a time."""
     tokens, logits = [], []
     for _ in range(NEW):
-        row = model(ids, past_key_values=cache).logits[:, -1]
+        row = model(ids, **cache_argument(model, cache)).logits[:, -1]
         ids = row.argmax(-1, keepdim=True)
         tokens.append(ids)
         logits.append(row)
@@ -59,9 +61,9 @@ def right_padded(model: PreTrainedModel) -> Result:
     lengths = torch.tensor([PROMPT, 21])
     ids, slots = prompts(), torch.arange(PROMPT)
     mask = (slots < lengths[:, None]).long()
-    cache = DynamicCache(config=model.config)
+    held = cache_argument(model, DynamicCache(config=model.config))
     with torch.no_grad():
-        row = model(ids * mask, attention_mask=mask, past_key_values=cache).logits[torch.arange(2), lengths - 1]
+        row = model(ids * mask, attention_mask=mask, **held).logits[torch.arange(2), lengths - 1]
         tokens, logits = [], []
         for step in range(NEW):
             token = row.argmax(-1, keepdim=True)
@@ -69,7 +71,7 @@ def right_padded(model: PreTrainedModel) -> Result:
             logits.append(row)
             mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
             positions = (lengths + step)[:, None]
-            row = model(token, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1]
+            row = model(token, attention_mask=mask, position_ids=positions, **held).logits[:, -1]
     return torch.cat(tokens, 1), torch.stack(logits, 1)
 
 
@@ -78,13 +80,13 @@ def chunked_prefill(model: PreTrainedModel) -> Result:
     cache, ids = DynamicCache(config=model.config), prompts()
     with torch.no_grad():
         for piece in ids[:, :30].split(15, dim=1):
-            model(piece, past_key_values=cache)
+            model(piece, **cache_argument(model, cache))
     return step_by_step(model, cache, ids[:, 30:])
 
 
 def quantized(model: PreTrainedModel) -> Result:
     cache = QuantizedCache("hqq", model.config, nbits=8, q_group_size=8, residual_length=4, axis_key=1, axis_value=1)
-    return generate(model, prompts(), past_key_values=cache)
+    return generate(model, prompts(), **cache_argument(model, cache))
 
 
 def offloaded(model: PreTrainedModel) -> Result:

@@ -116,6 +116,12 @@ def counted(plain: StaticLayer) -> CountedStaticLayer:
     return layer
 
 
+def slots_written(cache: Cache, layer: int) -> int | None:
+    """Number of slots that a layer of a cache has written; None for a layer that shares the keys of another."""
+    cached = cache.layers[layer] if layer < len(cache.layers) else None
+    return None if cached is not None and not hasattr(cached, "get_seq_length") else int(cache.get_seq_length(layer))
+
+
 def last_written(cache: Cache, first: int) -> int:
     """Number of the last layer that a forward has written to when it comes to its first attention, in layer ``first``.
 

@@ -64,7 +64,8 @@ class Sample:
         """Choose the sample; None if no row has `LEAST_KEYS` valid keys.
 
         A real query has more valid keys than the query before it, a query of padding as many. So the first query of a
-        forward is never sampled. Rows with fewer valid keys than the sample are left out.
+        forward is never sampled, unless the prompt attends in both directions. Rows with fewer valid keys than the
+        sample are left out.
 
         Args:
             attention_mask: the mask that transformers passes to the attention function (`valid_from_mask`).
@@ -74,6 +75,10 @@ class Sample:
         """
         batch, q_len = n_valid.shape
         usable = n_valid.diff(dim=1, prepend=n_valid[:, :1]) > 0
+        both_ways = ~usable.any(1, keepdim=True)  # every query sees the whole prompt, as in PaliGemma
+        if both_ways.any() and attention_mask is not None:
+            own = valid_from_mask(attention_mask, (batch, q_len, kv_len), n_valid.device)[:, 0, 0, :, kv_len - q_len :]
+            usable = usable | (both_ways & own.diagonal(dim1=1, dim2=2))
         usable = usable if sparse is None else usable & ~sparse
         keys = (n_valid * usable).amax(1)
         length = int(keys.max())

@@ -145,7 +145,7 @@ def maximum_positions(model: PreTrainedModel) -> int | None:
     """
     text = model.config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_target_positions", None)  # Whisper's
-    if not isinstance(limit, int):
+    if not isinstance(limit, int) or limit < 1:  # XLNet's -1
         return None
     stated = getattr(text, "rope_parameters", None) or {}
     longest = limit

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from fasa_flex.backends.dense import decodes_grouped, grouped_attention
 from fasa_flex.backends.table import sparse_attention
-from fasa_flex.caches.capacity import partly_written, take_back
+from fasa_flex.caches.capacity import partly_written, slots_written, take_back
 from fasa_flex.caches.host_layers import OnHost
 from fasa_flex.caches.keeps_packed_keys import KeepsPackedKeys
 from fasa_flex.caches.packing import pack_layer
@@ -107,7 +107,7 @@ class Layer(OfOneModel):
         first_slot = None
         if boundary is not None or self.follower is not None:
             # not kv_len - q_len: sliding caches have dropped slots, static caches have unused ones
-            first_slot = int(cache.get_seq_length(number))
+            first_slot = slots_written(cache, number)
         return args, {**kwargs, "fasa_cache": (cache, first_slot)}
 
     def attend(

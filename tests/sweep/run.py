@@ -37,11 +37,13 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     names = options.classes or build.class_names()
-    todo = [name for name in names if options.classes or not _file(options.out, name).exists()]
+    todo = list(names)
     running: dict[int, tuple[str, float]] = {}
     while todo or running:
         while todo and len(running) < options.workers:
             name = todo.pop(0)
+            if not options.classes and _file(options.out, name).exists():
+                continue
             running[_start(name, options.out, options.quick)] = (name, time.monotonic())
         time.sleep(0.05)
         for process, (name, begun) in list(running.items()):

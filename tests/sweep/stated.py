@@ -85,6 +85,8 @@ STATED: dict[str, dict[str, Any]] = {
     "PaddleOCRVLForConditionalGeneration": {"text_config.rope_parameters": _sections([2, 3, 3])},
     "Qwen2VLForConditionalGeneration": {"text_config.rope_parameters": _sections([2, 3, 3])},
     "Qwen3OmniMoeThinkerForConditionalGeneration": {"vision_start_token_id": 62},
+    "ReformerModelWithLMHead": {"is_decoder": True},
+    "Step3p7ForConditionalGeneration": {"text_config.sliding_window": 16},
     "XLNetLMHeadModel": {"d_head": 16},
     "Zamba2ForCausalLM": {"use_mem_rope": True},
 }
