@@ -247,7 +247,7 @@ def test_estimates_in_pieces_are_those_in_one(monkeypatch: pytest.MonkeyPatch) -
     blocks, _, _ = CASES["a second turn"].make()
     blocks_alone, _, _ = CASES["one row"].make()
     wholes = [pooled(given) for given in (blocks, blocks_alone)]
-    monkeypatch.setattr("fasa_flex.prefill.estimators.rows_that_fit", lambda row_bytes: 1)
+    monkeypatch.setattr("fasa_flex.prefill.estimators.rows_of_piece", lambda row_bytes, on_cuda: 1)
     for given, whole in zip((blocks, blocks_alone), wholes, strict=True):
         own = given.grid.diagonal[:, None, None, :, None]
         seen = torch.arange(given.grid.n_keys) <= own  # behind the diagonal of padding blocks estimates are not read
@@ -304,7 +304,7 @@ def test_long_lists_are_those_of_plain_loops(held: float | None, monkeypatch: py
                 assert len(set(listed)) == count
                 expected = prefill_in_loops.chosen(mass[0, head, own].tolist(), own, 0.4, held)
                 assert {*listed, own} == expected
-        monkeypatch.setattr("fasa_flex.prefill.selection.rows_that_fit", lambda row_bytes: 7)
+        monkeypatch.setattr("fasa_flex.prefill.selection.rows_of_piece", lambda row_bytes, on_cuda: 7)
 
 
 def test_lists_take_at_most_eight_bytes_a_pair_of_blocks_and_head() -> None:

@@ -121,7 +121,7 @@ def error_of(case: Case, device: torch.device) -> float:
 def estimate_error(device: torch.device) -> float:
     """The largest error of an estimate in several pieces, compiled on CUDA."""
     blocks, _ = replace(CASES["8 key/value heads"], dtype=torch.float32).blocks(device)
-    found = pooled(blocks)
+    found = pooled(blocks, size=16)
     query, key = (states.double() for states in (blocks.mean_queries(16), blocks.mean_keys(16)))
     logits = query.flatten(3, 4) @ key.flatten(2, 3)[:, :, None].mT * blocks.softmax.scaling
     step = torch.arange(logits.shape[-1], device=device)

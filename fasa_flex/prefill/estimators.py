@@ -22,13 +22,9 @@ from torch.nn import functional as F
 
 from fasa_flex.backends.specialization import specialized
 from fasa_flex.core.packed_keys import dot_products
-from fasa_flex.core.pieces import rows_that_fit
 from fasa_flex.core.scoring import DominantChunks
 from fasa_flex.core.softmax import Softmax
-from fasa_flex.prefill.grid import BLOCK, Grid, take
-
-_ON_CUDA = 4
-"""Pieces on a GPU are this many times as large: each takes several launches."""
+from fasa_flex.prefill.grid import BLOCK, Grid, rows_of_piece, take
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +121,7 @@ def attention_mass(
     """
     grid, softmax, n_keys = blocks.grid, blocks.softmax, key.shape[2]
     row_bytes = 4 * query[:, :, :, 0, :, 0].numel() * n_keys * key.shape[3]
-    step = rows_that_fit(row_bytes // (_ON_CUDA if query.is_cuda else 1))
+    step = rows_of_piece(row_bytes, query.is_cuda)
     reduce: Callable[..., Tensor] = _mass_of_scores
     options = (softmax.scaling, softmax.softcap, by_head, strongest)
     if query.is_cuda and not torch.is_grad_enabled():
@@ -167,8 +163,12 @@ def _compiled(*signature: object) -> Callable[..., Tensor]:
     return specialized(_mass_of_scores, signature, dynamic=True)
 
 
-def pooled(blocks: Blocks, size: int = 16, by_head: bool = False, strongest: bool = False) -> Tensor:
-    """The mean of ``size`` queries or keys represents them; options are those of `attention_mass`."""
+def pooled(blocks: Blocks, size: int = 32, by_head: bool = False, strongest: bool = False) -> Tensor:
+    """The mean of ``size`` queries or keys represents them; options are those of `attention_mass`.
+
+    On SmolLM2-135M at 4096 tokens blocks chosen by means of 16 hold 0.792 of the attention at a share of 0.2, by means
+    of 32 as much within 0.0003, for a quarter of the scores; the true attention's choice holds 0.809.
+    """
     return attention_mass(blocks, blocks.mean_queries(size), blocks.mean_keys(size), by_head, strongest)
 
 

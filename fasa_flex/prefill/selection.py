@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasa_flex.core.pieces import rows_that_fit
-from fasa_flex.prefill.grid import Grid
+from fasa_flex.prefill.grid import Grid, rows_of_piece
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def select_blocks(mass: Tensor, grid: Grid, budget: BlockBudget) -> BlockLists:
     batch, heads, n_queries, n_keys = mass.shape
     diagonal = grid.diagonal
     most = int(budget.allowed(torch.arange(n_keys)).max()) - 1  # widest list, known without the device
-    step = rows_that_fit(24 * batch * heads * n_keys)
+    step = rows_of_piece(24 * batch * heads * n_keys, mass.is_cuda)
     parts = [
         _select(mass[:, :, at : at + step], diagonal[:, at : at + step], budget, most)
         for at in range(0, n_queries, step)
