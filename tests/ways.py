@@ -35,10 +35,10 @@ def generate(model: PreTrainedModel, ids: Tensor | None, mask: Tensor | None = N
 
 
 @torch.no_grad()
-def step_by_step(model: PreTrainedModel, cache: Any, ids: Tensor, steps: int = NEW) -> Result:
+def step_by_step(model: PreTrainedModel, cache: Any, ids: Tensor) -> Result:
     """Greedy decoding written out: `ids` on whatever `cache` holds, then one token at a time."""
     tokens, logits = [], []
-    for _ in range(steps):
+    for _ in range(NEW):
         row = model(ids, past_key_values=cache).logits[:, -1]
         ids = row.argmax(-1, keepdim=True)
         tokens.append(ids)

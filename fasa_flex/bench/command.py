@@ -36,7 +36,7 @@ _CONTEXTS = {
     ("op", "cpu"): (1024, 4096, 16384, 65536),
     ("step", "cpu"): (1024, 4096, 32768),
     ("prefill", "cpu"): (1024, 4096),
-    ("prefill", "cuda"): (8192, 16384, 32768, 65536, 131072),
+    ("prefill", "cuda"): (131072, 65536, 32768, 16384, 8192),
     ("op", "cuda"): (1024, 4096, 16384, 32768, 65536, 131072),
     ("step", "cuda"): (4096, 16384, 32768, 65536, 131072),
     ("serve", "cpu"): (1024,),
@@ -202,7 +202,7 @@ def _serve_rows(settings: Settings, ledger: Ledger, new_tokens: int | None) -> I
 def _prefill_rows(settings: Settings, ledger: Ledger) -> Iterator[tuple[Key, Measure | str]]:
     for name in settings.shapes:
         shape, model = SHAPES[name], None
-        sizes = [(batch, context) for batch in settings.batches for context in sorted(settings.contexts)]
+        sizes = [(batch, context) for batch in settings.batches for context in settings.contexts]
         todo = [size for size in sizes if not ledger.has({"shape": name, "batch": size[0], "context": size[1]})]
         depth = min((prefill.layers_that_fit(shape, *size, settings) for size in todo), default=0)
         if settings.times_model and depth:
@@ -222,7 +222,11 @@ def _line(row: dict[str, Any]) -> str:
     times = {rival["name"]: rival["seconds"] for rival in row["rivals"]}
     sparse = [f"{r['name']} {r['speedup']:.2f}x" for r in row["rivals"] if r["kind"] == "sparse"]
     where = f"{row['shape']}, batch {row['batch']}, {row['context']} tokens"
-    return f"{where}: {row['best_dense']} {1e3 * times[row['best_dense']]:.3g} ms; " + ", ".join(sparse)
+    said = f"{where}: {row['best_dense']} {1e3 * times[row['best_dense']]:.3g} ms; " + ", ".join(sparse)
+    first = row.get("first_token", {}).get("seconds", {})
+    return said + "".join(
+        f"{', ' if n else '; first token '}{name} {s:.3g} s" for n, (name, s) in enumerate(first.items())
+    )
 
 
 def _report(ledger: Ledger, part: str) -> None:

@@ -144,7 +144,7 @@ def check_arrivals(model: PreTrainedModel, cache: DynamicCache, arrivals: Mappin
         raise unmet("transformers", f"hands {of} no attention mask for a row with padding")
     layers: list[Any] = cache.layers
     for layer, arrived in arrivals.items():
-        if arrived.cache is cache and type(layers[layer]) is DynamicLayer:
+        if arrived.cache is cache and layer < len(layers) and type(layers[layer]) is DynamicLayer:
             _check_length(layers[layer], arrived.query.shape[2])
 
 

@@ -55,6 +55,10 @@ def enable(
     prompt of at least 128 tokens, and the last queries of this prompt choose the chunks of each layer
     (`fasa_flex.calibration.from_prompt`). The chunks stay until `Fasa.recalibrate`; `Fasa.profile` can be saved.
 
+    Of a model that transformers shards by heads (``DistributedConfig(tp_size=N)``) each process selects for its own
+    key/value heads (`fasa_flex.hf.head_shard`); all processes must call `enable` alike. Profile and counts are those of
+    the whole model.
+
     Args:
         model: a transformers model with attention implementation "sdpa" or "eager", or a PEFT or compiled model that
             wraps one.
@@ -69,6 +73,7 @@ def enable(
 
     Raises:
         ValueError: the profile does not fit the model, or the model does not support the settings.
+        NotImplementedError: the model is divided over processes in another way (`HeadShard.of`).
     """
     model = unwrapped(model)
     check_supported(model)

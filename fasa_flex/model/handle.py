@@ -74,6 +74,7 @@ class Fasa(OfOneModel):
             {layer: read_share(each, model, config, packing, self.completion) for layer, each in scorers.items()},
             {layer: budget.heads for layer, budget in budgets.items()},
             lambda: self.settings,
+            shard.total,
         )
         self._forwards = Forwards(lambda: self._seam.check(), maximum_positions(model))
         self._paged = PagedForwards(config.prefill, lambda: [layer.scorer for layer in self._layers.values()])

@@ -96,7 +96,7 @@ def _select(mass: Tensor, diagonal: Tensor, budget: BlockBudget, most: int) -> t
     own = diagonal[:, None, :, None]  # [R, 1, m, 1]
     mass = torch.where(number <= own, mass.float().clamp(min=0.0), 0.0)
     forced = (number == 0) | (number == own - 1)
-    best = _ranked(mass, forced, number < own).topk(max(1, most), dim=-1, sorted=budget.mass is not None).values
+    best = _ranked(mass, forced, number < own).topk(max(1, most), dim=-1).values
     listed = (len(number) - 1 - (best & _low_bits(len(number)))).clamp(min=0)  # unused entries are -1
     count = (budget.allowed(diagonal) - 1)[:, None].expand(mass.shape[:3])
     if budget.mass is not None:
