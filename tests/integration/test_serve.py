@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import transformers
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
+if transformers.__version__.startswith("5.17"):
+    pytest.skip("transformers 5.17's own server answers no continuous batching on CPU", allow_module_level=True)
 for package in ("fastapi", "uvicorn", "openai"):
     pytest.importorskip(package, reason="transformers serve needs it")
 
