@@ -36,10 +36,11 @@ def enable(
     """Let ``model`` decode with frequency-aware sparse attention, until `Fasa.disable`.
 
     Attention stays dense in the prefill unless ``config.prefill`` says otherwise, in ``config.dense_layers``, and in
-    layers without RoPE or with a sliding window (`Fasa.dense_layers` gives the reason for each). In all other layers every query decoded after the prefill
-    selects its own ``n_fac`` keys. No key is evicted from the cache. No class or method is patched: FASA registers an
-    attention function under its own name and gives the model's layers a copy of their config with this name. The
-    function serves these layers alone, so that models with different profiles and budgets can run in one process.
+    layers without RoPE or with a sliding window (`Fasa.dense_layers` gives the reason for each). In all other layers
+    every query decoded after the prefill selects its own ``n_fac`` keys. No key is evicted from the cache. No class or
+    method is patched: FASA registers an attention function under its own name and gives the model's layers a copy of
+    their config with this name. The function serves these layers alone, so that models with different profiles and
+    budgets can run in one process.
 
     If the cache's keys are replaced or written to in place, FASA packs them again, except after writes that PyTorch
     does not count, such as those through ``keys.data`` (`FasaCache`).
