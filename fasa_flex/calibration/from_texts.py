@@ -110,8 +110,7 @@ def encode_samples(
     if not encoded:
         raise ValueError("calibration needs at least one sample, got none; pass a long text or two.")
     limit = maximum_positions(model)
-    embeddings = model.get_input_embeddings()
-    vocabulary = getattr(embeddings, "num_embeddings", None) or model.config.get_text_config().vocab_size
+    vocabulary = _vocabulary(model)
     for number, ids in enumerate(encoded):
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             raise ValueError(
@@ -129,6 +128,15 @@ def encode_samples(
                 "shorten the sample or lower max_new_tokens."
             )
     return encoded
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """Number of token ids that a model embeds."""
+    try:
+        size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # a model of several models, such as Qwen2.5-Omni
+        size = None
+    return int(size or model.config.get_text_config().vocab_size)
 
 
 def _encode(sample: Tensor | str, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
