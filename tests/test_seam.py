@@ -60,7 +60,9 @@ def implementations(model: PreTrainedModel) -> list[str]:
 def test_every_submodel_keeps_its_own_implementation(ids: Ids) -> None:
     model, prompt = paligemma(), ids(40, rows=1)
     dense, former = model(prompt).logits, implementations(model)
-    assert former[::2] == ["sdpa", "sdpa"]  # the text model has eager, in transformers 5.17 sdpa
+    if former == ["sdpa"] * 3:
+        pytest.skip("transformers 5.17 gives Gemma 2 sdpa, which leaves out its cap; enable refuses such a forward")
+    assert former == ["sdpa", "eager", "sdpa"]
     profile = calibrate(model, [prompt[0]], top_k=8, max_new_tokens=2, progress=False)
     assert implementations(model) == former
     with enable(model, profile, CONFIG) as fasa:
