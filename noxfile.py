@@ -39,7 +39,7 @@ def run_tests(session: nox.Session, *paths: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests against the installed package."""
-    install(session, "dev", "kernels", "lm-eval", "plots", "gguf")
+    install(session, "dev", "kernels", "lm-eval", "plots", "gguf", "serve")
     install_model(session)
     run_tests(session)
 
@@ -52,7 +52,7 @@ def oldest(session: nox.Session) -> None:
     caches = ("test_cache.py", "test_room.py", "test_host_layers.py")
     models = ("test_transformers.py", "test_enable.py", "test_rotary.py", "test_grouped.py", "test_mixed_pass.py")
     probed = ("test_expectations.py", "test_probe.py", "test_zero_setup.py")
-    whole = ("families", "oracle_decode", "awkward_use")
+    whole = ("families", "oracle_decode", "awkward_use", "continuous_batching")
     harness = ("passes", "model", "tasks", "account")
     folders = (
         "properties/test_cache_machine.py",

@@ -143,10 +143,22 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", choices=["dense"], help="also generate with dense attention, and show both")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
+    _config_options(parser)
+
+
+def _config_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `_config_of`."""
     parser.add_argument("--n-fac", type=_count_or_share, metavar="N", help="tokens a query attends to, or a share")
     parser.add_argument("--n-tip", type=_count_or_share, metavar="N", help="dominant chunks of a head, or a share")
     parser.add_argument("--group-reduce", choices=get_args(GroupReduce), help="how a group's heads rank keys together")
     parser.add_argument("--backend", choices=get_args(Backend), help="attention backend; defaults are FasaConfig's")
+
+
+def _config_of(options: argparse.Namespace) -> Any:
+    from fasa_flex.core.config import FasaConfig
+
+    fields = {name: getattr(options, name) for name in ("n_fac", "n_tip", "group_reduce", "backend")}
+    return FasaConfig(**{name: value for name, value in fields.items() if value is not None})
 
 
 def _count_or_share(text: str) -> int | float:
@@ -160,16 +172,35 @@ def _generate(options: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if str(options.prompt) == "-" else texts_of([options.prompt])[0]
     from fasa_flex.calibration.profile import FasaProfile
     from fasa_flex.commands.generate import encoded, generate
-    from fasa_flex.core.config import FasaConfig
 
-    fields = {name: getattr(options, name) for name in ("n_fac", "n_tip", "group_reduce", "backend")}
-    config = FasaConfig(**{name: value for name, value in fields.items() if value is not None})
+    config = _config_of(options)
     profile = None if options.profile is None else FasaProfile.from_pretrained(options.profile)
     model, tokenizer = _loaded(options)
     if profile is not None:
         profile.check_fits(model)
     ids = encoded(model, tokenizer, prompt, options.max_new_tokens, options.chat)
     generate(model, tokenizer, ids, options.max_new_tokens, config, profile, options.compare == "dense")
+
+
+def _serve_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a folder, or a Hub repository")
+    parser.add_argument("--profile", metavar="PROFILE", help="the model's profile (default: the first long prompt's)")
+    _config_options(parser)
+    parser.add_argument(
+        "--server",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="...",
+        help="last: options of `transformers serve`, such as --server --port 8001 --cb-num-blocks 512",
+    )
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from fasa_flex.calibration.profile import FasaProfile
+    from fasa_flex.commands.serve import serve
+
+    profile = None if options.profile is None else FasaProfile.from_pretrained(options.profile)
+    serve(options.model, options.server, _config_of(options), profile)
 
 
 def _env(options: argparse.Namespace) -> None:
@@ -180,6 +211,7 @@ def _env(options: argparse.Namespace) -> None:
 
 COMMANDS: tuple[Command, ...] = (
     Command("generate", "continue a prompt under FASA, and under dense attention", _generate_options, _generate),
+    Command("serve", "answer OpenAI's API under FASA, by transformers' continuous batching", _serve_options, _serve),
     Command("calibrate", "find a model's dominant chunks and save its profile", _calibrate_options, _calibrate),
     Command("inspect", "show a profile's dominant chunks, and the overlap of several", _inspect_options, _inspect),
     Command("compare", "compare runs of lm-eval, document by document", _compare_options, _compare),

@@ -90,6 +90,19 @@ def paper(room: Room) -> Any:
     return decoded(room.model(), room, room.profile(), FasaConfig.paper(n_fac=24))
 
 
+def sparse_prefill(room: Room) -> Any:
+    return decoded(room.model(), room, room.profile(), FasaConfig(n_fac=24, prefill="sparse"))
+
+
+def block_prefill(room: Room) -> Any:
+    """Four blocks of queries; how many blocks of keys they read differs between the heads."""
+    prompt = torch.randint(3, 64, (1, 480), generator=torch.Generator().manual_seed(7))
+    model, config = room.model(), FasaConfig(n_fac=24, prefill="blocks", prefill_share=1.0, prefill_mass=0.7)
+    with enable(model, room.profile(), config) as fasa:
+        tokens, logits = generate(model, prompt)
+        return {"tokens": tokens, "logits": logits, "stats": fasa.stats.as_dict(), "layers": fasa.stats.per_layer}
+
+
 def static_cache(room: Room) -> Any:
     options = {"cache_implementation": "static", "disable_compile": True}
     return decoded(room.model(), room, room.profile(), FasaConfig(n_fac=24), **options)
@@ -166,7 +179,19 @@ WORDS = "words.txt"
 CASES: dict[str, Callable[[Room], Any]] = {
     case.__name__: case
     for case in (
-        *(zero_setup, calibrated, head_budgets, pyramid, paper, static_cache, own_caches, log_likelihoods, baselines),
+        *(
+            zero_setup,
+            calibrated,
+            head_budgets,
+            pyramid,
+            paper,
+            sparse_prefill,
+            block_prefill,
+            static_cache,
+            own_caches,
+            log_likelihoods,
+            baselines,
+        ),
         *(fused, learned_sinks, evaluated),
     )
 }
@@ -212,7 +237,7 @@ ONLY_IN_TWO: dict[str, Callable[[Room], Any]] = {
 
 def _rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), CUDA_VISIBLE_DEVICES="")
     at_most = timedelta(minutes=2)  # where the other rank has failed
     store = f"file://{folder / 'store'}"
     torch.distributed.init_process_group("gloo", store, at_most, RANKS, rank)

@@ -247,7 +247,7 @@ def test_estimates_in_pieces_are_those_in_one(monkeypatch: pytest.MonkeyPatch) -
     blocks, _, _ = CASES["a second turn"].make()
     blocks_alone, _, _ = CASES["one row"].make()
     wholes = [pooled(given) for given in (blocks, blocks_alone)]
-    monkeypatch.setattr("fasa_flex.prefill.estimators.rows_that_fit", lambda row_bytes: 1)
+    monkeypatch.setattr("fasa_flex.prefill.estimators.rows_of_piece", lambda row_bytes, on_cuda: 1)
     for given, whole in zip((blocks, blocks_alone), wholes, strict=True):
         own = given.grid.diagonal[:, None, None, :, None]
         seen = torch.arange(given.grid.n_keys) <= own  # behind the diagonal of padding blocks estimates are not read
@@ -286,6 +286,25 @@ def test_a_selection_written_out() -> None:
     assert taken(BlockBudget(1.0, 0.31)) == {0, 5, 6, 1}
     assert taken(BlockBudget(1.0, 0.95)) == {0, 5, 6, 1, 4, 3}
     assert taken(BlockBudget(4 / 7, 0.95)) == {0, 5, 6, 1}
+
+
+@pytest.mark.parametrize("held", [None, 0.5])
+def test_long_lists_are_those_of_plain_loops(held: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 75 blocks, in one piece and in several; each list is the best, and names no block twice."""
+    number = torch.arange(1, 75 * BLOCK + 1)[None]
+    grid = Grid.of(number, number)
+    assert grid is not None
+    mass = torch.rand(1, 2, 75, 75, generator=torch.Generator().manual_seed(0)) ** 8
+    for _ in range(2):
+        lists = select_blocks(mass, grid, BlockBudget(0.4, held))
+        for head in range(2):
+            for own in range(75):
+                count = int(lists.count[0, head, own])
+                listed: list[int] = lists.listed[0, head, own, :count].tolist()
+                assert len(set(listed)) == count
+                expected = prefill_in_loops.chosen(mass[0, head, own].tolist(), own, 0.4, held)
+                assert {*listed, own} == expected
+        monkeypatch.setattr("fasa_flex.prefill.selection.rows_of_piece", lambda row_bytes, on_cuda: 7)
 
 
 def test_lists_take_at_most_eight_bytes_a_pair_of_blocks_and_head() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 from collections.abc import Callable
 
@@ -61,7 +60,7 @@ def implementations(model: PreTrainedModel) -> list[str]:
 def test_every_submodel_keeps_its_own_implementation(ids: Ids) -> None:
     model, prompt = paligemma(), ids(40, rows=1)
     dense, former = model(prompt).logits, implementations(model)
-    assert former == ["sdpa", "eager", "sdpa"]
+    assert former[::2] == ["sdpa", "sdpa"]  # the text model has eager, in transformers 5.17 sdpa
     profile = calibrate(model, [prompt[0]], top_k=8, max_new_tokens=2, progress=False)
     assert implementations(model) == former
     with enable(model, profile, CONFIG) as fasa:
@@ -148,14 +147,16 @@ def test_an_enabled_model_is_neither_pickled_nor_copied(llama: PreTrainedModel, 
     take(llama)
 
 
-def test_a_model_that_is_dropped_gives_its_config_back() -> None:
+def test_the_models_own_config_is_not_changed_and_its_modules_get_it_back() -> None:
+    """Masks, continuous batching and other models read this config."""
     model = tiny("Llama")
-    config, profile = model.config, profile_of(model)
-    enable(model, profile, CONFIG)
-    assert config._attn_implementation != "sdpa"
-    del model
-    gc.collect()
-    assert config._attn_implementation == "sdpa"
+    config, modules = model.config, [layer.self_attn for layer in model.model.layers]
+    with enable(model, profile_of(model), CONFIG):
+        assert config._attn_implementation == "sdpa"
+        assert {module.config._attn_implementation for module in modules} == {"fasa_sdpa"}
+        assert len({id(module.config) for module in modules}) == 1
+    assert all(module.config is config for module in modules)
+    assert not any("fasa" in name for module in modules for name in vars(module))
 
 
 class OwnAttention(LlamaAttention):

@@ -5,7 +5,8 @@
 #
 # Results go to FOLDER (default: runs/gpu), one JSON for each part, written row by row; parts are check, op and step. Only
 # done where they are named: int8, packed keys of a call in eight bits; compiled, a step that is; wide, more contexts of
-# batch 8; and ahead, what fetching rows of host memory before they are needed would give, or narrower ones.
+# batch 8; prefill, a prompt's attention by blocks and the first token, in five minutes; and ahead, what fetching rows of
+# host memory before they are needed would give, or narrower ones.
 #
 # Needs torch with CUDA, transformers and matplotlib; the package itself need not be installed. Started again, it goes on
 # where it was stopped. PYTHON names the interpreter (default: python3).
@@ -71,6 +72,10 @@ compiled() {
     whole+=(--layers 8 --dense-layers 0 --out "$out/compiled")
     measured 200 "${whole[@]}" --batches 1 --contexts 128k
     measured 200 "${whole[@]}" --batches 8 --contexts 32k
+}
+
+prefill() {
+    measured 290 "${bench[@]}" --part prefill --batches 1 --row-seconds 3 --seconds 200 --out "$out"
 }
 
 ahead() {

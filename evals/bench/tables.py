@@ -1,4 +1,4 @@
-"""The tables of speed in README.md, evals/bench/README.md and evals/docs/how_it_works.md, of the committed results.
+"""The tables of speed in README.md, evals/bench/README.md and pages of evals/docs, of the committed results.
 
 python -m evals.bench.tables            # writes them between the pages' markers
 """
@@ -16,7 +16,7 @@ from fasa_flex.bench.report import side_by_side, summary
 
 ROOT = Path(__file__).parents[2]
 MAIN, DETAILS = ROOT / "README.md", Path(__file__).with_name("README.md")
-METHOD = ROOT / "evals" / "docs" / "how_it_works.md"
+METHOD, PREFILL = (ROOT / "evals" / "docs" / name for name in ("how_it_works.md", "sparse_prefill.md"))
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
@@ -97,6 +97,23 @@ def backends() -> str:
     return _joined(lines)
 
 
+def prefill() -> str:
+    """Milliseconds of the best dense attention to a prompt, and by blocks at each share, with the estimate's part."""
+    rows = rows_of("bench_prefill_cuda")
+    names = [rival["name"] for rival in rows[0]["rivals"] if rival["kind"] == "sparse"]
+    names.sort(key=lambda name: int(name.split()[1].rstrip("%")))
+    lines = [["tokens", "best dense", *names], ["--:"] * (2 + len(names))]
+    for row in rows:
+        by_name = {rival["name"]: rival for rival in row["rivals"]}
+        cells = [f"{row['context'] // 1024}k", f"{by_name[row['best_dense']]['seconds'] * 1e3:.3g} ms"]
+        for name in names:
+            rival = by_name[name]
+            part = 1 - rival["stages"]["attend"] / sum(rival["stages"].values())
+            cells.append(f"{rival['speedup']:.2f}x of {rival['limit']:.1f}x ({part:.0%})")
+        lines.append(cells)
+    return _joined(lines)
+
+
 def _joined(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -104,6 +121,7 @@ def _joined(lines: list[list[str]]) -> str:
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     MAIN: {"step summary": partial(steps, "FASA-C triton")},
     METHOD: {"backends": backends},
+    PREFILL: {"prefill cuda": prefill},
     DETAILS: {
         "step cuda": partial(rivals, "step_cuda"),
         "generate cuda": partial(generated, "cuda"),

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel, StaticCache
 from transformers.distributed import DistributedConfig
 
 from fasa_flex.bench import caches
@@ -39,30 +39,27 @@ from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.model.enable import enable
 
 MODULE = "evals.bench.tensor_parallel"
-PIECE = 4096
+PIECE, ROWS = 4096, "rows.jsonl"
 
 
-class Loader:
-    """Models on the same weights: those of the first one, which each rank reads from a folder."""
-
-    def __init__(self, folder: Path, ranks: int, device: torch.device) -> None:
-        self._folder, self._ranks, self._device = folder, ranks, device
-        self._first: PreTrainedModel | None = None
-
-    def model(self, attention: str) -> PreTrainedModel:
-        """A model with its own attention implementation."""
-        parallel = {"distributed_config": DistributedConfig(tp_size=self._ranks)} if self._ranks > 1 else {}
-        model = AutoModelForCausalLM.from_pretrained(self._folder, dtype="auto", **parallel)
-        model = model.eval().requires_grad_(False)
-        if self._ranks == 1:
-            model = model.to(self._device)
-        if self._first is None:
-            self._first = model
-        for module, same in zip(model.modules(), self._first.modules(), strict=True):
+def models_of(
+    kinds: list[Variant], shape: Shape, settings: Settings, device: torch.device, ranks: int
+) -> dict[str, PreTrainedModel]:
+    """A model for each variant, on the same weights: this rank's part of those that every rank draws alike."""
+    made: dict[str, PreTrainedModel] = {}
+    layers, positions = settings.layers or shape.layers, max(settings.contexts) + 1
+    for variant in kinds:
+        torch.manual_seed(0)
+        model = shape.model(layers, positions, settings.dtype, device)
+        if ranks > 1:  # as from_pretrained does with distributed_config=, which would read the weights from a folder
+            config, _, mesh = model.prepare_distribute_model(DistributedConfig(tp_size=ranks))
+            model = model.maybe_distribute_model(model, config, mesh)
+        first = next(iter(made.values()), model)
+        for module, same in zip(model.modules(), first.modules(), strict=True):
             module._parameters = same._parameters
-        model.set_attn_implementation(attention)
-        loaded: PreTrainedModel = model
-        return loaded
+        model.set_attn_implementation(variant.attention)
+        made[variant.name] = model
+    return made
 
 
 def chosen(settings: Settings) -> list[Variant]:
@@ -117,15 +114,14 @@ def step_of(model: PreTrainedModel, cache: Any, batch: int, context: int) -> Cal
 
 @torch.no_grad()
 def measure(arguments: argparse.Namespace) -> None:
-    """Measure every row on this rank; rank 0 appends them to the file ``--rows``."""
+    """Measure every row on this rank; rank 0 appends them to the file `ROWS` of ``--folder``."""
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    settings, folder = settings_of(arguments), arguments.weights
+    settings, folder = settings_of(arguments), arguments.folder
     shape, device = SHAPES[arguments.shape], settings.device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    loader = Loader(folder, ranks, device)
-    models = {variant.name: loader.model(variant.attention) for variant in chosen(settings)}
+    models = models_of(chosen(settings), shape, settings, device, ranks)
     for batch in settings.batches:
         for stated in settings.contexts:
             context = stated - (stated % BLOCK == 0)  # every BLOCK-th token also updates the completion's state
@@ -142,7 +138,7 @@ def measure(arguments: argparse.Namespace) -> None:
                 key = {"ranks": ranks, "batch": batch, "context": stated, "name": name, "layers": arguments.layers}
                 rows.append({**key, "seconds": timing.median, "quartiles": timing.quartiles(), **sizes[name]})
             if rank == 0:
-                with arguments.rows.open("a") as file:
+                with (folder / ROWS).open("a") as file:
                     file.writelines(json.dumps(row) + "\n" for row in rows)
             del steps, step, cache
     if ranks > 1:
@@ -198,17 +194,11 @@ def launch(arguments: argparse.Namespace) -> int:
     ledger = Ledger(arguments.out / f"tensor_parallel_{settings.device.type}.json", head, fresh=True)
     failed = 0
     with tempfile.TemporaryDirectory() as name:
-        folder, rows = Path(name), Path(name) / "rows.jsonl"
-        shape, positions = SHAPES[arguments.shape], max(settings.contexts) + 1
-        model = shape.model(arguments.layers, positions, settings.dtype, settings.device)
-        model.save_pretrained(folder)
-        del model
-        if settings.device.type == "cuda":
-            torch.cuda.empty_cache()
+        rows = Path(name) / ROWS
         for ranks in map(int, arguments.ranks.split(",")):
             rows.write_text("")
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-            passed = ["-m", MODULE, *sys.argv[1:], "--weights", str(folder), "--rows", str(rows)]
+            passed = ["-m", MODULE, *sys.argv[1:], "--folder", name]
             failed |= subprocess.run([*command, *passed], check=False).returncode
             for line in rows.read_text().splitlines():
                 ledger.add(json.loads(line))
@@ -226,10 +216,9 @@ def main() -> int:
     parser.add_argument("--contexts", default="32768,131072", help="keys of a row, separated by commas")
     parser.add_argument("--rounds", type=int, default=30, help="timed steps of each variant")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the results")
-    parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of the processes' rows and logits
     arguments = parser.parse_args()
-    if arguments.weights is not None:
+    if arguments.folder is not None:
         measure(arguments)
         return 0
     return launch(arguments)

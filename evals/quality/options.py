@@ -34,6 +34,8 @@ VALUES = {
     "layer_budgets": "`uniform`, `pyramid`, a weight for each layer (`2+1+0.5`) or for each of its heads (`2:1+1:1`)",
     "dense_layers": "`0`, `0+1`, `none`; from Python a list, too",
     "completion_strength": "a number",
+    "prefill_share": "a share (`0.3`)",
+    "prefill_mass": "a share (`0.9`), `none`",
 }
 """Values of the options that are not a choice between words, as written on the command line."""
 

@@ -45,7 +45,7 @@ def random_blocks(blocks: Blocks) -> Tensor:
 ESTIMATORS: dict[str, BlockEstimator] = {
     "pooled": pooled,
     "pooled_8": partial(pooled, size=8),
-    "pooled_32": partial(pooled, size=32),
+    "pooled_16": partial(pooled, size=16),
     "pooled_by_head": partial(pooled, by_head=True),
     "pooled_strongest": partial(pooled, strongest=True),
     "strided": strided,
@@ -272,7 +272,7 @@ def prefills(layers: Iterable[int]) -> dict[str, Reach]:
     names += ["fasa 256", "fasa 1.0 blocks=1.0 prefill_mass=0.9", "fasa 1.0 blocks=1.0 prefill_mass=0.95"]
     for kind in ("oracle", "window", "random", "pooled_strongest", "pooled_by_head"):
         names += [f"fasa 1.0 blocks={share} estimator={kind}" for share in shares]
-    for kind in ("strided", "antidiagonal", "pooled_32", "pooled_8", "oracle_strongest"):
+    for kind in ("strided", "antidiagonal", "pooled_16", "pooled_8", "oracle_strongest"):
         names += [f"fasa 1.0 blocks={share} estimator={kind}" for share in (0.2, 0.3)]
     return dict.fromkeys(names, FEW)
 

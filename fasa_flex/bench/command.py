@@ -1,4 +1,4 @@
-"""``fasa-flex bench``: time an attention call (op), a decode step (step) or a prefill over contexts and batches.
+"""``fasa-flex bench``: time an attention call (op), a decode step (step), a prefill, or many requests (serve).
 
 All rivals of one context and batch run interleaved in one process. Weights, queries and keys are random, so a run
 measures no quality; evals/results has the quality at the default n_tip and n_fac. The command writes JSON after every
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fasa_flex.bench import op, prefill, rivals, step
+from fasa_flex.bench import op, prefill, rivals, serve, step
 from fasa_flex.bench.options import BACKENDS, PARTS
 from fasa_flex.bench.record import Ledger, command_line, provenance, reason_of
 from fasa_flex.bench.report import absences, crossovers, picture, sentences, table
@@ -36,10 +36,20 @@ _CONTEXTS = {
     ("op", "cpu"): (1024, 4096, 16384, 65536),
     ("step", "cpu"): (1024, 4096, 32768),
     ("prefill", "cpu"): (1024, 4096),
-    ("prefill", "cuda"): (8192, 16384, 32768, 65536, 131072),
+    ("prefill", "cuda"): (131072, 65536, 32768, 16384, 8192),
     ("op", "cuda"): (1024, 4096, 16384, 32768, 65536, 131072),
     ("step", "cuda"): (4096, 16384, 32768, 65536, 131072),
+    ("serve", "cpu"): (1024,),
+    ("serve", "cuda"): (2048, 8192, 32768),
 }
+_BATCHES = {
+    ("step", "cpu"): (1,),
+    ("prefill", "cpu"): (1,),
+    ("prefill", "cuda"): (1,),
+    ("serve", "cpu"): (4,),
+    ("serve", "cuda"): (16,),
+}
+"""Default batches, for serve numbers of requests, where they are not 1 and 8."""
 _QUALITY = "random weights: for quality at n_tip and n_fac see choices.json in evals/results"
 
 
@@ -59,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
         rows = _measure_part(part, settings, options)
         if not rows:
             raise StateError(f"part {part} has no row; the reasons are above.")
-        if not any(rival["kind"] == "sparse" for row in rows for rival in row["rivals"]):
+        if part != "serve" and not any(rival["kind"] == "sparse" for row in rows for rival in row["rivals"]):
             raise StateError(f"part {part} measured only dense attention; the reasons are above.")
 
 
@@ -72,7 +82,7 @@ def _settings(options: argparse.Namespace, part: str, device: torch.device) -> S
         dtype=getattr(torch, options.dtype or ("float32" if kind == "cpu" else "bfloat16")),
         shapes=options.shapes or ("llama-3.1-8b",),
         contexts=options.contexts or _CONTEXTS[part, kind],
-        batches=options.batches or ((1,) if part == "prefill" or (part, kind) == ("step", "cpu") else (1, 8)),
+        batches=options.batches or _BATCHES.get((part, kind), (1, 8)),
         n_tip=options.n_tip,
         n_fac=options.n_fac,
         group_reduce=options.group_reduce or FasaConfig().group_reduce,
@@ -101,7 +111,7 @@ def _measure_part(part: str, settings: Settings, options: argparse.Namespace) ->
     ledger = Ledger(path, head, options.fresh)
     ledger.data["bandwidth_gb_per_s"] = bandwidth(device)
     try:
-        for key, measure in {"op": _op_rows, "step": _step_rows, "prefill": _prefill_rows}[part](settings, ledger):
+        for key, measure in _rows_of(part, options)(settings, ledger):
             if isinstance(measure, str):
                 ledger.leave_out(key, measure)
                 continue
@@ -114,7 +124,8 @@ def _measure_part(part: str, settings: Settings, options: argparse.Namespace) ->
                 ledger.leave_out(key, reason_of(error))
             else:
                 ledger.add(row)
-                print(f"[{time.monotonic() - begun:.0f} s] {_line(row)}", flush=True)
+                described = serve.line(row) if part == "serve" else _line(row)
+                print(f"[{time.monotonic() - begun:.0f} s] {described}", flush=True)
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -124,6 +135,14 @@ def _measure_part(part: str, settings: Settings, options: argparse.Namespace) ->
         raise
     _report(ledger, part)
     return ledger.rows
+
+
+def _rows_of(
+    part: str, options: argparse.Namespace
+) -> Callable[[Settings, Ledger], Iterator[tuple[Key, Measure | str]]]:
+    if part == "serve":
+        return partial(_serve_rows, new_tokens=options.new_tokens)
+    return {"op": _op_rows, "step": _step_rows, "prefill": _prefill_rows}[part]
 
 
 def _op_rows(settings: Settings, ledger: Ledger) -> Iterator[tuple[Key, Measure | str]]:
@@ -161,10 +180,29 @@ def _step_rows(settings: Settings, ledger: Ledger) -> Iterator[tuple[Key, Measur
         del model
 
 
+def _serve_rows(settings: Settings, ledger: Ledger, new_tokens: int | None) -> Iterator[tuple[Key, Measure | str]]:
+    """Rows of a model that is cut to the layers which fit with the caches of all requests."""
+    new_tokens = new_tokens or (16 if settings.device.type == "cpu" else 256)
+    for name in settings.shapes:
+        shape = SHAPES[name]
+        for context in settings.contexts:
+            for batch in settings.batches:
+                key = {"shape": name, "batch": batch, "context": context}
+                if ledger.has(key):
+                    continue
+                length = context + 2 * new_tokens
+                layers = step.layers_that_fit(shape, batch, length, settings)
+                if not layers:
+                    yield key, "not one layer fits in memory"
+                    continue
+                model = shape.model(layers, length, settings.dtype, settings.device)
+                yield key, partial(serve.measure, shape, batch, context, settings, model, layers, new_tokens)
+
+
 def _prefill_rows(settings: Settings, ledger: Ledger) -> Iterator[tuple[Key, Measure | str]]:
     for name in settings.shapes:
         shape, model = SHAPES[name], None
-        sizes = [(batch, context) for batch in settings.batches for context in sorted(settings.contexts)]
+        sizes = [(batch, context) for batch in settings.batches for context in settings.contexts]
         todo = [size for size in sizes if not ledger.has({"shape": name, "batch": size[0], "context": size[1]})]
         depth = min((prefill.layers_that_fit(shape, *size, settings) for size in todo), default=0)
         if settings.times_model and depth:
@@ -184,13 +222,21 @@ def _line(row: dict[str, Any]) -> str:
     times = {rival["name"]: rival["seconds"] for rival in row["rivals"]}
     sparse = [f"{r['name']} {r['speedup']:.2f}x" for r in row["rivals"] if r["kind"] == "sparse"]
     where = f"{row['shape']}, batch {row['batch']}, {row['context']} tokens"
-    return f"{where}: {row['best_dense']} {1e3 * times[row['best_dense']]:.3g} ms; " + ", ".join(sparse)
+    said = f"{where}: {row['best_dense']} {1e3 * times[row['best_dense']]:.3g} ms; " + ", ".join(sparse)
+    first = row.get("first_token", {}).get("seconds", {})
+    return said + "".join(
+        f"{', ' if n else '; first token '}{name} {s:.3g} s" for n, (name, s) in enumerate(first.items())
+    )
 
 
 def _report(ledger: Ledger, part: str) -> None:
     """Write crossovers and the table into the file and a picture beside it, and print them."""
     rows = ledger.rows
-    if rows:
+    if rows and part == "serve":
+        ledger.data["table"] = serve.table(rows)
+        ledger.write()
+        print(f"\n{ledger.data['table']}")
+    elif rows:
         ledger.data["crossovers"] = crossovers(rows)
         ledger.data["table"] = table(rows)
         ledger.write()

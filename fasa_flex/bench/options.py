@@ -9,6 +9,7 @@ from typing import get_args
 from fasa_flex.core.option_types import Backend, Completion, GroupReduce, PackedDtype
 
 PARTS = ("op", "step", "prefill")
+"""Parts of ``--part all``; "serve" takes longer and runs by name alone."""
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("eager", "compiled")
 BACKENDS: tuple[Backend, ...] = ("gather", "flex", "triton")
@@ -17,7 +18,7 @@ BACKENDS: tuple[Backend, ...] = ("gather", "flex", "triton")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``fasa-flex bench``; None means a default of the machine or of `FasaConfig`."""
-    parser.add_argument("--part", choices=[*PARTS, "all"], default="op", help="what to measure (default: op)")
+    parser.add_argument("--part", choices=[*PARTS, "all", "serve"], default="op", help="what to measure (default: op)")
     parser.add_argument("--shapes", type=_words, help="such as llama-3.1-8b, which is the default")
     parser.add_argument("--contexts", type=_numbers, help="tokens, such as 4096,32k (default: 1k to 64k on CPU)")
     parser.add_argument("--batches", type=_numbers, help="rows (default: 1,8; for a step on CPU 1)")
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     packed = (*get_args(PackedDtype), "cache")
     parser.add_argument("--packed-dtype", choices=packed, default="int4", help="dtype of packed keys (default: int4)")
     parser.add_argument("--completion", choices=get_args(Completion), default="first_order")
+    parser.add_argument("--new-tokens", type=int, help="most new tokens of a request of serve (default: 16 or 256)")
     parser.add_argument("--n-tip", type=int, help="dominant chunks (default: as FasaConfig)")
     parser.add_argument("--n-fac", type=int, default=256, help="tokens a query attends to (default: 256)")
     parser.add_argument("--group-reduce", choices=get_args(GroupReduce), help="(default: as in FasaConfig)")

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import DynamicCache, PreTrainedModel
 
 from fasa_flex.bench.op import describe
@@ -32,9 +31,9 @@ from fasa_flex.model.enable import enable
 from fasa_flex.prefill.attention import attend_to_blocks, block_sparse_attention
 from fasa_flex.prefill.estimators import Blocks, pooled
 from fasa_flex.prefill.grid import BLOCK, Grid
-from fasa_flex.prefill.selection import BlockBudget, BlockLists, select_blocks
+from fasa_flex.prefill.selection import BlockBudget, BlockLists, all_blocks, select_blocks
 
-_TIMES = 3  # time-to-first-token runs of each kind, interleaved
+_MOST = 3  # timed prefills of each kind, after one that warms up
 
 
 def layers_that_fit(shape: Shape, batch: int, context: int, settings: Settings) -> int:
@@ -88,14 +87,9 @@ class Prompt:
             )
 
     def by_flex(self) -> Tensor:
-        """Compiled `flex_attention` with a causal block mask."""
-        out: Tensor = _flex()(self.query, self.key, self.value, block_mask=self._causal, enable_gqa=True)
-        return out
-
-    @functools.cached_property
-    def _causal(self) -> Any:
-        length = self.query.shape[2]
-        return create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=str(self.query.device))
+        """Compiled `flex_attention` with all blocks up to the diagonal listed."""
+        lists = all_blocks(self.blocks.grid, *self.key.shape[:2])
+        return attend_to_blocks(self.blocks, lists, self.value, "flex")
 
     def dense(self) -> dict[str, Callable[[], Tensor]]:
         """Dense attention by name."""
@@ -121,11 +115,6 @@ class Prompt:
         }
 
 
-@functools.cache
-def _flex() -> Any:
-    return torch.compile(flex_attention)
-
-
 @torch.no_grad()
 def measure(
     shape: Shape, batch: int, context: int, settings: Settings, model: PreTrainedModel | None
@@ -142,13 +131,20 @@ def measure(
     device, prompt = settings.device, Prompt(shape, batch, context, settings)
     names = {f"blocks {share:.0%}": share for share in settings.shares}
     asked: dict[str, Callable[[], Any]] = {**prompt.dense(), **{n: prompt.sparse(s) for n, s in names.items()}}
-    calls, left_out = {}, {}
+    calls, errors, left_out = {}, {}, {}
+    expected: Tensor | None = None
     for name, call in asked.items():
         try:
-            call()
-            calls[name] = call
+            out = call()
         except Exception as error:  # a failing rival must not stop the others
             left_out[name] = reason_of(error)
+            continue
+        calls[name] = call
+        if name not in names:
+            expected = out if expected is None else expected
+            errors[name] = float((out.float() - expected.float()).norm() / expected.float().norm())
+        del out
+    del expected
     if not set(calls) - set(names):
         raise RuntimeError(f"no dense attention runs here: {left_out}.")
     times = interleave(calls, device, settings.repeats, settings.seconds)
@@ -167,7 +163,7 @@ def measure(
             entry
             | {
                 "timed": "calls",
-                "error": 0.0,
+                "error": errors.get(name),
                 "tflop_per_s": prompt.work(pairs) / timing.median / 1e12,
                 "block_share": pairs / every,
                 "limit": limit,
@@ -217,24 +213,24 @@ def first_token(model: PreTrainedModel, shape: Shape, batch: int, context: int, 
     times: dict[str, list[float]] = {}
     left_out: dict[str, str] = {}
     profile = random_profile(shape, model, layers)
-    for turn in range(_TIMES + 1):  # the first one warms up
-        for share in (None, *settings.shares):
-            name = "dense" if share is None else f"blocks {share:.0%}"
-            if name in left_out:
-                continue
-            config = FasaConfig(n_tip=settings.chunks_of(shape), dense_layers=dense_layers, criterion="agreement")
-            try:
-                if share is None:
-                    seconds = time_call(prefill, settings.device)
-                else:
-                    config = FasaConfig(**{**vars(config), "prefill": "blocks", "prefill_share": share})
-                    with enable(model, profile, config):
-                        seconds = time_call(prefill, settings.device)
-            except (RuntimeError, ValueError) as error:  # torch's out-of-memory errors are RuntimeErrors
-                left_out[name] = reason_of(error)
-                continue
-            if turn:
-                times.setdefault(name, []).append(seconds)
+    for share in (None, *settings.shares):
+        name = "dense" if share is None else f"blocks {share:.0%}"
+        config = FasaConfig(
+            n_tip=settings.chunks_of(shape),
+            dense_layers=dense_layers,
+            criterion="agreement",
+            prefill="blocks",
+            prefill_share=share or 1.0,
+        )
+        try:
+            with nullcontext() if share is None else enable(model, profile, config):
+                warm = time_call(prefill, settings.device)
+                runs = [time_call(prefill, settings.device)]
+                while len(runs) < _MOST and warm + sum(runs) < settings.seconds:
+                    runs.append(time_call(prefill, settings.device))
+            times[name] = runs
+        except (RuntimeError, ValueError) as error:  # torch's out-of-memory errors are RuntimeErrors
+            left_out[name] = reason_of(error)
     medians = {name: Timing(tuple(each)).median for name, each in times.items()}
     found = {"layers": layers, "full_layers": shape.layers, "dense_layers": list(dense_layers), "left_out": left_out}
     speedups = {name: medians["dense"] / each for name, each in medians.items()} if "dense" in medians else {}

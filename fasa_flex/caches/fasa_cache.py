@@ -41,7 +41,7 @@ _NOTHING_SAVED = "saves nothing for a model on the CPU, where both are host memo
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Size of a cache in bytes per token and layer, over all key/value heads, including allocated free space.
+    """Size of a cache in bytes per token and layer, over all key/value heads of the process, with allocated free space.
 
     Tokens are counted over all batch rows: the tokens of a growing cache, the slots of a static one.
 

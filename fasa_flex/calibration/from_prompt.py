@@ -219,6 +219,10 @@ class PromptCalibration:
         found = self.scorers  # read once: another thread may call `forget`
         return (found if self.profile is not None else self._prompt.scorers).get(layer)
 
+    def measures(self, layer: int) -> bool:
+        """Whether a layer is measured; layers that can never be sparse are not."""
+        return layer in self._layers
+
     def begin(self) -> None:
         """Drop this thread's measurements of an unfinished prompt."""
         self._prompt.sample, self._prompt.tables, self._prompt.scorers = None, {}, {}

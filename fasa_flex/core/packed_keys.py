@@ -57,7 +57,7 @@ class PackedKeys:
         batch, heads, kv_len, _ = rows.shape
         tile = tile_of(rows.device)
         count = -(-max(kv_len, capacity) // tile)
-        rows, scales = _convert(F.pad(rows, (0, 0, 0, count * tile - kv_len)), dtype)
+        rows, scales = convert_rows(F.pad(rows, (0, 0, 0, count * tile - kv_len)), dtype)
         tiles = rows.view(batch, heads, count, tile, -1).transpose(3, 4).contiguous()
         return cls(tiles, None if scales is None else scales.view(batch, heads, count, tile))
 
@@ -92,7 +92,7 @@ class PackedKeys:
             slots: int64 [t], the slot of each key; an int: the slot of the first key, with the others behind it.
         """
         lanes, length = self.tiles.shape[4], rows.shape[2]
-        rows, scales = _convert(rows, self._dtype)
+        rows, scales = convert_rows(rows, self._dtype)
         if isinstance(slots, int):
             if (lanes == 1 or length == 1) and not torch.compiler.is_compiling():  # plain copies are fastest
                 first, place = divmod(slots, lanes)
@@ -161,7 +161,7 @@ def packed_bytes(width: int, dtype: PackedDtype | None, cache_dtype: torch.dtype
 
 def as_packed(rows: Tensor, dtype: PackedDtype | None) -> Tensor:
     """Round keys [.., 2 * n_tip] as `PackedKeys` does in ``dtype``, and return them as floats."""
-    return _restore(*_convert(rows, dtype))
+    return _restore(*convert_rows(rows, dtype))
 
 
 def dot_products(query: Tensor, key: Tensor) -> Tensor:
@@ -204,8 +204,8 @@ def _scores_by_head(query: Tensor, tiles: Tensor) -> Tensor:
     return scores.transpose(2, 3)
 
 
-def _convert(rows: Tensor, dtype: PackedDtype | None) -> tuple[Tensor, Tensor | None]:
-    """Convert keys [.., 2 * n_tip] to ``dtype``; an integer dtype adds scales, float16 [..]."""
+def convert_rows(rows: Tensor, dtype: PackedDtype | None) -> tuple[Tensor, Tensor | None]:
+    """Convert keys [.., 2 * n_tip] to the codes of ``dtype``, [.., P]; an integer dtype adds scales, float16 [..]."""
     if dtype is None:
         return rows, None
     if dtype not in _LEVELS:
@@ -227,5 +227,5 @@ def _unpack(packed: Tensor, dim: int) -> Tensor:
 
 
 def _restore(rows: Tensor, scales: Tensor | None) -> Tensor:
-    """Undo `_convert`, up to rounding: keys [.., P] become floats [.., 2 * n_tip]."""
+    """Undo `convert_rows`, up to rounding: keys [.., P] become floats [.., 2 * n_tip]."""
     return rows if scales is None else _unpack(rows, -1) * scales[..., None].float()

@@ -1,13 +1,14 @@
 """The attention seam: routes a model's attention calls through another function, and back.
 
-transformers looks up the attention function by a name in the config. The seam sets its own name in the configs that the
-model's attention modules read, and stores a route on each of these modules; it patches no class or method. A module
-without a route, in another model that shares the config or was built from a copy of it, runs its own attention. The
-seam does not change configs of submodels with another implementation (a vision tower).
+transformers looks up the attention function by a name in the attention module's config. The seam gives each attention
+module a copy of its config with the seam's name, and stores a route on the module; it patches no class or method. The
+model's own config keeps its name. So masks are made as without the seam, other models that share the config are not
+affected, and continuous batching, which accepts a few names in the model's config only, accepts the model.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import threading
@@ -18,10 +19,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from fasa_flex.hf.compatibility import IMPLEMENTATIONS
-from fasa_flex.hf.model_structure import attention_lookup, attention_modules, layer_of
+from fasa_flex.hf.model_structure import OWN_CONFIG, attention_lookup, attention_modules, layer_of, own_config
 
 _OURS = "fasa_"
 _ROUTE = "_fasa_route"
@@ -42,8 +43,8 @@ SeamFunction = Callable[..., AttentionResult]
 
 _tokens = itertools.count()
 _lock = threading.RLock()
-_open: dict[int, tuple[str, frozenset[int], list[PreTrainedConfig]]] = {}
-"""Owner, module ids and configs of every open seam, by its token."""
+_open: dict[int, tuple[str, frozenset[int]]] = {}
+"""Owner and module ids of every open seam, by its token."""
 
 
 class AttentionSeam:
@@ -65,11 +66,11 @@ class AttentionSeam:
         modules = list(by_layer.values())
         self._kind, self._owner, self._token = type(model).__name__, owner, next(_tokens)
         self._check_free(modules)
-        self._configs: list[PreTrainedConfig] = []
+        self._configs: list[tuple[PreTrainedConfig, str]] = []
         self._routes: list[tuple[weakref.ref[nn.Module], functools.partial[AttentionResult]]] = []
         for layer, module in by_layer.items():
-            config = _config_of(model, module)
-            former = _former(config)
+            config: PreTrainedConfig = own_config(module) or model.config
+            former = str(_implementation(config))
             if former not in IMPLEMENTATIONS:
                 raise ValueError(
                     f"the model's attention implementation is {former!r}; "
@@ -80,8 +81,8 @@ class AttentionSeam:
                 continue
             routed = function[layer] if isinstance(function, Mapping) else function
             self._routes.append((weakref.ref(module), functools.partial(routed, dense)))
-            if not any(config is other for other in self._configs):
-                self._configs.append(config)
+            if not any(config is other for other, _ in self._configs):
+                self._configs.append((config, former))
         if not self._routes:
             raise ValueError(
                 f"{self._kind} does not take its attention function by name (AttentionInterface), so FASA "
@@ -103,36 +104,39 @@ class AttentionSeam:
         modules = [module for module in (ref() for ref, _ in self._routes) if module is not None]
         with _lock:
             self._check_free(modules)
+            _open[self._token] = (self._owner, frozenset(map(id, modules)))
+            named = {id(config): _copy_named(config, former) for config, former in self._configs}
             for module, (_, route) in zip(modules, self._routes, strict=True):
-                setattr(module, _ROUTE, route)  # before the name is set: another thread may be in a forward
-            _open[self._token] = (self._owner, frozenset(map(id, modules)), self._configs)
-            for config in self._configs:
-                _set_implementation(config, _name_over(_former(config)))
-        # if the model is deleted while the seam is open, other models may still share its config
-        self._close = weakref.finalize(modules[0], _leave, self._token)
+                config = module.config
+                setattr(module, _ROUTE, route)  # before the config is set: another thread may be in a forward
+                setattr(module, OWN_CONFIG, config)
+                module.config = named[id(config)]
+        self._close = weakref.finalize(modules[0], _open.pop, self._token)
 
     def check(self) -> None:
-        """Check that no other code has set another implementation, which would bypass the routes.
+        """Check that no other code has set another implementation, whose masks the routes do not read.
 
         Raises:
             ValueError: another implementation is set; the message names it.
         """
         if torch.compiler.is_compiling():
             return
-        for config in self._configs:
+        for config, former in self._configs:
             now = _implementation(config)
-            if not (now or "").startswith(_OURS):
+            if now != former:
                 raise ValueError(
                     f"the attention implementation of {self._kind} was set to {now!r} after {self._owner} was opened, "
-                    "so that its calls bypass FASA; call disable() first, set it then, and enable again."
+                    f"which attends by {former!r}; call disable() first, set it then, and enable again."
                 )
 
     def close(self) -> None:
-        """Restore the model's own attention, except where other code has set another; a second call does nothing."""
+        """Give the modules their own configs back; a second call does nothing."""
         if self._close is not None and self._close.alive:
             self._close()
             for module in (ref() for ref, _ in self._routes):
                 if module is not None:
+                    module.config = own_config(module)
+                    delattr(module, OWN_CONFIG)
                     delattr(module, _ROUTE)
 
     def __enter__(self) -> AttentionSeam:
@@ -149,7 +153,7 @@ class AttentionSeam:
 
     def _check_free(self, modules: list[nn.Module]) -> None:
         ids = set(map(id, modules))
-        owner = next((owner for owner, routed, _ in _open.values() if ids & routed), None)
+        owner = next((owner for owner, routed in _open.values() if ids & routed), None)
         if owner is not None:
             raise ValueError(f"{self._kind} is under FASA already, by {owner}; disable() it first.")
 
@@ -189,27 +193,8 @@ def _of_thread(thread: int, route: functools.partial[AttentionResult]) -> functo
 
 
 def implementation_of(model: PreTrainedModel, module: nn.Module) -> str:
-    """Name of the attention implementation that a layer's module uses without FASA, such as "sdpa"."""
-    return _former(_config_of(model, module))
-
-
-def _config_of(model: PreTrainedModel, module: nn.Module) -> PreTrainedConfig:
-    config: PreTrainedConfig = getattr(module, "config", model.config)
-    return config
-
-
-def _former(config: PreTrainedConfig) -> str:
-    return str(_implementation(config)).removeprefix(_OURS)
-
-
-def _leave(token: int) -> None:
-    """Restore the former name in the configs of a seam, except in those that another open seam uses."""
-    with _lock:
-        _, _, configs = _open.pop(token)
-        shared = {id(config) for _, _, others in _open.values() for config in others}
-        for config in configs:
-            if id(config) not in shared:
-                _set_implementation(config, _former(config))
+    """Name of the attention implementation that an attention module uses without FASA, such as "sdpa"."""
+    return str(_implementation(own_config(module) or model.config))
 
 
 def _implementation(config: PreTrainedConfig) -> str | None:
@@ -218,17 +203,12 @@ def _implementation(config: PreTrainedConfig) -> str | None:
     return name
 
 
-def _set_implementation(config: PreTrainedConfig, name: str) -> None:
-    """Set the name in this config alone; the public setters also change all of its subconfigs."""
-    config._attn_implementation_internal = name
-
-
-def _name_over(former: str) -> str:
-    """Register and return the seam's name for implementation ``former``; it stays registered for copied configs."""
-    name = _OURS + former
-    AttentionInterface.register(name, _router(former))
-    AttentionMaskInterface.register(name, AttentionMaskInterface._global_mapping[former])
-    return name
+def _copy_named(config: PreTrainedConfig, former: str) -> PreTrainedConfig:
+    """Copy a config with the seam's name over implementation ``former``, and register this name."""
+    named = copy.copy(config)
+    named._attn_implementation_internal = _OURS + former  # the public setter also changes all subconfigs
+    AttentionInterface.register(_OURS + former, _router(former))
+    return named
 
 
 @functools.cache

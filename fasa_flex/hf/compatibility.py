@@ -73,7 +73,7 @@ def cache_among(arguments: Mapping[str, Any]) -> Cache | None:
     """Return the cache among the keyword arguments of an attention module; None if there is none.
 
     Raises:
-        ValueError: the cache is of another kind, such as the paged cache of continuous batching.
+        ValueError: the cache is of another kind.
     """
     for name in CACHE_NAMES:
         cache = arguments.get(name)
@@ -81,8 +81,8 @@ def cache_among(arguments: Mapping[str, Any]) -> Cache | None:
             return cache
         if cache is not None:
             raise ValueError(
-                f"FASA reads a transformers Cache and the model was handed a {type(cache).__name__}, as continuous "
-                "batching does; pass a Cache such as DynamicCache, or disable() FASA first."
+                f"FASA reads a transformers Cache and the model was handed a {type(cache).__name__}; pass a Cache such "
+                "as DynamicCache, or disable() FASA first."
             )
     return None
 

@@ -18,17 +18,17 @@ def reads_prompt() -> bool:
 
     The last chunk may be a single token. An assistant model that continues its own candidates reads no prompt.
     """
-    frame = _find(sys._getframe(1), _PREFILL)
+    frame = find_frame(sys._getframe(1), _PREFILL)
     return frame is not None and bool(frame.f_locals.get("is_first_iteration", True))
 
 
 def generating(threads: Iterable[int]) -> int:
     """Number of these threads that are in `generate` now."""
     frames = sys._current_frames()
-    return sum(_find(frames.get(thread), _GENERATE) is not None for thread in threads)
+    return sum(find_frame(frames.get(thread), _GENERATE) is not None for thread in threads)
 
 
-def _find(frame: FrameType | None, code: CodeType | None) -> FrameType | None:
+def find_frame(frame: FrameType | None, code: CodeType | None) -> FrameType | None:
     """Find the innermost frame that runs ``code``, from ``frame`` outwards; None: there is none."""
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back

@@ -73,7 +73,7 @@ class HeadShard:
         return cls(query_heads // ranks, kv_heads // ranks, *place)
 
     def check(self, query: Tensor, kv_heads: int, where: str) -> None:
-        """Refuse attention of other heads than this rank's.
+        """Refuse attention whose queries are divided among the ranks and whose keys are not, or the other way round.
 
         Args:
             query: float [B, Hq, Q, D], as the attention function receives it.
@@ -81,9 +81,9 @@ class HeadShard:
             where: the layer and model, for the error.
 
         Raises:
-            NotImplementedError: another number of heads arrives on this rank.
+            NotImplementedError: one of the two numbers of heads is this rank's.
         """
-        if self.ranks > 1 and (query.shape[1], kv_heads) != (self.query_heads, self.kv_heads):
+        if self.ranks > 1 and (query.shape[1] == self.query_heads) != (kv_heads == self.kv_heads):
             raise NotSupportedError(
                 f"{where} has {query.shape[1]} query heads on {kv_heads} key/value heads on a rank, where tp_size="
                 f"{self.ranks} leaves it {self.query_heads} on {self.kv_heads}; shard the projections of queries, keys "
@@ -102,6 +102,10 @@ class HeadShard:
         parts = [torch.empty_like(sent) for _ in range(self.ranks)]
         torch.distributed.all_gather(parts, sent, group=self._group)
         return torch.cat(parts, dim).to(part.device)
+
+    def total(self, counts: Tensor) -> Tensor:
+        """Sum counts of the ranks' heads, int64 [n], over the ranks; every rank must call it."""
+        return self.whole(counts[None]).sum(0)
 
     def agree(self, fact: bool) -> bool:
         """Whether ``fact`` holds on every rank, such as a file that each looks for; every rank must call it."""

@@ -15,6 +15,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from fasa_flex.hf.layer_kinds import WINDOW, other_kinds, sized_config, why_unsupported
 
 _INTERFACE, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
+OWN_CONFIG = "_fasa_own_config"
+"""Attribute of an attention module that holds its own config while a seam has replaced it by a copy."""
 NO_ROPE = "no RoPE, hence no frequency chunks"
 
 
@@ -36,12 +38,17 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     numbered = _numbered(model.get_decoder() or model) or _numbered(model)
     found = [module for module in numbered if attention_lookup(module) is not None] or numbered
     found = [module for module in found if _INTERFACE in _forward(module).__code__.co_names] or found
-    found = [module for module in found if getattr(module, "config", None) is text] or found
+    found = [module for module in found if own_config(module) is text] or found
     inner = [m for m in found if not any(child is not m and hasattr(child, "layer_idx") for child in m.modules())]
     modules: dict[int, nn.Module] = {}
     for module in inner:  # self-attention comes before cross-attention
         modules.setdefault(layer_of(module), module)
     return modules
+
+
+def own_config(module: nn.Module) -> Any:
+    """Return the config that an attention module has without a seam; None if it has none."""
+    return getattr(module, OWN_CONFIG, None) or getattr(module, "config", None)
 
 
 def _numbered(model: nn.Module) -> list[nn.Module]:

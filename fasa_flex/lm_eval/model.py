@@ -76,7 +76,7 @@ class FasaHFLM(HFLM):
             that a method does not use is refused. Write ``dense_layers`` as ``0``, ``0+1`` or ``none``, and
             ``layer_budgets`` as ``uniform``, ``pyramid``, a weight for every layer (``2+1+0.5``) or for every head
             (``2:1+1:1+1:1``). ``packed_dtype=none`` is the cache's precision. With ``prefill=sparse`` every query of a
-            prompt is sparse, also in log-likelihoods.
+            prompt is sparse, also in log-likelihoods; ``prefill=blocks`` prefills contexts and prompts by blocks.
 
     Raises:
         ValueError: an argument that is unknown, out of range or not used by the method.

@@ -35,11 +35,12 @@ def enable(
 ) -> Fasa:
     """Let ``model`` decode with frequency-aware sparse attention, until `Fasa.disable`.
 
-    Attention stays dense in the prefill, in ``config.dense_layers``, and in layers without RoPE or with a sliding
-    window (`Fasa.dense_layers` gives the reason for each). In all other layers every query decoded after the prefill
-    selects its own ``n_fac`` keys. No key is evicted from the cache. No class or method is patched: FASA registers an
-    attention function under its own name and sets this name in the configs of the model's layers. The function serves
-    these layers alone, so that models with different profiles and budgets can run in one process.
+    Attention stays dense in the prefill unless ``config.prefill`` says otherwise, in ``config.dense_layers``, and in
+    layers without RoPE or with a sliding window (`Fasa.dense_layers` gives the reason for each). In all other layers
+    every query decoded after the prefill selects its own ``n_fac`` keys. No key is evicted from the cache. No class or
+    method is patched: FASA registers an attention function under its own name and gives the model's layers a copy of
+    their config with this name. The function serves these layers alone, so that models with different profiles and
+    budgets can run in one process.
 
     If the cache's keys are replaced or written to in place, FASA packs them again, except after writes that PyTorch
     does not count, such as those through ``keys.data`` (`FasaCache`).
@@ -48,9 +49,16 @@ def enable(
     earlier cache are prefill. In a decode loop of your own a forward of one token counts as decoding; state the end of
     the prompt with `Fasa.sparse_from`.
 
+    In continuous batching (`generate_batch`, ``transformers serve``) prompts are dense and decoded tokens sparse,
+    request by request. Settings that are not served there make requests fail with the reason.
+
     Without a profile the model calibrates itself: all attention is dense until a forward of several tokens reads a
     prompt of at least 128 tokens, and the last queries of this prompt choose the chunks of each layer
     (`fasa_flex.calibration.from_prompt`). The chunks stay until `Fasa.recalibrate`; `Fasa.profile` can be saved.
+
+    Of a model that transformers shards by heads (``DistributedConfig(tp_size=N)``) each process selects for its own
+    key/value heads (`fasa_flex.hf.head_shard`); all processes must call `enable` alike. Profile and counts are those of
+    the whole model.
 
     Args:
         model: a transformers model with attention implementation "sdpa" or "eager", or a PEFT or compiled model that
@@ -66,6 +74,7 @@ def enable(
 
     Raises:
         ValueError: the profile does not fit the model, or the model does not support the settings.
+        NotImplementedError: the model is divided over processes in another way (`HeadShard.of`).
     """
     model = unwrapped(model)
     check_supported(model)

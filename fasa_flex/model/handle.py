@@ -24,6 +24,7 @@ from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import attention_modules, attention_shape, device_of, maximum_positions
 from fasa_flex.model.forwards import Forwards
 from fasa_flex.model.layer import Layer
+from fasa_flex.model.paged_forwards import PagedForwards
 from fasa_flex.model.shared import OfOneModel, Shared
 from fasa_flex.model.stats import FasaStats, read_share
 from fasa_flex.prefill.estimators import BlockEstimator, pooled
@@ -73,9 +74,11 @@ class Fasa(OfOneModel):
             {layer: read_share(each, model, config, packing, self.completion) for layer, each in scorers.items()},
             {layer: budget.heads for layer, budget in budgets.items()},
             lambda: self.settings,
+            shard.total,
         )
         self._forwards = Forwards(lambda: self._seam.check(), maximum_positions(model))
-        shared = Shared(config, self.completion, packing, source, self._forwards, self.stats, estimator)
+        self._paged = PagedForwards(config.prefill, lambda: [layer.scorer for layer in self._layers.values()])
+        shared = Shared(config, self.completion, packing, source, self._forwards, self.stats, estimator, self._paged)
         self._layers = {
             layer: Layer(
                 layer,
@@ -118,6 +121,11 @@ class Fasa(OfOneModel):
         """Criterion, packed dtype and completion in use, with every None of the config resolved."""
         return {name: getattr(self, name) for name in ("criterion", "packed_dtype", "completion")}
 
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of packed keys beside the paged caches of continuous batching; 0 without a manager that runs."""
+        return self._paged.n_bytes
+
     def recalibrate(self) -> None:
         """Discard the chunks measured on a prompt; all attention is dense until the next long prompt.
 
@@ -147,6 +155,7 @@ class Fasa(OfOneModel):
         self._seam.close()
         for hook in self._hooks:
             hook.remove()
+        self._paged.clear()
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value}" for name, value in self.settings.items())

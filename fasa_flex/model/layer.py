@@ -22,9 +22,11 @@ from fasa_flex.core.scoring import DominantChunks, Forward, Given, Scorer, Seque
 from fasa_flex.core.softmax import Softmax
 from fasa_flex.hf.attention_routing import AttentionResult, DenseAttention
 from fasa_flex.hf.compatibility import cache_among
+from fasa_flex.hf.continuous_batching import PAGED
 from fasa_flex.hf.forward_checks import check_keys, mask_of, softmax_of
 from fasa_flex.model.block_prefill import BlockPrefill
 from fasa_flex.model.crossover import packs_late, sparse_is_faster
+from fasa_flex.model.paged_layer import PagedLayer
 from fasa_flex.model.several_queries import in_parts, merged, weights_of
 from fasa_flex.model.shared import OfOneModel, Shared
 from fasa_flex.model.stats import tally
@@ -68,10 +70,10 @@ class Layer(OfOneModel):
         self._by_all = getattr(scorer, "completes_by_all", False)
         self._dense_budget = config.budget  # up to this many keys a dense layer runs the model's own attention
         self._may_group = budget is None or config.backend == "fastest"
-        self._blocks = None
-        if config.prefill == "blocks" and budget is not None:
-            own = (number, config, shared.estimator, implementation == "eager")
-            self._blocks = BlockPrefill(*own, shared.forwards, shared.stats)
+        self._paged = PagedLayer(number, begins, implementation, shared, budget, lambda: self.scorer)
+        own = (number, config, shared.estimator, implementation == "eager")
+        by_blocks = config.prefill == "blocks" and budget is not None
+        self._blocks = BlockPrefill(*own, shared.forwards, shared.stats) if by_blocks else None
 
     @property
     def scorer(self) -> Scorer | SequenceScorer | None:
@@ -87,6 +89,8 @@ class Layer(OfOneModel):
 
         The module passes its keyword arguments to the attention function, except for the cache; the hook adds it.
         """
+        if PAGED in kwargs:
+            return self._paged.before(args, kwargs)
         number, forwards, cache = self.number, self._forwards, cache_among(kwargs)
         if self.begins:
             states: Tensor = args[0] if args else kwargs["hidden_states"]
@@ -121,6 +125,8 @@ class Layer(OfOneModel):
         Raises:
             ValueError: the input is refused; the cache is as before the forward unless the message says otherwise.
         """
+        if PAGED in options:
+            return self._paged.attend(dense, module, query, key, value, attention_mask, **options)
         cache, first_slot = options.pop("fasa_cache", (None, None))
         arguments = (cache, first_slot, dense, module, query, key, value, attention_mask)
         if torch.compiler.is_compiling():
@@ -148,8 +154,7 @@ class Layer(OfOneModel):
         number, now, budget = self.number, self._forwards.now, self.budget
         q_len, kv_len, compiling = query.shape[2], key.shape[2], torch.compiler.is_compiling()
         boundary = now.traced_boundary if compiling else now.boundary
-        if first_slot is None:
-            first_slot = kv_len - q_len
+        first_slot = kv_len - q_len if first_slot is None else first_slot
         softmax = softmax_of(module, query, options, self.implementation)
         mask = attention_mask
         if mask is None and q_len > 1:
@@ -198,19 +203,14 @@ class Layer(OfOneModel):
                 cached = cache.layers[number] if getattr(cache.layers[number], "scorer", None) is scorer else None
             packed = None if cached is None else cached.packed
             resident = cached.own_resident() if isinstance(cached, OnHost) else None
-        part, ranker = (
-            (query if first == 0 else query[:, :, first:]),
-            cast(Scorer, scorer),
-        )  # others' scores are `Given`
+        ranker, part = cast(Scorer, scorer), query if first == 0 else query[:, :, first:]  # others' scores are `Given`
         states = (part, key, value, ranker, visible.valid()[:, :, :, first:], budget, self._group_reduce, softmax)
         call = Call(*states, packed, resident, marks, completion)
         if q_len == 1:  # splitting many queries would guard a compiled graph on T and recompile for every token
             focused = sparse_attention(call, self._backend).transpose(1, 2).contiguous()
         else:
             focused = in_parts(call, self._backend)
-        weights = None
-        if options.get("output_attentions") and self.implementation == "eager":
-            weights = weights_of(call)
+        weights = weights_of(call) if options.get("output_attentions") and self.implementation == "eager" else None
         if boundary is None or boundary.highest <= first_slot:  # every query is sparse
             return focused, weights
         dense_result = dense(module, query, key, value, attention_mask, **options)

@@ -9,6 +9,7 @@ from fasa_flex.calibration.from_prompt import PromptCalibration
 from fasa_flex.core.config import Completion as CompletionKind
 from fasa_flex.core.config import FasaConfig, GroupReduce
 from fasa_flex.model.forwards import Forwards
+from fasa_flex.model.paged_forwards import PagedForwards
 from fasa_flex.model.stats import FasaStats
 from fasa_flex.prefill.estimators import BlockEstimator
 
@@ -25,6 +26,7 @@ class Shared:
         forwards: state of the current forward of each thread.
         stats: counts of queries and selected tokens.
         estimator: estimates the attention between blocks of a prefill by blocks.
+        paged: state of forwards of continuous batching.
     """
 
     config: FasaConfig
@@ -34,6 +36,7 @@ class Shared:
     forwards: Forwards
     stats: FasaStats
     estimator: BlockEstimator
+    paged: PagedForwards
 
     @property
     def group_reduce(self) -> GroupReduce:

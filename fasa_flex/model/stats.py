@@ -105,7 +105,8 @@ def read_share(
 class FasaStats:
     """Counters of every layer, kept as tensors on the layers' devices, so that counting does not synchronise.
 
-    Queries without a valid key (padding) are not counted.
+    Queries without a valid key (padding) are not counted. The counts are of all heads, also in a process that computes
+    some of them (`Budget.shard`).
 
     Attributes:
         interrupted: number of answers that other threads were generating when `Fasa.disable` made attention dense.
@@ -115,6 +116,7 @@ class FasaStats:
         reads: bytes that a sparse query reads, by layer; no entry or None: not stated.
         heads: number of heads with budgets of their own (`Budget.heads`), by layer; no entry: 1.
         settings: returns the criterion, packed dtype and completion in use.
+        total: sums counts of the heads of one process over all processes (`HeadShard.total`).
     """
 
     def __init__(
@@ -123,8 +125,9 @@ class FasaStats:
         reads: Mapping[int, ReadShare | None],
         heads: Mapping[int, int],
         settings: Callable[[], Mapping[str, str | None]] = dict,
+        total: Callable[[Tensor], Tensor] = torch.clone,
     ) -> None:
-        self._reads, self._heads, self._settings = dict(reads), dict(heads), settings
+        self._reads, self._heads, self._settings, self._total = dict(reads), dict(heads), settings, total
         self.interrupted = 0
         with torch.inference_mode(False):  # inference tensors could not be written outside it
             self._counts = [torch.zeros(4, dtype=torch.long, device=device) for device in devices]
@@ -146,7 +149,7 @@ class FasaStats:
             pairs: int64 [2], result of `BlockLists.pairs`.
             heads: query heads that share a selection, for each of which the pairs count.
         """
-        read = torch.stack([queries, *(heads * pairs)])
+        read = torch.stack([queries, *self._total(heads * pairs)])
         if self._blocks[layer].device != read.device:
             with torch.inference_mode(False):
                 self._blocks[layer] = self._blocks[layer].to(read.device)

@@ -22,13 +22,9 @@ from torch.nn import functional as F
 
 from fasa_flex.backends.specialization import specialized
 from fasa_flex.core.packed_keys import dot_products
-from fasa_flex.core.pieces import rows_that_fit
 from fasa_flex.core.scoring import DominantChunks
 from fasa_flex.core.softmax import Softmax
-from fasa_flex.prefill.grid import BLOCK, Grid, take
-
-_ON_CUDA = 4
-"""Pieces on a GPU are this many times as large: each takes several launches."""
+from fasa_flex.prefill.grid import BLOCK, Grid, rows_of_piece, take
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,36 +121,34 @@ def attention_mass(
     """
     grid, softmax, n_keys = blocks.grid, blocks.softmax, key.shape[2]
     row_bytes = 4 * query[:, :, :, 0, :, 0].numel() * n_keys * key.shape[3]
-    step = rows_that_fit(row_bytes // (_ON_CUDA if query.is_cuda else 1))
-    compute: Callable[..., Tensor] = _mass_of_piece
+    step = rows_of_piece(row_bytes, query.is_cuda)
+    reduce: Callable[..., Tensor] = _mass_of_scores
     options = (softmax.scaling, softmax.softcap, by_head, strongest)
     if query.is_cuda and not torch.is_grad_enabled():
         sizes = (*query.shape[:3], *query.shape[4:], key.shape[3], len(grid.first))
-        compute = _compiled(*sizes, query.dtype, torch.is_inference_mode_enabled(), *options)
+        reduce = _compiled(*sizes, query.dtype, torch.is_inference_mode_enabled(), *options)
     parts = []
     for at in range(0, grid.n_queries, step):
         seen = min(n_keys, max(grid.begins) + at + step)
-        piece = (query[:, :, :, at : at + step], key[:, :, :seen], grid.first + at)
-        parts.append(F.pad(compute(*piece, *options), (0, n_keys - seen)))
+        piece, keys = query[:, :, :, at : at + step], key[:, :, :seen]
+        scores = dot_products(piece.flatten(2, 4), keys.flatten(2, 3))
+        scores = scores.unflatten(3, keys.shape[2:4]).unflatten(2, piece.shape[2:5])
+        parts.append(F.pad(reduce(scores, grid.first + at, *options), (0, n_keys - seen)))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
 
 
-def _mass_of_piece(
-    query: Tensor,
-    key: Tensor,
-    first: Tensor,
-    scaling: float,
-    softcap: float | None,
-    by_head: bool,
-    strongest: bool,
+def _mass_of_scores(
+    scores: Tensor, first: Tensor, scaling: float, softcap: float | None, by_head: bool, strongest: bool
 ) -> Tensor:
-    """Compute `attention_mass` of some blocks of queries, the first of which has the numbers ``first``, int64 [R]."""
-    (_, _, group, m, s, _), (_, _, n, r, _) = query.shape, key.shape
-    scores = dot_products(query.flatten(2, 4), key.flatten(2, 3))
-    logits = Softmax(scaling, softcap).logits(scores).unflatten(3, (n, r)).unflatten(2, (group, m, s))
-    ends = BLOCK * first[:, None, None] + BLOCK * torch.arange(m, device=query.device)[:, None]
-    ends = ends + (torch.arange(s, device=query.device) + 1) * (BLOCK // s)  # [R, m, S]
-    begins = torch.arange(n * r, device=query.device).view(n, r) * (BLOCK // r)
+    """Compute `attention_mass` of the scores of some blocks of queries, float32 [B, H, G, m, S, n, S'].
+
+    The first of these blocks has the numbers ``first``, int64 [R].
+    """
+    m, s, n, r = scores.shape[3:]
+    logits, device = Softmax(scaling, softcap).logits(scores), scores.device
+    ends = BLOCK * first[:, None, None] + BLOCK * torch.arange(m, device=device)[:, None]
+    ends = ends + (torch.arange(s, device=device) + 1) * (BLOCK // s)  # [R, m, S]
+    begins = torch.arange(n * r, device=device).view(n, r) * (BLOCK // r)
     visible = (begins < ends[..., None, None])[:, None, None]
     mass = torch.where(visible, logits, -torch.inf).logsumexp(-1).softmax(-1)  # [B, H, G, m, S, n]
     mass = mass.amax(4) if strongest else mass.mean(4)
@@ -165,12 +159,16 @@ def _mass_of_piece(
 
 @functools.cache
 def _compiled(*signature: object) -> Callable[..., Tensor]:
-    """`_mass_of_piece` compiled for any numbers of blocks: kernels behind the matrix product read each score once."""
-    return specialized(_mass_of_piece, signature, dynamic=True)
+    """`_mass_of_scores` compiled for any numbers of blocks: its kernels read each score once or twice."""
+    return specialized(_mass_of_scores, signature, dynamic=True)
 
 
-def pooled(blocks: Blocks, size: int = 16, by_head: bool = False, strongest: bool = False) -> Tensor:
-    """The mean of ``size`` queries or keys represents them; options are those of `attention_mass`."""
+def pooled(blocks: Blocks, size: int = 32, by_head: bool = False, strongest: bool = False) -> Tensor:
+    """The mean of ``size`` queries or keys represents them; options are those of `attention_mass`.
+
+    On SmolLM2-135M at 4096 tokens blocks chosen by means of 16 hold 0.792 of the attention at a share of 0.2, by means
+    of 32 as much within 0.0003, for a quarter of the scores; the true attention's choice holds 0.809.
+    """
     return attention_mass(blocks, blocks.mean_queries(size), blocks.mean_keys(size), by_head, strongest)
 
 

@@ -128,6 +128,11 @@ def take(states: Tensor, index: Tensor) -> Tensor:
     return states.gather(2, index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
 
 
+def rows_of_piece(row_bytes: int, on_cuda: bool) -> int:
+    """Blocks of queries that are computed at a time: four times as many on a GPU, where each piece is many launches."""
+    return rows_that_fit(row_bytes // 4 if on_cuda else row_bytes)
+
+
 def check_causal(valid: Tensor, n_valid: Tensor, last: Tensor, number: Tensor) -> None:
     """Refuse a mask that is more than causal with padding, which a grid of valid tokens cannot express.
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasa_flex.core.pieces import rows_that_fit
-from fasa_flex.prefill.grid import Grid
+from fasa_flex.prefill.grid import Grid, rows_of_piece
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def select_blocks(mass: Tensor, grid: Grid, budget: BlockBudget) -> BlockLists:
     batch, heads, n_queries, n_keys = mass.shape
     diagonal = grid.diagonal
     most = int(budget.allowed(torch.arange(n_keys)).max()) - 1  # widest list, known without the device
-    step = rows_that_fit(24 * batch * heads * n_keys)
+    step = rows_of_piece(24 * batch * heads * n_keys, mass.is_cuda)
     parts = [
         _select(mass[:, :, at : at + step], diagonal[:, at : at + step], budget, most)
         for at in range(0, n_queries, step)
@@ -96,7 +95,7 @@ def _select(mass: Tensor, diagonal: Tensor, budget: BlockBudget, most: int) -> t
     own = diagonal[:, None, :, None]  # [R, 1, m, 1]
     mass = torch.where(number <= own, mass.float().clamp(min=0.0), 0.0)
     forced = (number == 0) | (number == own - 1)
-    best = _ranked(mass, forced, number < own).topk(max(1, most), dim=-1, sorted=budget.mass is not None).values
+    best = _ranked(mass, forced, number < own).topk(max(1, most), dim=-1).values
     listed = (len(number) - 1 - (best & _low_bits(len(number)))).clamp(min=0)  # unused entries are -1
     count = (budget.allowed(diagonal) - 1)[:, None].expand(mass.shape[:3])
     if budget.mass is not None:

@@ -48,6 +48,25 @@ def test_the_smallest_run(smallest: Path, part: str) -> None:
     assert (smallest / f"bench_{part}_cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_prefill_states_its_parts_and_the_first_token(smallest: Path) -> None:
+    data = json.loads((smallest / "bench_prefill_cpu.json").read_text())
+    assert [row["context"] for row in data["rows"]] == [512, 768]
+    for row in data["rows"]:
+        rivals = {rival["name"]: rival for rival in row["rivals"]}
+        assert rivals.keys() == {"SDPA", "blocks 5%", "blocks 10%", "blocks 20%", "blocks 30%"}
+        assert (rivals["SDPA"]["block_share"], rivals["SDPA"]["limit"]) == (1.0, 1.0)
+        for rival in (rivals["blocks 5%"], rivals["blocks 30%"]):
+            assert rival["stages"].keys() == {"estimate", "select", "attend"}
+            assert 0 < rival["block_share"] < 1 < rival["limit"] <= row["limit"]
+            assert rival["limit_share"] == pytest.approx(rival["speedup"] / rival["limit"])
+            done = rival["tflop_per_s"] * rival["seconds"]
+            assert done * rival["limit"] == pytest.approx(rivals["SDPA"]["tflop_per_s"] * rivals["SDPA"]["seconds"])
+        first = row["first_token"]
+        assert (first["layers"], first["full_layers"], first["dense_layers"], first["left_out"]) == (2, 2, [0], {})
+        assert first["seconds"].keys() == first["speedup"].keys() == {"dense", *list(rivals)[1:]}
+    assert "work limit" in data["table"]
+
+
 def test_a_decode_step_states_its_depth_and_ceiling(smallest: Path) -> None:
     for row in json.loads((smallest / "bench_step_cpu.json").read_text())["rows"]:
         assert (row["layers"], row["full_layers"], row["dense_layers"]) == (2, 2, [0])

@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "evals" / "examples"
 SPARSE_LAYERS = 3  # of the reference model's four
-HERE = {"generate", "decode_loop", "own_scorer", "attention", "tensor_parallel"}
+HERE = {"generate", "batch", "decode_loop", "own_scorer", "own_estimator", "attention", "tensor_parallel"}
 
 
 @pytest.fixture
@@ -41,6 +41,17 @@ def test_a_stock_model_generates_sparsely(run: Callable[[str], dict[str, Any]]) 
     assert written == 50
     assert stats.sparse_queries == SPARSE_LAYERS * (written - 1)
     assert 0 < stats.kv_share < 0.05  # 128 of some 3900 keys
+
+
+@pytest.mark.slow
+def test_requests_are_answered_in_one_batch(
+    run: Callable[[str], dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = run("batch")
+    written = [len(answer.generated_tokens) for answer in ran["answers"].values()]
+    assert written == [20] * 3
+    assert ran["fasa"].stats.sparse_queries == SPARSE_LAYERS * (sum(written) - len(written))
+    assert "FasaStats" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -73,6 +84,18 @@ def test_a_scorer_of_ones_own_runs_beside_fasa(
     assert list(nats) == ["FASA", "largest keys"]
     assert nats["FASA"] < nats["largest keys"]  # which does not look at the query
     assert said.count(f"sparse_queries={SPARSE_LAYERS * 128}") == 2
+
+
+@pytest.mark.slow
+def test_an_estimator_of_ones_own_prefills(
+    run: Callable[[str], dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("own_estimator")
+    said = capsys.readouterr().out
+    nats = {name: float(value) for name, value in re.findall(r"(.+): ([\d.]+) nats a token", said)}
+    assert list(nats) == ["dense", "pooled", "by means"]
+    assert nats["dense"] < min(nats["pooled"], nats["by means"]) < nats["dense"] + 0.2
+    assert said.count("36% of the blocks") == 2
 
 
 def test_the_method_runs_without_a_model(run: Callable[[str], dict[str, Any]]) -> None:

@@ -58,11 +58,9 @@ def test_a_rank_measures_every_variant_on_the_same_keys(tmp_path: Path, monkeypa
     """What two ranks add is in tests/test_tensor_parallel.py; here one measures, and leaves its logits to compare."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    tensor_parallel.SHAPES["tiny"].model(2, CONTEXT, torch.float32, torch.device("cpu")).save_pretrained(tmp_path)
     options = {"device": "cpu", "shape": "tiny", "layers": 2, "batches": "1", "contexts": str(CONTEXT), "rounds": 2}
-    arguments = Namespace(**options, weights=tmp_path, rows=tmp_path / "rows.jsonl")
-    tensor_parallel.measure(arguments)
-    rows = [json.loads(line) for line in arguments.rows.read_text().splitlines()]
+    tensor_parallel.measure(Namespace(**options, folder=tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / tensor_parallel.ROWS).read_text().splitlines()]
     assert {row["name"] for row in rows} > {"FASA-C gather", "FASA-C fastest", "transformers' SDPA"}
     assert all(row["seconds"] > 0 and row["error"] == 0 and row["ranks"] == 1 for row in rows)
     names = ("SDPA", "grouped SDPA", "FASA-C gather")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -121,32 +122,55 @@ def decode_by_kernels(call: Call) -> Tensor:
         sparse_decode,
     )
 
-    query, scorer, packed = call.query.contiguous(), call.scorer, call.packed_keys
+    query, tip = _tip_of(call)
     key, value, valid, softmax, held = call.key, call.value, call.valid, call.softmax, call.resident
-    n_fac = call.budget.n_fac
-    assert isinstance(scorer, DominantChunks)
-    assert isinstance(packed, PackedKeys)
-    assert isinstance(n_fac, int)
-    tip = (
-        scorer.dims.contiguous(),
-        None if scorer.weights is None else scorer.weights.contiguous(),
-        packed.tiles.squeeze(4),
-        None if packed.scales is None else packed.scales.squeeze(3),
-        _shift(query, key, scorer, call.group_reduce, softmax),
-        codes_of(valid, call.known_marks()).flatten(1),
-        n_fac,
-        "max" if call.group_reduce == "none" else call.group_reduce,
-        softmax.scaling,
-        softmax.softcap,
-        call.completion is not None,
-    )
-    if held is None or held.count != min(n_fac, valid.shape[-1]):
+    if held is None or held.count != min(tip[6], valid.shape[-1]):
         out, lse, share = sparse_decode(query, key, value, *tip)
     else:
         slots, share = select_slots(query, *tip)
         places = hold_slots(key, value, slots, held.slots, held.places, held.keys, held.values, held.length)
         out, lse = attend_slots(query, held.keys, held.values, places, softmax.scaling, softmax.softcap)
     return completed(out, lse, share, call.completion, softmax, query, key, value, valid)
+
+
+def decode_pages_by_kernels(call: Call, keys: Tensor, values: Tensor, rows_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Run a call whose keys and values are in pages; returns [B, Hq, 1, Dv].
+
+    Args:
+        call: as for `decode_by_kernels`; of its key and value only the shapes are read.
+        keys: float [R, Hkv, D], the rows of all pages.
+        values: float [R, Hkv, Dv], likewise.
+        rows_of: finds the rows of selected tokens, int32 [B, Hkv * K]; -1 for none.
+    """
+    from fasa_flex.backends.triton.decode import attend_slots, select_slots  # Triton is installed with CUDA only
+
+    query, tip = _tip_of(call)
+    slots, share = select_slots(query, *tip)
+    rows = rows_of(slots.view(len(query), -1)).view_as(slots)
+    key, value = (states.transpose(0, 1)[None].expand(len(query), -1, -1, -1) for states in (keys, values))
+    out, lse = attend_slots(query, key, value, rows, call.softmax.scaling, call.softmax.softcap)
+    return completed(out, lse, share, call.completion, call.softmax, query, call.key, call.value, call.valid)
+
+
+def _tip_of(call: Call) -> tuple[Tensor, tuple[Any, ...]]:
+    """The query of a call, contiguous, and the fields of `fasa_flex.backends.triton.tip.Tip`."""
+    query, scorer, packed, softmax = call.query.contiguous(), call.scorer, call.packed_keys, call.softmax
+    assert isinstance(scorer, DominantChunks)
+    assert isinstance(packed, PackedKeys)
+    assert isinstance(call.budget.n_fac, int)
+    return query, (
+        scorer.dims.contiguous(),
+        None if scorer.weights is None else scorer.weights.contiguous(),
+        packed.tiles.squeeze(4),
+        None if packed.scales is None else packed.scales.squeeze(3),
+        _shift(query, call.key, scorer, call.group_reduce, softmax),
+        codes_of(call.valid, call.known_marks()).flatten(1),
+        call.budget.n_fac,
+        "max" if call.group_reduce == "none" else call.group_reduce,
+        softmax.scaling,
+        softmax.softcap,
+        call.completion is not None,
+    )
 
 
 def _shift(

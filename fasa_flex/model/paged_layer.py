@@ -1,0 +1,222 @@
+"""One attention layer under continuous batching: decoded tokens of all requests are sparse, their prompts dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasa_flex.backends.table import sparse_attention
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.completion import Completion
+from fasa_flex.core.method import Call
+from fasa_flex.core.scoring import DominantChunks, Scorer, SequenceScorer
+from fasa_flex.core.selection import valid_keys
+from fasa_flex.core.softmax import Softmax
+from fasa_flex.hf.attention_routing import AttentionResult, DenseAttention
+from fasa_flex.hf.continuous_batching import (
+    Pages,
+    Request,
+    attend_alone,
+    attention_now,
+    is_written,
+    pages_of,
+    reads_pages,
+    writes_alone,
+)
+from fasa_flex.hf.forward_checks import scaling_of, softmax_of
+from fasa_flex.model.paged_forwards import Beside, PagedForward, PagedForwards
+from fasa_flex.model.paged_parts import Group
+from fasa_flex.model.several_queries import in_parts, merged
+from fasa_flex.model.shared import OfOneModel, Shared
+from fasa_flex.paged.attention import attend_pages, whole_rows
+from fasa_flex.paged.book import Places
+
+IN_PAGES = ("auto", "fastest", "triton", "gather")
+"""Backends that read packed keys and selected rows in pages; the others read all keys and values of a request."""
+
+
+class PagedLayer(OfOneModel):
+    """One attention layer, for forwards of continuous batching.
+
+    Args:
+        number: number of the layer, from 0.
+        begins: whether it is the model's first attention layer.
+        implementation: name of the model's own attention in transformers, such as "sdpa".
+        shared: objects that all layers share.
+        budget: number of keys that a sparse query attends to; None: the layer stays dense.
+        scorer: returns the layer's scorer; None: it is dense, or not calibrated yet.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        begins: bool,
+        implementation: str,
+        shared: Shared,
+        budget: Budget | None,
+        scorer: Callable[[], Scorer | SequenceScorer | None],
+    ) -> None:
+        self._number, self._begins, self._implementation = number, begins, implementation
+        self._budget, self._scorer = budget, scorer
+        self._forwards: PagedForwards = shared.paged
+        self._stats, self._source, self._backend = shared.stats, shared.source, shared.config.backend
+        self._packs = shared.packs and self._backend in IN_PAGES
+        self._group_reduce, self._completes = shared.group_reduce, shared.completion != "none"
+        self._strength = shared.config.completion_strength if shared.completion == "first_order" else 0.0
+
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Hook before the attention module: begin the forward in the first layer; read no earlier keys in sparse ones.
+
+        Raises:
+            NotImplementedError: `PagedForwards.begin` refuses the forward.
+        """
+        if self._begins:
+            states: Tensor = args[0] if args else kwargs["hidden_states"]
+            self._forwards.begin(kwargs["cache"], states.shape[1], states.device)
+        return None if self._budget is None or self._scorer() is None else (args, writes_alone(kwargs))
+
+    def attend(
+        self,
+        dense: DenseAttention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
+    ) -> AttentionResult:
+        """Compute attention [1, N, Hq, Dv] of a packed row of N new tokens, from query [1, Hq, N, D].
+
+        ``key`` and ``value`` hold the new tokens in a layer that may be sparse.
+        """
+        scorer, forward = self._scorer(), self._forwards.now
+        stays_dense = scorer is None or self._budget is None
+        if stays_dense and reads_pages(module, options):
+            result = attention_now(module)(module, query, key, value, attention_mask, **options)
+            self._stats.add(self._number, forward.tally())
+            self._measure(query, forward, options)
+            return result
+        pages = pages_of(forward.cache, self._number)
+        plan, count = forward.plan(pages), forward.count
+        if not is_written(options):
+            rows = plan.new.rows(pages.stride)
+            for states, new in ((pages.keys, key), (pages.values, value)):
+                states[rows] = new[0, :, :count].transpose(0, 1)
+        out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
+        if stays_dense or self._budget is None:
+            self._stats.add(self._number, forward.tally())
+            out[0, forward.every.tokens] = self._short(dense, module, query, forward.every, pages, options)
+            return out, None
+        packer = scorer if self._packs and isinstance(scorer, DominantChunks) else None
+        beside = self._forwards.beside(forward.cache, self._number, pages, packer, self._completing)
+        beside.advance(pages, plan, key[0, :, :count].transpose(0, 1), forward.slots(pages))
+        parts = forward.parts(self._budget)
+        self._stats.add(self._number, forward.tally(self._budget, parts.sparse))
+        softmax = softmax_of(module, query, options, self._implementation)
+        if parts.decoding:
+            out[0, parts.decoding.tokens] = self._decode(query, parts.decoding, pages, beside, forward, softmax)
+        if parts.short:
+            out[0, parts.short.tokens] = self._short(dense, module, query, parts.short, pages, options)
+        for request in parts.alone:
+            keys, values = self._states_of(request, key, value, pages)
+            queries = query[:, :, request.tokens]
+            one = attend_alone(dense, module, queries, keys, values, options)
+            if request in parts.mixed:
+                one = self._mixed(queries, keys, values, one, parts.sparse[:, request.tokens], softmax)
+            out[:, request.tokens] = one
+        return out, None
+
+    @property
+    def _completing(self) -> bool | None:
+        """Whether states hold the covariance; None: there are no states."""
+        return self._strength != 0.0 if self._completes and self._packs else None
+
+    def _short(
+        self,
+        dense: DenseAttention,
+        module: nn.Module,
+        query: Tensor,
+        group: Group,
+        pages: Pages,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Dense attention [B, Hq, Dv] of one token for each of B requests, over all of their keys."""
+        table, valid = self._forwards.now.table(pages, group.requests), group.valid()
+        keys, values = (whole_rows(states, table, pages, valid) for states in (pages.keys, pages.values))
+        queries = query[0, :, group.tokens].transpose(0, 1)[:, :, None]
+        return attend_alone(dense, module, queries, keys, values, options, valid[:, 0])[:, 0]
+
+    def _decode(
+        self, query: Tensor, group: Group, pages: Pages, beside: Beside, forward: PagedForward, softmax: Softmax
+    ) -> Tensor:
+        """Attention [B, Hq, Dv] of one decoded token for each of B requests."""
+        table, budget = forward.table(pages, group.requests), self._budget
+        queries = query[0, :, group.tokens].transpose(0, 1)[:, :, None]
+        scorer: Any = self._scorer()
+        batch, heads = len(group.requests), pages.keys.shape[1]
+        completion = self._completion(scorer)
+        assert budget is not None
+        if beside.packed is not None:
+            if beside.states is not None:
+                completion = Completion(self._strength, beside.states.of(forward.state_slots(pages, group.requests)))
+            packed, valid = beside.packed.of(table), group.valid(table.shape[1] * pages.page)
+            key, value = (
+                query.new_empty(states.shape[2]).expand(batch, heads, valid.shape[-1], -1)
+                for states in (pages.keys, pages.values)
+            )
+        else:
+            packed, valid = None, group.valid()
+            key, value = (whole_rows(states, table, pages, valid) for states in (pages.keys, pages.values))
+        marks = group.marks(valid.shape[-1], budget, self._group_reduce == "softmax" or self._completes)
+        settings = (budget, self._group_reduce, softmax, packed, None, marks, completion)
+        call = Call(queries, key, value, scorer, valid, *settings)
+        if packed is None:
+            return sparse_attention(call, self._backend)[:, :, 0]
+        return attend_pages(call, pages, table, self._backend)[:, :, 0]
+
+    def _completion(self, scorer: Any) -> Completion | None:
+        """The completion of calls that read all keys and values; None: there is none."""
+        return Completion(self._strength, None, getattr(scorer, "completes_by_all", False)) if self._completes else None
+
+    def _states_of(self, request: Request, key: Tensor, value: Tensor, pages: Pages) -> tuple[Tensor, Tensor]:
+        """All keys and values of one request, float [1, Hkv, T, D]."""
+        if not request.past:
+            return key[:, :, request.tokens], value[:, :, request.tokens]
+        places = Places.of(pages.tables[request.name], 0, request.end, pages.page, key.device)
+        rows = places.rows(pages.stride)
+        return pages.keys[rows].transpose(0, 1)[None], pages.values[rows].transpose(0, 1)[None]
+
+    def _mixed(
+        self, query: Tensor, key: Tensor, value: Tensor, dense: Tensor, sparse: Tensor, softmax: Softmax
+    ) -> Tensor:
+        """Attention [1, Q, Hq, Dv] of one request's tokens, some of which were generated and are computed again."""
+        scorer: Any = self._scorer()
+        first = int(sparse[0].int().argmax())
+        valid = valid_keys(query.shape[2], key.shape[2], None, query.device)[:, :, :, first:]
+        completion = self._completion(scorer)
+        assert self._budget is not None
+        call = Call(query[:, :, first:], key, value, scorer, valid, self._budget, self._group_reduce, softmax)
+        call.completion = completion
+        backend = "auto" if self._backend == "triton" else self._backend  # it decodes one query a row
+        return merged((dense, None), in_parts(call, backend), None, sparse, first)[0]
+
+    def _measure(self, query: Tensor, forward: PagedForward, options: dict[str, Any]) -> None:
+        """Calibrate on the first prompt that is long enough, if there is no profile yet."""
+        source = self._source
+        if source is None or source.profile is not None:
+            return
+        request = forward.longest_prompt
+        if request is None:
+            return
+        if self._begins:
+            source.begin()
+        if not source.measures(self._number):
+            return
+        pages = pages_of(forward.cache, self._number)
+        key, _ = self._states_of(request._replace(past=max(1, request.past)), query, query, pages)
+        n_valid = torch.arange(request.past + 1, request.end + 1, device=query.device)[None]
+        scaling = scaling_of(query, options)
+        source.measure(self._number, query[:, :, request.tokens], key, None, n_valid, None, scaling)

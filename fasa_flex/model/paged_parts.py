@@ -1,0 +1,74 @@
+"""How the tokens of a packed forward attend: requests that are computed together, and requests that are not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.selection import Marks
+from fasa_flex.hf.continuous_batching import Request
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Requests with one new token each, which are computed together.
+
+    Attributes:
+        requests: B requests.
+        tokens: int64 [B], the places of their tokens in the packed row.
+        lengths: int64 [B], number of keys of each.
+        longest: number of keys of the longest.
+    """
+
+    requests: Sequence[Request]
+    tokens: Tensor
+    lengths: Tensor
+    longest: int
+    _valid: dict[int, Tensor] = field(default_factory=dict)
+    _marks: dict[tuple[int, Budget, bool], Marks] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], device: torch.device) -> Group | None:
+        """Make a group; None without requests."""
+        if not requests:
+            return None
+        tokens, lengths = torch.tensor([[each.start, each.end] for each in requests]).to(device).unbind(1)
+        return cls(requests, tokens, lengths, max(each.end for each in requests))
+
+    def valid(self, kv_len: int | None = None) -> Tensor:
+        """The keys of each request among the first ``kv_len``, bool [B, 1, 1, 1, T]; None: the longest's."""
+        kv_len = kv_len or self.longest
+        if kv_len not in self._valid:
+            within = torch.arange(kv_len, device=self.lengths.device) < self.lengths[:, None]
+            self._valid[kv_len] = within[:, None, None, None]
+        return self._valid[kv_len]
+
+    def marks(self, kv_len: int, budget: Budget, samples: bool) -> Marks:
+        """Forced and sampled keys among the first ``kv_len``; layers with the same budget share them."""
+        key = kv_len, budget, samples
+        if key not in self._marks:
+            self._marks[key] = Marks.of(self.valid(kv_len), budget, samples)
+        return self._marks[key]
+
+
+class Parts(NamedTuple):
+    """How the tokens of a forward attend under one budget.
+
+    Attributes:
+        decoding: requests whose one token is sparse; None: there are none.
+        short: requests with one token whose keys the budget covers; None: there are none.
+        alone: other requests: parts of prompts, and generated tokens that are computed again.
+        mixed: those of ``alone`` with a sparse token.
+        sparse: bool [1, N], the tokens that attend to a selection.
+    """
+
+    decoding: Group | None
+    short: Group | None
+    alone: list[Request]
+    mixed: list[Request]
+    sparse: Tensor

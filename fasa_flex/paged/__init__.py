@@ -1,0 +1,1 @@
+"""FASA on the paged cache of continuous batching: packed keys and the completion's state beside its pages."""

@@ -1,0 +1,101 @@
+"""Packed keys and completion states of one layer beside the pages of a paged cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fasa_flex.core.completion import CompletionState
+from fasa_flex.core.packed_keys import PackedKeys, convert_rows
+from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.hf.continuous_batching import Pages
+from fasa_flex.paged.book import Cover, Places, Plan
+
+
+class PackedPages:
+    """The packed keys of one layer, in blocks with the numbers of the cache's blocks.
+
+    A request that shares a block of keys shares its packed keys.
+
+    Args:
+        pages: the layer's pages.
+        scorer: sets the packed dimensions and their precision.
+
+    Attributes:
+        codes: [blocks, Hkv, page, P], numbers of `PackedKeys` in rows.
+        scales: float16 [blocks, Hkv, page]; None for float codes.
+    """
+
+    def __init__(self, pages: Pages, scorer: DominantChunks) -> None:
+        self._scorer = scorer
+        heads, width = scorer.dims.shape
+        codes, scales = convert_rows(pages.keys.new_zeros(1, width), scorer.dtype)
+        with torch.inference_mode(False):  # a manager in inference mode and one outside may follow each other
+            shape, device = (pages.blocks, heads, pages.page), pages.keys.device
+            self.codes = torch.zeros(*shape, codes.shape[1], dtype=codes.dtype, device=device)
+            self.scales = None if scales is None else torch.zeros(shape, dtype=scales.dtype, device=device)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size in bytes."""
+        return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def write(self, keys: Tensor, places: Places) -> None:
+        """Pack keys, float [N, Hkv, D], to these places."""
+        codes, scales = convert_rows(self._scorer.pack(keys.transpose(0, 1)[None])[0], self._scorer.dtype)
+        self.codes[places.blocks, :, places.offsets] = codes.transpose(0, 1)
+        if self.scales is not None and scales is not None:
+            self.scales[places.blocks, :, places.offsets] = scales.T
+
+    def of(self, table: Tensor) -> PackedKeys:
+        """Gather the packed keys of requests in rows, T = n * page.
+
+        Args:
+            table: int64 [B, n], the blocks of each request.
+        """
+        (batch, count), (_, heads, page, width) = table.shape, self.codes.shape
+        index = table[:, None], torch.arange(heads, device=table.device)[:, None]
+        tiles = self.codes[index].view(batch, heads, count * page, width, 1)
+        return PackedKeys(tiles, None if self.scales is None else self.scales[index].view(batch, heads, -1, 1))
+
+
+class States:
+    """The completion states of one layer, a row for each request.
+
+    Args:
+        pages: the layer's pages.
+        first_order: whether the states hold the covariance.
+    """
+
+    def __init__(self, pages: Pages, first_order: bool) -> None:
+        self._first_order = first_order
+        self._state = self._empty(pages, 1)
+
+    def _empty(self, pages: Pages, rows: int) -> CompletionState:
+        key, value = (states[:0].transpose(0, 1).expand(rows, -1, -1, -1) for states in (pages.keys, pages.values))
+        with torch.inference_mode(False):
+            return CompletionState.empty(key, value, self._first_order)
+
+    def advance(self, pages: Pages, plan: Plan, slots: int) -> None:
+        """Begin and extend states; ``slots``: number of states to hold."""
+        have = len(self._state.covered)
+        if slots > have:
+            grown = self._empty(pages, max(slots, 2 * have))
+            for former, tensor in zip(self._state.tensors, grown.tensors, strict=True):
+                tensor[:have] = former
+            self._state = grown
+        if plan.begun:
+            self._state.covered[plan.begun] = 0
+        for cover in plan.covers:
+            self._cover(pages, cover)
+
+    def _cover(self, pages: Pages, cover: Cover) -> None:
+        rows = cover.places.rows(pages.stride)
+        key, value = (states[rows].transpose(0, 1)[None].contiguous() for states in (pages.keys, pages.values))
+        number = torch.arange(cover.first + 1, cover.first + len(rows) + 1, device=rows.device)[None]
+        row = self._state.change(lambda tensor: tensor[cover.slot : cover.slot + 1])
+        row.advance(key, value, torch.ones_like(number, dtype=torch.bool), number, len(rows))
+
+    def of(self, slots: Tensor) -> CompletionState:
+        """Gather the states of requests; ``slots``: int64 [B]."""
+        return self._state.change(lambda tensor: tensor[slots])

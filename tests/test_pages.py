@@ -1,0 +1,146 @@
+"""Pages beside a paged cache: packed keys and states by block, the book of tables, and the kernels on pages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fasa_flex.backends.table import sparse_attention
+from fasa_flex.backends.triton.dispatch import decode_pages_by_kernels
+from fasa_flex.core.budget import Budget
+from fasa_flex.core.completion import Completion
+from fasa_flex.core.config import GroupReduce, PackedDtype
+from fasa_flex.core.method import Call
+from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.core.softmax import Softmax
+from fasa_flex.hf.continuous_batching import Pages, Request
+from fasa_flex.paged.attention import attend_pages, rows_of, whole_rows
+from fasa_flex.paged.book import Book, Places
+from fasa_flex.paged.pages import PackedPages, States
+
+PAGE, STRIDE, BLOCKS, HEADS, DIM = 16, 40, 30, 2, 16
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def pages() -> Pages:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, BLOCKS * STRIDE, HEADS, DIM, generator=generator)
+    return Pages(keys, values, PAGE, STRIDE, {"a": [7, 3, 20, 4, 9, 11], "b": [1, 2, 6, 0, 5, 8]})
+
+
+def filled(pages: Pages, lengths: tuple[int, ...], dtype: PackedDtype | None) -> tuple[DominantChunks, Call, Tensor]:
+    """One decoded token for requests of these lengths, with packed keys and states beside the pages."""
+    generator = torch.Generator().manual_seed(1)
+    dims = torch.stack([torch.randperm(DIM, generator=generator)[:8] for _ in range(HEADS)])
+    scorer = DominantChunks(dims, torch.randn(HEADS, DIM, generator=generator), dtype=dtype)
+    requests = [Request(name, 0, 0, n, n) for name, n in zip("ab", lengths, strict=True)]
+    book, packed, states = Book(PAGE, CPU), PackedPages(pages, scorer), States(pages, first_order=True)
+    plan = book.plan(requests, pages.tables)
+    packed.write(pages.keys[plan.new.rows(STRIDE)], plan.new)
+    states.advance(pages, plan, book.slots)
+    table = torch.tensor([pages.tables[name] for name in "ab"])
+    valid = (torch.arange(table.shape[1] * PAGE) < torch.tensor(lengths)[:, None])[:, None, None, None]
+    query = torch.randn(2, 2 * HEADS, 1, DIM, generator=generator)
+    key, value = (torch.empty(DIM).expand(2, HEADS, valid.shape[-1], -1) for _ in range(2))
+    completion = Completion(0.75, states.of(torch.tensor([plan.slots[name] for name in "ab"])))
+    softmax = Softmax(DIM**-0.5)
+    settings = (scorer, valid, Budget(24, None, None), "softmax", softmax, packed.of(table), None, None, completion)
+    call = Call(query, key, value, *settings)  # type: ignore[arg-type]  # the tuple's types are merged
+    return scorer, call, table
+
+
+def whole(call: Call, pages: Pages, table: Tensor) -> Call:
+    """The same call with all keys and values gathered, packed and summed anew."""
+    key, value = (whole_rows(states, table, pages, call.valid) for states in (pages.keys, pages.values))
+    return replace(call, key=key, value=value, packed_keys=None, completion=Completion(0.75, None))
+
+
+@pytest.mark.parametrize("dtype", [None, "int8", "int4"])
+@pytest.mark.parametrize("group_reduce", ["softmax", "softmax_exact", "max", "none"])
+@pytest.mark.parametrize("lengths", [(96, 70), (33, 95)])
+def test_attention_to_pages_is_attention_to_gathered_keys(
+    pages: Pages, dtype: PackedDtype | None, group_reduce: GroupReduce, lengths: tuple[int, ...]
+) -> None:
+    _, call, table = filled(pages, lengths, dtype)
+    call.group_reduce = group_reduce
+    expected = sparse_attention(whole(call, pages, table), "gather")
+    torch.testing.assert_close(attend_pages(call, pages, table, "auto"), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [None, "int4"])
+@pytest.mark.parametrize("group_reduce", ["softmax", "max"])
+def test_the_kernels_read_selected_rows_in_pages(
+    pages: Pages, dtype: PackedDtype | None, group_reduce: GroupReduce
+) -> None:
+    """In Triton's interpreter; the second request has fewer keys than the budget."""
+    pytest.importorskip("triton", reason="Triton is installed with CUDA builds of torch only")
+    _, call, table = filled(pages, (90, 20), dtype)
+    call.group_reduce = group_reduce
+    expected = attend_pages(call, pages, table, "gather")
+    got = decode_pages_by_kernels(call, pages.keys, pages.values, lambda slots: rows_of(slots, table, pages))
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_a_request_in_turns_is_packed_and_summed_as_at_once(pages: Pages) -> None:
+    scorer, _, _ = filled(pages, (96, 90), "int4")
+    once, in_turns = PackedPages(pages, scorer), PackedPages(pages, scorer)
+    sums, in_turn = States(pages, True), States(pages, True)
+    for packed, states, steps in ((once, sums, (90,)), (in_turns, in_turn, (30, 40, 1, 1, 18))):
+        book, past = Book(PAGE, CPU), 0
+        for new in steps:
+            plan = book.plan([Request("b", 0, past, new, 90)], pages.tables)
+            assert plan.again is None
+            packed.write(pages.keys[plan.new.rows(STRIDE)], plan.new)
+            states.advance(pages, plan, book.slots)
+            past += new
+    table = torch.tensor([pages.tables["b"]])
+    assert torch.equal(once.of(table).tiles[:, :, :90], in_turns.of(table).tiles[:, :, :90])
+    for a, b in zip(sums.of(torch.tensor([0])).tensors, in_turn.of(torch.tensor([0])).tensors, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def again(book: Book, tables: dict[str, list[int]], name: str, past: int, new: int = 1) -> list[tuple[int, int]]:
+    """Block and offset of the tokens that a forward packs again."""
+    plan = book.plan([Request(name, 0, past, new, 10)], tables)
+    return [] if plan.again is None else list(zip(plan.again.blocks.tolist(), plan.again.offsets.tolist(), strict=True))
+
+
+def test_the_book_packs_again_only_what_it_does_not_know() -> None:
+    book = Book(4, CPU)
+    tables = {"a": [3, 5, 2], "b": [7]}
+    assert again(book, tables, "a", 0, 10) == []
+    assert again(book, tables, "a", 10) == []
+    tables["a"][0] = 9  # the manager has found an equal block
+    assert again(book, tables, "a", 11) == [(9, 0), (9, 1), (9, 2), (9, 3)]
+    tables["a"].append(6)
+    assert again(book, tables, "a", 12) == []
+    tables["fork"] = [9, 5, 2, 8]
+    assert again(book, tables, "fork", 13) == [(b, o) for b in (9, 5, 2) for o in range(4)] + [(8, 0)]
+    del tables["a"]
+    assert again(book, tables, "b", 0) == []  # "a" is away for one forward
+    tables["a"] = [9, 5, 2, 6]
+    assert len(again(book, tables, "a", 13)) == 13
+
+
+def test_slots_of_states_are_used_again() -> None:
+    book, tables = Book(4, CPU), {name: [at] for at, name in enumerate("abcd")}
+    slots = {}
+    for name in "abc":
+        slots.update(book.plan([Request(name, 0, 0, 2, 2)], tables).slots)
+    assert sorted(slots.values()) == [0, 1, 2]
+    del tables["b"]
+    plan = book.plan([Request("d", 0, 0, 2, 2)], tables)
+    assert plan.slots == {"d": slots["b"]}
+    assert plan.begun == [slots["b"]]
+    assert book.slots == 3
+
+
+def test_places_of_tokens() -> None:
+    places = Places.of([5, 9, 1], 6, 11, 4, CPU)
+    assert places.blocks.tolist() == [9, 9, 1, 1, 1]
+    assert places.offsets.tolist() == [2, 3, 0, 1, 2]
+    assert places.rows(10).tolist() == [92, 93, 10, 11, 12]
