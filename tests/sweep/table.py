@@ -52,7 +52,8 @@ def _of(*statuses: str) -> dict[str, Record]:
 
 
 def _family(name: str) -> str:
-    return re.sub(r"(ForCausalLM|ForConditionalGeneration|LMHeadModel)$", "", name)
+    short = re.sub(r"(ForCausalLM|LMHeadModel)$", "", name)
+    return re.sub(r"ForConditionalGeneration$", " (multimodal)", short)
 
 
 def is_hybrid(record: Record) -> bool:
