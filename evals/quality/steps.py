@@ -34,6 +34,9 @@ TEXT_TOKENS = 16
 """Steps of a document that write plain text."""
 WINDOW = 32
 """Prompt queries before the first step: SnapKV's observation window."""
+BUDGETS = (16, 64, 256)
+N_TIP = 8
+"""A quarter of the 32 chunks, as the paper's 16 of 64."""
 TOP_K = 256
 """K of the calibration, as in the paper."""
 DEEPEST = 1024

@@ -175,7 +175,7 @@ class FasaCache(Cache):
             make_room(self, key_states.shape[2])
         try:
             updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        except Exception:
+        except Exception:  # raised again: any error may come from a kernel or the allocator
             if not self.layers[layer_idx].is_initialized:  # first forward: the other layers hold nothing older
                 self.layers = self._new_layers()
             raise

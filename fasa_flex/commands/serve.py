@@ -63,7 +63,7 @@ def _served(config: FasaConfig, profile: FasaProfile | None, every: float) -> An
             """Enable FASA on the model that was loaded, and run the server in this thread."""
             (loaded,) = self._model_manager.loaded_models.values()
             model: PreTrainedModel = loaded.model
-            with enable(model, profile, config) as fasa, _counting(fasa, every):
+            with enable(model, profile, config) as fasa, _Counting(fasa, every):
                 self.server.config.app.add_api_route("/fasa", lambda: counts(fasa))
                 _log.info("serving %s under %r", loaded.model.name_or_path, fasa)
                 self.server.run()
@@ -77,7 +77,7 @@ def counts(fasa: Fasa) -> dict[str, Any]:
     return {**fasa.stats.as_dict(), "packed_bytes": fasa.packed_bytes}
 
 
-class _counting:  # noqa: N801 - a context manager
+class _Counting:
     """Log the counts of a handle every so many seconds, if they have changed, and at the end."""
 
     def __init__(self, fasa: Fasa, every: float) -> None:

@@ -164,11 +164,7 @@ def _compiled(*signature: object) -> Callable[..., Tensor]:
 
 
 def pooled(blocks: Blocks, size: int = 32, by_head: bool = False, strongest: bool = False) -> Tensor:
-    """The mean of ``size`` queries or keys represents them; options are those of `attention_mass`.
-
-    On SmolLM2-135M at 4096 tokens blocks chosen by means of 16 hold 0.792 of the attention at a share of 0.2, by means
-    of 32 as much within 0.0003, for a quarter of the scores; the true attention's choice holds 0.809.
-    """
+    """The mean of ``size`` queries or keys represents them; options are those of `attention_mass`."""
     return attention_mass(blocks, blocks.mean_queries(size), blocks.mean_keys(size), by_head, strongest)
 
 

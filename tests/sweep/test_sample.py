@@ -6,6 +6,7 @@ import hashlib
 
 import pytest
 import torch
+import transformers
 from sentences import raises_sentence
 from sweep import build, matrix
 
@@ -56,9 +57,8 @@ def test_a_class_that_is_wrong_for_its_process_does_not_end_the_others() -> None
 
 @pytest.mark.parametrize("name", ["Zamba2ForCausalLM", "DiffLlamaForCausalLM", "BigBirdForCausalLM"])
 def test_a_structure_that_is_not_served_is_refused(name: str) -> None:
-    try:
-        model = build.build(name)
-    except build.NotBuiltError as error:
-        pytest.skip(str(error))
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    model = build.build(name)
     with raises_sentence(ValueError, match=r"no layer that FASA can serve|no layer_idx"):
         enable(model)
