@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from fasa_flex.core.scoring import DominantChunks, Scorer
 from fasa_flex.core.selection import valid_keys
 from fasa_flex.core.softmax import Softmax
 from fasa_flex.hf.attention_routing import AttentionResult, AttentionSeam, DenseAttention
-from fasa_flex.hf.model_structure import layer_of
+from fasa_flex.hf.model_structure import attention_modules
 from fasa_flex.saving import replace_text
 
 
@@ -43,6 +44,7 @@ def errors_of(loaded: Run, arms: Mapping[str, Arm], windows: int) -> dict[str, d
     prefix = 0
 
     def measure(
+        layer: int,
         dense: DenseAttention,
         module: nn.Module,
         query: Tensor,
@@ -52,7 +54,6 @@ def errors_of(loaded: Run, arms: Mapping[str, Arm], windows: int) -> dict[str, d
         **kwargs: Any,
     ) -> AttentionResult:
         out, weights = dense(module, query, key, value, attention_mask, **kwargs)
-        layer = layer_of(module)
         if layer not in loaded.dense_layers:
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
             exact = out[:, prefix:].transpose(1, 2).float()
@@ -62,7 +63,8 @@ def errors_of(loaded: Run, arms: Mapping[str, Arm], windows: int) -> dict[str, d
                 squares[name].setdefault(layer, []).append(error.square().mean((0, 2)).cpu())
         return out, weights
 
-    with torch.no_grad(), AttentionSeam(loaded.model, measure):
+    seam = AttentionSeam(loaded.model, {layer: partial(measure, layer) for layer in attention_modules(loaded.model)})
+    with torch.no_grad(), seam:
         for number in range(windows):
             document = loaded.documents.make("windows", length, number, windows)
             prefix = document.prefix

@@ -85,8 +85,7 @@ class FasaCache(Cache):
     FASA-M: ``placement="host"`` keeps the keys and values of the sparse layers in host memory and copies only the
     selected rows to the device. The results are the same. Without an accelerator it works, saves nothing, and warns.
     Packed keys add ``n_tip / head_dim`` to the size of keys and values, less with a lower ``config.packed_dtype``.
-    Layers that are dense under ``config``, have no RoPE or have a sliding window keep keys and values alone, on the
-    device.
+    Layers that are dense under ``config`` or have a sliding window keep keys and values alone, on the device.
 
     If ``layer.keys`` are replaced or written to in place, the layer packs them again. It does not notice a write that
     PyTorch does not count (``keys.data``, NumPy, DLPack): call ``layer.repack(layer.scorer)`` after one.
@@ -138,7 +137,7 @@ class FasaCache(Cache):
                 f"placement='host' {_NOTHING_SAVED}; move the model to its accelerator first, or use 'device'.",
                 stacklevel=2,
             )
-        dense = dense_layers(model, config.dense_layers, profile.layout.unrotated_layers)
+        dense = dense_layers(model, config.dense_layers, profile.layout.unserved_layers)
         make = dominant_chunks(profile, config)
         sparse = [layer for layer in plain_layers(model) if layer not in dense and packs(model)]
         if placement == "host" and not sparse:

@@ -51,7 +51,7 @@ def calibrate(
     random state is neither read nor changed.
 
     Args:
-        model: a transformers causal language model with RoPE.
+        model: a transformers causal language model with RoPE, or without positions.
         samples: 1-D LongTensors of token ids, or texts with ``tokenizer=``; each of at least ``top_k`` tokens.
         top_k: K of contextual agreement; the paper uses 256.
         max_new_tokens: decode steps of each sample.
@@ -61,7 +61,7 @@ def calibrate(
 
     Raises:
         TypeError: a sample that is neither a text nor a 1-D LongTensor.
-        NotImplementedError: a model without RoPE, or one that does not generate token ids.
+        NotImplementedError: a model without frequency chunks (`RotaryLayout.detect`), or one that does not generate token ids.
         ValueError: samples that are empty, too short or too long for the model.
     """
     model = unwrapped(model)
@@ -205,7 +205,7 @@ def _sample_tables(
     tables = {name: torch.zeros(layers, *shape, dtype=torch.float64) for name, shape in shapes.items()}
 
     def measure(layer: int, query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
-        if layer not in layout.unrotated_layers:
+        if layer not in layout.unserved_layers:
             last, visible = query[:, :, -decoded:], causal(decoded, key.shape[2], key.device)
             tables["agreement"][layer] = shard.whole(contextual_agreement(last, key, layout, top_k))  # refuses NaN
             parts = logit_statistics(last, key, visible, layout.chunks, scaling_of(query, options))

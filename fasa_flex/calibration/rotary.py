@@ -1,8 +1,14 @@
-"""Frequency chunks: the two dimensions of each rotary plane, detected by probing a model."""
+"""Frequency chunks: the pairs of dimensions of a head, RoPE's planes among them, detected by probing a model.
+
+A dot product is the sum over any pairing of the dimensions. A rotary plane is the pairing of rotated dimensions whose part
+depends on the distance of two tokens alone. Where nothing rotates this holds for every pair: a pair is then a chunk of
+frequency 0. So one pairing serves rotated heads, unrotated dimensions beside rotated ones, and layers without RoPE.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +19,7 @@ from fasa_flex.calibration.json_fields import field
 from fasa_flex.core.budget import check_count
 from fasa_flex.errors import NotSupportedError
 from fasa_flex.hf.arrival import Arrival
-from fasa_flex.hf.model_structure import NO_ROPE, attention_shape, check_supported
+from fasa_flex.hf.model_structure import attention_shape, check_supported
 from fasa_flex.hf.probe import farthest_position, probe, why_dense
 from fasa_flex.hf.wrappers import unwrapped
 
@@ -27,6 +33,11 @@ _STANDS_OUT = 8.0
 """Standard errors of the fit by which an entry of a rotation must exceed 0."""
 
 _RESIDUAL = 1e-3
+"""Largest deviation of queries from a rotation, or from standing still, relative to the size of a dimension."""
+
+
+_BEFORE = 3
+"""Tokens before the first that is read: with them a convolution of four queries (Zaya's is of three) sees equal ones."""
 
 
 class RotaryLayout:
@@ -34,9 +45,10 @@ class RotaryLayout:
 
     Attributes:
         chunks: int64 [head_dim // 2, 2], the two dimensions of each chunk.
-        n_rotated: number of chunks that rotate; the others have frequency 0.
+        n_rotated: number of chunks that rotate; the others have frequency 0. 0 in a model without positions.
         frequencies: float64 [n_rotated], radians a position; None if the layout was not detected from a model.
-        unrotated_layers: layers of the probed model without RoPE, or whose attention FASA cannot serve.
+        unrotated_layers: layers of the probed model without RoPE, where every chunk has frequency 0.
+        unserved_layers: layers of the probed model whose attention FASA cannot serve; no profile measures them.
 
     Raises:
         ValueError: chunks that do not pair every dimension once, or other sizes out of range.
@@ -48,6 +60,7 @@ class RotaryLayout:
         n_rotated: int,
         frequencies: Tensor | None = None,
         unrotated_layers: tuple[int, ...] = (),
+        unserved_layers: tuple[int, ...] = (),
     ) -> None:
         if (
             chunks.dim() != 2
@@ -58,8 +71,8 @@ class RotaryLayout:
                 f"chunks must pair every dimension of a head exactly once, got {chunks.tolist()}; "
                 "pass [head_dim // 2, 2]."
             )
-        if not 0 < n_rotated <= len(chunks):
-            raise ValueError(f"n_rotated must lie in 1..{len(chunks)}, got {n_rotated}.")
+        if not 0 <= n_rotated <= len(chunks):
+            raise ValueError(f"n_rotated must lie in 0..{len(chunks)}, got {n_rotated}.")
         if frequencies is not None and (
             frequencies.shape != (n_rotated,) or not (frequencies.isfinite() & (frequencies != 0)).all()
         ):
@@ -70,7 +83,7 @@ class RotaryLayout:
         self.chunks = chunks.long().cpu()
         self.n_rotated = n_rotated
         self.frequencies = frequencies
-        self.unrotated_layers = unrotated_layers
+        self.unrotated_layers, self.unserved_layers = unrotated_layers, unserved_layers
 
     @classmethod
     def half_split(cls, head_dim: int, rotary_dim: int | None = None) -> RotaryLayout:
@@ -89,19 +102,21 @@ class RotaryLayout:
     def detect(cls, model: PreTrainedModel) -> RotaryLayout:
         """Detect the planes from the model's queries, for any model class.
 
+        A model whose queries do not depend on the position has no planes: its chunks are pairs of neighbours.
+
         The probe feeds identical embeddings at several positions and replaces attention by zeros. So the hidden states
         of every layer do not depend on the position, and the query at position p is R_p times the query at position 0.
         Least squares gives R_p: its off-diagonal entries give the planes, its angles the frequencies. Models in half
         precision, whose rounding would hide the slow planes, are probed in float32.
 
         Raises:
-            NotImplementedError: queries do not rotate with position (no RoPE) or not in planes, or FASA can serve no
-                layer (`fasa_flex.hf.probe.why_dense`).
+            NotImplementedError: queries depend on the position and do not rotate in planes, or FASA can serve no layer
+                (`fasa_flex.hf.probe.why_dense`).
         """
         model = unwrapped(model)
         check_supported(model)
         positions, arrivals = _probe(model)
-        reasons = {layer: reason for layer, reason in why_dense(model, arrivals).items() if reason != NO_ROPE}
+        reasons = why_dense(model, arrivals)
         if not set(arrivals) - set(reasons):
             layer, reason = next(iter(reasons.items()))
             sentence = f"{type(model).__name__} has no layer that FASA can serve: layer {layer} has {reason}."
@@ -109,10 +124,11 @@ class RotaryLayout:
         queries = {layer: _rows(arrived) for layer, arrived in arrivals.items() if layer not in reasons}
         fits = {layer: _fit_rotation(query, positions) for layer, query in queries.items()}
         rotated = [layer for layer, turns in fits.items() if turns]
-        if not rotated:
+        unrotated = [layer for layer, query in queries.items() if layer not in rotated and _is_still(query)]
+        if not rotated and not unrotated:
             raise NotSupportedError(
-                f"{type(model).__name__} does not rotate its queries with position (no RoPE), "
-                "so it has no frequency chunks; FASA needs a RoPE model."
+                f"the queries of {type(model).__name__} depend on the position and do not rotate with it (no RoPE, but "
+                "absolute positions perhaps), so it has no frequency chunks; use a model with RoPE or without positions."
             )
         # a plane with zero weights in one layer shows in other layers
         turns = {plane: turn for layer in reversed(rotated) for plane, turn in fits[layer].items()}
@@ -122,17 +138,19 @@ class RotaryLayout:
                 f"the layers of {type(model).__name__} rotate different planes; FASA needs one layout for all."
             )
         head_dim = next(iter(queries.values())).shape[-1]
-        layout = cls._with_rest(torch.tensor(planes), head_dim)
+        layout = cls._with_rest(torch.tensor(planes, dtype=torch.long).view(-1, 2), head_dim)
         layout.frequencies = torch.tensor([turns[plane] for plane in planes], dtype=torch.float64)
-        layout.unrotated_layers = tuple(layer for layer in range(attention_shape(model)[0]) if layer not in rotated)
+        layout.unrotated_layers = tuple(unrotated)
+        served = {*rotated, *unrotated}
+        layout.unserved_layers = tuple(layer for layer in range(attention_shape(model)[0]) if layer not in served)
         return layout
 
     @classmethod
     def _with_rest(cls, planes: Tensor, head_dim: int) -> RotaryLayout:
         """``planes`` and pairs of the other dimensions; planes too slow to detect are paired by the same distance."""
         rest = set(range(head_dim)) - set(planes.flatten().tolist())
-        low, distance = int(planes.min()), int(planes[0, 1] - planes[0, 0])
-        slow = [[dim, dim + distance] for dim in range(low, low + distance) if {dim, dim + distance} <= rest]
+        low, high = planes[0].tolist() if len(planes) else (0, 0)
+        slow = [[dim, dim + high - low] for dim in range(low, high) if {dim, dim + high - low} <= rest]
         still = sorted(rest - {dim for pair in slow for dim in pair})
         others = torch.tensor([*slow, *zip(still[::2], still[1::2], strict=True)], dtype=torch.long).view(-1, 2)
         return cls(torch.cat([planes, others]), len(planes))
@@ -144,12 +162,14 @@ class RotaryLayout:
 
     def to_dict(self) -> dict[str, Any]:
         """The layout as JSON-ready values."""
-        return {
+        fields = {
             "chunks": self.chunks.tolist(),
             "n_rotated": self.n_rotated,
             "frequencies": None if self.frequencies is None else self.frequencies.tolist(),
             "unrotated_layers": list(self.unrotated_layers),
         }
+        apart = self.unserved_layers != self.unrotated_layers  # before layers without RoPE were served, the two were one
+        return {**fields, "unserved_layers": list(self.unserved_layers)} if apart else fields
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> RotaryLayout:
@@ -159,14 +179,15 @@ class RotaryLayout:
             ValueError: a field that is missing or of another type.
         """
         chunks, frequencies = field(fields, "chunks", list), field(fields, "frequencies", list, type(None))
-        check_count("n_rotated", field(fields, "n_rotated", int), 1)
+        check_count("n_rotated", field(fields, "n_rotated", int), 0)
         unrotated = tuple(field(fields, "unrotated_layers", list))
+        unserved = tuple(field({"unserved_layers": list(unrotated), **fields}, "unserved_layers", list))
         try:
             pairs = torch.tensor(chunks)
             angles = None if frequencies is None else torch.tensor(frequencies, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError("chunks and frequencies must be lists of numbers") from error
-        return cls(pairs, fields["n_rotated"], angles, unrotated)
+        return cls(pairs, fields["n_rotated"], angles, unrotated, unserved)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RotaryLayout) and self.n_rotated == other.n_rotated and self.chunks.equal(other.chunks)
@@ -176,7 +197,8 @@ class RotaryLayout:
 
     def __repr__(self) -> str:
         first, last = self.chunks[0].tolist(), self.chunks[self.n_rotated - 1].tolist()
-        return f"RotaryLayout(head_dim={self.head_dim}, n_rotated={self.n_rotated}, planes {first} ... {last})"
+        kind = "planes" if self.n_rotated else "pairs"
+        return f"RotaryLayout(head_dim={self.head_dim}, n_rotated={self.n_rotated}, {kind} {first} ... {last})"
 
 
 def _check_dims(head_dim: int, rotary_dim: int | None) -> int:
@@ -196,7 +218,7 @@ def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, Arrival]]:
     """
     _, query_heads, _, head_dim = attention_shape(model)
     last = farthest_position(model)
-    positions = [0, *(2**power for power in range(last.bit_length()) if 2**power <= last)]
+    positions = [0] * _BEFORE + [0, *(2**power for power in range(last.bit_length()) if 2**power <= last)]
     samples = math.ceil(4 * head_dim / query_heads) + 4
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(samples, model.config.get_text_config().hidden_size, generator=generator)
@@ -206,7 +228,8 @@ def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, Arrival]]:
         arrivals = probe(model, hidden, positions, dtype=torch.float32)
         if not all(_tells_apart(arrived) for arrived in arrivals.values()):
             arrivals = probe(model, hidden, positions, weights=True, dtype=torch.float32)
-    return torch.tensor(positions, dtype=torch.float64), arrivals
+    seen = {layer: replace(arrived, query=arrived.query[:, :, _BEFORE:]) for layer, arrived in arrivals.items()}
+    return torch.tensor(positions[_BEFORE:], dtype=torch.float64), seen
 
 
 def _rows(arrived: Arrival) -> Tensor:
@@ -218,6 +241,12 @@ def _tells_apart(arrived: Arrival) -> bool:
     """Whether a layer's queries at one position span all dimensions."""
     start = _rows(arrived)[:, 0]
     return int(torch.linalg.matrix_rank(start)) == start.shape[1]
+
+
+def _is_still(query: Tensor) -> bool:
+    """Whether queries [rows, P, D] are equal at all positions, within rounding."""
+    scale = query.square().mean((0, 1)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    return bool(((query - query[:, :1]) / scale).abs().max() < _RESIDUAL)
 
 
 def _fit_rotation(query: Tensor, positions: Tensor) -> dict[Plane, float]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from fasa_flex.hf.compatibility import IMPLEMENTATIONS
-from fasa_flex.hf.model_structure import OWN_CONFIG, attention_lookup, attention_modules, layer_of, own_config
+from fasa_flex.hf.model_structure import OWN_CONFIG, attention_lookup, attention_modules, own_config
 
 _OURS = "fasa_"
 _ROUTE = "_fasa_route"
@@ -168,6 +168,7 @@ def reading(model: PreTrainedModel, read: Callable[[int, Tensor, Tensor, dict[st
     """
 
     def attend(
+        layer: int,
         dense: DenseAttention,
         module: nn.Module,
         query: Tensor,
@@ -176,15 +177,15 @@ def reading(model: PreTrainedModel, read: Callable[[int, Tensor, Tensor, dict[st
         attention_mask: Tensor | None,
         **options: Any,
     ) -> AttentionResult:
-        read(layer_of(module), query, key, options)
+        read(layer, query, key, options)
         return dense(module, query, key, value, attention_mask, **options)
 
-    return AttentionSeam(model, attend)
+    return AttentionSeam(model, {layer: functools.partial(attend, layer) for layer in attention_modules(model)})
 
 
 def _of_thread(thread: int, route: functools.partial[AttentionResult]) -> functools.partial[AttentionResult]:
     """Make a route for the calls of one thread; calls of other threads run the model's own attention."""
-    (dense,) = route.args
+    dense: DenseAttention = route.args[-1]  # a partial of a partial has the arguments of both
 
     def attend(dense: DenseAttention, module: nn.Module, *args: Any, **kwargs: Any) -> AttentionResult:
         return (route if threading.get_ident() == thread else dense)(module, *args, **kwargs)

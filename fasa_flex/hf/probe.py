@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,14 +27,12 @@ from fasa_flex.hf.compatibility import CACHE_NAMES, cache_argument, check_arriva
 from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.made_up_states import MadeUpStates, pattern
 from fasa_flex.hf.model_structure import (
-    NO_ROPE,
     attention_modules,
     attention_shape,
+    decoder_layers,
     device_of,
     evaluating,
-    layer_of,
     maximum_positions,
-    other_mixers,
 )
 from fasa_flex.hf.wrappers import run_decoder
 
@@ -93,8 +92,6 @@ def why_dense(model: PreTrainedModel, arrivals: Mapping[int, Arrival]) -> dict[i
             )
         elif not arrived.keeps_keys:
             reasons[layer] = "no keys of its own in the cache, since it attends to another layer's"
-        elif arrived.rotates is False:
-            reasons[layer] = NO_ROPE
     return reasons
 
 
@@ -120,10 +117,10 @@ def probe(
 ) -> dict[int, Arrival]:
     """Run a forward with equal hidden states at all positions, attention outputs of 0, and a growing cache.
 
-    Recurrent layers and convolutions give 0, too (`other_mixers`). Hidden states then do not depend on the position in
-    any layer, so that queries differ by RoPE alone. The first
-    position is masked like padding. Afterwards the model has its former attention implementation, training mode and
-    dynamic RoPE, and the random state is unchanged.
+    Behind every decoder layer the hidden states of all positions are those of the first, whatever recurrent layers and
+    convolutions have made of them. So hidden states do not depend on the position in any layer, and queries differ by
+    RoPE alone. The first position is masked like padding. Afterwards the model has its former attention implementation,
+    training mode and dynamic RoPE, and the random state is unchanged.
 
     Args:
         model: the model, whose head does not run.
@@ -152,6 +149,7 @@ def probe(
             received[module] = args, kwargs
 
     def capture(
+        layer: int,
         dense: DenseAttention,
         module: nn.Module,
         query: Tensor,
@@ -161,7 +159,6 @@ def probe(
         **options: Any,
     ) -> AttentionResult:
         args, kwargs = received.get(module, ((), {}))
-        layer = layer_of(module)
         calls = arrivals[layer].calls + 1 if layer in arrivals else 1
         arrivals[layer] = Arrival(
             module,
@@ -179,13 +176,14 @@ def probe(
         return value.new_zeros(batch, q_len, heads, value.shape[-1]), None
 
     cache, rows, length, device = DynamicCache(config=model.config), len(hidden), len(positions), device_of(model)
+    seam = AttentionSeam(model, {layer: partial(capture, layer) for layer in modules})
     with ExitStack() as stack:
-        for restored in (evaluating(model), _unstretched(model), AttentionSeam(model, capture), _uncompiled()):
+        for restored in (evaluating(model), _unstretched(model), seam, _uncompiled()):
             stack.enter_context(restored)
         for module in modules.values():
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        for mixer in other_mixers(model, modules.values()):
-            stack.callback(mixer.register_forward_hook(_silence).remove)
+        for layer in chain(*decoder_layers(model, modules.values())):
+            stack.callback(layer.register_forward_hook(partial(_levelled, (rows, length))).remove)
         embeddings = hidden[:, None].to(device, dtype or model.dtype).expand(-1, length, -1).contiguous()
         mask = torch.ones(rows, length, dtype=torch.long, device=device)
         mask[:, 0] = 0
@@ -235,9 +233,13 @@ def _ways_to_run(
         yield decoder, states | cache_argument(decoder, DynamicCache(config=model.config))
 
 
-def _silence(mixer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Hook that sets the hidden states [rows, P, width] which a module returns to 0."""
-    return tree_map_only(Tensor, lambda states: torch.zeros_like(states) if states.dim() == 3 else states, output)
+def _levelled(shape: tuple[int, int], layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Hook that gives all positions of the hidden states [*shape, width] which a layer returns those of the first."""
+
+    def level(states: Tensor) -> Tensor:
+        return states[:, :1].repeat(1, shape[1], 1) if states.dim() == 3 and states.shape[:2] == shape else states
+
+    return tree_map_only(Tensor, level, output)
 
 
 _stance_lock = threading.RLock()
