@@ -19,9 +19,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from fasa_flex.caches.capacity import counted, make_room
 from fasa_flex.caches.host_layers import HostLayer, OnHost, StaticHostLayer
 from fasa_flex.caches.keeps_packed_keys import KeepsPackedKeys, writable
-from fasa_flex.caches.packed_layers import PackedLayer
-from fasa_flex.caches.packing import packs, plain_layers
-from fasa_flex.caches.static_packed_layer import StaticPackedLayer
+from fasa_flex.caches.packing import packable_layers, packed_layer, packs
 from fasa_flex.caches.write_tracking import counting
 from fasa_flex.calibration.profile import FasaProfile, check_kinds
 from fasa_flex.calibration.profile_scorers import dominant_chunks
@@ -139,7 +137,8 @@ class FasaCache(Cache):
             )
         dense = dense_layers(model, config.dense_layers, profile.layout.unserved_layers)
         make = dominant_chunks(profile, config)
-        sparse = [layer for layer in plain_layers(model) if layer not in dense and packs(model)]
+        able = packable_layers(model, alone=placement == "host") if packs(model) else []
+        sparse = [layer for layer in able if layer not in dense]
         if placement == "host" and not sparse:
             raise ValueError(
                 f"placement='host' finds no layer of {type(model).__name__} that is sparse and holds keys and values "
@@ -237,12 +236,12 @@ def _new_layers(
         plain = StaticCache(config=config, max_cache_len=max_cache_len).layers
         layers = [counted(layer) if type(layer) is StaticLayer else layer for layer in plain]
     for layer, scorer in scorers.items():
-        if max_cache_len is None:
-            layers[layer] = HostLayer(scorer, hold[layer]) if layer in hold else PackedLayer(scorer)
-        elif layer in hold:
-            layers[layer] = StaticHostLayer(scorer, max_cache_len, hold[layer])
+        if layer not in hold:
+            layers[layer] = packed_layer(layers[layer], scorer)
+        elif max_cache_len is None:
+            layers[layer] = HostLayer(scorer, hold[layer])
         else:
-            layers[layer] = StaticPackedLayer(scorer, max_cache_len)
+            layers[layer] = StaticHostLayer(scorer, max_cache_len, hold[layer])
     return layers
 
 

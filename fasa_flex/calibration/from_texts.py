@@ -61,7 +61,8 @@ def calibrate(
 
     Raises:
         TypeError: a sample that is neither a text nor a 1-D LongTensor.
-        NotImplementedError: a model without frequency chunks (`RotaryLayout.detect`), or one that does not generate token ids.
+        NotImplementedError: a model without frequency chunks (`RotaryLayout.detect`), or one that does not generate
+            token ids.
         ValueError: samples that are empty, too short or too long for the model.
     """
     model = unwrapped(model)

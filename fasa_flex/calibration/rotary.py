@@ -1,6 +1,6 @@
 """Frequency chunks: the pairs of dimensions of a head, RoPE's planes among them, detected by probing a model.
 
-A dot product is the sum over any pairing of the dimensions. A rotary plane is the pairing of rotated dimensions whose part
+A dot product is the sum over the pairs of any pairing. RoPE's planes are the pairs of rotated dimensions whose part
 depends on the distance of two tokens alone. Where nothing rotates this holds for every pair: a pair is then a chunk of
 frequency 0. So one pairing serves rotated heads, unrotated dimensions beside rotated ones, and layers without RoPE.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fasa_flex.calibration.json_fields import field
+from fasa_flex.calibration.rotation_fit import fit_rotation, is_still
 from fasa_flex.core.budget import check_count
 from fasa_flex.errors import NotSupportedError
 from fasa_flex.hf.arrival import Arrival
@@ -23,21 +24,8 @@ from fasa_flex.hf.model_structure import attention_shape, check_supported
 from fasa_flex.hf.probe import farthest_position, probe, why_dense
 from fasa_flex.hf.wrappers import unwrapped
 
-Plane = tuple[int, int]
-"""Two dimensions of a head, ascending."""
-
-_TOLERANCE = 1e-6
-"""Least entry of a rotation that counts; with rope_theta 1e9 the slowest of 64 planes turns 1.4e-6 by position 1024."""
-
-_STANDS_OUT = 8.0
-"""Standard errors of the fit by which an entry of a rotation must exceed 0."""
-
-_RESIDUAL = 1e-3
-"""Largest deviation of queries from a rotation, or from standing still, relative to the size of a dimension."""
-
-
 _BEFORE = 3
-"""Tokens before the first that is read: with them a convolution of four queries (Zaya's is of three) sees equal ones."""
+"""Tokens before the first one that is read, so that a convolution of up to four queries (Zaya's) sees equal ones."""
 
 
 class RotaryLayout:
@@ -122,13 +110,13 @@ class RotaryLayout:
             sentence = f"{type(model).__name__} has no layer that FASA can serve: layer {layer} has {reason}."
             raise NotSupportedError(sentence)
         queries = {layer: _rows(arrived) for layer, arrived in arrivals.items() if layer not in reasons}
-        fits = {layer: _fit_rotation(query, positions) for layer, query in queries.items()}
+        fits = {layer: fit_rotation(query, positions) for layer, query in queries.items()}
         rotated = [layer for layer, turns in fits.items() if turns]
-        unrotated = [layer for layer, query in queries.items() if layer not in rotated and _is_still(query)]
-        if not rotated and not unrotated:
+        unrotated = [layer for layer, query in queries.items() if layer not in rotated and is_still(query)]
+        if not rotated and len(unrotated) < len(queries):  # the probe hides absolute positions behind the first layer
             raise NotSupportedError(
-                f"the queries of {type(model).__name__} depend on the position and do not rotate with it (no RoPE, but "
-                "absolute positions perhaps), so it has no frequency chunks; use a model with RoPE or without positions."
+                f"the queries of {type(model).__name__} depend on the position and do not rotate with it (no RoPE, "
+                "absolute positions perhaps), so it has no frequency chunks; use a model with RoPE or no positions."
             )
         # a plane with zero weights in one layer shows in other layers
         turns = {plane: turn for layer in reversed(rotated) for plane, turn in fits[layer].items()}
@@ -168,7 +156,9 @@ class RotaryLayout:
             "frequencies": None if self.frequencies is None else self.frequencies.tolist(),
             "unrotated_layers": list(self.unrotated_layers),
         }
-        apart = self.unserved_layers != self.unrotated_layers  # before layers without RoPE were served, the two were one
+        apart = (
+            self.unserved_layers != self.unrotated_layers
+        )  # before layers without RoPE were served, the two were one
         return {**fields, "unserved_layers": list(self.unserved_layers)} if apart else fields
 
     @classmethod
@@ -241,57 +231,3 @@ def _tells_apart(arrived: Arrival) -> bool:
     """Whether a layer's queries at one position span all dimensions."""
     start = _rows(arrived)[:, 0]
     return int(torch.linalg.matrix_rank(start)) == start.shape[1]
-
-
-def _is_still(query: Tensor) -> bool:
-    """Whether queries [rows, P, D] are equal at all positions, within rounding."""
-    scale = query.square().mean((0, 1)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-    return bool(((query - query[:, :1]) / scale).abs().max() < _RESIDUAL)
-
-
-def _fit_rotation(query: Tensor, positions: Tensor) -> dict[Plane, float]:
-    """One layer's planes and their frequencies, from queries float64 [rows, P, D] at ``positions`` [P], the first 0.
-
-    The weights of a norm may scale dimensions very differently, or to zero, before the rotation. So queries are
-    normalised by dimension, and an entry of the rotation counts only if it exceeds the error of the fit.
-    """
-    scale = query.square().mean((0, 1)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-    query = query / scale
-    start, ends = query[:, 0], query[:, 1:].transpose(0, 1)
-    inverse = torch.linalg.pinv(start)
-    rotations = (inverse @ ends).mT
-    left = start @ rotations.mT - ends
-    if left.abs().max() > _RESIDUAL:
-        return {}
-    error = left.square().mean((0, 1)).sqrt()[:, None] * inverse.norm(dim=1)
-    off = (rotations - torch.diag_embed(rotations.diagonal(dim1=-2, dim2=-1))).abs().amax(0)
-    off = torch.where(off > torch.clamp(_STANDS_OUT * error, min=_TOLERANCE), off, 0.0)
-    strength, partner = torch.maximum(off, off.T).max(-1)
-    planes = [
-        (dim, int(partner[dim]))
-        for dim in range(len(partner))
-        if strength[dim] > 0 and dim < int(partner[dim]) and int(partner[partner[dim]]) == dim
-    ]
-    if not planes:
-        return {}
-    first, second = torch.tensor(planes).T
-    size = start.norm(dim=0)
-    seen = torch.where(size[first] >= size[second], first, second)  # the larger dimension shows the rotation of both
-    other = first + second - seen
-    sine = rotations[:, other, seen] * scale[other] / scale[seen]
-    frequencies = _frequencies(torch.atan2(sine, rotations[:, seen, seen]), positions[1:])
-    return dict(zip(planes, frequencies.tolist(), strict=True))
-
-
-def _frequencies(angles: Tensor, positions: Tensor) -> Tensor:
-    """Frequency of each plane in radians a position: the angle at position 1, refined at each later position.
-
-    Args:
-        angles: float64 [P, planes], in -pi..pi.
-        positions: float64 [P].
-    """
-    frequency = angles[0] / positions[0]
-    for angle, position in zip(angles[1:], positions[1:], strict=True):
-        turns = ((frequency * position - angle) / (2 * math.pi)).round()
-        frequency = (angle + 2 * math.pi * turns) / position
-    return frequency.abs()

@@ -50,13 +50,15 @@ def _numbers(model: PreTrainedModel, modules: list[nn.Module]) -> list[int]:
     stated: list[Any] = [module.layer_idx for module in modules]
     if all(isinstance(number, int) and number >= 0 for number in stated):
         return stated
-    places = {m: place for layers in decoder_layers(model, modules) for place, own in enumerate(layers) for m in own.modules()}
+    layers = [each for single in decoder_layers(model, modules) for each in enumerate(single)]
+    places = {inner: place for place, layer in layers for inner in layer.modules()}
     return [places.get(module, -1) for module in modules]
 
 
 def decoder_layers(model: PreTrainedModel, attention: Iterable[nn.Module]) -> list[nn.ModuleList]:
     """The decoder's lists of layers, recurrent ones included: the outermost lists that hold ``attention`` modules."""
-    sought, inside, found = set(attention), set[nn.Module](), list[nn.ModuleList]()
+    sought, inside = set(attention), set[nn.Module]()
+    found: list[nn.ModuleList] = []
     for module in (model.get_decoder() or model).modules():
         if isinstance(module, nn.ModuleList) and module not in inside and not sought.isdisjoint(module.modules()):
             found.append(module)

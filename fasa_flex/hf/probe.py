@@ -182,8 +182,8 @@ def probe(
             stack.enter_context(restored)
         for module in modules.values():
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        for layer in chain(*decoder_layers(model, modules.values())):
-            stack.callback(layer.register_forward_hook(partial(_levelled, (rows, length))).remove)
+        for whole in chain(*decoder_layers(model, modules.values())):
+            stack.callback(whole.register_forward_hook(partial(_levelled, (rows, length))).remove)
         embeddings = hidden[:, None].to(device, dtype or model.dtype).expand(-1, length, -1).contiguous()
         mask = torch.ones(rows, length, dtype=torch.long, device=device)
         mask[:, 0] = 0

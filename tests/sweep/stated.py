@@ -65,10 +65,7 @@ STATED: dict[str, dict[str, Any]] = {
     "Glm4vForConditionalGeneration": {"text_config.rope_parameters": _sections([2, 3, 3])},
     "Glm4vMoeForConditionalGeneration": {"text_config.rope_parameters": {**_sections([1, 1, 2]), **_HALF}},
     "GlmOcrForConditionalGeneration": {"text_config.rope_parameters": _sections([2, 3, 3])},
-    "GraniteMoeHybridForCausalLM": {
-        "layer_types": ["linear_attention", "full_attention"] * 2,
-        "position_embedding_type": "rope",
-    },
+    "GraniteMoeHybridForCausalLM": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "HrmTextForCausalLM": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "HunYuanDenseV1ForCausalLM": _SIZED_HEADS,
     "HunYuanMoEV1ForCausalLM": _SIZED_HEADS,
@@ -88,6 +85,5 @@ STATED: dict[str, dict[str, Any]] = {
     "ReformerModelWithLMHead": {"is_decoder": True},
     "Step3p7ForConditionalGeneration": {"text_config.sliding_window": 16},
     "XLNetLMHeadModel": {"d_head": 16},
-    "Zamba2ForCausalLM": {"use_mem_rope": True},
 }
 """Fields set after shrinking, by model class; a dot leads into a config within the config."""
