@@ -180,7 +180,7 @@ def probe(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, *queries: tor
             query = queries[layer].unflatten(0, (-1, heads))
             keys = torch.Size([len(query), kv_heads, *query.shape[2:]])
             arrivals[layer] = dataclasses.replace(arrived, query=query, key_shape=keys, value_shape=keys)
-    monkeypatch.setattr(rotary, "_probe", lambda _: (POSITIONS, arrivals))
+    monkeypatch.setattr(rotary, "_probe", lambda *_: (POSITIONS, arrivals))
 
 
 def test_planes_and_frequencies_of_given_rotations(narrow: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from fasa_flex.hf.probe import farthest_position, probe, why_dense
 from fasa_flex.hf.wrappers import unwrapped
 
 _BEFORE = 3
-"""Tokens before the first one that is read, so that a convolution of up to four queries (Zaya's) sees equal ones."""
+"""Tokens in front, in a second probe: behind them a convolution of up to four queries (Zaya's) sees equal ones."""
 
 
 class RotaryLayout:
@@ -103,17 +103,20 @@ class RotaryLayout:
         """
         model = unwrapped(model)
         check_supported(model)
-        positions, arrivals = _probe(model)
-        reasons = why_dense(model, arrivals)
-        if not set(arrivals) - set(reasons):
-            layer, reason = next(iter(reasons.items()))
-            sentence = f"{type(model).__name__} has no layer that FASA can serve: layer {layer} has {reason}."
-            raise NotSupportedError(sentence)
-        queries = {layer: _rows(arrived) for layer, arrived in arrivals.items() if layer not in reasons}
-        fits = {layer: fit_rotation(query, positions) for layer, query in queries.items()}
-        rotated = [layer for layer, turns in fits.items() if turns]
-        unrotated = [layer for layer, query in queries.items() if layer not in rotated and is_still(query)]
-        if not rotated and len(unrotated) < len(queries):  # the probe hides absolute positions behind the first layer
+        for before in (0, _BEFORE):
+            positions, arrivals = _probe(model, before)
+            reasons = why_dense(model, arrivals)
+            if not set(arrivals) - set(reasons):
+                layer, reason = next(iter(reasons.items()))
+                sentence = f"{type(model).__name__} has no layer that FASA can serve: layer {layer} has {reason}."
+                raise NotSupportedError(sentence)
+            queries = {layer: _rows(arrived) for layer, arrived in arrivals.items() if layer not in reasons}
+            fits = {layer: fit_rotation(query, positions) for layer, query in queries.items()}
+            rotated = [layer for layer, turns in fits.items() if turns]
+            unrotated = [layer for layer, query in queries.items() if layer not in rotated and is_still(query)]
+            if rotated or len(unrotated) == len(queries):
+                break
+        else:
             raise NotSupportedError(
                 f"the queries of {type(model).__name__} depend on the position and do not rotate with it (no RoPE, "
                 "absolute positions perhaps), so it has no frequency chunks; use a model with RoPE or no positions."
@@ -200,15 +203,17 @@ def _check_dims(head_dim: int, rotary_dim: int | None) -> int:
     return rotary_dim
 
 
-def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, Arrival]]:
+def _probe(model: PreTrainedModel, before: int) -> tuple[Tensor, dict[int, Arrival]]:
     """Positions [P] = 0, 1, 2, 4, ..., and each layer's attention inputs for identical embeddings there.
+
+    ``before`` more tokens at position 0 come first, and their queries are left out.
 
     A model in half precision, whose rounding hides the slow planes, is probed in float32: first with random queries,
     since RoPE does not depend on weights, then with copies of the weights if the queries do not span all dimensions.
     """
     _, query_heads, _, head_dim = attention_shape(model)
     last = farthest_position(model)
-    positions = [0] * _BEFORE + [0, *(2**power for power in range(last.bit_length()) if 2**power <= last)]
+    positions = [0] * before + [0, *(2**power for power in range(last.bit_length()) if 2**power <= last)]
     samples = math.ceil(4 * head_dim / query_heads) + 4
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(samples, model.config.get_text_config().hidden_size, generator=generator)
@@ -218,8 +223,8 @@ def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, Arrival]]:
         arrivals = probe(model, hidden, positions, dtype=torch.float32)
         if not all(_tells_apart(arrived) for arrived in arrivals.values()):
             arrivals = probe(model, hidden, positions, weights=True, dtype=torch.float32)
-    seen = {layer: replace(arrived, query=arrived.query[:, :, _BEFORE:]) for layer, arrived in arrivals.items()}
-    return torch.tensor(positions[_BEFORE:], dtype=torch.float64), seen
+    seen = {layer: replace(arrived, query=arrived.query[:, :, before:]) for layer, arrived in arrivals.items()}
+    return torch.tensor(positions[before:], dtype=torch.float64), seen
 
 
 def _rows(arrived: Arrival) -> Tensor:

@@ -69,7 +69,9 @@ class AttentionSeam:
         self._configs: list[tuple[PreTrainedConfig, str]] = []
         self._routes: list[tuple[weakref.ref[nn.Module], functools.partial[AttentionResult]]] = []
         for layer, module in by_layer.items():
-            config: PreTrainedConfig = own_config(module) or model.config
+            config: PreTrainedConfig | None = own_config(module)
+            if config is None:  # a module that looks up its attention has a config to look up the name in
+                continue
             former = str(_implementation(config))
             if former not in IMPLEMENTATIONS:
                 raise ValueError(

@@ -9,17 +9,17 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from fasa_flex.hf.arrival import Arrival
 from fasa_flex.hf.attention_routing import AttentionResult, AttentionSeam, DenseAttention
@@ -117,10 +117,10 @@ def probe(
 ) -> dict[int, Arrival]:
     """Run a forward with equal hidden states at all positions, attention outputs of 0, and a growing cache.
 
-    Behind every decoder layer the hidden states of all positions are those of the first, whatever recurrent layers and
-    convolutions have made of them. So hidden states do not depend on the position in any layer, and queries differ by
-    RoPE alone. The first position is masked like padding. Afterwards the model has its former attention implementation,
-    training mode and dynamic RoPE, and the random state is unchanged.
+    Behind a decoder layer with a recurrent state or a convolution the hidden states of all positions are those of the
+    first. So hidden states do not depend on the position in any layer, and queries differ by RoPE alone. The first
+    position is masked like padding. Afterwards the model has its former attention implementation, training mode and
+    dynamic RoPE, and the random state is unchanged.
 
     Args:
         model: the model, whose head does not run.
@@ -182,8 +182,8 @@ def probe(
             stack.enter_context(restored)
         for module in modules.values():
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        for whole in chain(*decoder_layers(model, modules.values())):
-            stack.callback(whole.register_forward_hook(partial(_levelled, (rows, length))).remove)
+        for stateful in _stateful_layers(model, cache, modules.values()):
+            stack.callback(stateful.register_forward_hook(partial(_levelled, (rows, length))).remove)
         embeddings = hidden[:, None].to(device, dtype or model.dtype).expand(-1, length, -1).contiguous()
         mask = torch.ones(rows, length, dtype=torch.long, device=device)
         mask[:, 0] = 0
@@ -231,6 +231,13 @@ def _ways_to_run(
     decoder = model.base_model.get_decoder()
     if isinstance(decoder, PreTrainedModel) and decoder is not model.base_model:
         yield decoder, states | cache_argument(decoder, DynamicCache(config=model.config))
+
+
+def _stateful_layers(model: PreTrainedModel, cache: DynamicCache, attention: Iterable[nn.Module]) -> list[nn.Module]:
+    """The decoder layers that keep a state in the cache, as recurrent layers and convolutions do."""
+    places = {place for place, kept in enumerate(cache.layers) if isinstance(kept, LinearAttentionCacheLayerMixin)}
+    lists = decoder_layers(model, attention) if places else []
+    return [layer for layers in lists for place, layer in enumerate(layers) if place in places]
 
 
 def _levelled(shape: tuple[int, int], layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
