@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers.integrations import sdpa_attention
 
 from evals.quality.arms import provenance
 from evals.quality.real_arms import SETS, Lengths, Reach, arms_of
@@ -75,6 +76,8 @@ class Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
+        # on a GPU, float32 attention with enable_gqa=True takes PyTorch's kernel that stores all T x T scores
+        sdpa_attention.use_gqa_in_sdpa = lambda *_: False
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.tokenizer = load_model(
             options.pretrained,
