@@ -20,7 +20,7 @@ from fasa_flex.hf.compatibility import cache_argument
 from fasa_flex.model.handle import Fasa
 from fasa_flex.model.stats import read_share
 
-MOST_TOKENS = 90_000
+MOST_TOKENS = 60_000
 """Most tokens of documents that run together, which bounds the memory of a forward."""
 
 
