@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fasa_flex.calibration.json_fields import field
-from fasa_flex.calibration.rotation_fit import fit_rotation, is_still
+from fasa_flex.calibration.rotation_fit import Plane, fit_rotation, is_still
 from fasa_flex.core.budget import check_count
 from fasa_flex.errors import NotSupportedError
 from fasa_flex.hf.arrival import Arrival
@@ -104,17 +104,9 @@ class RotaryLayout:
         model = unwrapped(model)
         check_supported(model)
         for before in (0, _BEFORE):
-            positions, arrivals = _probe(model, before)
-            reasons = why_dense(model, arrivals)
-            if not set(arrivals) - set(reasons):
-                layer, reason = next(iter(reasons.items()))
-                sentence = f"{type(model).__name__} has no layer that FASA can serve: layer {layer} has {reason}."
-                raise NotSupportedError(sentence)
-            queries = {layer: _rows(arrived) for layer, arrived in arrivals.items() if layer not in reasons}
-            fits = {layer: fit_rotation(query, positions) for layer, query in queries.items()}
+            fits, unrotated = _rotations(model, before)
             rotated = [layer for layer, turns in fits.items() if turns]
-            unrotated = [layer for layer, query in queries.items() if layer not in rotated and is_still(query)]
-            if rotated or len(unrotated) == len(queries):
+            if rotated or len(unrotated) == len(fits):
                 break
         else:
             raise NotSupportedError(
@@ -128,12 +120,11 @@ class RotaryLayout:
             raise NotSupportedError(
                 f"the layers of {type(model).__name__} rotate different planes; FASA needs one layout for all."
             )
-        head_dim = next(iter(queries.values())).shape[-1]
+        layers, _, _, head_dim = attention_shape(model)
         layout = cls._with_rest(torch.tensor(planes, dtype=torch.long).view(-1, 2), head_dim)
         layout.frequencies = torch.tensor([turns[plane] for plane in planes], dtype=torch.float64)
         layout.unrotated_layers = tuple(unrotated)
-        served = {*rotated, *unrotated}
-        layout.unserved_layers = tuple(layer for layer in range(attention_shape(model)[0]) if layer not in served)
+        layout.unserved_layers = tuple(sorted({*range(layers)} - {*rotated, *unrotated}))
         return layout
 
     @classmethod
@@ -201,6 +192,23 @@ def _check_dims(head_dim: int, rotary_dim: int | None) -> int:
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise ValueError(f"rotary_dim must be even and lie in 2..{head_dim}, got {rotary_dim}.")
     return rotary_dim
+
+
+def _rotations(model: PreTrainedModel, before: int) -> tuple[dict[int, dict[Plane, float]], list[int]]:
+    """The planes and frequencies of every layer that FASA can serve, and the layers whose queries stand still.
+
+    Raises:
+        NotImplementedError: FASA can serve no layer.
+    """
+    positions, arrivals = _probe(model, before)
+    reasons = why_dense(model, arrivals)
+    if not set(arrivals) - set(reasons):
+        layer, reason = next(iter(reasons.items()))
+        sentence = f"{type(model).__name__} has no layer that FASA can serve: layer {layer} has {reason}."
+        raise NotSupportedError(sentence)
+    queries = {layer: _rows(arrived) for layer, arrived in arrivals.items() if layer not in reasons}
+    fits = {layer: fit_rotation(query, positions) for layer, query in queries.items()}
+    return fits, [layer for layer, query in queries.items() if not fits[layer] and is_still(query)]
 
 
 def _probe(model: PreTrainedModel, before: int) -> tuple[Tensor, dict[int, Arrival]]:

@@ -80,6 +80,11 @@ STATED: dict[str, dict[str, Any]] = {
     "MinistralForCausalLM": _SIZED_HEADS,
     "NemotronForCausalLM": {"num_key_value_heads": 2},
     "PaddleOCRVLForConditionalGeneration": {"text_config.rope_parameters": _sections([2, 3, 3])},
+    "Qwen2_5OmniThinkerForConditionalGeneration": {
+        "text_config.rope_parameters": _sections([2, 3, 3]),
+        "vision_start_token_id": 62,
+    },
+    "Qwen2_5_VLForConditionalGeneration": {"text_config.rope_parameters": _sections([2, 3, 3])},
     "Qwen2VLForConditionalGeneration": {"text_config.rope_parameters": _sections([2, 3, 3])},
     "Qwen3OmniMoeThinkerForConditionalGeneration": {"vision_start_token_id": 62},
     "ReformerModelWithLMHead": {"is_decoder": True},
