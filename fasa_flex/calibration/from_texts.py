@@ -176,7 +176,9 @@ def _continue(model: PreTrainedModel, ids: Tensor, max_new_tokens: int) -> Tenso
             max_new_tokens=max_new_tokens,
             **_GREEDY,
         )
-    except (AttributeError, TypeError, LookupError, ValueError) as error:  # such as for want of an image
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, TypeError, LookupError, ValueError, RuntimeError) as error:  # such as for want of an image
         raise NotSupportedError(
             f"{type(model).__name__} does not continue a text without other inputs ({type(error).__name__}: "
             f"{' '.join(str(error).split())}); call enable without a profile, which calibrates on the prompt."
