@@ -1,7 +1,8 @@
 """Layers without RoPE: how far few chunks of frequency 0 get, beside the same layers with RoPE.
 
-    python -m evals.quality.no_rope            # ten minutes on one core; writes evals/results/no_rope.json
+    python -m evals.quality.no_rope    # five minutes on one idle core
 
+It writes evals/results/no_rope.json, and from it the table of evals/docs/models.md.
 The reference model becomes a SmolLM3, two of its four layers lose RoPE, and it trains for a hundred steps, until it
 finds facts again. Both models are measured on held-out text and facts: the share of the logits' variance that half and
 a quarter of the chunks explain, and perplexity and exact answers with some layers sparse.
@@ -23,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, SmolLM3Config, SmolLM3ForCausalLM
 
+from evals.marked import fill
 from evals.reference_model.corpus import training_text
 from evals.reference_model.data import Sampler, Vocabulary
 from evals.reference_model.recipe import Recipe, Stage
@@ -135,6 +137,25 @@ def measured(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+def table() -> str:
+    """The two layers with and without RoPE, side by side, from the committed result."""
+    result = json.loads(RESULTS.read_text())
+    columns = ["half of the chunks explain", "a quarter"]
+    columns += [f"perplexity, {n_fac} tokens" for n_fac in BUDGETS] + ["exact answers"]
+    lines = ["| layers 1 and 3 | " + " | ".join(columns) + " |", "| --- |" + " --: |" * len(columns)]
+    for title, name in (("with RoPE", "with RoPE in all layers"), ("without RoPE", "without RoPE in layers 1 and 3")):
+        shares = [[result[name]["explained"][part][layer] for layer in UNROTATED] for part in ("half", "quarter")]
+        cells = [" and ".join(f"{share:.0%}" for share in both) for both in shares]
+        rows = [row for row in result[name]["sparse"] if row["sparse"] == "1 and 3"]
+        cells += [f"{row['perplexity']:.3f}" for row in rows]
+        cells.append(f"{min(row['answers'] for row in rows):.0%}")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {ROOT / "docs" / "models.md": {"no rope table": table}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
@@ -156,7 +177,8 @@ def main() -> None:
     }
     rounded = json.loads(json.dumps(result), parse_float=lambda number: round(float(number), 4))
     replace_text(options.out, json.dumps(rounded, indent=1) + "\n")
-    print(json.dumps(rounded))
+    for page, tables in TABLES.items():
+        fill(page, tables)
 
 
 if __name__ == "__main__":
