@@ -20,6 +20,7 @@ from fasa_flex.calibration.rotation_fit import Plane, fit_rotation, is_still
 from fasa_flex.core.budget import check_count
 from fasa_flex.errors import NotSupportedError
 from fasa_flex.hf.arrival import Arrival
+from fasa_flex.hf.layer_kinds import WINDOW, other_kinds
 from fasa_flex.hf.model_structure import attention_shape, check_supported
 from fasa_flex.hf.probe import farthest_position, probe, why_dense
 from fasa_flex.hf.wrappers import unwrapped
@@ -109,6 +110,8 @@ class RotaryLayout:
             if rotated or len(unrotated) == len(fits):
                 break
         else:
+            if all(other_kinds(model.config).get(layer) == WINDOW for layer in fits):  # RecurrentGemma before 5.24
+                raise _serves_none(model, min(fits), f"a {WINDOW}")
             raise NotSupportedError(
                 f"the queries of {type(model).__name__} depend on the position and do not rotate with it (no RoPE, "
                 "absolute positions perhaps), so it has no frequency chunks; use a model with RoPE or no positions."
@@ -203,12 +206,15 @@ def _rotations(model: PreTrainedModel, before: int) -> tuple[dict[int, dict[Plan
     positions, arrivals = _probe(model, before)
     reasons = why_dense(model, arrivals)
     if not set(arrivals) - set(reasons):
-        layer, reason = next(iter(reasons.items()))
-        sentence = f"{type(model).__name__} has no layer that FASA can serve: layer {layer} has {reason}."
-        raise NotSupportedError(sentence)
+        raise _serves_none(model, *next(iter(reasons.items())))
     queries = {layer: _rows(arrived) for layer, arrived in arrivals.items() if layer not in reasons}
     fits = {layer: fit_rotation(query, positions) for layer, query in queries.items()}
     return fits, [layer for layer, query in queries.items() if not fits[layer] and is_still(query)]
+
+
+def _serves_none(model: PreTrainedModel, layer: int, reason: str) -> NotSupportedError:
+    """Make the error for a model none of whose layers FASA can serve."""
+    return NotSupportedError(f"{type(model).__name__} has no layer that FASA can serve: layer {layer} has {reason}.")
 
 
 def _probe(model: PreTrainedModel, before: int) -> tuple[Tensor, dict[int, Arrival]]:

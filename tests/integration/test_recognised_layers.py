@@ -209,7 +209,7 @@ REFUSED = {
     "jetmoe": r"4 query heads of 16 dimensions on 4 key heads of 16, where the config states 4 on 2 of 16",
     "hrm": r"passes in one forward",
     "t5gemma": r"is an encoder-decoder",
-    "glm_moe_dsa": r"indexed_attention, which select or compress their keys by themselves",
+    "glm_moe_dsa": r"(indexed|deepseek_sparse)_attention, which select or compress their keys by themselves",
     "doge": r"attention mask of shape \(\d+, 4, \d+, \d+\)",
 }
 
