@@ -10,7 +10,7 @@ import torch
 import transformers
 from cases import plain
 from conftest import token_ids
-from generation import generate, profile_of
+from generation import close, generate, profile_of
 from integration.test_oracle_decode import decoding_by_the_oracle
 from sweep.build import build
 from sweep.stated import STATED
@@ -127,6 +127,20 @@ def test_a_cache_of_a_hybrid_packs_its_attention_layers(name: str, options: dict
             assert cache.size.device > 0
             cache.reset()
     assert [n for n, layer in enumerate(cache.layers) if hasattr(layer, "packed")] == list(HYBRIDS[name])
+
+
+@pytest.mark.slow
+def test_compiled_steps_with_keys_beside_a_state_are_the_eager_ones() -> None:
+    model = made("FalconH1ForCausalLM")
+    steps = []
+    with torch.no_grad(), enable(model, profile_of(model), FasaConfig(n_fac=6, dense_layers=())) as fasa:
+        for run in (model.forward, torch.compile(model.forward)):
+            cache = StaticCache(config=model.config, max_cache_len=PROMPT + 3)
+            token = model(prompts(), **cache_argument(model, cache)).logits[:, -1:].argmax(-1)
+            steps.append([run(token, **cache_argument(model, cache)).logits for _ in range(3)])
+            assert all(hasattr(layer, "packed") for layer in cache.layers)
+        assert fasa.stats.sparse_queries == 2 * 3 * len(prompts()) * 4
+    close(torch.stack(steps[1]), torch.stack(steps[0]))
 
 
 def test_keys_beside_a_state_are_not_moved_to_host_memory() -> None:
