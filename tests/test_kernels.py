@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from fasa_flex import FasaCache, FasaConfig, enable, fasa_attention
 from fasa_flex.backends.table import BACKENDS, ORDER
-from fasa_flex.backends.triton.dispatch import codes_of, decode_by_kernels
+from fasa_flex.backends.triton.dispatch import decode_by_kernels, in_rows
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.completion import Completion, CompletionState
 from fasa_flex.core.method import Call
@@ -164,16 +164,15 @@ def test_decode_equals_the_oracle(step: Step, held: bool) -> None:
     assert_equals_the_oracle(step, held)
 
 
-@pytest.mark.parametrize("limit", ["MOST_COUNTED", "MOST_FOCUSED"])
 @pytest.mark.parametrize(
     "step", [STEPS["a search over tiles"], STEPS["the defaults"], Step(90, forced=2, masked=0.9)], ids=str
 )
-def test_long_rows_select_the_same(step: Step, limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From 2048 tiles on the search guesses, from 4096 on it is a kernel of its own.
+def test_long_rows_select_the_same(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 8192 tiles on the search is a kernel of its own.
 
     The last step's orders span 32 bits, from keys of no use to those that are forced.
     """
-    monkeypatch.setattr(ops, limit, 1)
+    monkeypatch.setattr(ops, "MOST_FOCUSED", 1)
     assert_equals_the_oracle(step, held=False)
 
 
@@ -232,7 +231,7 @@ def test_dense_decode_equals_the_oracle_with_a_budget_for_all_keys(step: Step, m
     real = torch.rand(step.batch, step.length, generator=generator(5)) >= step.masked
     if step.masked:
         real[0] = False
-    out = dense.dense_decode(q, k, v, codes_of(real), step.dim**-0.5, step.softcap, sinks)
+    out = dense.dense_decode(q, k, v, in_rows(real), step.dim**-0.5, step.softcap, sinks)
     expected = oracle.fasa(
         *(x.double().numpy() for x in (q, k, v)),
         pick_chunks(step.kv_heads, step.n_tip, dim=step.dim).numpy(),

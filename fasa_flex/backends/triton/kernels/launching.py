@@ -16,14 +16,16 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 @triton.jit
 def begin(OVERLAP: tl.constexpr):
-    """Programmatic dependent launch (sm_90 and later) if ``OVERLAP``; each kernel calls this first.
+    """Programmatic dependent launch (sm_90 and later) if ``OVERLAP``; each kernel calls this, at the latest before it
+    reads the results of the kernel before it.
 
     The next kernel is launched while this one runs, and waits here for its results. The kernels of a step are so short
-    that the GPU would idle between two of them.
+    that the GPU would idle between two of them. Since a kernel waits before it lets the next one start, that one may
+    read the results of all kernels but this one before it waits.
     """
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @functools.cache
