@@ -281,7 +281,7 @@ def _attend(
         *head_strides(key, value), tip.scaling, tip.softcap or 1.0, key.stride(2), value.stride(2),
         group, power_of_two(group, 16), dim, power_of_two(dim, 16), value_dim, power_of_two(value_dim, 16), block,
         kv_heads, tip.softcap is not None, ending.sinks is not None, *inputs, means, covariances, covered,
-        tip.packed.stride(1), units.shape[1], masses.shape[1], ending.strength, *constants, tip.completes, first_order,
+        tip.packed.shape[2], units.shape[1], masses.shape[1], ending.strength, *constants, tip.completes, first_order,
         selects, overlap, num_warps=warps, **launch,
     )  # fmt: skip
     return out

@@ -37,7 +37,7 @@ def dense_decode(
         query: float [B, Hq, 1, D], contiguous.
         key: float [B, Hkv, T, D], rows contiguous.
         value: float [B, Hkv, T, Dv], rows contiguous.
-        valid: valid keys, bool [B or 1, T], rows contiguous.
+        valid: 1 for valid keys, uint8 [B or 1, T], rows contiguous.
         scaling: factor of the logits.
         softcap: soft cap of the scaled logits, or None.
         sinks: learned sinks, float [Hq], or None.

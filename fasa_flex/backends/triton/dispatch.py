@@ -200,6 +200,10 @@ def _shift(
 
 
 def in_rows(marked: Tensor) -> Tensor:
-    """[B or 1, 1, 1, 1, N] as [B or 1, N], rows contiguous."""
+    """[B or 1, 1, 1, 1, N] as [B or 1, N], rows contiguous; bool as uint8."""
     rows = marked.flatten(1)
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    if rows.dtype != torch.bool:
+        return rows
+    # eager: reinterpret without a kernel; compiled: the cast is fused (torch 2.11 has no such view)
+    return rows.to(torch.uint8) if torch.compiler.is_compiling() else rows.view(torch.uint8)

@@ -27,8 +27,8 @@ class Tip(NamedTuple):
             uint8, two codes of four bits (`fasa_flex.core.packed_keys`).
         scales: scales of integer keys, float16 [B, Hkv, C]; None for float dtypes.
         shift: number added to the scores of a query head, float32 [B * Hq], contiguous; None: 0.
-        valid: valid keys, bool [B or 1, T], rows contiguous.
-        forced: keys that are always selected, bool [B or 1, T], rows contiguous; None: none.
+        valid: 1 for valid keys, uint8 [B or 1, T], rows contiguous.
+        forced: 1 for keys that are always selected, uint8 [B or 1, T], rows contiguous; None: none.
         sample: slots of sampled keys, int64 [B or 1, S], -1 for none, rows contiguous; their mass is the unit of the
             weights. None: all valid keys.
         n_fac: tokens to select; as many tiles of 16 keys are searched in registers.
@@ -140,7 +140,7 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
         sample = _or(tip.sample, query)
         sum_keys[(parts, rows)](
             *inputs, tip.valid, sample, units, kv_len, 0 if tip.sample is None else sample.shape[1],
-            _stride(tip.valid), _stride(sample), packed.stride(1), sum_steps, tip.scaling, softcap,
+            _stride(tip.valid), _stride(sample), packed.shape[2], sum_steps, tip.scaling, softcap,
             group, power_of_two(group, 8), dim, width, part, part_pad, SUM_BLOCK, *has, tip.sample is not None,
             native, kv_heads, overlap, num_warps=SUM_WARPS, **launch,
         )  # fmt: skip
@@ -148,7 +148,7 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
     forced = _or(tip.forced, tip.valid)
     score_keys[(parts_of(blocks, steps), rows)](
         *inputs, tip.valid, forced, units, order, maxima, masses, order.stride(0), maxima.stride(0), kv_len,
-        _stride(tip.valid), _stride(forced), packed.stride(1), blocks, steps, parts, tip.scaling, softcap,
+        _stride(tip.valid), _stride(forced), packed.shape[2], blocks, steps, parts, tip.scaling, softcap,
         group, power_of_two(group, 8 // fold), fold, dim, width, part, part_pad, block, power_of_two(max(1, parts)),
         *has, tip.forced is not None, tip.how if group > 1 else "max", tip.completes, native,
         SCORE_STAGES if block == SCORE_BLOCK else 2, kv_heads, overlap, num_warps=SCORE_WARPS, **launch,

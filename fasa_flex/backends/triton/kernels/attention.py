@@ -92,7 +92,7 @@ def attend_rows(
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
     BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, CAPPED: tl.constexpr, SUNK: tl.constexpr,
-    dims, weights, packed, scales, shift, units, masses, means, covariances, covered, packed_stride, parts, programs,
+    dims, weights, packed, scales, shift, units, masses, means, covariances, covered, capacity, parts, programs,
     strength,
     WIDTH: tl.constexpr, PART: tl.constexpr, PART_PAD: tl.constexpr, PARTS_PAD: tl.constexpr, SCALED: tl.constexpr,
     WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, NATIVE: tl.constexpr, COMPLETES: tl.constexpr,
@@ -133,13 +133,13 @@ def attend_rows(
             slot = tl.load(slots + row * wanted + number, mask=number < wanted, other=-1).to(tl.int64)
             real, dim = slot >= 0, tl.arange(0, PART_PAD)
             key = tl.load(
-                packed + row * packed_stride + slot[:, None] * PART + dim[None, :],
+                packed + (row * capacity + slot)[:, None] * PART + dim[None, :],
                 mask=real[:, None] & (dim < PART)[None, :],
                 other=0,
             )
             factor, added = 1.0, 0.0
             if SCALED:
-                factor = tl.load(scales + row * (packed_stride // PART) + slot, mask=real, other=0)
+                factor = tl.load(scales + row * capacity + slot, mask=real, other=0)
                 factor = factor.to(tl.float32)[:, None]
             if SHIFTED:
                 added = tl.load(shift + row * GROUP + head, mask=head < GROUP, other=0.0)[None, :]

@@ -163,7 +163,7 @@ def unit_of(units, row, parts, PARTS_PAD: tl.constexpr, GROUP: tl.constexpr, HEA
 @triton.jit
 def sum_keys(
     query, dims, weights, keys, scales, shift, valid, sample, units, kv_len, count, valid_stride, sample_stride,
-    key_stride, steps, scaling, softcap,
+    capacity, steps, scaling, softcap,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
     PART_PAD: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr,
     CAPPED: tl.constexpr, SAMPLED: tl.constexpr, NATIVE: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
@@ -193,13 +193,13 @@ def sum_keys(
             slot = number
             real = tl.load(valid + (row // KV_HEADS) * valid_stride + slot, mask=slot < kv_len, other=0) != 0
         key = tl.load(
-            keys + row * key_stride + slot.to(tl.int64)[:, None] * PART + dim[None, :],
+            keys + (row * capacity + slot)[:, None] * PART + dim[None, :],
             mask=real[:, None] & (dim < PART)[None, :],
             other=0,
         )
         factor = 1.0
         if SCALED:
-            factor = tl.load(scales + row * (key_stride // PART) + slot, mask=real, other=0).to(tl.float32)[:, None]
+            factor = tl.load(scales + row * capacity + slot, mask=real, other=0).to(tl.float32)[:, None]
         score = dot_products(key, lower, upper, WIDTH, PART, NATIVE)
         logits = logits_of(score, factor, added, scaling, softcap, SCALED, SHIFTED, CAPPED)
         best, total = _add_mass(tl.where(real[:, None], logits, float("-inf")), best, total)
@@ -237,13 +237,24 @@ def _mixed(logits, FAR: tl.constexpr):
 
 
 @triton.jit
+def _marks_of(valid, forced, block, kv_len, BLOCK: tl.constexpr, FORCED: tl.constexpr):
+    """Whether each key of a block is valid, and whether it is forced, as loaded."""
+    slot = block * BLOCK + tl.arange(0, BLOCK)
+    real = tl.load(valid + slot, mask=slot < kv_len, other=0)
+    first = real
+    if FORCED:
+        first = tl.load(forced + slot, mask=slot < kv_len, other=0)
+    return real, first
+
+
+@triton.jit
 def _rank_block(
-    keys, scales, valid, forced, order, maxima, lower, upper, added, unit, kv_len, block, scaling, softcap, sums, far,
+    keys, scales, real, first, order, maxima, lower, upper, added, unit, kv_len, block, scaling, softcap, sums, far,
     GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
     PART_PAD: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, CAPPED: tl.constexpr,
     FORCED: tl.constexpr, HOW: tl.constexpr, SUMS: tl.constexpr, NATIVE: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """Rank a block of keys: write their orders and the maximum of each of its tiles.
+    """Rank a block of keys: write their orders and the maximum of each of its tiles; ``real``, ``first``: `_marks_of`.
 
     Returns ``sums`` plus the weights of the valid keys [BLOCK // FOLD, FOLD, HEADS], and ``far`` [BLOCK], not 0 where
     ``FAR`` has to be set.
@@ -261,7 +272,7 @@ def _rank_block(
     if SCALED:
         scale = tl.load(scales + slot, mask=inside, other=0)
         factor = tl.reshape(scale, (ROWS, FOLD)).to(tl.float32)[:, :, None]
-    real = tl.load(valid + slot, mask=inside, other=0) != 0
+    real = real != 0
     score = tl.reshape(dot_products(key, lower, upper, WIDTH, PART, NATIVE), (ROWS, FOLD, HEADS))
     if SUMS or HOW == "softmax":
         logits = logits_of(score, factor, added, scaling, softcap, SCALED, SHIFTED, CAPPED) - unit[None, None, :]
@@ -288,7 +299,7 @@ def _rank_block(
             number = tl.where(odd, float("nan"), number)
         bits = _rank_bits(tl.reshape(number, (BLOCK,)))
     if FORCED:
-        bits = tl.where(tl.load(forced + slot, mask=inside, other=0) != 0, FIRST, bits)
+        bits = tl.where(first != 0, FIRST, bits)
     bits = tl.where(real, bits, LOWEST)
     tl.store(order + slot, bits)
     tile = block * (BLOCK // TILE) + tl.arange(0, BLOCK // TILE)
@@ -299,7 +310,7 @@ def _rank_block(
 @triton.jit
 def score_keys(
     query, dims, weights, keys, scales, shift, valid, forced, units, order, maxima, masses, order_stride,
-    maxima_stride, kv_len, valid_stride, forced_stride, key_stride, blocks, steps, parts, scaling, softcap,
+    maxima_stride, kv_len, valid_stride, forced_stride, capacity, blocks, steps, parts, scaling, softcap,
     GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     PART: tl.constexpr, PART_PAD: tl.constexpr, BLOCK: tl.constexpr, PARTS_PAD: tl.constexpr, SCALED: tl.constexpr,
     WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, CAPPED: tl.constexpr, FORCED: tl.constexpr, HOW: tl.constexpr,
@@ -325,27 +336,31 @@ def score_keys(
     if WEIGHS:  # the kernel before wrote the units alone, everything else is older
         begin(OVERLAP)
         unit = unit_of(units, row, parts, PARTS_PAD, GROUP, HEADS)
-    keys += row * key_stride
-    scales += row * (key_stride // PART)
+    keys += row * capacity * PART
+    scales += row * capacity
     order += row * order_stride
     maxima += row * maxima_stride
     valid += (row // KV_HEADS) * valid_stride
     forced += (row // KV_HEADS) * forced_stride
     sums = tl.zeros([BLOCK // FOLD, FOLD, HEADS], tl.float32)
     far = tl.zeros([BLOCK], tl.int32)
-    first, last = program * steps, tl.minimum(program * steps + steps, blocks)
-    for block in tl.range(first, last, num_stages=STAGES):
+    begun, ended = program * steps, tl.minimum(program * steps + steps, blocks)
+    real, first = _marks_of(valid, forced, begun, kv_len, BLOCK, FORCED)
+    for block in tl.range(begun, ended, num_stages=STAGES):
+        next_real, next_first = _marks_of(valid, forced, block + 1, kv_len, BLOCK, FORCED)  # used a block later
         sums, far = _rank_block(
-            keys, scales, valid, forced, order, maxima, lower, upper, added, unit, kv_len, block, scaling, softcap,
-            sums, far, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, SCALED, SHIFTED, CAPPED, FORCED, HOW, SUMS,
-            NATIVE, False,
+            keys, scales, real, first, order, maxima, lower, upper, added, unit, kv_len, block, scaling, softcap, sums,
+            far, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, SCALED, SHIFTED, CAPPED, FORCED, HOW, SUMS, NATIVE,
+            False,
         )  # fmt: skip
+        real, first = next_real, next_first
     if WEIGHS:
         if tl.max(far, 0) > 0:
             sums = tl.zeros([BLOCK // FOLD, FOLD, HEADS], tl.float32)
-            for block in range(first, last):
+            for block in tl.range(begun, ended, num_stages=1):
+                real, first = _marks_of(valid, forced, block, kv_len, BLOCK, FORCED)
                 sums, far = _rank_block(
-                    keys, scales, valid, forced, order, maxima, lower, upper, added, unit, kv_len, block, scaling,
+                    keys, scales, real, first, order, maxima, lower, upper, added, unit, kv_len, block, scaling,
                     softcap, sums, far, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, SCALED, SHIFTED, CAPPED,
                     FORCED, HOW, SUMS, NATIVE, True,
                 )  # fmt: skip
