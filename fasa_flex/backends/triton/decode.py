@@ -25,10 +25,7 @@ SELECT_WARPS = 8
 ATTEND_BLOCK, ATTEND_WARPS = 128, 4
 FOCUS_WARPS, MOST_FOCUSED = 8, 8192  # more tiles: two kernels, since a longer search needs more warps
 FIND_WARPS, FETCH_BLOCK, FETCH_WARPS, FETCH_PROGRAMS = 8, 16, 4, 64
-"""Keys and warps of a program: the fastest of those measured on an H200, those of host memory on an H100.
-
-More than 64 programs fetch scattered host rows more slowly.
-"""
+"""Keys and warps of a program. More than 64 programs fetch scattered host rows more slowly (measured on an H100)."""
 
 
 class Ending(NamedTuple):

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.completion import cover_on
-from fasa_flex.core.config import FasaConfig, GroupReduce
+from fasa_flex.core.config import FasaConfig
 from fasa_flex.core.method import Call
 from fasa_flex.core.packed_keys import PackedKeys
 from fasa_flex.core.scoring import DominantChunks
 from fasa_flex.core.softmax import Softmax
 from fasa_flex.errors import NotSupportedError
-
-if TYPE_CHECKING:
-    from fasa_flex.backends.triton.decode import Ending
-    from fasa_flex.backends.triton.tip import Tip
 
 MOST_SELECTED = 1024
 """Largest budget that the kernels serve: they search as many tiles of 16 keys in registers."""
@@ -127,13 +123,13 @@ def decode_by_kernels(call: Call) -> Tensor:
         sparse_decode,
     )
 
-    query, tip, ending = _arguments_of(call)
+    query, ranking, ending = _arguments_of(call)
     key, value, held = call.key, call.value, call.resident
-    if held is None or held.count != min(tip.n_fac, tip.kv_len):
-        return sparse_decode(query, key, value, *tip, *ending)
-    found = select_slots(query, *tip)
+    if held is None or held.count != call.budget.widest(call.valid.shape[-1]):
+        return sparse_decode(query, key, value, *ranking, *ending)
+    found = select_slots(query, *ranking)
     places = hold_slots(key, value, found[0], held.slots, held.places, held.keys, held.values, held.length)
-    return attend_slots(query, held.keys, held.values, places, *found, *tip, *ending)
+    return attend_slots(query, held.keys, held.values, places, *found, *ranking, *ending)
 
 
 def decode_pages_by_kernels(call: Call, keys: Tensor, values: Tensor, rows_of: Callable[[Tensor], Tensor]) -> Tensor:
@@ -147,15 +143,15 @@ def decode_pages_by_kernels(call: Call, keys: Tensor, values: Tensor, rows_of: C
     """
     from fasa_flex.backends.triton.decode import attend_slots, select_slots  # Triton is installed with CUDA only
 
-    query, tip, ending = _arguments_of(call)
-    found = select_slots(query, *tip)
+    query, ranking, ending = _arguments_of(call)
+    found = select_slots(query, *ranking)
     rows = rows_of(found[0].view(len(query), -1)).view_as(found[0])
     key, value = (states.transpose(0, 1)[None].expand(len(query), -1, -1, -1) for states in (keys, values))
-    return attend_slots(query, key, value, rows, *found, *tip, *ending)
+    return attend_slots(query, key, value, rows, *found, *ranking, *ending)
 
 
-def _arguments_of(call: Call) -> tuple[Tensor, Tip, Ending]:
-    """The arguments of the operators of a call: its query, contiguous, and those that several of them share."""
+def _arguments_of(call: Call) -> tuple[Tensor, tuple[Any, ...], tuple[Any, ...]]:
+    """A call's query, contiguous, and the arguments that the operators share: the fields of `Tip` and of `Ending`."""
     from fasa_flex.backends.triton.decode import Ending  # Triton is installed with CUDA only
     from fasa_flex.backends.triton.tip import Tip
 
@@ -163,18 +159,19 @@ def _arguments_of(call: Call) -> tuple[Tensor, Tip, Ending]:
     assert isinstance(scorer, DominantChunks)
     assert isinstance(packed, PackedKeys)
     assert isinstance(call.budget.n_fac, int)
-    marks, completion, how = call.known_marks(), call.completion, call.group_reduce
+    marks, completion = call.known_marks(), call.completion
+    how = call.group_reduce if query.shape[1] > call.key.shape[1] else "max"
     tip = Tip(
         scorer.dims.contiguous(),
         None if scorer.weights is None else scorer.weights.contiguous(),
         packed.tiles.squeeze(4),
         None if packed.scales is None else packed.scales.squeeze(3),
-        _shift(query, call.key, scorer, how, softmax),
+        _shift(query, scorer, how in ("max", "mean") and query.shape[1] > call.key.shape[1], softmax),
         in_rows(call.valid),
         None if marks.forced is None else in_rows(marks.forced),
         None if marks.sample is None or how == "softmax_exact" else in_rows(marks.sample),
         call.budget.n_fac,
-        {"none": "max", "softmax_exact": "softmax"}.get(how, how),
+        "softmax" if how == "softmax_exact" else how,
         softmax.scaling,
         softmax.softcap,
         completion is not None,
@@ -187,14 +184,11 @@ def _arguments_of(call: Call) -> tuple[Tensor, Tip, Ending]:
     return query, tip, Ending(state.mean_value, state.covariance, state.covered, completion.strength, sinks)
 
 
-def _shift(
-    query: Tensor, key: Tensor, scorer: DominantChunks, group_reduce: GroupReduce, softmax: Softmax
-) -> Tensor | None:
+def _shift(query: Tensor, scorer: DominantChunks, compares: bool, softmax: Softmax) -> Tensor | None:
     """`DominantChunks.shift`, float32 [B * Hq], if scores are capped or compared between query heads; else None.
 
     Otherwise it cancels, since it is the same for all keys of a query head.
     """
-    compares = group_reduce in ("max", "mean") and query.shape[1] != key.shape[1]
     shift = scorer.shift(query) if compares or softmax.softcap is not None else None
     return None if shift is None else shift.flatten().contiguous()
 

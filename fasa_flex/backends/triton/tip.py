@@ -11,7 +11,7 @@ from fasa_flex.backends.triton.kernels import TILE, overlapping, parts_of, power
 
 SUM_BLOCK, MOST_SUMS, SUM_WARPS = 256, 64, 4
 SCORE_BLOCK, SCORE_WARPS, SCORE_STAGES, SCORE_PROGRAMS, MOST_STEPS = 256, 4, 4, 2048, 16
-"""Keys, warps and pipeline stages of a program, and most programs: the fastest of those measured on an H200."""
+"""Keys, warps and pipeline stages of a program, and limits of their numbers (`evals.bench.kernels` times others)."""
 
 WIDE = 16384
 """Bytes of a block of packed keys from which a program takes half as many keys, in two stages."""
@@ -150,7 +150,7 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
         *inputs, tip.valid, forced, units, order, maxima, masses, order.stride(0), maxima.stride(0), kv_len,
         _stride(tip.valid), _stride(forced), packed.shape[2], blocks, steps, parts, tip.scaling, softcap,
         group, power_of_two(group, 8 // fold), fold, dim, width, part, part_pad, block, power_of_two(max(1, parts)),
-        *has, tip.forced is not None, tip.how if group > 1 else "max", tip.completes, native,
+        *has, tip.forced is not None, tip.how, tip.completes, native,
         SCORE_STAGES if block == SCORE_BLOCK else 2, kv_heads, overlap, num_warps=SCORE_WARPS, **launch,
     )  # fmt: skip
     return Ranking(order, maxima, units, masses)

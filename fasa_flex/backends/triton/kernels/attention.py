@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 
 from fasa_flex.backends.triton.kernels.launching import begin
-from fasa_flex.backends.triton.kernels.scoring import MOST, both_queries, capped, dot_products, logits_of, unit_of
+from fasa_flex.backends.triton.kernels.products import both_queries, capped, dot_products, logits_of
+from fasa_flex.backends.triton.kernels.scoring import MOST, unit_of
 from fasa_flex.backends.triton.kernels.selection import select_keys
-
 
 _SLICE = tl.constexpr(64)
 """Dimensions of the query that are multiplied by the completion's covariance at one time."""
@@ -74,11 +74,12 @@ def _share(
 ):  # fmt: skip
     """The selected keys' share of the mass of all valid keys, as in `fasa_flex.core.completion.kept_share`."""
     head = tl.arange(0, GROUP_PAD)
-    total = tl.zeros([GROUP_PAD], tl.float32)
+    parts = tl.zeros([STEP, GROUP_PAD], tl.float32)
     for start in range(0, programs, STEP):
         program = start + tl.arange(0, STEP)
         place = masses + (row * programs + program[:, None]) * GROUP + head[None, :]
-        total += tl.sum(tl.load(place, mask=(program < programs)[:, None] & (head < GROUP)[None, :], other=0.0), 0)
+        parts += tl.load(place, mask=(program < programs)[:, None] & (head < GROUP)[None, :], other=0.0)
+    total = tl.sum(parts, 0)
     share = kept / tl.where(total > 0.0, total, 1.0)
     share = tl.where((share > 1.0) | (total <= 0.0), 1.0, share)
     return tl.where(tl.load(covered + row) > 0, share, 1.0)
@@ -104,7 +105,8 @@ def attend_rows(
     ``SELECTS`` the kernel is `select_keys` first, and ``places`` is ``slots``.
     """
     row, head = tl.program_id(0).to(tl.int64), tl.arange(0, GROUP_PAD)
-    if COMPLETES:  # older than the kernel before
+    # what is read before the call of `begin` is older than the kernel before
+    if COMPLETES:
         rest = _remainder(
             query, means, covariances, row, scaling * strength, GROUP, GROUP_PAD, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD,
             FIRST_ORDER,
@@ -113,13 +115,13 @@ def attend_rows(
             query, dims, weights, row, GROUP, GROUP_PAD, 1, DIM, WIDTH, PART, PART_PAD, WEIGHTED, NATIVE, KV_HEADS
         )  # fmt: skip
         unit = unit_of(units, row, parts, PARTS_PAD, GROUP, GROUP_PAD)
+    queries = _queries(query, row, GROUP, GROUP_PAD, DIM, DIM_PAD)
     begin(OVERLAP)
     if SELECTS:
         select_keys(
             order, maxima, tiles, slots, order_stride, maxima_stride, wanted, TILES_PAD, WANTED_PAD, SEARCH, False
         )  # fmt: skip
         tl.debug_barrier()  # other threads read the slots
-    queries = _queries(query, row, GROUP, GROUP_PAD, DIM, DIM_PAD)
     best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
     kept = tl.zeros([GROUP_PAD], tl.float32)

@@ -1,4 +1,4 @@
-"""Kernels of TIP: scores, the group's ranking, the maxima of tiles for the selection, and sums of attention weights."""
+"""Kernels of TIP: the group's ranking, the maxima of tiles for the selection, and sums of attention weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from fasa_flex.backends.triton.kernels.launching import begin
+from fasa_flex.backends.triton.kernels.products import both_queries, dot_products, logits_of
 
 TILE = tl.constexpr(16)
 """Keys of a tile, whose maximum the selection searches first."""
@@ -13,129 +14,11 @@ TILE = tl.constexpr(16)
 LOWEST, FIRST = tl.constexpr(-2147483648), tl.constexpr(2147483647)
 """Orders of an invalid key, which is never selected, and of a forced one, which always is."""
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-
 _SMALL, _LARGE = tl.constexpr(8e-31), tl.constexpr(3e34)
 """Sums of weights, e^-69 and e^79, between which floats neither underflow nor overflow."""
 
 MOST = tl.constexpr(115.0)
 """Largest base-2 logarithm of a weight, relative to the sample's mass, whose sums do not overflow (e^80)."""
-
-
-@triton.jit
-def capped(logits, softcap):
-    """``softcap * tanh(logits / softcap)``."""
-    return softcap * (1.0 - 2.0 / (tl.exp(2.0 * logits / softcap) + 1.0))
-
-
-@triton.jit
-def scoring_queries(
-    query, dims, weights, row, FROM: tl.constexpr,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    PART: tl.constexpr, PART_PAD: tl.constexpr, WEIGHTED: tl.constexpr, KV_HEADS: tl.constexpr,
-):  # fmt: skip
-    """A group's weighted queries in ``PART`` of the scored dimensions: [FOLD * PART_PAD, FOLD * HEADS].
-
-    ``FOLD`` keys are one row of a matrix product, so that the tensor cores compute no scores of padding heads: each key
-    has its own rows and columns here, and the others are 0.
-    """
-    at, column = tl.arange(0, FOLD * PART_PAD), tl.arange(0, FOLD * HEADS)
-    dim, head = at % PART_PAD, column % HEADS
-    own = (at // PART_PAD)[:, None] == (column // HEADS)[None, :]
-    place, real = (row % KV_HEADS) * WIDTH + FROM + dim, dim < PART
-    place_of = query + (row * GROUP + head[None, :]) * DIM + tl.load(dims + place, mask=real, other=0)[:, None]
-    queries = tl.load(place_of, mask=own & (head < GROUP)[None, :] & real[:, None], other=0)
-    if WEIGHTED:  # rounded as in PyTorch
-        weight = tl.load(weights + place, mask=real, other=0).to(queries.dtype)
-        queries = (queries.to(tl.float32) * weight.to(tl.float32)[:, None]).to(queries.dtype)
-    return queries
-
-
-@triton.jit
-def both_queries(
-    query, dims, weights, row,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    PART: tl.constexpr, PART_PAD: tl.constexpr, WEIGHTED: tl.constexpr, NATIVE: tl.constexpr, KV_HEADS: tl.constexpr,
-):  # fmt: skip
-    """`scoring_queries` for the low and for the high bits of a packed byte; equal if a byte is one number."""
-    lower = scoring_queries(
-        query, dims, weights, row, 0, GROUP, HEADS, FOLD, DIM, WIDTH, PART, PART_PAD, WEIGHTED, KV_HEADS
-    )  # fmt: skip
-    upper = lower
-    if PART < WIDTH:
-        upper = scoring_queries(
-            query, dims, weights, row, PART, GROUP, HEADS, FOLD, DIM, WIDTH, PART, PART_PAD, WEIGHTED, KV_HEADS
-        )  # fmt: skip
-        if NATIVE:  # the high code is unpacked times 16
-            lower, upper = lower.to(tl.float16), (upper.to(tl.float32) * 0.0625).to(tl.float16)
-    return lower, upper
-
-
-@triton.jit
-def _unpacked(key, dtype: tl.constexpr):
-    """The low and the high four-bit codes of bytes, as numbers."""
-    return ((key & 15).to(tl.int8) - 8).to(dtype), ((key >> 4).to(tl.int8) - 8).to(dtype)
-
-
-@triton.jit
-def _unpacked_natively(key):
-    """`_unpacked` to float16, the high code times 16, four bytes at once.
-
-    The bits of a code become the last bits of a float16 number from 1024 on, from which that offset is subtracted.
-    """
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 first, second, low, high;
-        prmt.b32 first, $4, 0, 0x4140;
-        prmt.b32 second, $4, 0, 0x4342;
-        mov.b32 low, 0x64086408;
-        mov.b32 high, 0x64806480;
-        lop3.b32 $0, first, 0x000f000f, 0x64006400, 0xea;
-        lop3.b32 $1, second, 0x000f000f, 0x64006400, 0xea;
-        lop3.b32 $2, first, 0x00f000f0, 0x64006400, 0xea;
-        lop3.b32 $3, second, 0x00f000f0, 0x64006400, 0xea;
-        sub.f16x2 $0, $0, low;
-        sub.f16x2 $1, $1, low;
-        sub.f16x2 $2, $2, high;
-        sub.f16x2 $3, $3, high;
-        }""",
-        "=&r,=&r,=&r,=&r,r",
-        [key],
-        dtype=(tl.float16, tl.float16),
-        is_pure=True,
-        pack=4,
-    )
-
-
-@triton.jit
-def dot_products(key, lower, upper, WIDTH: tl.constexpr, PART: tl.constexpr, NATIVE: tl.constexpr):
-    """Scores of packed keys before scale and shift: [N, M] of keys [N, K] and `both_queries` [K, M]."""
-    if PART == WIDTH:
-        score = tl.dot(key.to(lower.dtype), lower, input_precision="ieee")
-    else:
-        low, high = _unpacked_natively(key) if NATIVE else _unpacked(key, lower.dtype)
-        score = tl.dot(low, lower, input_precision="ieee")
-        score = tl.dot(high, upper, score, input_precision="ieee")
-    return score
-
-
-@triton.jit
-def logits_of(
-    score, factor, shift, scaling, softcap, SCALED: tl.constexpr, SHIFTED: tl.constexpr, CAPPED: tl.constexpr
-):  # fmt: skip
-    """Base-2 logits of `dot_products`; ``factor`` and ``shift`` broadcast to ``score``."""
-    if CAPPED or SHIFTED:
-        if SCALED:
-            score *= factor
-        if SHIFTED:
-            score += shift
-        score *= scaling
-        if CAPPED:
-            score = capped(score, softcap)
-        score *= LOG2_E
-    else:  # a product for each key instead of each query head
-        score *= factor * (scaling * LOG2_E)
-    return score
 
 
 @triton.jit
@@ -238,23 +121,22 @@ def _mixed(logits, FAR: tl.constexpr):
 
 @triton.jit
 def _marks_of(valid, forced, block, kv_len, BLOCK: tl.constexpr, FORCED: tl.constexpr):
-    """Whether each key of a block is valid, and whether it is forced, as loaded."""
+    """Marks of a block of keys: 1 for a valid one, 2 or 3 for a forced one, 0 for others."""
     slot = block * BLOCK + tl.arange(0, BLOCK)
-    real = tl.load(valid + slot, mask=slot < kv_len, other=0)
-    first = real
+    mark = tl.load(valid + slot, mask=slot < kv_len, other=0)
     if FORCED:
-        first = tl.load(forced + slot, mask=slot < kv_len, other=0)
-    return real, first
+        mark += tl.load(forced + slot, mask=slot < kv_len, other=0) * 2
+    return mark
 
 
 @triton.jit
 def _rank_block(
-    keys, scales, real, first, order, maxima, lower, upper, added, unit, kv_len, block, scaling, softcap, sums, far,
+    keys, scales, mark, order, maxima, lower, upper, added, unit, kv_len, block, scaling, softcap, sums, far,
     GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
     PART_PAD: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, CAPPED: tl.constexpr,
     FORCED: tl.constexpr, HOW: tl.constexpr, SUMS: tl.constexpr, NATIVE: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """Rank a block of keys: write their orders and the maximum of each of its tiles; ``real``, ``first``: `_marks_of`.
+    """Rank a block of keys: write their orders and the maximum of each of its tiles; ``mark``: `_marks_of`.
 
     Returns ``sums`` plus the weights of the valid keys [BLOCK // FOLD, FOLD, HEADS], and ``far`` [BLOCK], not 0 where
     ``FAR`` has to be set.
@@ -272,7 +154,7 @@ def _rank_block(
     if SCALED:
         scale = tl.load(scales + slot, mask=inside, other=0)
         factor = tl.reshape(scale, (ROWS, FOLD)).to(tl.float32)[:, :, None]
-    real = real != 0
+    real = mark != 0
     score = tl.reshape(dot_products(key, lower, upper, WIDTH, PART, NATIVE), (ROWS, FOLD, HEADS))
     if SUMS or HOW == "softmax":
         logits = logits_of(score, factor, added, scaling, softcap, SCALED, SHIFTED, CAPPED) - unit[None, None, :]
@@ -299,7 +181,7 @@ def _rank_block(
             number = tl.where(odd, float("nan"), number)
         bits = _rank_bits(tl.reshape(number, (BLOCK,)))
     if FORCED:
-        bits = tl.where(first != 0, FIRST, bits)
+        bits = tl.where(mark > 1, FIRST, bits)
     bits = tl.where(real, bits, LOWEST)
     tl.store(order + slot, bits)
     tile = block * (BLOCK // TILE) + tl.arange(0, BLOCK // TILE)
@@ -345,25 +227,27 @@ def score_keys(
     sums = tl.zeros([BLOCK // FOLD, FOLD, HEADS], tl.float32)
     far = tl.zeros([BLOCK], tl.int32)
     begun, ended = program * steps, tl.minimum(program * steps + steps, blocks)
-    real, first = _marks_of(valid, forced, begun, kv_len, BLOCK, FORCED)
+    mark = _marks_of(valid, forced, begun, kv_len, BLOCK, FORCED)
     for block in tl.range(begun, ended, num_stages=STAGES):
-        next_real, next_first = _marks_of(valid, forced, block + 1, kv_len, BLOCK, FORCED)  # used a block later
+        following = _marks_of(valid, forced, block + 1, kv_len, BLOCK, FORCED)  # loaded while this block is scored
         sums, far = _rank_block(
-            keys, scales, real, first, order, maxima, lower, upper, added, unit, kv_len, block, scaling, softcap, sums,
+            keys, scales, mark, order, maxima, lower, upper, added, unit, kv_len, block, scaling, softcap, sums,
             far, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, SCALED, SHIFTED, CAPPED, FORCED, HOW, SUMS, NATIVE,
             False,
         )  # fmt: skip
-        real, first = next_real, next_first
+        mark = following
+    again = False
     if WEIGHS:
-        if tl.max(far, 0) > 0:
-            sums = tl.zeros([BLOCK // FOLD, FOLD, HEADS], tl.float32)
-            for block in tl.range(begun, ended, num_stages=1):
-                real, first = _marks_of(valid, forced, block, kv_len, BLOCK, FORCED)
-                sums, far = _rank_block(
-                    keys, scales, real, first, order, maxima, lower, upper, added, unit, kv_len, block, scaling,
-                    softcap, sums, far, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, SCALED, SHIFTED, CAPPED,
-                    FORCED, HOW, SUMS, NATIVE, True,
-                )  # fmt: skip
+        again = tl.max(far, 0) > 0
+    if again:
+        sums = tl.zeros([BLOCK // FOLD, FOLD, HEADS], tl.float32)
+        for block in tl.range(begun, ended, num_stages=1):
+            mark = _marks_of(valid, forced, block, kv_len, BLOCK, FORCED)
+            sums, far = _rank_block(
+                keys, scales, mark, order, maxima, lower, upper, added, unit, kv_len, block, scaling,
+                softcap, sums, far, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, SCALED, SHIFTED, CAPPED,
+                FORCED, HOW, SUMS, NATIVE, True,
+            )  # fmt: skip
     if SUMS:
         place = masses + (row * tl.num_programs(0) + program) * GROUP + head
         tl.store(place, tl.sum(tl.sum(sums, 0), 0), mask=head < GROUP)
