@@ -147,8 +147,7 @@ def attend_rows(
                 added = tl.load(shift + row * GROUP + head, mask=head < GROUP, other=0.0)[None, :]
             logits = dot_products(key, lower, upper, WIDTH, PART, NATIVE)
             logits = logits_of(logits, factor, added, scaling, softcap, SCALED, SHIFTED, CAPPED) - unit[None, :]
-            beyond = tl.maximum(tl.max(logits, 1) - MOST, 0.0)  # as while ranking
-            kept += tl.sum(tl.where(real[:, None], tl.exp2(logits - beyond[:, None]), 0.0), 0)
+            kept += tl.sum(tl.where(real[:, None], tl.exp2(tl.minimum(logits, MOST)), 0.0), 0)
         best, total, result = _attend_block(
             queries, keys, values, place, place >= 0, best, total, result, scaling, softcap,
             KEY_STRIDE, VALUE_STRIDE, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, CAPPED,

@@ -103,14 +103,14 @@ def _rank_bits(scores):
 def _mixed(logits, FAR: tl.constexpr):
     """Weights of base-2 logits [N, FOLD, HEADS], and a number [N, FOLD] in the order of their sum over the heads.
 
-    Only with ``FAR`` a sum may lie beyond ``_SMALL`` and ``_LARGE``: a key's weights are then limited to 2^115, and a
-    number beyond the limits is the sum's logarithm, scaled to stay in order.
+    Only with ``FAR`` a sum may lie beyond ``_SMALL`` and ``_LARGE``: weights are then limited to 2^115, and a number
+    beyond the limits is the sum's logarithm, scaled to stay in order.
     """
     if FAR:
         best = tl.max(logits, 2)
         beyond = best - tl.minimum(tl.maximum(best, -MOST), MOST)
-        weights = tl.exp2(logits - beyond[:, :, None])
-        total = tl.sum(weights, 2)
+        weights = tl.exp2(tl.minimum(logits, MOST))
+        total = tl.sum(tl.exp2(logits - beyond[:, :, None]), 2)
         log = beyond + tl.log2(total)
         number = tl.where(log < 8.0 - MOST, log, tl.where(log > MOST, log * 1e33, total))
     else:
