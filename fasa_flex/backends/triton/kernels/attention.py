@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fasa_flex.backends.triton.kernels.launching import begin
+from fasa_flex.backends.triton.kernels.launching import begin, begin_in_turn
 from fasa_flex.backends.triton.kernels.products import both_queries, capped, dot_products, logits_of
 from fasa_flex.backends.triton.kernels.scoring import MOST, unit_of
 from fasa_flex.backends.triton.kernels.selection import select_keys
@@ -105,7 +105,7 @@ def attend_rows(
     ``SELECTS`` the kernel is `select_keys` first, and ``places`` is ``slots``.
     """
     row, head = tl.program_id(0).to(tl.int64), tl.arange(0, GROUP_PAD)
-    # what is read before the call of `begin` is older than the kernel before
+    # all that is read before `begin_in_turn` is older than the results of the kernel before
     if COMPLETES:
         rest = _remainder(
             query, means, covariances, row, scaling * strength, GROUP, GROUP_PAD, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD,
@@ -116,7 +116,7 @@ def attend_rows(
         )  # fmt: skip
         unit = unit_of(units, row, parts, PARTS_PAD, GROUP, GROUP_PAD)
     queries = _queries(query, row, GROUP, GROUP_PAD, DIM, DIM_PAD)
-    begin(OVERLAP)
+    begin_in_turn(OVERLAP)
     if SELECTS:
         select_keys(
             order, maxima, tiles, slots, order_stride, maxima_stride, wanted, TILES_PAD, WANTED_PAD, SEARCH, False

@@ -16,12 +16,21 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 @triton.jit
 def begin(OVERLAP: tl.constexpr):
-    """Programmatic dependent launch (sm_90 and later) if ``OVERLAP``; each kernel calls this, at the latest before it
-    reads the results of the kernel before it.
+    """Programmatic dependent launch (sm_90 and later) if ``OVERLAP``; each kernel calls this or `begin_in_turn` first.
 
     The next kernel is launched while this one runs, and waits here for its results. The kernels of a step are so short
-    that the GPU would idle between two of them. Since a kernel waits before it lets the next one start, that one may
-    read the results of all kernels but this one before it waits.
+    that the GPU would idle between two of them.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def begin_in_turn(OVERLAP: tl.constexpr):
+    """`begin`, but the next kernel starts only when this one has waited.
+
+    So the next kernel may read, before it waits in its turn, all that is older than the results of this one.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()

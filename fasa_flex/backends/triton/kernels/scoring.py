@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fasa_flex.backends.triton.kernels.launching import begin
+from fasa_flex.backends.triton.kernels.launching import begin_in_turn
 from fasa_flex.backends.triton.kernels.products import both_queries, dot_products, logits_of
 
 TILE = tl.constexpr(16)
@@ -55,7 +55,7 @@ def sum_keys(
 
     The ``count`` keys are those in the list ``sample``, -1 for none, or with not ``SAMPLED`` all valid ones.
     """
-    begin(OVERLAP)
+    begin_in_turn(OVERLAP)
     row, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
     dim, head = tl.arange(0, PART_PAD), tl.arange(0, HEADS)
     lower, upper = both_queries(
@@ -206,7 +206,7 @@ def score_keys(
     """
     WEIGHS: tl.constexpr = SUMS or HOW == "softmax"
     if not WEIGHS:
-        begin(OVERLAP)
+        begin_in_turn(OVERLAP)
     row, program, head = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.arange(0, HEADS)
     lower, upper = both_queries(
         query, dims, weights, row, GROUP, HEADS, FOLD, DIM, WIDTH, PART, PART_PAD, WEIGHTED, NATIVE, KV_HEADS
@@ -216,7 +216,7 @@ def score_keys(
         added = tl.load(shift + row * GROUP + head, mask=head < GROUP, other=0.0)[None, None, :]
     unit = tl.zeros([HEADS], tl.float32)
     if WEIGHS:  # the kernel before wrote the units alone, everything else is older
-        begin(OVERLAP)
+        begin_in_turn(OVERLAP)
         unit = unit_of(units, row, parts, PARTS_PAD, GROUP, HEADS)
     keys += row * capacity * PART
     scales += row * capacity
