@@ -13,6 +13,9 @@ SUM_BLOCK, MOST_SUMS, SUM_WARPS = 256, 64, 4
 SCORE_BLOCK, SCORE_WARPS, SCORE_STAGES, SCORE_PROGRAMS, MOST_STEPS = 256, 4, 4, 2048, 16
 """Keys, warps and pipeline stages of a program, and limits of their numbers (`evals.bench.kernels` times others)."""
 
+SCORE_REGISTERS = 96
+"""Most registers of a thread of `score_keys` on four-bit keys: a multiprocessor then runs five programs, not four."""
+
 WIDE = 16384
 """Bytes of a block of packed keys from which a program takes half as many keys, in two stages."""
 
@@ -145,13 +148,13 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
             native, kv_heads, overlap, num_warps=SUM_WARPS, **launch,
         )  # fmt: skip
     fold = 2 if tip.scales is not None and group <= 4 else 1  # float keys may hold NaN, which would spread
-    forced = _or(tip.forced, tip.valid)
+    forced, registers = _or(tip.forced, tip.valid), {"maxnreg": SCORE_REGISTERS} if native and SCORE_REGISTERS else {}
     score_keys[(parts_of(blocks, steps), rows)](
         *inputs, tip.valid, forced, units, order, maxima, masses, order.stride(0), maxima.stride(0), kv_len,
         _stride(tip.valid), _stride(forced), packed.shape[2], blocks, steps, parts, tip.scaling, softcap,
         group, power_of_two(group, 8 // fold), fold, dim, width, part, part_pad, block, power_of_two(max(1, parts)),
         *has, tip.forced is not None, tip.how, tip.completes, native,
-        SCORE_STAGES if block == SCORE_BLOCK else 2, kv_heads, overlap, num_warps=SCORE_WARPS, **launch,
+        SCORE_STAGES if block == SCORE_BLOCK else 2, kv_heads, overlap, num_warps=SCORE_WARPS, **registers, **launch,
     )  # fmt: skip
     return Ranking(order, maxima, units, masses)
 

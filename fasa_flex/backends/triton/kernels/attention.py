@@ -85,7 +85,7 @@ def _share(
     return tl.where(tl.load(covered + row) > 0, share, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "programs"])
 def attend_rows(
     order, maxima, tiles, slots, order_stride, maxima_stride, wanted,
     TILES_PAD: tl.constexpr, WANTED_PAD: tl.constexpr, SEARCH: tl.constexpr,

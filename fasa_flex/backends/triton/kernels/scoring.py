@@ -43,7 +43,7 @@ def unit_of(units, row, parts, PARTS_PAD: tl.constexpr, GROUP: tl.constexpr, HEA
     return tl.where(head < GROUP, unit, float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # a growing cache would compile again
 def sum_keys(
     query, dims, weights, keys, scales, shift, valid, sample, units, kv_len, count, valid_stride, sample_stride,
     capacity, steps, scaling, softcap,
@@ -189,7 +189,7 @@ def _rank_block(
     return sums, far
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "steps", "parts"])
 def score_keys(
     query, dims, weights, keys, scales, shift, valid, forced, units, order, maxima, masses, order_stride,
     maxima_stride, kv_len, valid_stride, forced_stride, capacity, blocks, steps, parts, scaling, softcap,
