@@ -15,7 +15,10 @@ LOWEST, FIRST = tl.constexpr(-2147483648), tl.constexpr(2147483647)
 """Orders of an invalid key, which is never selected, and of a forced one, which always is."""
 
 _SMALL, _LARGE = tl.constexpr(8e-31), tl.constexpr(3e34)
-"""Sums of weights, e^-69 and e^79, between which floats neither underflow nor overflow."""
+"""Sums of weights, e^-69 and e^79, between which floats neither underflow nor overflow.
+
+SmolLM2's 90 heads weigh no key of 3,000 tokens less than e^-51 of the sample's mass.
+"""
 
 MOST = tl.constexpr(115.0)
 """Largest base-2 logarithm of a weight, relative to the sample's mass, whose sums do not overflow (e^80)."""
