@@ -130,6 +130,7 @@ def test_a_cache_of_a_hybrid_packs_its_attention_layers(name: str, options: dict
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_steps_with_keys_beside_a_state_are_the_eager_ones() -> None:
     model = made("FalconH1ForCausalLM")
     steps = []
