@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from fasa_flex.core.softmax import Softmax
+from fasa_flex.hf.compatibility import CACHE_NAMES
 from fasa_flex.hf.model_structure import layer_of
 
 AttentionResult = tuple[Tensor, Tensor | None]
@@ -21,6 +24,24 @@ class DenseAttention(Protocol):
     def __call__(  # noqa: D102 - see the class
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> AttentionResult: ...
+
+
+def cache_among(arguments: Mapping[str, Any]) -> Cache | None:
+    """Return the cache among the keyword arguments of an attention module; None if there is none.
+
+    Raises:
+        ValueError: the cache is of another kind.
+    """
+    for name in CACHE_NAMES:
+        cache = arguments.get(name)
+        if isinstance(cache, Cache):
+            return cache
+        if cache is not None:
+            raise ValueError(
+                f"FASA reads a transformers Cache and the model was handed a {type(cache).__name__}; pass a Cache such "
+                "as DynamicCache, or disable() FASA first."
+            )
+    return None
 
 
 @dataclass(slots=True, eq=False)
