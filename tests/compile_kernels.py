@@ -21,6 +21,7 @@ POINTERS = dict.fromkeys(("query", "key", "value", "keys", "values", "packed", "
 POINTERS |= dict.fromkeys(("logits", "masses", "sample", "share", "shift", "weights", "mean_key"), "*fp32")
 POINTERS |= dict.fromkeys(("bests", "totals", "results", "key_sum", "value_sum", "product"), "*fp32")
 POINTERS |= {"mean_value": "*bf16", "covariance": "*bf16", "covered": "*i64", "number": "*i64", "valid": "*u8"}
+POINTERS |= {"first": "*i64", "mass": "*fp32"}
 POINTERS |= dict.fromkeys(("held_keys", "held_values"), "*bf16")
 POINTERS |= dict.fromkeys(
     ("order", "maxima", "tiles", "slots", "held", "held_at", "places", "absent", "scratch"), "*i32"
@@ -81,6 +82,10 @@ def main() -> None:
         compiles(kernels.cover_rows, COVERED=64, SKIPPED=4, **{**sizes, "BLOCK": 64}, warps=8)
     mixed = {"DIM": 64, "PART": 64, "PARTS": 1, "VALUE_DIM": 64, "VALUE_PAD": 64, "BLOCK": 64}
     compiles(kernels.cover_rows, ("values", "*fp32"), COVERED=64, SKIPPED=4, **mixed)
+    sizes = {"HEADS": 8, "SPLIT": 4, "PARTS": 4, "ROWS_PAD": 16, "WIDTH": 64, "WIDTH_PAD": 64, "KEYS": 128}
+    for chosen in (False, True):
+        one = {"STRONGEST": chosen, "CAPPED": chosen, "TOGETHER": 1 if chosen else 4}
+        compiles(kernels.estimate_blocks, **sizes, **one)
     for centred in (False, True):
         written = {"asserts": True, "CENTRED": centred}
         compiles(kernels.write_states, SCALED=False, COUNTED=True, **written)

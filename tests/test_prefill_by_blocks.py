@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import prefill_in_loops
 import pytest
 import torch
 from sentences import raises_sentence
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from fasa_flex.core.scoring import DominantChunks
 from fasa_flex.core.softmax import Softmax
+from fasa_flex.prefill import attention
 from fasa_flex.prefill.attention import attend_to_blocks, block_sparse_attention
 from fasa_flex.prefill.estimators import BlockEstimator, Blocks, antidiagonal, oracle, pooled, strided
 from fasa_flex.prefill.grid import BLOCK, Grid, check_causal
-from fasa_flex.prefill.selection import BlockBudget, all_blocks, select_blocks
+from fasa_flex.prefill.selection import BlockBudget, BlockLists, all_blocks, select_blocks
 
 ESTIMATORS = {"pooled": pooled, "strided": strided, "antidiagonal": antidiagonal, "oracle": oracle}
 
@@ -158,6 +160,34 @@ def test_flex_computes_the_same(name: str) -> None:
         budget = BlockBudget(0.5)
         by_flex, lists = block_sparse_attention(blocks, value, budget, pooled, "flex")
         torch.testing.assert_close(by_flex, attend_to_blocks(blocks, lists, value, "gather"), atol=2e-5, rtol=1e-4)
+
+
+def test_a_gpus_kernel_gets_lists_of_equal_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's kernel of torch 2.11 finds a query block's full blocks by the strides of the partial list."""
+    blocks, value, _ = Case((1300,), 1300).make()
+    lists = select_blocks(pooled(blocks).flatten(1, 2), blocks.grid, BlockBudget(0.5))
+    lists = replace(lists, listed=lists.listed[..., :3])  # narrower than the grid, wider than the diagonal
+    given: list[Tensor] = []
+
+    def kernel(*arguments: Tensor) -> tuple[Tensor, None]:
+        given.extend(arguments[3:7])
+        return arguments[0], None
+
+    monkeypatch.setattr(attention, "_compiled", lambda *signature: kernel)
+    with FakeTensorMode():
+
+        def on_gpu(tensor: Tensor) -> Tensor:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+
+        grid = replace(blocks.grid, first=on_gpu(blocks.grid.first))
+        moved = BlockLists(on_gpu(lists.diagonal), on_gpu(lists.count), on_gpu(lists.listed))
+        states = (on_gpu(each) for each in (blocks.query, blocks.key, value))
+        attention._by_flex(*states, moved, grid, blocks.softmax)
+    _, partial, _, full = given
+    assert partial.is_cuda
+    assert partial.shape == full.shape
+    assert partial.stride() == full.stride()
+    assert full.shape[3] == 3
 
 
 def test_flex_is_refused_where_it_cannot_serve() -> None:

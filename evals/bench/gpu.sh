@@ -5,8 +5,9 @@
 #
 # Results go to FOLDER (default: runs/gpu), one JSON for each part, written row by row; parts are check, op and step. Only
 # done where they are named: int8, packed keys of a call in eight bits; compiled, a step that is; wide, more contexts of
-# batch 8; prefill, a prompt's attention by blocks and the first token, in five minutes; and ahead, what fetching rows of
-# host memory before they are needed would give, or narrower ones.
+# batch 8; prefill, a prompt's attention by blocks and the first token, in six minutes; serve, sixteen requests by
+# continuous batching, in five; parallel, a step on two GPUs, in four; and ahead, what fetching rows of host memory before
+# they are needed would give, or narrower ones.
 #
 # Needs torch with CUDA, transformers and matplotlib; the package itself need not be installed. Started again, it goes on
 # where it was stopped. PYTHON names the interpreter (default: python3).
@@ -75,7 +76,18 @@ compiled() {
 }
 
 prefill() {
+    part 150 "$python" -m evals.bench.check_prefill || status=1
     measured 290 "${bench[@]}" --part prefill --batches 1 --row-seconds 3 --seconds 200 --out "$out"
+}
+
+serve() {
+    local served=("${bench[@]}" --part serve --layers 8 --batches 16 --new-tokens 256 --out "$out")
+    measured 80 "${served[@]}" --contexts 2k --row-seconds 20
+    measured 240 "${served[@]}" --contexts 32k --row-seconds 20
+}
+
+parallel() {
+    measured 240 "$python" -m evals.bench.tensor_parallel --rounds 15 --out "$out"
 }
 
 ahead() {

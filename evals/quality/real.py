@@ -25,11 +25,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers.integrations import sdpa_attention
 
 from evals.quality.arms import provenance
 from evals.quality.real_arms import SETS, Lengths, Reach, arms_of
 from evals.quality.real_documents import Documents, calibration_samples, read_text
-from evals.quality.real_processes import Job, shard_file, shared
+from evals.quality.real_processes import Job, divided, shard_file
 from evals.quality.real_results import joined, opened, summary
 from evals.quality.real_scores import Evaluation
 from fasa_flex import FasaProfile, calibrate
@@ -63,7 +64,7 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     options.add_argument("--profile", type=Path, help="folder of the profile; needed with --processes")
     options.add_argument("--backend", default="auto", help="backend of the sparse arms")
     options.add_argument("--bos", action="store_true", help="windows begin with the model's first token")
-    options.add_argument("--together", type=int, default=8, help="documents whose caches are in memory at one time")
+    options.add_argument("--together", type=int, default=8, help="documents scored at one time, as caches fit")
     options.add_argument("--seconds", type=float, default=math.inf, help="start nothing new after these seconds")
     options.add_argument("--processes", type=int, default=1, help="processes that share the documents")
     options.add_argument("--shard", help=argparse.SUPPRESS)
@@ -75,6 +76,8 @@ class Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
+        # on a GPU, float32 attention with enable_gqa=True takes PyTorch's kernel that stores all T x T scores
+        sdpa_attention.use_gqa_in_sdpa = lambda *_: False
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.tokenizer = load_model(
             options.pretrained,
@@ -147,7 +150,9 @@ def run(options: argparse.Namespace) -> None:
     print(f"ready after {time.monotonic() - began:.0f} s", flush=True)
     number, of = map(int, options.shard.split("/")) if options.shard else (0, 1)
     out = shard_file(options.out, number, of) if options.shard else options.out
-    results = opened(out if out.exists() else options.out, loaded.settings, loaded.arms)
+    all_jobs = loaded.jobs(options.windows, options.prompts)
+    jobs, arms = divided(all_jobs, loaded.arms, loaded.lengths, number, of)
+    results = opened(out if out.exists() else options.out, loaded.settings, arms)
     made = provenance(time.time())
     results |= {
         **made,
@@ -156,8 +161,7 @@ def run(options: argparse.Namespace) -> None:
         "device": torch.cuda.get_device_name() if loaded.device == "cuda" else "cpu",
         "seconds": results["seconds"],
     }
-    evaluation = Evaluation(loaded.model, loaded.profile, loaded.arms, results, loaded.lengths, loaded.channels)
-    jobs = shared(loaded.jobs(options.windows, options.prompts), loaded.arms, loaded.lengths, of)[number]
+    evaluation = Evaluation(loaded.model, loaded.profile, arms, results, loaded.lengths, loaded.channels)
     todo = [job for job in jobs if evaluation.lacks(job[0], f"{job[1]}/{job[2]}")]
     for at in range(0, len(todo), options.together):
         begun = time.monotonic()

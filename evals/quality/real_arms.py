@@ -121,7 +121,12 @@ class Arm(NamedTuple):
     @property
     def sees_prefix(self) -> bool:
         """Whether the method has to see the prefix, since it evicts keys there, or prefills it by blocks."""
-        return self.method in ("snapkv", "h2o", "rkv") or self.prefills
+        return self.evicts or self.prefills
+
+    @property
+    def evicts(self) -> bool:
+        """Whether the method drops keys for good."""
+        return self.method in ("snapkv", "h2o", "rkv")
 
     @property
     def prefills(self) -> bool:
@@ -201,9 +206,9 @@ ALL = (
     "sparq 128 n_tip=0.125 published",
 )
 """Arms with all documents."""
-FEW = Reach(windows=12, prompts=25, all_lengths=False)
-FEWER = Reach(windows=6, prompts=10, all_lengths=False)
-"""Documents of methods that evict, which decode the tail token by token."""
+CHOSEN = Reach(windows=30, prompts=100, all_lengths=False)
+"""Documents of all other arms of the study: of `Lengths.chosen`."""
+FEW = Reach(windows=12, prompts=50, all_lengths=False)
 
 
 def _of(form: str, *budgets: int) -> list[str]:
@@ -234,13 +239,13 @@ def study(layers: Iterable[int]) -> dict[str, Reach]:
         rankings = ("paper", "sparq", "random_chunks", "double_sparsity")[completion == "none" :]
         few += [f"{ranking} 128 completion={completion}" for ranking in rankings]
     few += [f"fasa {budget} completion={kind}" for budget in (64, 128, 256) for kind in ("none", "mean")]
-    reaches = dict.fromkeys(few, FEW)
+    reaches = dict.fromkeys(few, CHOSEN)
     return {**{name: Reach() for name in ALL}, **{name: r for name, r in reaches.items() if name not in ALL}}
 
 
 def evicting(layers: Iterable[int]) -> dict[str, Reach]:
-    """Methods that evict: each of their tails is decoded query by query, which takes minutes a window on a GPU."""
-    return {f"{method} {budget} published": FEWER for method in ("snapkv", "h2o", "rkv") for budget in (256, 64)}
+    """Methods that evict, whose tails are decoded query by query."""
+    return {f"{method} {budget} published": CHOSEN for method in ("snapkv", "h2o", "rkv") for budget in (256, 64)}
 
 
 def defaults(layers: Iterable[int]) -> dict[str, Reach]:

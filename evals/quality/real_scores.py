@@ -20,6 +20,9 @@ from fasa_flex.hf.compatibility import cache_argument
 from fasa_flex.model.handle import Fasa
 from fasa_flex.model.stats import read_share
 
+MOST_TOKENS = 60_000
+"""Most tokens of documents that run together, which bounds the memory of a forward."""
+
 
 class Evaluation:
     """A model, its profile and arms, and their scores.
@@ -57,7 +60,7 @@ class Evaluation:
 
         The score is nats a token of a window's tail, or 1 if a needle was found and else 0.
         """
-        caches = {document[:2]: self._prefix(document) for document in documents}
+        caches = {document[:2]: self._prefix(document) for document in documents if self._continues(document)}
         for name, arm in self.arms.items():
             todo = [document for document in documents if name in self.lacks(*document[:2])]
             with self._enabled(arm) if todo else nullcontext() as fasa:
@@ -71,6 +74,10 @@ class Evaluation:
                         if arm.prefills:
                             self.results["block_share"][key] = fasa.stats.block_share
                         fasa.stats.reset()
+
+    def _continues(self, document: Document) -> bool:
+        """Whether a missing arm decodes on a copy of a document's cache."""
+        return any(not self.arms[name].sees_prefix for name in self.lacks(*document[:2]))
 
     def _enabled(self, arm: Arm) -> AbstractContextManager[Fasa | None]:
         if arm.config is None:
@@ -113,11 +120,15 @@ class Evaluation:
 
 
 def _of_equal_shape(documents: list[Document]) -> list[list[Document]]:
-    """Documents grouped by their numbers of tokens, of the prefix and of scored tokens."""
+    """Documents grouped by their numbers of tokens, of the prefix and of scored tokens, up to `MOST_TOKENS`."""
     groups: dict[tuple[int, ...], list[Document]] = {}
     for document in documents:
         groups.setdefault((len(document.ids), document.prefix, document.scored), []).append(document)
-    return list(groups.values())
+    parts = []
+    for (length, *_), group in groups.items():
+        most = max(1, MOST_TOKENS // length)
+        parts += [group[at : at + most] for at in range(0, len(group), most)]
+    return parts
 
 
 def _score(document: Document, logits: Tensor) -> float:

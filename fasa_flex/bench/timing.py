@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -119,7 +120,12 @@ def graphed(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[],
     except Exception as error:  # time calls that cannot be captured one by one
         torch.cuda.synchronize(device)
         return call, f"calls (in capture {reason_of(error)})"
-    return graph.replay, "graph"
+    return functools.partial(_replay, graph, call), "graph"
+
+
+def _replay(graph: torch.cuda.CUDAGraph, call: Callable[[], Any]) -> None:
+    """Replay the graph of ``call``, which holds the tensors that the graph reads."""
+    graph.replay()
 
 
 def bandwidth(device: torch.device, repeats: int = 9) -> dict[str, float]:

@@ -126,11 +126,13 @@ def _by_flex(query: Tensor, key: Tensor, value: Tensor, lists: BlockLists, grid:
         return states.repeat_interleave(heads, dim=1) if heads > 1 else states
 
     count, listed = by_head(lists.count).contiguous(), by_head(lists.listed)
-    diagonal = lists.diagonal[:, None, :, None].expand(batch, query_heads, -1, 1).contiguous()
-    if not query.is_cuda:  # the CPU kernel needs one entry for each block of keys
-        listed, diagonal = (F.pad(each, (0, grid.n_keys - each.shape[3])) for each in (listed, diagonal))
+    diagonal = lists.diagonal.unsqueeze(1).unsqueeze(3).expand(batch, query_heads, -1, 1)
+    # both lists are equally wide: a GPU's kernel finds full blocks by the strides of the partial ones (torch 2.11), and
+    # the CPU's needs an entry for each block of keys
+    width = listed.shape[3] if query.is_cuda else grid.n_keys
+    listed, diagonal = (F.pad(each, (0, width - each.shape[3])).contiguous() for each in (listed, diagonal))
     start = (BLOCK * grid.first).int().expand(batch).contiguous()
-    masked = (torch.ones_like(count), diagonal, count, listed.contiguous(), start)
+    masked = (torch.ones_like(count), diagonal, count, listed, start)
     # Inductor's C++ for two dynamic lengths does not compile (torch 2.13)
     lengths = (min(grid.n_queries, 2),) if query.is_cuda else (query.shape[2], key.shape[2])
     sizes = (batch, query_heads, key.shape[1], query.shape[3], value.shape[3], *lengths)
@@ -163,7 +165,7 @@ def flex_blocks(
         key: float [B, Hkv, T, D], key i is token i.
         value: float [B, Hkv, T, Dv].
         partial_count: int32 [B, Hq, M], 1.
-        partial: int32 [B, Hq, M, ..], the blocks on the diagonal.
+        partial: int32 [B, Hq, M, K], the blocks on the diagonal, padded to the strides of ``full``.
         full_count: int32 [B, Hq, M], number of blocks before the diagonal.
         full: int32 [B, Hq, M, K], their numbers.
         start: int32 [B], token of the first query.

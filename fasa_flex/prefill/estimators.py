@@ -12,7 +12,6 @@ block, in pieces: no matrix of all their scores is ever stored.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasa_flex.backends.specialization import specialized
 from fasa_flex.core.packed_keys import dot_products
 from fasa_flex.core.scoring import DominantChunks
 from fasa_flex.core.softmax import Softmax
@@ -120,32 +118,37 @@ def attention_mass(
         float32 [B, H, G or 1, M, N]; 0 behind the diagonal.
     """
     grid, softmax, n_keys = blocks.grid, blocks.softmax, key.shape[2]
+    if _few(query, key, by_head):
+        from fasa_flex.backends.triton.blocks import mass_by_kernel  # Triton is installed with CUDA only
+
+        return mass_by_kernel(query, key, grid.first, softmax.scaling, softmax.softcap, by_head, strongest)
     row_bytes = 4 * query[:, :, :, 0, :, 0].numel() * n_keys * key.shape[3]
     step = rows_of_piece(row_bytes, query.is_cuda)
-    reduce: Callable[..., Tensor] = _mass_of_scores
-    options = (softmax.scaling, softmax.softcap, by_head, strongest)
-    if query.is_cuda and not torch.is_grad_enabled():
-        sizes = (*query.shape[:3], *query.shape[4:], key.shape[3], len(grid.first))
-        reduce = _compiled(*sizes, query.dtype, torch.is_inference_mode_enabled(), *options)
     parts = []
     for at in range(0, grid.n_queries, step):
         seen = min(n_keys, max(grid.begins) + at + step)
         piece, keys = query[:, :, :, at : at + step], key[:, :, :seen]
         scores = dot_products(piece.flatten(2, 4), keys.flatten(2, 3))
         scores = scores.unflatten(3, keys.shape[2:4]).unflatten(2, piece.shape[2:5])
-        parts.append(F.pad(reduce(scores, grid.first + at, *options), (0, n_keys - seen)))
+        mass = _mass_of_scores(scores, grid.first + at, softmax, by_head, strongest)
+        parts.append(F.pad(mass, (0, n_keys - seen)))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
 
 
-def _mass_of_scores(
-    scores: Tensor, first: Tensor, scaling: float, softcap: float | None, by_head: bool, strongest: bool
-) -> Tensor:
+def _few(query: Tensor, key: Tensor, by_head: bool) -> bool:
+    """Whether the kernel holds a block's representatives in registers, as those of `pooled` and `strided`."""
+    rows, width = query.shape[4] * (1 if by_head else query.shape[2]), query.shape[5]
+    differentiates = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    return query.is_cuda and not differentiates and rows <= 64 and width * query.element_size() <= 256
+
+
+def _mass_of_scores(scores: Tensor, first: Tensor, softmax: Softmax, by_head: bool, strongest: bool) -> Tensor:
     """Compute `attention_mass` of the scores of some blocks of queries, float32 [B, H, G, m, S, n, S'].
 
     The first of these blocks has the numbers ``first``, int64 [R].
     """
     m, s, n, r = scores.shape[3:]
-    logits, device = Softmax(scaling, softcap).logits(scores), scores.device
+    logits, device = softmax.logits(scores), scores.device
     ends = BLOCK * first[:, None, None] + BLOCK * torch.arange(m, device=device)[:, None]
     ends = ends + (torch.arange(s, device=device) + 1) * (BLOCK // s)  # [R, m, S]
     begins = torch.arange(n * r, device=device).view(n, r) * (BLOCK // r)
@@ -155,12 +158,6 @@ def _mass_of_scores(
     if by_head:
         return mass
     return mass.amax(2, keepdim=True) if strongest else mass.mean(2, keepdim=True)
-
-
-@functools.cache
-def _compiled(*signature: object) -> Callable[..., Tensor]:
-    """`_mass_of_scores` compiled for any numbers of blocks: its kernels read each score once or twice."""
-    return specialized(_mass_of_scores, signature, dynamic=True)
 
 
 def pooled(blocks: Blocks, size: int = 32, by_head: bool = False, strongest: bool = False) -> Tensor:

@@ -190,8 +190,8 @@ def test_sets_of_arms_reach_as_far_as_they_say() -> None:
     study = arms_of(SETS["study"](range(4)))
     assert all(study[name].reaches("needles", 1024, 99, lengths) for name in DEFAULTS)
     evicting = arms_of(SETS["evicting"](range(4)))["h2o 256 published"]
-    assert evicting.reaches("windows", 8192, 5, lengths)
-    assert not evicting.reaches("windows", 8192, 6, lengths)
+    assert evicting.reaches("windows", 8192, 29, lengths)
+    assert not evicting.reaches("windows", 8192, 30, lengths)
     assert not evicting.reaches("windows", 1024, 0, lengths)
     assert not study["fasa 1024"].reaches("needles", 1024, 0, Lengths((), (1024,)))
     assert arms_of(SETS["layers"](range(4)), layers=range(4))["fasa 64 only=2"].config.dense_layers == (0, 1, 3)
@@ -199,14 +199,21 @@ def test_sets_of_arms_reach_as_far_as_they_say() -> None:
     assert (published.completion, published.n_recent, published.group_reduce) == ("mean", 32, "softmax_exact")
 
 
-def test_work_is_shared_evenly_and_whole() -> None:
+def test_work_is_divided_evenly_and_whole() -> None:
     lengths = Lengths((8192,), (1024, 2048, 7680))
     arms = arms_of({**SETS["study"](range(4)), **SETS["evicting"](range(4))})
     jobs = [("windows", 8192, i, 30) for i in range(30)] + [("needles", 2048, i, 100) for i in range(100)]
-    parts = real.shared(jobs, arms, lengths, 8)
-    assert sorted(job for part in parts for job in part) == sorted(jobs)
-    assert all(part == [job for job in jobs if job in part] for part in parts)
-    assert max(sum(job[0] == "windows" and job[2] < 6 for job in part) for part in parts) == 1
+    parts = [real.divided(jobs, arms, lengths, number, 8) for number in range(8)]
+    assert all(own == arms for _, own in parts)
+    documents = [part for part, _ in parts]
+    assert sorted(job for part in documents for job in part) == sorted(jobs)
+    assert all(part == [job for job in jobs if job in part] for part in documents)
+    windows = [sum(job[0] == "windows" for job in part) for part in documents]
+    assert max(windows) - min(windows) <= 1
+    evicting = arms_of(SETS["evicting"](range(4)))
+    each = [real.divided(jobs, evicting, lengths, number, 4) for number in range(4)]
+    assert all(part == jobs and "dense" in own for part, own in each)
+    assert sorted(name for _, own in each for name in own if name != "dense") == sorted(evicting.keys() - {"dense"})
 
 
 def test_windows_of_a_short_text_move_together_until_their_tails_meet() -> None:

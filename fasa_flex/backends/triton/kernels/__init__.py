@@ -1,11 +1,13 @@
-"""Triton kernels of a decode step: cache writes, completion state, TIP, selection, FAC, and a dense layer's attention.
+"""Triton kernels of a decode step (cache writes, completion state, TIP, selection, FAC, dense layers) and of a prefill.
 
 Inductor's kernels for the same step take 2.7 to 6.6 times as long on an H100 (evals/results/bench_op_cuda.json).
-The kernels need no synchronisation with the host and can be captured in a CUDA graph; the largest temporaries are
-scores. `fasa_flex.backends.triton.decode` and `fasa_flex.backends.triton.dense` are their operators.
+The kernels of a step need no synchronisation with the host and can be captured in a CUDA graph; the largest temporaries
+are scores. `fasa_flex.backends.triton.decode` and `fasa_flex.backends.triton.dense` are their operators, and
+`fasa_flex.backends.triton.blocks` launches the estimate of a prefill by blocks.
 """
 
 from fasa_flex.backends.triton.kernels.attention import attend_part, attend_rows, focus_rows, merge_parts
+from fasa_flex.backends.triton.kernels.blocks import estimate_blocks
 from fasa_flex.backends.triton.kernels.completion import cover_rows
 from fasa_flex.backends.triton.kernels.launching import on_their_device, overlapping, parts_of, power_of_two
 from fasa_flex.backends.triton.kernels.rows import fetch_rows, find_rows
@@ -18,6 +20,7 @@ __all__ = [
     "attend_part",
     "attend_rows",
     "cover_rows",
+    "estimate_blocks",
     "fetch_rows",
     "find_rows",
     "focus_rows",
