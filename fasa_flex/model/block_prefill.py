@@ -93,9 +93,9 @@ class BlockPrefill:
             held, shape, grid = now.grid
             if shape == visible.shape and (held is None if mask is None else held is not None and held() is mask):
                 return grid
-        last, number = visible.last
+        last, number = visible.last()
         if mask is not None:
-            check_causal(visible.valid, visible.n_valid, last, number)
+            check_causal(visible.valid(), visible.n_valid, last, number)
         before = None if boundary is None else ~boundary.behind(first_slot, visible.shape[1], visible.device)
         grid = Grid.of(visible.n_valid, number, before)
         now.grid = (None if mask is None else weakref.ref(mask), visible.shape, grid)
@@ -109,7 +109,7 @@ class BlockPrefill:
         if boundary is None:
             return []
         dense = boundary.behind(first_slot, visible.shape[1], visible.device)
-        grid = Grid.of(visible.n_valid, visible.last[1], dense if sparse is None else dense & ~sparse)
+        grid = Grid.of(visible.n_valid, visible.last()[1], dense if sparse is None else dense & ~sparse)
         if grid is None:
             return []
         grid = grid.to(blocks.query.device)

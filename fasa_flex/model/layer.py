@@ -147,7 +147,7 @@ class Layer(OfOneModel):
             if not isinstance(cached, KeepsPackedKeys) or cached.scorer is not scorer:
                 cached = None  # it has no packed keys of this scorer
             if self._completes:
-                state = cached and cached.advance(key, value, self._strength != 0.0, *visible.last, q_len)
+                state = cached and cached.advance(key, value, self._strength != 0.0, *visible.last(), q_len)
                 completion = Completion(self._strength, state if q_len == 1 else None, self._by_all)
             if q_len == 1 and boundary is None:
                 if compiling or not now.reads_prompt or self._prefill == "sparse":
@@ -165,7 +165,7 @@ class Layer(OfOneModel):
             run_dense = functools.partial(self._blocks.attend, call, scorer, visible, sparse, first_slot, softmax)
         if self.follower is not None and budget is not None:
             chosen = torch.zeros_like(visible.n_valid, dtype=torch.bool) if sparse is None else sparse
-            inputs = (query, key, visible.valid, chosen, first, first_slot, budget, softmax.scaling, cache)
+            inputs = (query, key, visible.valid(), chosen, first, first_slot, budget, softmax.scaling, cache)
             scorer = Given(self.follower.follow(Forward(*inputs)))
         if sparse is None:
             return self._grouped(call, visible, softmax) if self._groups(call, softmax) else run_dense()
@@ -180,7 +180,7 @@ class Layer(OfOneModel):
             packed = None if cached is None else cached.packed
             resident = cached.own_resident() if isinstance(cached, OnHost) else None
         ranker, part = cast(Scorer, scorer), query if first == 0 else query[:, :, first:]  # others' scores are `Given`
-        states = (part, key, value, ranker, visible.valid[:, :, :, first:], budget, self._group_reduce, softmax)
+        states = (part, key, value, ranker, visible.valid()[:, :, :, first:], budget, self._group_reduce, softmax)
         sparse_call = Call(*states, packed, resident, marks, completion)
         if q_len == 1:  # splitting many queries would guard a compiled graph on T and recompile for every token
             focused = sparse_attention(sparse_call, self._backend).transpose(1, 2).contiguous()
@@ -260,5 +260,5 @@ class Layer(OfOneModel):
     def _grouped(self, call: AttentionCall, visible: Visible, softmax: Softmax) -> AttentionResult:
         """Compute dense attention of one query per row, which reads each key once per group."""
         states = (call.query, call.key, call.value)
-        out = grouped_attention(*states, visible.valid, softmax, all_valid=call.mask is None)
+        out = grouped_attention(*states, visible.valid(), softmax, all_valid=call.mask is None)
         return out.transpose(1, 2).contiguous(), None

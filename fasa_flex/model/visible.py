@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -46,18 +45,22 @@ class Visible:
         self.mask, self.shape, self.device = mask, shape, device
         self.n_valid = count_valid(mask, shape, device)
         self.dense_counts = tally(self.n_valid)
+        self.keys: Tensor | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
         self._decoding: dict[tuple[Budget, bool], Decoding] = {}
 
-    @functools.cached_property
     def valid(self) -> Tensor:
-        """The keys that each query may attend to: bool [B or 1, 1, 1, Q, T]."""
-        return valid_from_mask(self.mask, self.shape, self.device)
+        """Return the keys that each query may attend to: bool [B or 1, 1, 1, Q, T]."""
+        if self.keys is None:
+            self.keys = valid_from_mask(self.mask, self.shape, self.device)
+        return self.keys
 
-    @functools.cached_property
     def last(self) -> tuple[Tensor, Tensor]:
-        """The last query's valid keys, bool [B or 1, T], and their running count, int64 [B or 1, T]."""
-        inputs = (self.mask, self.shape, self.device)
-        return last_valid(*inputs), valid_numbers(*inputs)
+        """Return the last query's valid keys, bool [B or 1, T], and their running count, int64 [B or 1, T]."""
+        if self._last is None:
+            inputs = (self.mask, self.shape, self.device)
+            self._last = last_valid(*inputs), valid_numbers(*inputs)
+        return self._last
 
     def decoding(self, budget: Budget, samples: bool) -> Decoding:
         """Return masks and counts of a decode step under ``budget``; ``samples``: whether to mark sampled keys."""
@@ -72,4 +75,4 @@ class Visible:
         if budget.covers(self.shape[2]):
             return Decoding(None, None, self.dense_counts)
         over = budget.exceeded(self.n_valid)
-        return Decoding(over, Marks.of(self.valid, budget, samples), tally(self.n_valid, over, budget))
+        return Decoding(over, Marks.of(self.valid(), budget, samples), tally(self.n_valid, over, budget))
