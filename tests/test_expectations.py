@@ -19,7 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer
 
 from fasa_flex import FasaConfig, RotaryLayout, calibrate, enable
-from fasa_flex.hf.compatibility import CACHE_METHODS, LM_EVAL_HOOKS, TESTED, cache_among, cache_argument, check_lm_eval
+from fasa_flex.hf.attention_call import cache_among
+from fasa_flex.hf.compatibility import CACHE_METHODS, LM_EVAL_HOOKS, TESTED, cache_argument, check_lm_eval
 
 ROOT = Path(__file__).parents[1]
 Change = Callable[[pytest.MonkeyPatch, PreTrainedModel], None]

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fasa_flex import FasaConfig, enable
+from fasa_flex.hf.attention_call import AttentionCall, AttentionResult
 from fasa_flex.hf.attention_routing import AttentionSeam
 
 CONFIG = FasaConfig(n_fac=16, n_tip=2)
@@ -136,9 +137,9 @@ def test_a_thread_that_generates_is_not_measured(llama: PreTrainedModel, ids: Id
     prompt, answers, probed = ids(20, rows=1), list[Any](), list[int]()
     dense = generate(llama, prompt)[1]
 
-    def zeros(dense: Any, module: Any, query: Any, *_: Any, **__: Any) -> Any:
+    def zeros(call: AttentionCall) -> AttentionResult:
         probed.append(threading.get_ident())
-        return torch.zeros_like(query).transpose(1, 2), None
+        return torch.zeros_like(call.query).transpose(1, 2), None
 
     with AttentionSeam(llama, zeros):
         start(lambda: generate(llama, prompt)[1], answers).join(60)

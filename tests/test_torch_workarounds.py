@@ -5,10 +5,16 @@ Seen in torch 2.11 and 2.13. When a newer torch makes a test here fail, remove t
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import Unsupported
+from torch._dynamo.testing import CompileCounter
 from torch._inductor.exc import InductorError
+from torch.backends import cuda
+from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from fasa_flex.core.compiler import realize
@@ -60,3 +66,52 @@ def test_nothing_may_follow_attention_in_its_graph() -> None:
 
     with pytest.raises(InductorError, match="epilogue_nodes"):
         torch.compile(plain, fullgraph=True)(*arguments())
+
+
+def test_a_comparison_is_not_padded() -> None:
+    """Works around it: `fasa_flex.core.method.to_block_mask`, by int8."""
+    order = torch.randint(0, 9, (2, 5, 304))
+
+    def plain(order: Tensor) -> Tensor:
+        return F.pad(order > 3, (0, 0, 0, 3))
+
+    def mended(order: Tensor) -> Tensor:
+        return F.pad((order > 3).to(torch.int8), (0, 0, 0, 3))
+
+    assert torch.equal(torch.compile(mended, fullgraph=True)(order).bool(), plain(order))
+    with pytest.raises(InductorError, match="VecMask"):
+        torch.compile(plain, fullgraph=True)(order)
+
+
+@pytest.mark.skipif(torch.__version__ >= (2, 12), reason="Inductor has the view since torch 2.12 or 2.13")
+def test_a_bool_has_no_view_as_bytes() -> None:
+    """Works around it: `fasa_flex.backends.triton.dispatch.codes_of`; goes with torch 2.11."""
+    with pytest.raises(InductorError, match=r"torch\.bool is not supported"):
+        torch.compile(lambda marked: marked.view(torch.uint8) + 1, fullgraph=True)(torch.rand(2, 300) > 0.5)
+
+
+def test_take_along_dim_makes_lengths_constant() -> None:
+    """Works around it: `fasa_flex.core.scoring.DominantChunks`, by `Tensor.gather`."""
+    index, graphs = torch.zeros(1, 2, 1, 3, dtype=torch.long), []
+    for take in (
+        lambda key: key.gather(-1, index.expand(-1, -1, key.shape[2], -1)),
+        lambda key: torch.take_along_dim(key, index, -1),
+    ):
+        counter = CompileCounter()
+        for length in (7, 8, 9):
+            torch.compile(take, fullgraph=True, backend=counter)(torch.randn(1, 2, length, 16))
+        graphs.append(counter.frame_count)
+    assert graphs == [2, 3]
+
+
+def test_a_graph_reads_no_context_variable() -> None:
+    """Works around it: `fasa_flex.model.forwards`, by a copy in ``traced_boundary``."""
+    number = ContextVar("number", default=3)
+    with pytest.raises(Unsupported, match="ContextVar"):
+        torch.compile(lambda states: states + number.get(), fullgraph=True, backend="eager")(torch.ones(3))
+
+
+def test_a_graph_does_not_ask_for_cudnn() -> None:
+    """Works around it: `fasa_flex.backends.dense.grouped_attention`."""
+    with pytest.raises(Unsupported, match="non-Tensor"):
+        torch.compile(lambda states: states + cuda.cudnn_sdp_enabled(), fullgraph=True, backend="eager")(torch.ones(3))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fasa_flex.backends.triton import decode
-from fasa_flex.bench.record import Ledger, command_line, provenance
+from fasa_flex.bench.record import RowLedger, command_line, provenance
 from fasa_flex.bench.shapes import SHAPES
 from fasa_flex.bench.timing import graphed, interleave
 from fasa_flex.caches.pinned_memory import host_rows, split_rows
@@ -154,7 +154,7 @@ def main() -> int:
         print("it needs a CUDA device.", file=sys.stderr)
         return 1
     head = provenance(command_line("evals.bench.ahead"), torch.device("cuda"))
-    ledger = Ledger(options.out / "ahead_cuda.json", {**head, "settings": {"layers": LAYERS, "new": NEW}})
+    ledger = RowLedger(options.out / "ahead_cuda.json", {**head, "settings": {"layers": LAYERS, "new": NEW}})
     for batch, context in ((1, 131072), (8, 32768)):
         if ledger.has({"batch": batch, "context": context}):
             continue

@@ -27,7 +27,7 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, Pre
 
 from evals.bench.calls import Case, cases, check, check_decode_kernel, check_state, check_writing
 from fasa_flex import FasaCache, FasaConfig, FasaProfile, calibrate, enable
-from fasa_flex.bench.record import Ledger, command_line, provenance, reason_of
+from fasa_flex.bench.record import RowLedger, command_line, provenance, reason_of
 from fasa_flex.hf.compatibility import cache_argument
 
 NEAR_TIE = 1e-3
@@ -167,7 +167,7 @@ def main() -> int:
     workers = options.workers or (max(1, min(8, (os.cpu_count() or 1) // 2)) if cuda else 1)
     origin = provenance(command_line("evals.bench.check_cuda"), device)
     head = {**origin, "settings": {"small": options.small, "device": device.type}}
-    ledger = Ledger(options.out / f"check_{device.type}.json", head)
+    ledger = RowLedger(options.out / f"check_{device.type}.json", head)
     todo = [key for key in keys(options.small, cuda) if not ledger.has(key)]
     late = f"no time left of {options.seconds:.0f} s"
     ledger.data["left_out"] = [{**key, "reason": late} for key in todo]

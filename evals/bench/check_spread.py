@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from evals.bench.check_cuda import decoding_model
 from fasa_flex import FasaCache, FasaConfig, FasaProfile, enable
-from fasa_flex.bench.record import Ledger, command_line, provenance, reason_of
+from fasa_flex.bench.record import RowLedger, command_line, provenance, reason_of
 from fasa_flex.hf.compatibility import cache_argument
 
 SETTINGS: tuple[dict[str, Any], ...] = ({}, {"packed_dtype": "int8"}, {"backend": "gather"}, {"backend": "fastest"})
@@ -81,7 +81,7 @@ def main() -> int:
     devices = options.devices.split(",")
     model, profile = decoding_model(torch.device(devices[0]))
     head = provenance(command_line("evals.bench.check_spread"), torch.device(devices[0]))
-    ledger = Ledger(options.out / "check_spread.json", {**head, "settings": {"steps": options.steps}}, fresh=True)
+    ledger = RowLedger(options.out / "check_spread.json", {**head, "settings": {"steps": options.steps}}, fresh=True)
     where = places(model, devices)
     for settings in SETTINGS:
         config = FasaConfig(n_fac=64, **settings)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from fasa_flex.bench.record import Ledger, command_line, provenance
+from fasa_flex.bench.record import RowLedger, command_line, provenance
 from fasa_flex.bench.shapes import SHAPES, random_profile
 from fasa_flex.bench.step import twin
 from fasa_flex.bench.timing import synchronize
@@ -61,7 +61,7 @@ def main() -> int:
     profile = random_profile(SHAPE, base, layers)
     prompt = torch.randint(0, SHAPE.vocabulary, (1, context), device=device)
     head = provenance(command_line("evals.bench.generate"), device)
-    ledger = Ledger(arguments.out / "generate_cuda.json", head, fresh=True)
+    ledger = RowLedger(arguments.out / "generate_cuda.json", head, fresh=True)
     for cache, options in CACHES.items():
         torch._dynamo.reset()
         times: dict[str, list[float]] = {way: [] for way in WAYS}

@@ -21,7 +21,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, PreTrainedModel
 
-from fasa_flex.bench.record import Ledger, command_line, provenance
+from fasa_flex.bench.record import RowLedger, command_line, provenance
 from fasa_flex.bench.shapes import SHAPES, Shape, random_profile
 from fasa_flex.bench.step import twin
 from fasa_flex.bench.timing import Timing, synchronize
@@ -92,7 +92,7 @@ def main() -> int:
     layers = arguments.layers or shape.layers
     model = shape.model(layers, max(arguments.contexts) + WARM + STEPS, dtype, device).eval()
     head = provenance(command_line("evals.bench.growing"), device)
-    ledger = Ledger(arguments.out / f"growing_{device.type}.json", head, fresh=True)
+    ledger = RowLedger(arguments.out / f"growing_{device.type}.json", head, fresh=True)
     for context in arguments.contexts:
         row = measure(model, shape, context)
         ledger.add(row)

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.distributed import DistributedConfig
 
 from fasa_flex.bench import caches
-from fasa_flex.bench.record import Ledger, command_line, provenance
+from fasa_flex.bench.record import RowLedger, command_line, provenance
 from fasa_flex.bench.settings import Settings
 from fasa_flex.bench.shapes import SHAPES, Shape, random_profile
 from fasa_flex.bench.timing import graphed, interleave
@@ -191,7 +191,7 @@ def launch(arguments: argparse.Namespace) -> int:
         "settings": settings.to_dict(),
         "shape": arguments.shape,
     }
-    ledger = Ledger(arguments.out / f"tensor_parallel_{settings.device.type}.json", head, fresh=True)
+    ledger = RowLedger(arguments.out / f"tensor_parallel_{settings.device.type}.json", head, fresh=True)
     failed = 0
     with tempfile.TemporaryDirectory() as name:
         rows = Path(name) / ROWS

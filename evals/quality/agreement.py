@@ -24,7 +24,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from evals.quality.arms import RESULTS, Ledger, provenance, quiet
+from evals.quality.arms import RESULTS, PartLedger, provenance, quiet
 from evals.quality.cached_keys import precision, renewal
 from evals.quality.documents import QUICK, STEPS, Rows, Settings, Study
 from evals.quality.steps import (
@@ -231,7 +231,7 @@ def main() -> None:
     quiet()
     study = Study(QUICK if options.quick else Settings())
     settings = {**vars(study.settings), "calibrated_at": TOP_K, "deepest": DEEPEST, "n_tip": N_TIP, "steps": STEPS}
-    ledger = Ledger(options.out / "agreement.json", provenance(time.time()))
+    ledger = PartLedger(options.out / "agreement.json", provenance(time.time()))
     rows = {}
     for part in PARTS:
         rows[part.__name__] = ledger.part(part.__name__, settings, lambda part=part: part(study))

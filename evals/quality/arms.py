@@ -1,7 +1,7 @@
 """Shared by the parts of the study: arms of lm-eval and their rows, provenance of results, result files.
 
 An arm is one model in a comparison. All arms must see the same prompts (`prompt_hashes`) and every sparse arm must
-have sparse queries (`rows_of`). A `Ledger` writes each part as soon as it is measured.
+have sparse queries (`rows_of`). A `PartLedger` writes each part as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class Arm:
         return f"{self.method}, " + (f"{self.budget} tokens" if self.budget >= 1 else f"{self.budget:.0%} of the keys")
 
 
-class Ledger:
-    """A JSON file of parts, each written as soon as it is measured, so that a stopped run can be continued.
+class PartLedger:
+    """A JSON file of parts with settings of their own, each written as soon as it is measured; a run can be continued.
 
     Args:
         path: the file; its folder is created.

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from evals.quality.arms import RESULTS, Arm, Ledger, provenance, quiet
+from evals.quality.arms import RESULTS, Arm, PartLedger, provenance, quiet
 from evals.quality.methods import RECENT
 from evals.quality.pictures import layer_budgets
 from evals.quality.sweep import Calibrated, Questions, Rows, sparse_arm, sweep
@@ -116,7 +116,7 @@ def main() -> None:
     quiet()
     mass = json.loads((RESULTS / "study" / "agreement.json").read_text())["parts"]["mass"]["rows"]
     needed = needs(mass)
-    ledger = Ledger(options.out / "budgets.json", provenance(time.time(), keys_for_90_percent=needed))
+    ledger = PartLedger(options.out / "budgets.json", provenance(time.time(), keys_for_90_percent=needed))
     with tempfile.TemporaryDirectory() as folder:
         calibrated = Calibrated.into(Path(folder))
         todo = [arm("rising", "0", 32, needed)] if options.quick else list(arms(needed))

@@ -28,7 +28,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from evals.marked import fill
 from evals.quality import topics
-from evals.quality.arms import RESULTS, ROOT, Ledger, provenance
+from evals.quality.arms import RESULTS, ROOT, PartLedger, provenance
 from evals.quality.committed import markdown, mean_error
 from evals.quality.smollm2 import load_smollm2
 from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
@@ -141,7 +141,7 @@ def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: arg
         "steps": STEPS,
         "large": [options.large, longest],
     }
-    ledger = Ledger(options.out, {**provenance(time.time()), **settings})
+    ledger = PartLedger(options.out, {**provenance(time.time()), **settings})
     ids = stream(tokenizer, REPORTED)[: options.windows * options.window]
     windows = Windows(model, list(ids.view(-1, options.window)), options.tail)
     texts = {

@@ -36,7 +36,7 @@ from evals.quality.arms import (
     N_TIP,
     RESULTS,
     Arm,
-    Ledger,
+    PartLedger,
     evaluate,
     haystack,
     provenance,
@@ -253,7 +253,7 @@ def main() -> None:
     calibrations = Calibrations(QUICK if options.quick else Settings())
     shared = {"n_tip": N_TIP, "calibration_length": LENGTH - 64, "steps": [ANSWER_TOKENS, TEXT_TOKENS]}
     settings = {**vars(calibrations.settings), **shared, "subsets": SUBSETS}
-    ledger = Ledger(options.out / "calibration.json", provenance(time.time(), chance=N_TIP / 32))
+    ledger = PartLedger(options.out / "calibration.json", provenance(time.time(), chance=N_TIP / 32))
     ledger.part("overlaps", settings, lambda: overlaps(calibrations))
     rows = ledger.part("worth", settings, lambda: worth(calibrations))
     calibration_curves(rows).savefig(options.out / "calibration.png", dpi=150)

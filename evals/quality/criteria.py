@@ -24,8 +24,8 @@ from torch import Tensor
 from evals.quality.steps import Steps, attention, held, ranked, shared_ranking, valid_of
 from fasa_flex import RotaryLayout, contextual_agreement
 from fasa_flex.core import criteria
+from fasa_flex.hf.attention_call import AttentionCall
 from fasa_flex.hf.attention_routing import reading
-from fasa_flex.hf.forward_checks import scaling_of
 from fasa_flex.hf.loading import load_model
 
 TOKENS, STEPS, RECENT, BUDGET, TOP_KS = 1024, 32, 64, 64, (256, 32)
@@ -36,8 +36,8 @@ def steps_of(model: Any, ids: Tensor) -> Steps:
     """Scaled queries and keys of every layer, from one dense forward of the passage."""
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def keep(layer: int, query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
-        seen[layer] = query[0].float() * scaling_of(query, options), key[0].float()
+    def keep(call: AttentionCall) -> None:
+        seen[call.layer] = call.query[0].float() * call.scaling, call.key[0].float()
 
     with reading(model, keep):
         model.base_model(input_ids=ids[None].to(model.device), use_cache=False)

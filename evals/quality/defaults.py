@@ -36,7 +36,7 @@ from evals.quality.arms import (
     MODEL,
     RESULTS,
     ROOT,
-    Ledger,
+    PartLedger,
     haystack,
     provenance,
     quiet,
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: evals/results)")
     options = parser.parse_args()
     quiet()
-    ledger = Ledger(options.out / "defaults.json", provenance(time.time()))
+    ledger = PartLedger(options.out / "defaults.json", provenance(time.time()))
     for name, settings in QUICK.items() if options.quick else ((name, MODELS[name]) for name in options.models):
         with tempfile.TemporaryDirectory() as folder:
             if name == LARGE.name:
@@ -222,7 +222,7 @@ def main() -> None:
             run(Trial(Path(folder) if name == LARGE.name else MODEL, settings, options.device), name, ledger)
 
 
-def run(trial: Trial, name: str, ledger: Ledger) -> None:
+def run(trial: Trial, name: str, ledger: PartLedger) -> None:
     """Measure what is missing in the ledger, and print where the defaults are worse."""
     on_cuda = trial.model.device.type == "cuda"
     settings = {

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache
 
 from evals.quality.agreement import N_TIP, RECENT, compound
-from evals.quality.arms import ANSWER_TOKENS, FORMER, RESULTS, ROOT, Ledger, haystack, quiet
+from evals.quality.arms import ANSWER_TOKENS, FORMER, RESULTS, ROOT, PartLedger, haystack, quiet
 from evals.quality.documents import QUICK, Rows, Settings, Study
 from evals.quality.steps import SINKS, TOP_K, with_interval
 from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
@@ -215,7 +215,7 @@ def main() -> None:
     study = Study(QUICK if options.quick else LARGE, options.model, options.device, trained_on)
     trial = Trial(study, 2 if options.quick else ASKED)
     head = provenance(command_line("evals.quality.large"), torch.device(options.device))
-    ledger = Ledger(options.out / "large.json", {**head, "dtype": "float32"})
+    ledger = PartLedger(options.out / "large.json", {**head, "dtype": "float32"})
     settings = {**vars(study.settings), "asked": trial.asked, "n_tip": N_TIP, "calibrated_at": TOP_K}
     parts: dict[str, Callable[[], Rows]] = {
         "needles": lambda: needles(trial),

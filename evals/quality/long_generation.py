@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evals.quality.arms import RESULTS, Ledger, provenance
+from evals.quality.arms import RESULTS, PartLedger, provenance
 from fasa_flex import FasaConfig, FasaProfile, enable
 from fasa_flex.hf.loading import load_model
 
@@ -213,7 +213,7 @@ def main() -> None:
     texts = texts or {"pydoc_data.topics": "\n\n".join(topics[name] for name in sorted(topics))}
     prompts = prompts_of(tokenizer, texts, options.prompts, options.shortest, options.longest)
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
-    ledger = Ledger(options.out, {**provenance(time.time()), "device": device})
+    ledger = PartLedger(options.out, {**provenance(time.time()), "device": device})
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     shared = {
         "model": options.gguf_file or Path(options.pretrained).name,

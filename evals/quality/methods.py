@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from evals.quality.arms import RESULTS, Arm, Ledger, provenance, quiet
+from evals.quality.arms import RESULTS, Arm, PartLedger, provenance, quiet
 from evals.quality.pictures import scores_by_budget, scores_by_share
 from evals.quality.sweep import Calibrated, Questions, sparse_arm, sweep
 
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "study", help="folder (default: evals/results/study)")
     options = parser.parse_args()
     quiet()
-    ledger = Ledger(options.out / "methods.json", provenance(time.time(), recent=RECENT, dense_layers=[]))
+    ledger = PartLedger(options.out / "methods.json", provenance(time.time(), recent=RECENT, dense_layers=[]))
     with tempfile.TemporaryDirectory() as folder:
         calibrated = Calibrated.into(Path(folder))
         if options.quick:

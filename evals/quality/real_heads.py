@@ -15,11 +15,10 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from evals.quality.arms import provenance
 from evals.quality.real import Run, parser
@@ -31,8 +30,8 @@ from fasa_flex.core.method import Call
 from fasa_flex.core.scoring import DominantChunks, Scorer
 from fasa_flex.core.selection import valid_keys
 from fasa_flex.core.softmax import Softmax
-from fasa_flex.hf.attention_routing import AttentionResult, AttentionSeam, DenseAttention
-from fasa_flex.hf.model_structure import attention_modules
+from fasa_flex.hf.attention_call import AttentionCall, AttentionResult
+from fasa_flex.hf.attention_routing import AttentionSeam
 from fasa_flex.saving import replace_text
 
 
@@ -43,28 +42,18 @@ def errors_of(loaded: Run, arms: Mapping[str, Arm], windows: int) -> dict[str, d
     scorers = {name: _scorers(loaded, arm) for name, arm in arms.items()}
     prefix = 0
 
-    def measure(
-        layer: int,
-        dense: DenseAttention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **kwargs: Any,
-    ) -> AttentionResult:
-        out, weights = dense(module, query, key, value, attention_mask, **kwargs)
+    def measure(call: AttentionCall) -> AttentionResult:
+        out, weights = call.run_dense()
+        layer = call.layer
         if layer not in loaded.dense_layers:
-            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
             exact = out[:, prefix:].transpose(1, 2).float()
             for name, arm in arms.items():
-                focused = _focused(arm, scorers[name](layer), query, key, value, prefix, scaling).float()
+                focused = _focused(arm, scorers[name](layer), call, prefix).float()
                 error = (focused - exact).norm(dim=-1) / exact.norm(dim=-1)
                 squares[name].setdefault(layer, []).append(error.square().mean((0, 2)).cpu())
         return out, weights
 
-    seam = AttentionSeam(loaded.model, {layer: partial(measure, layer) for layer in attention_modules(loaded.model)})
-    with torch.no_grad(), seam:
+    with torch.no_grad(), AttentionSeam(loaded.model, measure):
         for number in range(windows):
             document = loaded.documents.make("windows", length, number, windows)
             prefix = document.prefix
@@ -82,11 +71,9 @@ def _scorers(loaded: Run, arm: Arm) -> Any:
     return arm.scorer(loaded.profile, loaded.channels)
 
 
-def _focused(
-    arm: Arm, scorer: Scorer, query: Tensor, key: Tensor, value: Tensor, prefix: int, scaling: float, step: int = 64
-) -> Tensor:
+def _focused(arm: Arm, scorer: Scorer, call: AttentionCall, prefix: int, step: int = 64) -> Tensor:
     """Sparse attention of the queries from ``prefix`` on, in pieces: [B, Hq, Q, Dv]."""
-    config = arm.config
+    query, key, config = call.query, call.key, arm.config
     assert config is not None
     if isinstance(scorer, DominantChunks):
         scorer = scorer.to(query.device)
@@ -103,12 +90,12 @@ def _focused(
             Call(
                 query[:, :, prefix + at : prefix + at + step],
                 key,
-                value,
+                call.value,
                 scorer,
                 valid[:, :, :, at : at + step],
                 config.budget,
                 reduce,
-                Softmax(scaling),
+                Softmax(call.scaling),
                 completion=completion,
             ),
             "gather",

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from evals.quality.arms import RESULTS, Ledger, provenance
+from evals.quality.arms import RESULTS, PartLedger, provenance
 from evals.quality.ruler_arms import ARMS, MADE, SHORTEST, TASKS, Model, Questions, command
 from fasa_flex import FasaProfile
 from fasa_flex.report.compare import Run
@@ -85,7 +85,7 @@ def check_prompts(parts: Mapping[str, Mapping[str, Any]]) -> None:
 class Runner:
     """Runs commands, several at a time, and writes their results."""
 
-    def __init__(self, model: Model, asked: Questions, ledger: Ledger, folder: Path, device: str) -> None:
+    def __init__(self, model: Model, asked: Questions, ledger: PartLedger, folder: Path, device: str) -> None:
         self.model, self.asked, self.ledger, self.folder, self.device = model, asked, ledger, folder, device
         self.fingerprint = FasaProfile.from_pretrained(model.profile).fingerprint
 
@@ -147,7 +147,7 @@ class Runner:
         return time.time() - begun, rows_of(Run.load(output), task, arm, self.asked)
 
 
-def take_over(ledger: Ledger, paths: Iterable[Path]) -> None:
+def take_over(ledger: PartLedger, paths: Iterable[Path]) -> None:
     """Add the parts of other files to the ledger."""
     for path in paths:
         for name, part in json.loads(path.read_text())["parts"].items():
@@ -196,7 +196,7 @@ def main() -> None:
             "commands": {arm: "lm_eval " + shlex.join(command(shown, asked, arm, *places)) for arm in ARMS},
             "samples": f"the first {asked.documents} of each length's {MADE}",
         }
-        ledger = Ledger(options.out, head)
+        ledger = PartLedger(options.out, head)
         take_over(ledger, options.join)
         failed = Runner(model, asked, ledger, Path(folder), options.device).run(
             arms, tasks, options.processes, options.seconds

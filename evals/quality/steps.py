@@ -27,6 +27,7 @@ from fasa_flex.core.ranking import INVALID, rank_keys, slot_of
 from fasa_flex.core.scoring import DominantChunks, Scorer
 from fasa_flex.core.selection import forced_keys, valid_keys
 from fasa_flex.core.softmax import Softmax
+from fasa_flex.hf.attention_call import AttentionCall
 from fasa_flex.hf.attention_routing import reading
 
 KINDS = ("answer", "text")
@@ -84,8 +85,8 @@ def steps_of(
     ids = torch.tensor(tokenizer(f"{found.prompt}{found.answer}\n").input_ids, device=model.device)
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def keep(layer: int, query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
-        seen[layer] = query[0].float(), key[0].float()
+    def keep(call: AttentionCall) -> None:
+        seen[call.layer] = call.query[0].float(), call.key[0].float()
 
     with reading(model, keep):
         model.base_model(input_ids=ids[None], use_cache=False)

@@ -27,7 +27,7 @@ from evals.quality.arms import (
     MODEL,
     N_TIP,
     Arm,
-    Ledger,
+    PartLedger,
     calibrate_reference,
     calibration_prompts,
     evaluate,
@@ -103,7 +103,12 @@ DENSE = Arm("dense", "hf")
 
 
 def sweep(
-    ledger: Ledger, arms: Sequence[Arm], asked: Sequence[Questions], calibrated: Calibrated, processes: int, name: str
+    ledger: PartLedger,
+    arms: Sequence[Arm],
+    asked: Sequence[Questions],
+    calibrated: Calibrated,
+    processes: int,
+    name: str,
 ) -> Rows:
     """The rows of all arms, first dense attention's; arms in the ledger are not measured again.
 

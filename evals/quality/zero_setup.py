@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from evals.quality.arms import FORMER, LENGTH, MODEL, N_TIP, RESULTS, Ledger, provenance, quiet
+from evals.quality.arms import FORMER, LENGTH, MODEL, N_TIP, RESULTS, PartLedger, provenance, quiet
 from evals.quality.steps import with_interval
 from fasa_flex import FasaConfig, FasaProfile, enable
 from fasa_flex.lm_eval.documents import needle
@@ -162,7 +162,7 @@ def main() -> None:
     options = parser.parse_args()
     quiet()
     trial = Trial(2 if options.quick else 64)
-    ledger = Ledger(options.out / "zero_setup.json", provenance(time.time(), n_tip=N_TIP, length=LENGTH))
+    ledger = PartLedger(options.out / "zero_setup.json", provenance(time.time(), n_tip=N_TIP, length=LENGTH))
     for part in (needles, text, chunks, cost):
         rows = ledger.part(
             part.__name__, {"documents": trial.documents, "budgets": BUDGETS}, lambda part=part: part(trial)

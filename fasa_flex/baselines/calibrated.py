@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fasa_flex.calibration.from_texts import encode_samples
 from fasa_flex.calibration.rotary import RotaryLayout
+from fasa_flex.hf.attention_call import AttentionCall
 from fasa_flex.hf.attention_routing import reading
 from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import check_supported, device_of, evaluating
@@ -51,10 +51,10 @@ def channel_weights(
     totals: dict[int, Tensor] = {}
     shard = HeadShard.of(model)
 
-    def measure(layer: int, query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
-        grouped = query.unflatten(1, (key.shape[1], -1)).double()
-        added = (grouped * key.double()[:, :, None]).abs().mean(2).sum((0, 2)).cpu()
-        totals[layer] = totals.get(layer, 0.0) + shard.whole(added)
+    def measure(call: AttentionCall) -> None:
+        grouped = call.query.unflatten(1, (call.key.shape[1], -1)).double()
+        added = (grouped * call.key.double()[:, :, None]).abs().mean(2).sum((0, 2)).cpu()
+        totals[call.layer] = totals.get(call.layer, 0.0) + shard.whole(added)
 
     with evaluating(model), reading(model, measure):
         for ids in encoded:

@@ -20,7 +20,7 @@ import torch
 
 from fasa_flex.bench import op, prefill, rivals, serve, step
 from fasa_flex.bench.options import BACKENDS, PARTS
-from fasa_flex.bench.record import Ledger, command_line, provenance, reason_of
+from fasa_flex.bench.record import RowLedger, command_line, provenance, reason_of
 from fasa_flex.bench.report import absences, crossovers, picture, sentences, table
 from fasa_flex.bench.settings import Settings, quick
 from fasa_flex.bench.shapes import SHAPES
@@ -108,7 +108,7 @@ def _measure_part(part: str, settings: Settings, options: argparse.Namespace) ->
     path = options.out / f"bench_{part}_{device.type}.json"
     origin = provenance(command_line("fasa_flex.bench"), device)
     head = {"part": part, **origin, "settings": settings.to_dict(), "quality": _QUALITY}
-    ledger = Ledger(path, head, options.fresh)
+    ledger = RowLedger(path, head, options.fresh)
     ledger.data["bandwidth_gb_per_s"] = bandwidth(device)
     try:
         for key, measure in _rows_of(part, options)(settings, ledger):
@@ -139,13 +139,13 @@ def _measure_part(part: str, settings: Settings, options: argparse.Namespace) ->
 
 def _rows_of(
     part: str, options: argparse.Namespace
-) -> Callable[[Settings, Ledger], Iterator[tuple[Key, Measure | str]]]:
+) -> Callable[[Settings, RowLedger], Iterator[tuple[Key, Measure | str]]]:
     if part == "serve":
         return partial(_serve_rows, new_tokens=options.new_tokens)
     return {"op": _op_rows, "step": _step_rows, "prefill": _prefill_rows}[part]
 
 
-def _op_rows(settings: Settings, ledger: Ledger) -> Iterator[tuple[Key, Measure | str]]:
+def _op_rows(settings: Settings, ledger: RowLedger) -> Iterator[tuple[Key, Measure | str]]:
     for name in settings.shapes:
         shape = SHAPES[name]
         for batch in settings.batches:
@@ -162,7 +162,7 @@ def _op_rows(settings: Settings, ledger: Ledger) -> Iterator[tuple[Key, Measure 
                     yield key, partial(op.measure, shape, batch, context, settings, dense, sparse)
 
 
-def _step_rows(settings: Settings, ledger: Ledger) -> Iterator[tuple[Key, Measure | str]]:
+def _step_rows(settings: Settings, ledger: RowLedger) -> Iterator[tuple[Key, Measure | str]]:
     for name in settings.shapes:
         shape = SHAPES[name]
         layers = step.plan(shape, settings)
@@ -180,7 +180,7 @@ def _step_rows(settings: Settings, ledger: Ledger) -> Iterator[tuple[Key, Measur
         del model
 
 
-def _serve_rows(settings: Settings, ledger: Ledger, new_tokens: int | None) -> Iterator[tuple[Key, Measure | str]]:
+def _serve_rows(settings: Settings, ledger: RowLedger, new_tokens: int | None) -> Iterator[tuple[Key, Measure | str]]:
     """Rows of a model that is cut to the layers which fit with the caches of all requests."""
     new_tokens = new_tokens or (16 if settings.device.type == "cpu" else 256)
     for name in settings.shapes:
@@ -199,7 +199,7 @@ def _serve_rows(settings: Settings, ledger: Ledger, new_tokens: int | None) -> I
                 yield key, partial(serve.measure, shape, batch, context, settings, model, layers, new_tokens)
 
 
-def _prefill_rows(settings: Settings, ledger: Ledger) -> Iterator[tuple[Key, Measure | str]]:
+def _prefill_rows(settings: Settings, ledger: RowLedger) -> Iterator[tuple[Key, Measure | str]]:
     for name in settings.shapes:
         shape, model = SHAPES[name], None
         sizes = [(batch, context) for batch in settings.batches for context in settings.contexts]
@@ -229,7 +229,7 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-def _report(ledger: Ledger, part: str) -> None:
+def _report(ledger: RowLedger, part: str) -> None:
     """Write crossovers and the table into the file and a picture beside it, and print them."""
     rows = ledger.rows
     if rows and part == "serve":
@@ -248,7 +248,7 @@ def _report(ledger: Ledger, part: str) -> None:
     print(f"written to {ledger.path}")
 
 
-def _draw(ledger: Ledger, part: str) -> None:
+def _draw(ledger: RowLedger, part: str) -> None:
     hardware = ledger.data["hardware"]
     where = hardware.get("gpu", f"{hardware['cpu']}, {hardware['threads']} threads")
     what = {"op": "One attention call", "step": "A whole decode step", "prefill": "A prompt's attention"}[part]

@@ -83,8 +83,8 @@ def revision() -> str | None:
         return None
 
 
-class Ledger:
-    """A JSON file of rows, written after each of them, so that a stopped run can be continued.
+class RowLedger:
+    """A JSON file of rows of one setting, written after each of them, so that a stopped run can be continued.
 
     Args:
         path: the file.

@@ -19,8 +19,8 @@ from fasa_flex.calibration.rotary import RotaryLayout
 from fasa_flex.core.budget import check_count, plain_number
 from fasa_flex.core.criteria import causal, logit_statistics
 from fasa_flex.errors import ArgumentTypeError, NotSupportedError
+from fasa_flex.hf.attention_call import AttentionCall
 from fasa_flex.hf.attention_routing import reading
-from fasa_flex.hf.forward_checks import scaling_of
 from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import (
     attention_shape,
@@ -207,11 +207,12 @@ def _sample_tables(
     }
     tables = {name: torch.zeros(layers, *shape, dtype=torch.float64) for name, shape in shapes.items()}
 
-    def measure(layer: int, query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
+    def measure(call: AttentionCall) -> None:
+        query, key, layer = call.query, call.key, call.layer
         if layer not in layout.unserved_layers:
             last, visible = query[:, :, -decoded:], causal(decoded, key.shape[2], key.device)
             tables["agreement"][layer] = shard.whole(contextual_agreement(last, key, layout, top_k))  # refuses NaN
-            parts = logit_statistics(last, key, visible, layout.chunks, scaling_of(query, options))
+            parts = logit_statistics(last, key, visible, layout.chunks, call.scaling)
             for name, part in vars(parts).items():
                 tables[name][layer] = shard.whole(part)
 

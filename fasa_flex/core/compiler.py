@@ -5,9 +5,8 @@ Each workaround names the torch version in which it was last needed.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,12 +43,12 @@ def compute_once(tensor: Tensor) -> Tensor:
 
 
 def read_as_floats(mask: Tensor) -> Tensor:
-    """Return the same bool mask; in a graph for CPU, stored as floats and compared with 0 where it is read.
+    """Return the same bool mask in a graph; for CPU, stored as floats and compared with 0 where it is read.
 
     Inductor's vector code loads bools six times as slowly as floats (torch 2.13), and every head and every pass loads
     the mask again.
     """
-    if torch.compiler.is_compiling() and mask.device.type == "cpu":
+    if mask.device.type == "cpu":
         return compute_once(mask.to(torch.float32, memory_format=torch.contiguous_format)) > 0
     return mask
 
@@ -59,8 +58,9 @@ def operator(
 ) -> Callable[[_Function], _Function]:
     """Decorator: register a function of tensors as the operator ``fasa_flex::name`` for compiled graphs.
 
-    The decorated function takes no keyword arguments. An eager call runs it directly: a decode step calls several
-    operators per layer, and the three wrappers of `torch.library.custom_op` can take longer than the kernel launch.
+    The decorated function takes no keyword arguments. It stays itself, so that an eager call has no wrapper: a decode
+    step calls several operators per layer, and the three wrappers of `torch.library.custom_op` can take longer than the
+    kernel launch. Dynamo traces the operator in its place.
 
     Args:
         name: name of the operator.
@@ -75,11 +75,7 @@ def operator(
         torch.library.impl(qualified, devices)(function)
         torch.library.register_fake(qualified)(fake)
         compiled = getattr(torch.ops.fasa_flex, name)
-
-        @functools.wraps(function)
-        def call(*args: Any) -> Any:
-            return compiled(*args) if torch.compiler.is_compiling() else function(*args)
-
-        return cast(_Function, call)
+        torch.compiler.substitute_in_graph(function, skip_signature_check=True)(lambda *args: compiled(*args))
+        return function
 
     return register

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fasa_flex.core.budget import SINKS
 from fasa_flex.core.compiler import operator
-from fasa_flex.core.group_reduce import Weights
+from fasa_flex.core.group_reduce import MOST, Weights
 from fasa_flex.core.selection import Selection
 from fasa_flex.core.softmax import Softmax, with_sinks
 
@@ -243,7 +243,7 @@ def kept_share(logits: Tensor, weights: Weights, selection: Selection) -> Tensor
         float32 [B, Hkv, G, Q], in [0, 1]; 1 for a query without a valid key.
     """
     chosen = logits.gather(-1, selection.slots.expand(-1, -1, logits.shape[2], -1, -1))
-    kept = torch.where(selection.taken, weights.of(chosen), 0.0).sum(-1)
+    kept = torch.where(selection.taken, (chosen - weights.unit).clamp(max=MOST).exp(), 0.0).sum(-1)
     share: Tensor = torch.where(weights.total > 0.0, (kept / weights.total).clamp(max=1.0), 1.0)
     return share
 

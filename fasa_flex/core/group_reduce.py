@@ -63,10 +63,6 @@ class Weights(NamedTuple):
     total: Tensor
     unit: Tensor
 
-    def of(self, logits: Tensor) -> Tensor:
-        """Compute the weights of logits [B, Hkv, G, Q, K], limited to e^80."""
-        return (logits - self.unit).clamp(max=MOST).exp()
-
 
 def weigh(logits: Tensor, valid: Tensor, sample: Tensor) -> Weights:
     """Compute the attention weights of all keys in one pass over them.

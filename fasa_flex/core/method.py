@@ -87,7 +87,9 @@ def attend(call: Call, focus: Focus) -> Tensor:
     Scoring and selection are the paper's TIP, ``focus`` is its FAC. With a completion, the estimated logits that rank
     the keys also give the share of attention mass on the selected keys; an estimate replaces the rest.
     """
-    marks, valid = call.marks or call.known_marks(), read_as_floats(call.valid)
+    marks, valid = call.marks or call.known_marks(), call.valid
+    if torch.compiler.is_compiling():
+        valid = read_as_floats(valid)
     scores = call.scorer(call.query, call.key, call.packed_keys)  # [B, Hkv, G, Q, T]
     if not isinstance(call.scorer, DominantChunks):
         check_scores(scores, call.query, call.key)

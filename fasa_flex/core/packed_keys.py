@@ -69,14 +69,7 @@ class PackedKeys:
     @property
     def width(self) -> int:
         """Number of dimensions per key, 2 * n_tip."""
-        return self.tiles.shape[3] * (2 if self._dtype == "int4" else 1)
-
-    @property
-    def _dtype(self) -> PackedDtype | None:
-        """Integer format of the tiles; None: they hold floats."""
-        if self.scales is None:
-            return None
-        return "int4" if self.tiles.dtype == torch.uint8 else "int8"
+        return self.tiles.shape[3] * (2 if self.tiles.dtype == torch.uint8 else 1)
 
     @property
     def n_bytes(self) -> int:
@@ -92,7 +85,8 @@ class PackedKeys:
             slots: int64 [t], the slot of each key; an int: the slot of the first key, with the others behind it.
         """
         lanes, length = self.tiles.shape[4], rows.shape[2]
-        rows, scales = convert_rows(rows, self._dtype)
+        integers: PackedDtype = "int4" if self.tiles.dtype == torch.uint8 else "int8"
+        rows, scales = convert_rows(rows, None if self.scales is None else integers)
         if isinstance(slots, int):
             if (lanes == 1 or length == 1) and not torch.compiler.is_compiling():  # plain copies are fastest
                 first, place = divmod(slots, lanes)

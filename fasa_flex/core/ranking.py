@@ -66,35 +66,33 @@ def largest(order: Tensor, count: int) -> Tensor:
         order: int64 [..., T], integers of `rank_keys`: all distinct except for INVALID.
         count: number to find, at least 1.
     """
-    kv_len = order.shape[-1]
+    kv_len, best_of = order.shape[-1], _partition if order.device.type == "cpu" else _topk
     if kv_len < 2 * TILE * count:
-        return _largest(order, count)
+        return best_of(order, count)
     tiles = F.pad(order, (0, -kv_len % TILE), value=INVALID).unflatten(-1, (-1, TILE))
     maxima = tiles.amax(-1)
-    best = _largest(maxima, count)
+    best = best_of(maxima, count)
     tile = torch.where(best > INVALID, slot_of(best, kv_len) // TILE, 0)
     repeated = (best == INVALID)[..., None]  # fewer tiles than wanted hold a valid key
     candidates = tiles.gather(-2, tile[..., None].expand(*tile.shape, TILE))
-    return _largest(torch.where(repeated, INVALID, candidates).flatten(-2), count)
+    return best_of(torch.where(repeated, INVALID, candidates).flatten(-2), count)
 
 
-def _largest(order: Tensor, count: int) -> Tensor:
-    if order.device.type == "cpu":
-        return _largest_on_cpu(order, count)
+def _topk(order: Tensor, count: int) -> Tensor:
     return order.topk(count, dim=-1, sorted=False).values
 
 
 @operator("largest", lambda order, count: order.new_empty(*order.shape[:-1], count), devices="cpu")
-def _largest_on_cpu(order: Tensor, count: int) -> Tensor:
+def _partition(order: Tensor, count: int) -> Tensor:
     """Use NumPy's partition: one core, but its vector code is many times as fast as `torch.topk`."""
     kv_len, rows = order.shape[-1], order.numel() // max(1, order.shape[-1])
     if min(torch.get_num_threads(), rows, order.numel() // _GRAIN) > _WORTH:
-        return order.topk(count, dim=-1, sorted=False).values
+        return _topk(order, count)
     first, found = kv_len - count, order.new_empty(*order.shape[:-1], count)
     try:
         from_rows, to_rows = order.numpy().reshape(rows, kv_len), found.numpy().reshape(rows, count)
     except RuntimeError:  # tensors inside a transform of torch.func have no memory
-        return order.topk(count, dim=-1, sorted=False).values
+        return _topk(order, count)
     step = max(1, _GRAIN // max(1, kv_len))
     for at in range(0, rows, step):  # a piece and its copy fit into the CPU's cache
         piece = from_rows[at : at + step].copy()

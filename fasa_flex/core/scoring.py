@@ -201,8 +201,7 @@ class DominantChunks:
             if shift is not None:
                 scores = scores + shift
         else:
-            query_dims = _take_dims(query, self.dims)
-            scores = dot_products(query_dims, _take_dims(key.repeat_interleave(group, dim=1), self.dims))
+            scores = dot_products(self.of_query(query), self.pack(key.repeat_interleave(group, dim=1)))
         return scores.view(batch, kv_heads, group, q_len, kv_len)
 
     def reads(self, head_dim: int, query_heads: int, kv_heads: int) -> ReadShare:
@@ -217,5 +216,6 @@ def estimates_logits(scorer: object) -> bool:
 
 
 def _take_dims(states: Tensor, dims: Tensor) -> Tensor:
+    """Take [B, H, T, D] at ``dims`` [H, P]; not by `torch.take_along_dim`, for which Dynamo makes T a constant."""
     batch, _, length, _ = states.shape
     return states.gather(-1, dims.to(states.device)[None, :, None].expand(batch, -1, length, -1))

@@ -15,36 +15,34 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from fasa_flex.hf.attention_call import AttentionCall, AttentionResult, DenseAttention
 from fasa_flex.hf.compatibility import IMPLEMENTATIONS
 from fasa_flex.hf.model_structure import OWN_CONFIG, attention_lookup, attention_modules, own_config
 
 _OURS = "fasa_"
 _ROUTE = "_fasa_route"
 
-AttentionResult = tuple[Tensor, Tensor | None]
-
-
-class DenseAttention(Protocol):
-    """The model's own attention: q [B, Hq, Q, D], k and v [B, Hkv, T, D] -> ([B, Q, Hq, D], weights or None)."""
-
-    def __call__(  # noqa: D102 - see the class
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-    ) -> AttentionResult: ...
-
-
-SeamFunction = Callable[..., AttentionResult]
-"""A function that a seam routes calls through: arguments of `DenseAttention` after the model's own attention."""
+SeamFunction = Callable[[AttentionCall], AttentionResult]
+"""A function that a seam routes calls through."""
 
 _tokens = itertools.count()
 _lock = threading.RLock()
 _open: dict[int, tuple[str, frozenset[int]]] = {}
 """Owner and module ids of every open seam, by its token."""
+
+
+class _Route(NamedTuple):
+    """The way of one module's calls."""
+
+    function: SeamFunction
+    dense: DenseAttention
+    layer: int
 
 
 class AttentionSeam:
@@ -67,7 +65,7 @@ class AttentionSeam:
         self._kind, self._owner, self._token = type(model).__name__, owner, next(_tokens)
         self._check_free(modules)
         self._configs: list[tuple[PreTrainedConfig, str]] = []
-        self._routes: list[tuple[weakref.ref[nn.Module], functools.partial[AttentionResult]]] = []
+        self._routes: list[tuple[weakref.ref[nn.Module], _Route]] = []
         for layer, module in by_layer.items():
             config: PreTrainedConfig | None = own_config(module)
             if config is None:  # a module that looks up its attention has a config to look up the name in
@@ -82,7 +80,7 @@ class AttentionSeam:
             if dense is None:
                 continue
             routed = function[layer] if isinstance(function, Mapping) else function
-            self._routes.append((weakref.ref(module), functools.partial(routed, dense)))
+            self._routes.append((weakref.ref(module), _Route(routed, dense, layer)))
             if not any(config is other for other, _ in self._configs):
                 self._configs.append((config, former))
         if not self._routes:
@@ -143,8 +141,9 @@ class AttentionSeam:
 
     def __enter__(self) -> AttentionSeam:
         """Open the seam for calls of this thread alone, so that it does not measure generation in other threads."""
-        thread = threading.get_ident()
-        self._routes = [(module, _of_thread(thread, route)) for module, route in self._routes]
+        self._routes = [
+            (module, route._replace(function=_of_this_thread(route.function))) for module, route in self._routes
+        ]
         self.open()
         return self
 
@@ -160,39 +159,20 @@ class AttentionSeam:
             raise ValueError(f"{self._kind} is under FASA already, by {owner}; disable() it first.")
 
 
-def reading(model: PreTrainedModel, read: Callable[[int, Tensor, Tensor, dict[str, Any]], None]) -> AttentionSeam:
-    """A seam, to be entered, that shows ``read`` every layer's queries and keys; the model attends as before.
+def reading(model: PreTrainedModel, read: Callable[[AttentionCall], None]) -> AttentionSeam:
+    """A seam, to be entered, that shows ``read`` every attention call of a model, which attends as before."""
 
-    Args:
-        model: whose layers are read.
-        read: called with the layer's number, query float [B, Hq, Q, D], key float [B, Hkv, T, D], and the keyword
-            arguments of the attention function.
-    """
+    def attend(call: AttentionCall) -> AttentionResult:
+        read(call)
+        return call.run_dense()
 
-    def attend(
-        layer: int,
-        dense: DenseAttention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **options: Any,
-    ) -> AttentionResult:
-        read(layer, query, key, options)
-        return dense(module, query, key, value, attention_mask, **options)
-
-    return AttentionSeam(model, {layer: functools.partial(attend, layer) for layer in attention_modules(model)})
+    return AttentionSeam(model, attend)
 
 
-def _of_thread(thread: int, route: functools.partial[AttentionResult]) -> functools.partial[AttentionResult]:
-    """Make a route for the calls of one thread; calls of other threads run the model's own attention."""
-    dense: DenseAttention = route.args[-1]  # a partial of a partial has the arguments of both
-
-    def attend(dense: DenseAttention, module: nn.Module, *args: Any, **kwargs: Any) -> AttentionResult:
-        return (route if threading.get_ident() == thread else dense)(module, *args, **kwargs)
-
-    return functools.partial(attend, dense)
+def _of_this_thread(function: SeamFunction) -> SeamFunction:
+    """Restrict a function to calls of this thread; calls of other threads run the model's own attention."""
+    thread = threading.get_ident()
+    return lambda call: function(call) if threading.get_ident() == thread else call.run_dense()
 
 
 def implementation_of(model: PreTrainedModel, module: nn.Module) -> str:
@@ -230,11 +210,14 @@ def _routed(
     **kwargs: Any,
 ) -> AttentionResult:
     """Call a module's route, or its own attention if it has no route."""
-    attend: DenseAttention | None = getattr(module, _ROUTE, None)
-    if attend is None:  # not `or`: torch 2.11's Dynamo cannot evaluate the truth of a partial
-        attend = _own_attention(module, former)
-    assert attend is not None  # its forward has just looked up the seam's name
-    return attend(module, query, key, value, attention_mask, **kwargs)
+    route: _Route | None = getattr(module, _ROUTE, None)
+    if route is not None:
+        return route.function(
+            AttentionCall(route.layer, route.dense, module, query, key, value, attention_mask, kwargs)
+        )
+    dense = _own_attention(module, former)
+    assert dense is not None  # its forward has just looked up the seam's name
+    return dense(module, query, key, value, attention_mask, **kwargs)
 
 
 def _own_attention(module: nn.Module, former: str) -> DenseAttention | None:

@@ -69,24 +69,6 @@ def unmet(package: str, what: str, since: str | None = None) -> ValueError:
     )
 
 
-def cache_among(arguments: Mapping[str, Any]) -> Cache | None:
-    """Return the cache among the keyword arguments of an attention module; None if there is none.
-
-    Raises:
-        ValueError: the cache is of another kind.
-    """
-    for name in CACHE_NAMES:
-        cache = arguments.get(name)
-        if isinstance(cache, Cache):
-            return cache
-        if cache is not None:
-            raise ValueError(
-                f"FASA reads a transformers Cache and the model was handed a {type(cache).__name__}; pass a Cache such "
-                "as DynamicCache, or disable() FASA first."
-            )
-    return None
-
-
 def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
     """Return ``cache`` as a keyword argument for the model's forward and `generate`.
 

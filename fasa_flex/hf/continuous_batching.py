@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 
-from fasa_flex.hf.attention_routing import DenseAttention
+from fasa_flex.hf.attention_call import AttentionCall, DenseAttention
 from fasa_flex.hf.generation import find_frame
 from fasa_flex.hf.model_structure import attention_lookup, own_config
 
@@ -142,33 +142,24 @@ def attention_now(module: nn.Module) -> DenseAttention:
     return function
 
 
-def attend_alone(
-    dense: DenseAttention,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    options: dict[str, Any],
-    valid: Tensor | None = None,
-) -> Tensor:
+def attend_alone(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None = None) -> Tensor:
     """Compute dense attention of requests without the paged cache, each row a request: [B, Q, Hq, Dv].
 
     Args:
-        dense: the attention function that the module has without continuous batching.
-        module: the attention module.
+        call: the call for all requests.
         query: float [B, Hq, Q, D], the last Q tokens of each request.
         key: float [B, Hkv, T, D].
         value: float [B, Hkv, T, Dv].
-        options: keyword arguments of the attention function.
         valid: bool [B, 1, 1, T], the keys of requests that differ in length, for one query each; None: all.
     """
-    q_len, kv_len, name = query.shape[2], key.shape[2], own_config(module)._attn_implementation
+    q_len, kv_len, name = query.shape[2], key.shape[2], own_config(call.module)._attn_implementation
+    dense = call.dense
     if "flash" in name and valid is None:  # its mask is causal from the last key on
-        dense = attention_now(module)
+        dense = attention_now(call.module)
     elif valid is None and q_len > 1 and (kv_len > q_len or "eager" in name):
         valid = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril(kv_len - q_len)[None, None]
     mask = valid
     if mask is not None and "eager" in name:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-    kept = {each: options[each] for each in _PASSED_ON if each in options}
-    return dense(module, query, key, value, mask, **kept)[0]
+    kept = {each: call.options[each] for each in _PASSED_ON if each in call.options}
+    return dense(call.module, query, key, value, mask, **kept)[0]

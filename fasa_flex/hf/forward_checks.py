@@ -1,58 +1,15 @@
-"""Softmax settings of an attention call, and checks that refuse bad masks, NaN keys and sequences that are too long."""
+"""Checks of a forward, which refuse bad masks, NaN keys and sequences that are too long."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache
 
-from fasa_flex.core.softmax import Softmax
 from fasa_flex.hf.boundary import Boundary
 from fasa_flex.hf.masks import check_mask, valid_from_mask
-
-
-def scaling_of(query: Tensor, options: dict[str, Any]) -> float:
-    """Factor that the model multiplies dot products by, from the keyword arguments of its attention function."""
-    return options.get("scaling") or float(query.shape[-1] ** -0.5)
-
-
-def softmax_of(module: nn.Module, query: Tensor, options: dict[str, Any], implementation: str) -> Softmax:
-    """Read the model's softmax from the keyword arguments of its attention function.
-
-    Raises:
-        ValueError: the model's ``implementation`` ignores its logit cap or its learned sinks.
-    """
-    scaling, softcap, sinks = options.get("scaling"), options.get("softcap"), options.get("s_aux")
-    if implementation == "sdpa" and (softcap is not None or sinks is not None):
-        raise ValueError(
-            f"{type(module).__name__} caps its logits or has learned sinks, which its implementation 'sdpa' leaves "
-            "out; call model.set_attn_implementation('eager') before enable."
-        )
-    return Softmax(scaling or float(query.shape[-1] ** -0.5), softcap, sinks)
-
-
-def mask_of(
-    module: nn.Module, options: dict[str, Any], implementation: str, shape: tuple[int, int], device: torch.device
-) -> Tensor | None:
-    """Return the mask that several queries have if the model passes none: None if causal, otherwise all keys.
-
-    Without a mask, sdpa is causal unless ``is_causal`` is False, and eager attention sees every key, as in a decoder
-    that is used bidirectionally.
-
-    Args:
-        module: the attention module.
-        options: keyword arguments of the attention function.
-        implementation: name of the model's own attention, such as "sdpa".
-        shape: Q and T.
-        device: device of the mask.
-    """
-    stated = options.get("is_causal")
-    causal = getattr(module, "is_causal", True) if stated is None else stated
-    if causal and implementation == "sdpa":
-        return None
-    return torch.ones(1, 1, *shape, dtype=torch.bool, device=device)
 
 
 def check_forward(

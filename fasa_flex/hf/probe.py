@@ -22,7 +22,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from fasa_flex.hf.arrival import Arrival
-from fasa_flex.hf.attention_routing import AttentionResult, AttentionSeam, DenseAttention
+from fasa_flex.hf.attention_call import AttentionCall, AttentionResult
+from fasa_flex.hf.attention_routing import AttentionSeam
 from fasa_flex.hf.compatibility import CACHE_NAMES, cache_argument, check_arrivals, check_transformers
 from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.made_up_states import MadeUpStates, pattern
@@ -148,37 +149,28 @@ def probe(
         if threading.get_ident() == thread:  # other threads may be generating
             received[module] = args, kwargs
 
-    def capture(
-        layer: int,
-        dense: DenseAttention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **options: Any,
-    ) -> AttentionResult:
-        args, kwargs = received.get(module, ((), {}))
+    def capture(call: AttentionCall) -> AttentionResult:
+        query, layer = call.query, call.layer
+        args, kwargs = received.get(call.module, ((), {}))
         calls = arrivals[layer].calls + 1 if layer in arrivals else 1
         arrivals[layer] = Arrival(
-            module,
+            call.module,
             frozenset(name for name, argument in kwargs.items() if argument is not None),
             bool(args) or "hidden_states" in kwargs,
             next((kwargs[name] for name in CACHE_NAMES if isinstance(kwargs.get(name), Cache)), None),
             query if query.is_meta else query.cpu(),
-            key.shape,
-            value.shape,
-            attention_mask,
-            options,
+            call.key.shape,
+            call.value.shape,
+            call.mask,
+            call.options,
             calls,
         )
         batch, heads, q_len = query.shape[:3]
-        return value.new_zeros(batch, q_len, heads, value.shape[-1]), None
+        return query.new_zeros(batch, q_len, heads, call.value.shape[-1], dtype=call.value.dtype), None
 
     cache, rows, length, device = DynamicCache(config=model.config), len(hidden), len(positions), device_of(model)
-    seam = AttentionSeam(model, {layer: partial(capture, layer) for layer in modules})
     with ExitStack() as stack:
-        for restored in (evaluating(model), _unstretched(model), seam, _uncompiled()):
+        for restored in (evaluating(model), _unstretched(model), AttentionSeam(model, capture), _uncompiled()):
             stack.enter_context(restored)
         for module in modules.values():
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fasa_flex.core.config import FasaConfig
 from fasa_flex.core.scoring import DominantChunks
 from fasa_flex.core.softmax import Softmax
-from fasa_flex.hf.attention_routing import AttentionResult, DenseAttention
+from fasa_flex.hf.attention_call import AttentionCall, AttentionResult
 from fasa_flex.model.forwards import Forwards
 from fasa_flex.model.stats import FasaStats
 from fasa_flex.model.visible import Visible
@@ -48,49 +46,33 @@ class BlockPrefill:
         self._returns_weights, self._forwards, self._stats = returns_weights, forwards, stats
         self._budget = BlockBudget(config.prefill_share, config.prefill_mass)
 
-    def instead_of(
+    @torch.compiler.disable  # shapes depend on the lengths of the rows, and flex compiles for itself
+    def attend(
         self,
-        dense: DenseAttention,
+        call: AttentionCall,
         scorer: DominantChunks,
         visible: Visible,
         sparse: Tensor | None,
         first_slot: int,
         softmax: Softmax,
-    ) -> DenseAttention:
-        """Return attention by blocks for the queries that would run ``dense``.
+    ) -> AttentionResult:
+        """Compute attention by blocks for the queries that would be dense.
 
         Args:
-            dense: the model's own attention.
+            call: the layer's attention call.
             scorer: scorer of the layer.
             visible: valid keys of the forward.
             sparse: bool [B, Q], queries that select for themselves; None: none.
             first_slot: slot of the first query.
             softmax: softmax of the model's attention.
         """
-        return functools.partial(self._attend, scorer, visible, sparse, first_slot, softmax, dense)
-
-    @torch.compiler.disable  # shapes depend on the lengths of the rows, and flex compiles for itself
-    def _attend(
-        self,
-        scorer: DominantChunks,
-        visible: Visible,
-        sparse: Tensor | None,
-        first_slot: int,
-        softmax: Softmax,
-        dense: DenseAttention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **options: Any,
-    ) -> AttentionResult:
-        key, value = key.to(query.device), value.to(query.device)  # FASA-M keeps them in host memory
+        query = call.query
+        key, value = call.key.to(query.device), call.value.to(query.device)  # FASA-M keeps them in host memory
         grid = self._grid(visible, first_slot)
         if grid is None or self._budget.covers(grid.n_keys):
-            return dense(module, query, key, value, attention_mask, **options)
-        if options.get("dropout"):
-            raise ValueError(f"{type(module).__name__} uses dropout, sparse attention does not; call model.eval().")
+            return call.run_dense()
+        if call.options.get("dropout"):
+            raise call.no_dropout()
         blocks = Blocks(query, key, scorer, grid.to(query.device), softmax)
         out, lists = block_sparse_attention(blocks, value, self._budget, self._estimator, self._backend)
         queries = (grid.places >= 0).sum() * (len(query) // len(grid.places))
@@ -99,7 +81,7 @@ class BlockPrefill:
         for part in parts[1:]:
             out = out + attend_to_blocks(*part, value, self._backend)
         weights = None
-        if options.get("output_attentions") and self._returns_weights:
+        if call.options.get("output_attentions") and self._returns_weights:
             ones = torch.eye(key.shape[2], dtype=key.dtype, device=key.device).expand(*key.shape[:2], -1, -1)
             weights = torch.stack([attend_to_blocks(*part, ones, "gather") for part in parts]).sum(0)
         return out.transpose(1, 2).contiguous(), weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -20,10 +21,9 @@ from fasa_flex.core.completion import Completion
 from fasa_flex.core.method import Call
 from fasa_flex.core.scoring import DominantChunks, Forward, Given, Scorer, SequenceScorer
 from fasa_flex.core.softmax import Softmax
-from fasa_flex.hf.attention_routing import AttentionResult, DenseAttention
-from fasa_flex.hf.compatibility import cache_among
+from fasa_flex.hf.attention_call import AttentionCall, AttentionResult, cache_among
 from fasa_flex.hf.continuous_batching import PAGED
-from fasa_flex.hf.forward_checks import check_keys, mask_of, softmax_of
+from fasa_flex.hf.forward_checks import check_keys
 from fasa_flex.model.block_prefill import BlockPrefill
 from fasa_flex.model.crossover import packs_late, sparse_is_faster
 from fasa_flex.model.paged_layer import PagedLayer
@@ -110,57 +110,35 @@ class Layer(OfOneModel):
             first_slot = slots_written(cache, number)
         return args, {**kwargs, "fasa_cache": (cache, first_slot)}
 
-    def attend(
-        self,
-        dense: DenseAttention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **options: Any,
-    ) -> AttentionResult:
-        """Compute attention [B, Q, Hq, D] from query [B, Hq, Q, D] and all keys and values of the cache.
+    def attend(self, call: AttentionCall) -> AttentionResult:
+        """Compute attention [B, Q, Hq, D] of a call.
 
         Raises:
             ValueError: the input is refused; the cache is as before the forward unless the message says otherwise.
         """
-        if PAGED in options:
-            return self._paged.attend(dense, module, query, key, value, attention_mask, **options)
-        cache, first_slot = options.pop("fasa_cache", (None, None))
-        arguments = (cache, first_slot, dense, module, query, key, value, attention_mask)
+        if PAGED in call.options:
+            return self._paged.attend(call)
+        cache, first_slot = call.options.pop("fasa_cache", (None, None))
         if torch.compiler.is_compiling():
-            return self._attend(*arguments, **options)
+            return self._attend(call, cache, first_slot)
         try:
-            return self._attend(*arguments, **options)
+            return self._attend(call, cache, first_slot)
         except ValueError as error:
-            if cache is None or take_back(cache, self.number, query.shape[2]):
+            if cache is None or take_back(cache, self.number, call.query.shape[2]):
                 raise
             raise partly_written(error, self.number) from error
 
-    def _attend(
-        self,
-        cache: Cache | None,
-        first_slot: int | None,
-        dense: DenseAttention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **options: Any,
-    ) -> AttentionResult:
+    def _attend(self, call: AttentionCall, cache: Cache | None, first_slot: int | None) -> AttentionResult:
         """Choose the sparse queries, count them, and compute attention."""
         number, now, budget = self.number, self._forwards.now, self.budget
+        query, key, value = call.query, call.key, call.value
         q_len, kv_len, compiling = query.shape[2], key.shape[2], torch.compiler.is_compiling()
         boundary = now.traced_boundary if compiling else now.boundary
         first_slot = kv_len - q_len if first_slot is None else first_slot
-        softmax = softmax_of(module, query, options, self.implementation)
-        mask = attention_mask
-        if mask is None and q_len > 1:
-            mask = mask_of(module, options, self.implementation, (q_len, kv_len), query.device)
+        softmax = call.softmax(self.implementation)
+        mask = call.mask_of_several(self.implementation) if q_len > 1 else call.mask
         visible = self._forwards.visible(mask, (len(query), q_len, kv_len), query.device, self.begins)
-        measured = q_len > 1 and self._read_prompt(query, key, visible, cache, first_slot, softmax.scaling)
+        measured = q_len > 1 and self._read_prompt(call, visible, cache, first_slot)
         scorer = self._scorer if self._source is None else self.scorer
         completion = cached = sparse = marks = None
         first, counts = q_len, visible.dense_counts
@@ -177,24 +155,22 @@ class Layer(OfOneModel):
                     first = q_len if sparse is None else 0
             else:
                 first, sparse = self._sparse_queries(visible, first_slot)
-        if sparse is not None and self._backend == "fastest":
-            grouped = self._groups(options, kv_len) and decodes_grouped(query, key, value, attention_mask, softmax)
-            if not self._is_faster(cache, query, key, value, grouped):
-                first, sparse, counts = q_len, None, visible.dense_counts
+        if sparse is not None and self._backend == "fastest" and not self._is_faster(cache, call, softmax):
+            first, sparse, counts = q_len, None, visible.dense_counts
         if boundary is not None or (sparse is not None and marks is None):
             counts = self._counts(visible, sparse, first_slot)
         self._stats.add(number, counts)
-        prefills = q_len > 1 or (not compiling and now.reads_prompt)
+        prefills, run_dense = q_len > 1 or (not compiling and now.reads_prompt), call.run_dense
         if self._blocks and isinstance(scorer, DominantChunks) and prefills and not measured:
-            dense = self._blocks.instead_of(dense, scorer, visible, sparse, first_slot, softmax)
+            run_dense = functools.partial(self._blocks.attend, call, scorer, visible, sparse, first_slot, softmax)
         if self.follower is not None and budget is not None:
             chosen = torch.zeros_like(visible.n_valid, dtype=torch.bool) if sparse is None else sparse
             inputs = (query, key, visible.valid(), chosen, first, first_slot, budget, softmax.scaling, cache)
             scorer = Given(self.follower.follow(Forward(*inputs)))
         if sparse is None:
-            return self._dense(dense, module, query, key, value, attention_mask, visible, softmax, options)
-        if options.get("dropout"):
-            raise ValueError(f"{type(module).__name__} uses dropout, sparse attention does not; call model.eval().")
+            return self._grouped(call, visible, softmax) if self._groups(call, softmax) else run_dense()
+        if call.options.get("dropout"):
+            raise call.no_dropout()
         assert budget is not None
         packed = resident = None
         if q_len == 1:
@@ -205,26 +181,24 @@ class Layer(OfOneModel):
             resident = cached.own_resident() if isinstance(cached, OnHost) else None
         ranker, part = cast(Scorer, scorer), query if first == 0 else query[:, :, first:]  # others' scores are `Given`
         states = (part, key, value, ranker, visible.valid()[:, :, :, first:], budget, self._group_reduce, softmax)
-        call = Call(*states, packed, resident, marks, completion)
+        sparse_call = Call(*states, packed, resident, marks, completion)
         if q_len == 1:  # splitting many queries would guard a compiled graph on T and recompile for every token
-            focused = sparse_attention(call, self._backend).transpose(1, 2).contiguous()
+            focused = sparse_attention(sparse_call, self._backend).transpose(1, 2).contiguous()
         else:
-            focused = in_parts(call, self._backend)
-        weights = weights_of(call) if options.get("output_attentions") and self.implementation == "eager" else None
+            focused = in_parts(sparse_call, self._backend)
+        returns_weights = call.options.get("output_attentions") and self.implementation == "eager"
+        weights = weights_of(sparse_call) if returns_weights else None
         if boundary is None or boundary.highest <= first_slot:  # every query is sparse
             return focused, weights
-        dense_result = dense(module, query, key, value, attention_mask, **options)
-        return merged(dense_result, focused, weights, sparse, first)
+        return merged(run_dense(), focused, weights, sparse, first)
 
     def _pack(self, cache: Cache, scorer: object, device: torch.device) -> None:
         """Let the cache pack this layer's keys; with "fastest" on a GPU a growing cache waits for a sparse step."""
         pack_layer(cache, self.number, scorer, growing=self._backend != "fastest" or not packs_late(device))
 
-    def _read_prompt(
-        self, query: Tensor, key: Tensor, visible: Visible, cache: Cache | None, first_slot: int, scaling: float
-    ) -> bool:
+    def _read_prompt(self, call: AttentionCall, visible: Visible, cache: Cache | None, first_slot: int) -> bool:
         """Refuse NaN keys in a forward of several tokens; calibrate on them if there is no profile; return whether."""
-        now, q_len = self._forwards.now, query.shape[2]
+        now, query, key, q_len = self._forwards.now, call.query, call.key, call.query.shape[2]
         if not torch.compiler.is_compiling():
             now.nan_rows = check_keys(self.number, key, q_len, visible.mask, now.nan_rows, self.begins)
         source, boundary = self._source, self._forwards.boundary
@@ -238,7 +212,7 @@ class Layer(OfOneModel):
         if now.nan_rows is not None:  # batch rows with NaN cannot be measured
             excluded = now.nan_rows.to(visible.device)[:, None].expand(-1, q_len)
             sparse = excluded if sparse is None else sparse | excluded
-        measured = source.measure(self.number, query, key, visible.mask, visible.n_valid, sparse, scaling)
+        measured = source.measure(self.number, query, key, visible.mask, visible.n_valid, sparse, call.scaling)
         if measured and self._packs and cache is not None:
             self._pack(cache, self.scorer, query.device)
         return measured
@@ -266,35 +240,25 @@ class Layer(OfOneModel):
         counted = None if boundary is None else boundary.counted(first_slot, n_valid.shape[1], n_valid.device)
         return tally(n_valid if counted is None else n_valid * counted, sparse, self.budget)
 
-    def _is_faster(self, cache: Cache | None, query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> bool:
+    def _is_faster(self, cache: Cache | None, call: AttentionCall, softmax: Softmax) -> bool:
         """Whether sparse attention is faster: always if keys are in host memory, else by `sparse_is_faster`."""
         assert self.budget is not None
         cached = cache and cache.layers[self.number]
         if isinstance(cached, OnHost):
             return True
         growing = isinstance(cached, DynamicLayer) and not torch.compiler.is_compiling()
-        return sparse_is_faster(query, key, value, self.budget.widest(key.shape[2]), grouped, growing)
+        width = self.budget.widest(call.key.shape[2])
+        return sparse_is_faster(call.query, call.key, call.value, width, self._groups(call, softmax), growing)
 
-    def _dense(
-        self,
-        dense: DenseAttention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        visible: Visible,
-        softmax: Softmax,
-        options: dict[str, Any],
-    ) -> AttentionResult:
-        """Compute dense attention, the model's own or `grouped_attention`, which reads each key once per group."""
-        if self._groups(options, key.shape[2]) and decodes_grouped(query, key, value, attention_mask, softmax):
-            out = grouped_attention(query, key, value, visible.valid(), softmax, all_valid=attention_mask is None)
-            return out.transpose(1, 2).contiguous(), None
-        key, value = key.to(query.device), value.to(query.device)  # FASA-M keeps them in host memory
-        return dense(module, query, key, value, attention_mask, **options)
+    def _groups(self, call: AttentionCall, softmax: Softmax) -> bool:
+        """Whether a dense layer runs `grouped_attention`, which equals the model's own within rounding."""
+        more = call.options.get("dropout") or call.options.get("output_attentions")
+        if not self._may_group or more or self._dense_budget.covers(call.key.shape[2]):
+            return False
+        return decodes_grouped(call.query, call.key, call.value, call.mask, softmax)
 
-    def _groups(self, options: dict[str, Any], kv_len: int) -> bool:
-        """Whether a dense layer may run `grouped_attention`, which equals the model's own within rounding."""
-        more = options.get("dropout") or options.get("output_attentions")
-        return self._may_group and not more and not self._dense_budget.covers(kv_len)
+    def _grouped(self, call: AttentionCall, visible: Visible, softmax: Softmax) -> AttentionResult:
+        """Compute dense attention of one query per row, which reads each key once per group."""
+        states = (call.query, call.key, call.value)
+        out = grouped_attention(*states, visible.valid(), softmax, all_valid=call.mask is None)
+        return out.transpose(1, 2).contiguous(), None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fasa_flex.backends.table import sparse_attention
 from fasa_flex.core.budget import Budget
@@ -15,7 +15,7 @@ from fasa_flex.core.method import Call
 from fasa_flex.core.scoring import DominantChunks, Scorer, SequenceScorer
 from fasa_flex.core.selection import valid_keys
 from fasa_flex.core.softmax import Softmax
-from fasa_flex.hf.attention_routing import AttentionResult, DenseAttention
+from fasa_flex.hf.attention_call import AttentionCall, AttentionResult
 from fasa_flex.hf.continuous_batching import (
     Pages,
     Request,
@@ -26,7 +26,6 @@ from fasa_flex.hf.continuous_batching import (
     reads_pages,
     writes_alone,
 )
-from fasa_flex.hf.forward_checks import scaling_of, softmax_of
 from fasa_flex.model.paged_forwards import Beside, PagedForward, PagedForwards
 from fasa_flex.model.paged_parts import Group
 from fasa_flex.model.several_queries import in_parts, merged
@@ -78,26 +77,19 @@ class PagedLayer(OfOneModel):
             self._forwards.begin(kwargs["cache"], states.shape[1], states.device)
         return None if self._budget is None or self._scorer() is None else (args, writes_alone(kwargs))
 
-    def attend(
-        self,
-        dense: DenseAttention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **options: Any,
-    ) -> AttentionResult:
-        """Compute attention [1, N, Hq, Dv] of a packed row of N new tokens, from query [1, Hq, N, D].
+    def attend(self, call: AttentionCall) -> AttentionResult:
+        """Compute attention [1, N, Hq, Dv] of a packed row of N new tokens.
 
-        ``key`` and ``value`` hold the new tokens in a layer that may be sparse.
+        Keys and values of the call are those of the new tokens in a layer that may be sparse.
         """
+        query, key, value, options = call.query, call.key, call.value, call.options
         scorer, forward = self._scorer(), self._forwards.now
         stays_dense = scorer is None or self._budget is None
-        if stays_dense and reads_pages(module, options):
-            result = attention_now(module)(module, query, key, value, attention_mask, **options)
+        if stays_dense and reads_pages(call.module, options):
+            call.dense = attention_now(call.module)
+            result = call.run_dense()
             self._stats.add(self._number, forward.tally())
-            self._measure(query, forward, options)
+            self._measure(call, forward)
             return result
         pages = pages_of(forward.cache, self._number)
         plan, count = forward.plan(pages), forward.count
@@ -108,22 +100,22 @@ class PagedLayer(OfOneModel):
         out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
         if stays_dense or self._budget is None:
             self._stats.add(self._number, forward.tally())
-            out[0, forward.every.tokens] = self._short(dense, module, query, forward.every, pages, options)
+            out[0, forward.every.tokens] = self._short(call, forward.every, pages)
             return out, None
         packer = scorer if self._packs and isinstance(scorer, DominantChunks) else None
         beside = self._forwards.beside(forward.cache, self._number, pages, packer, self._completing)
         beside.advance(pages, plan, key[0, :, :count].transpose(0, 1), forward.slots(pages))
         parts = forward.parts(self._budget)
         self._stats.add(self._number, forward.tally(self._budget, parts.sparse))
-        softmax = softmax_of(module, query, options, self._implementation)
+        softmax = call.softmax(self._implementation)
         if parts.decoding:
             out[0, parts.decoding.tokens] = self._decode(query, parts.decoding, pages, beside, forward, softmax)
         if parts.short:
-            out[0, parts.short.tokens] = self._short(dense, module, query, parts.short, pages, options)
+            out[0, parts.short.tokens] = self._short(call, parts.short, pages)
         for request in parts.alone:
             keys, values = self._states_of(request, key, value, pages)
             queries = query[:, :, request.tokens]
-            one = attend_alone(dense, module, queries, keys, values, options)
+            one = attend_alone(call, queries, keys, values)
             if request in parts.mixed:
                 one = self._mixed(queries, keys, values, one, parts.sparse[:, request.tokens], softmax)
             out[:, request.tokens] = one
@@ -134,20 +126,12 @@ class PagedLayer(OfOneModel):
         """Whether states hold the covariance; None: there are no states."""
         return self._strength != 0.0 if self._completes and self._packs else None
 
-    def _short(
-        self,
-        dense: DenseAttention,
-        module: nn.Module,
-        query: Tensor,
-        group: Group,
-        pages: Pages,
-        options: dict[str, Any],
-    ) -> Tensor:
+    def _short(self, call: AttentionCall, group: Group, pages: Pages) -> Tensor:
         """Dense attention [B, Hq, Dv] of one token for each of B requests, over all of their keys."""
         table, valid = self._forwards.now.table(pages, group.requests), group.valid()
         keys, values = (whole_rows(states, table, pages, valid) for states in (pages.keys, pages.values))
-        queries = query[0, :, group.tokens].transpose(0, 1)[:, :, None]
-        return attend_alone(dense, module, queries, keys, values, options, valid[:, 0])[:, 0]
+        queries = call.query[0, :, group.tokens].transpose(0, 1)[:, :, None]
+        return attend_alone(call, queries, keys, values, valid[:, 0])[:, 0]
 
     def _decode(
         self, query: Tensor, group: Group, pages: Pages, beside: Beside, forward: PagedForward, softmax: Softmax
@@ -203,9 +187,9 @@ class PagedLayer(OfOneModel):
         backend = "auto" if self._backend == "triton" else self._backend  # it decodes one query a row
         return merged((dense, None), in_parts(call, backend), None, sparse, first)[0]
 
-    def _measure(self, query: Tensor, forward: PagedForward, options: dict[str, Any]) -> None:
+    def _measure(self, call: AttentionCall, forward: PagedForward) -> None:
         """Calibrate on the first prompt that is long enough, if there is no profile yet."""
-        source = self._source
+        source, query = self._source, call.query
         if source is None or source.profile is not None:
             return
         request = forward.longest_prompt
@@ -218,5 +202,4 @@ class PagedLayer(OfOneModel):
         pages = pages_of(forward.cache, self._number)
         key, _ = self._states_of(request._replace(past=max(1, request.past)), query, query, pages)
         n_valid = torch.arange(request.past + 1, request.end + 1, device=query.device)[None]
-        scaling = scaling_of(query, options)
-        source.measure(self._number, query[:, :, request.tokens], key, None, n_valid, None, scaling)
+        source.measure(self._number, query[:, :, request.tokens], key, None, n_valid, None, call.scaling)

@@ -12,7 +12,7 @@ from fasa_flex.core.config import Backend
 from fasa_flex.core.method import Call
 from fasa_flex.core.pieces import rows_that_fit
 from fasa_flex.core.scoring import Given
-from fasa_flex.hf.attention_routing import AttentionResult
+from fasa_flex.hf.attention_call import AttentionResult
 
 
 def in_parts(call: Call, backend: Backend) -> Tensor:

@@ -12,7 +12,7 @@ from bench.settings import CPU, settings
 from fasa_flex import cli
 from fasa_flex.bench import op, stages
 from fasa_flex.bench.__main__ import main
-from fasa_flex.bench.record import Ledger, command_line, hardware, provenance, reason_of
+from fasa_flex.bench.record import RowLedger, command_line, hardware, provenance, reason_of
 from fasa_flex.bench.settings import quick
 
 pytestmark = pytest.mark.filterwarnings("error:.past_key_values.*is deprecated:FutureWarning")
@@ -93,12 +93,12 @@ def test_a_second_run_measures_nothing_again(smallest: Path, capsys: pytest.Capt
 
 def test_a_ledger_keeps_what_a_killed_run_had(tmp_path: Path) -> None:
     head = {**provenance("command", CPU), "settings": {"n": 1}}
-    Ledger(tmp_path / "rows.json", head).add({"context": 1})
-    again = Ledger(tmp_path / "rows.json", head)
+    RowLedger(tmp_path / "rows.json", head).add({"context": 1})
+    again = RowLedger(tmp_path / "rows.json", head)
     assert again.has({"context": 1})
     assert not again.has({"context": 2})
     assert again.data["earlier_commands"] == ["command"]
-    assert not Ledger(tmp_path / "rows.json", head, fresh=True).rows
+    assert not RowLedger(tmp_path / "rows.json", head, fresh=True).rows
 
 
 def test_no_time_left_is_said(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from evals.quality import generation_tables
 from evals.quality import long_generation as long
-from evals.quality.arms import Ledger
+from evals.quality.arms import PartLedger
 from fasa_flex import FasaConfig, FasaProfile, calibrate
 
 PAD, END = 0, 1
@@ -96,7 +96,7 @@ def test_divergence_is_the_first_other_token_or_end() -> None:
 
 def test_the_table_pairs_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation_tables, "RESULTS", tmp_path)
-    ledger = Ledger(tmp_path / "long_generation.json", {})
+    ledger = PartLedger(tmp_path / "long_generation.json", {})
     for arm in long.ARMS:
         for at in (0, 10, 2):  # numbers, not names, decide the order
             own = arm != "dense"

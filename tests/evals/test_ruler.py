@@ -10,7 +10,7 @@ from lm_eval._cli.utils import key_val_to_dict
 from lm_eval.utils import simple_parse_args_string
 
 from evals.quality import generation_tables, ruler
-from evals.quality.arms import Ledger
+from evals.quality.arms import PartLedger
 from evals.quality.ruler_arms import ARMS, Model, Questions, command, paper, word
 from fasa_flex import FasaConfig
 from fasa_flex.lm_eval.arguments import config_of
@@ -79,7 +79,7 @@ def test_arms_that_were_asked_other_questions_are_refused() -> None:
 
 
 def test_files_are_joined(tmp_path: Path) -> None:
-    first, other = Ledger(tmp_path / "a.json", {}), Ledger(tmp_path / "b.json", {})
+    first, other = PartLedger(tmp_path / "a.json", {}), PartLedger(tmp_path / "b.json", {})
     first.keep("dense/ruler_vt", {"n": 1}, 3, [{"length": 1}])
     other.keep("fasa 256/ruler_vt", {"n": 2}, 4, [{"length": 2}])
     ruler.take_over(first, [tmp_path / "b.json"])
@@ -90,7 +90,7 @@ def test_files_are_joined(tmp_path: Path) -> None:
 
 def test_tables_pair_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation_tables, "RESULTS", tmp_path)
-    ledger = Ledger(tmp_path / "ruler_smollm2.json", {})
+    ledger = PartLedger(tmp_path / "ruler_smollm2.json", {})
     for arm in ARMS:
         lost = 0.0 if arm == "dense" else 0.5
         rows = [{"length": length, "scores": [1 - lost, 0.5 - lost]} for length in (1024, 2048)]

@@ -121,13 +121,13 @@ def test_a_profile_of_several_samples_is_the_mean_of_theirs(monkeypatch: pytest.
 
 def test_a_ledger_measures_each_part_once(tmp_path: Path) -> None:
     path = tmp_path / "made" / "rows.json"
-    ledger = arms.Ledger(path, {"command": "first"})
+    ledger = arms.PartLedger(path, {"command": "first"})
     assert ledger.part("one", {"documents": (2,)}, lambda: [{"score": 1}]) == [{"score": 1}]
 
     def never() -> list[dict[str, Any]]:
         raise AssertionError("measured again")
 
-    again = arms.Ledger(path, {"command": "second"})
+    again = arms.PartLedger(path, {"command": "second"})
     assert again.part("one", {"documents": (2,)}, never) == [{"score": 1}]
     with pytest.raises(AssertionError, match="measured again"):
         again.part("one", {"documents": (3,)}, never)
