@@ -80,7 +80,7 @@ def newest_torch(session: nox.Session) -> None:
 
 @nox.session
 def sweep(session: nox.Session) -> None:
-    """Take every class of transformers through the matrix (half an hour on 2 idle cores; started again, it goes on)."""
+    """Take every class of transformers through the matrix (15 minutes of CPU time; started again, it goes on)."""
     install(session, "dev", "kernels")
     out = Path(session.create_tmp()).resolve() / "sweep"
     session.run("python", "tests/sweep/run.py", "--out", str(out), *session.posargs)

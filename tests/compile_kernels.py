@@ -16,21 +16,24 @@ from fasa_flex.backends.triton import kernels
 TARGET = GPUTarget("cuda", 90, 32)
 SHAPE = {"GROUP": 4, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "VALUE_DIM": 128, "VALUE_PAD": 128}
 SHAPE |= {"KV_HEADS": 8, "KEY_STRIDE": 256, "VALUE_STRIDE": 256}
-SHAPE |= {"WIDTH": 32, "PART": 32, "PART_PAD": 32, "WANTED_PAD": 256, "BLOCK": 128, "OVERLAP": True}
-POINTERS = dict.fromkeys(("query", "key", "value", "keys", "values", "packed", "sinks", "out"), "*bf16")
-POINTERS |= dict.fromkeys(("logits", "masses", "sample", "share", "shift", "weights", "mean_key"), "*fp32")
+SHAPE |= {"WIDTH": 32, "PART": 32, "PART_PAD": 32, "PARTS_PAD": 16, "WANTED_PAD": 256, "BLOCK": 128, "OVERLAP": True}
+SHAPE |= {"HEADS": 8, "FOLD": 1, "STAGES": 2, "NATIVE": False}
+POINTERS = dict.fromkeys(("query", "key", "value", "keys", "values", "packed", "sinks", "out", "means"), "*bf16")
+POINTERS |= dict.fromkeys(("units", "masses", "shift", "weights", "mean_key"), "*fp32")
 POINTERS |= dict.fromkeys(("bests", "totals", "results", "key_sum", "value_sum", "product"), "*fp32")
-POINTERS |= {"mean_value": "*bf16", "covariance": "*bf16", "covered": "*i64", "number": "*i64", "valid": "*u8"}
+POINTERS |= {"mean_value": "*bf16", "covariance": "*bf16", "covariances": "*bf16", "covered": "*i64"}
+POINTERS |= {"number": "*i64", "valid": "*u8", "forced": "*u8", "sample": "*i64"}
 POINTERS |= {"first": "*i64", "mass": "*fp32"}
 POINTERS |= dict.fromkeys(("held_keys", "held_values"), "*bf16")
 POINTERS |= dict.fromkeys(
     ("order", "maxima", "tiles", "slots", "held", "held_at", "places", "absent", "scratch"), "*i32"
 )
-POINTERS |= {"dims": "*i64", "scales": "*fp16", "codes": "*u8", "length": "*i64"}
-NUMBERS = {"scaling": "fp32", "softcap": "fp32", "key_batch": "i64", "value_batch": "i64"}
+POINTERS |= {"dims": "*i64", "scales": "*fp16", "length": "*i64"}
+NUMBERS = {"scaling": "fp32", "softcap": "fp32", "strength": "fp32", "key_batch": "i64", "value_batch": "i64"}
 
 
 FOUR_BITS = {"PART": 16, "PART_PAD": 16, "SCALED": True}
+FOLDED = {"FOLD": 2, "HEADS": 4, "STAGES": 4, "BLOCK": 256}
 
 
 def compiles(
@@ -58,20 +61,24 @@ def compiles(
 
 def main() -> None:
     plain = {"SCALED": False, "WEIGHTED": False, "SHIFTED": False, "CAPPED": False}
-    for how, sums in (("softmax", False), ("softmax_exact", True), ("max", False), ("mean", True)):
-        compiles(kernels.score_keys, HOW=how, SUMS=sums, **plain)
-    all_of_it = {"WEIGHTED": True, "SHIFTED": True, "CAPPED": True, "HOW": "softmax", "SUMS": True}
-    compiles(kernels.score_keys, other=("keys", "*i8"), SCALED=True, **all_of_it)
-    compiles(kernels.score_keys, other=("keys", "*u8"), **FOUR_BITS, **all_of_it)
-    for how in ("softmax", "softmax_exact"):
-        compiles(kernels.mix_group, GROUP_PAD=4, BLOCK=1024, HOW=how)
-    compiles(kernels.share_kept, GROUP_PAD=4)
+    all_of_it = {"WEIGHTED": True, "SHIFTED": True, "CAPPED": True}
+    compiles(kernels.sum_keys, SAMPLED=False, **plain)
+    compiles(kernels.sum_keys, ("keys", "*i8"), SAMPLED=True, SCALED=True, **all_of_it)
+    for how, sums in (("softmax", False), ("softmax", True), ("max", False), ("mean", True)):
+        compiles(kernels.score_keys, HOW=how, SUMS=sums, FORCED=False, **plain)
+    marked = {"FORCED": True, "HOW": "softmax", "SUMS": True}
+    compiles(kernels.score_keys, ("keys", "*i8"), SCALED=True, **all_of_it, **marked, **FOLDED)
+    for native in (False, True):
+        four = {**FOUR_BITS, "NATIVE": native}
+        compiles(kernels.sum_keys, ("keys", "*u8"), SAMPLED=True, **{**plain, **four})
+        compiles(kernels.score_keys, ("keys", "*u8"), **{**plain, **four}, **marked, **FOLDED)
     for search in (False, True):
-        chosen = {"TILES_PAD": 1024 if search else 128, "SEARCH": search, "GUESS": search}
+        chosen = {"TILES_PAD": 1024 if search else 128, "SEARCH": search}
         compiles(kernels.select_keys, **chosen)
-        compiles(kernels.focus_rows, CAPPED=search, **chosen)
+        four = {**plain, **FOUR_BITS, "NATIVE": search, "COMPLETES": True, "FIRST_ORDER": search, "SUNK": search}
+        compiles(kernels.attend_rows, ("packed", "*u8"), SELECTS=True, **chosen, **{**four, "CAPPED": search})
+        compiles(kernels.attend_rows, COMPLETES=False, FIRST_ORDER=False, SELECTS=False, SUNK=search, **chosen, **plain)
     for sunk, capped in ((False, False), (True, True)):
-        compiles(kernels.attend_rows, CAPPED=capped)
         compiles(kernels.attend_part, CAPPED=capped)
         compiles(kernels.merge_parts, SUNK=sunk, PARTS_PAD=64)
     for bounded in (False, True):

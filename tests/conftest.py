@@ -50,7 +50,7 @@ def llama() -> PreTrainedModel:
 
 @pytest.fixture
 def gpt2() -> PreTrainedModel:
-    """A model without RoPE."""
+    """A model with absolute positions and without RoPE."""
     return tiny("GPT2")
 
 

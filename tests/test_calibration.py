@@ -213,7 +213,7 @@ def test_texts_without_a_tokenizer_are_refused(llama: PreTrainedModel) -> None:
 
 
 def test_a_model_without_rope_is_refused(gpt2: PreTrainedModel, ids: Callable[..., Tensor]) -> None:
-    with pytest.raises(ValueError, match=r"^GPT2LMHeadModel does not rotate its queries .*; FASA needs a RoPE model"):
+    with pytest.raises(ValueError, match=r"^the queries of GPT2LMHeadModel depend .*; use a model with RoPE"):
         calibrate(gpt2, [ids(32)], top_k=TOP_K, max_new_tokens=NEW, progress=False)
 
 

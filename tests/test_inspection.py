@@ -131,6 +131,12 @@ def test_criteria_have_chunks_in_common(two: FasaProfile) -> None:
     assert inspection.criteria_in_common(two, 2, "query_head").shape == (2, 2, 2)
 
 
+def test_a_layer_without_rope_is_named_and_has_the_place_of_random_sets(two: FasaProfile) -> None:
+    two.layout.unrotated_layers = (1,)
+    assert inspection.place(two, 2, criterion="agreement").tolist() == pytest.approx([1 / 4, 1 / 2])
+    assert "3 of which rotate, none in layers 1\n" in inspection.report(["a"], [two], 2)
+
+
 def test_places_go_by_frequency_and_what_does_not_turn_is_slowest(two: FasaProfile) -> None:
     """Four chunks, at 0, 1/3, 2/3 and 1, in whatever order the layout has them."""
     assert inspection.place(two, 2, criterion="variance").tolist() == pytest.approx([5 / 12, 5 / 6])

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from fasa_flex import FasaCache, FasaConfig, enable, fasa_attention
 from fasa_flex.backends.table import BACKENDS, ORDER
-from fasa_flex.backends.triton.dispatch import codes_of, decode_by_kernels
+from fasa_flex.backends.triton.dispatch import decode_by_kernels, in_rows
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.completion import Completion, CompletionState
 from fasa_flex.core.method import Call
@@ -36,7 +36,7 @@ from fasa_flex.core.selection import Marks
 from fasa_flex.core.softmax import Softmax
 
 pytest.importorskip("triton")
-ops, dense = import_module("fasa_flex.backends.triton.decode"), import_module("fasa_flex.backends.triton.dense")
+ops, dense, ranking = (import_module(f"fasa_flex.backends.triton.{name}") for name in ("decode", "dense", "tip"))
 
 FUNCTIONS = ("sparse_decode", "select_slots", "hold_slots", "attend_slots")
 
@@ -64,6 +64,7 @@ class Step:
     mean: bool = False
     weighted: bool = False
     strength: float | None = None
+    sharp: float = 1.0  # factor of the query
 
 
 PLAIN = {
@@ -106,6 +107,9 @@ WHOLE = {
     "completed, padding and an empty row": Step(200, batch=3, masked=0.4, sinks=True, **FULL),
     "completed where nothing is covered": Step(60, **FULL),
     "completed with all selected": Step(80, n_fac=90, **FULL),
+    "weights beyond the range of floats": Step(300, batch=2, group=3, n_fac=24, masked=0.1, sharp=20.0, **FULL),
+    "weights far beyond it": Step(300, group=3, n_fac=24, sharp=100.0, **{**FULL, "packed": "int8"}),
+    "exact weights beyond it": Step(300, n_fac=24, sharp=60.0, how="softmax_exact", strength=0.75),
 }
 STEPS = {**PLAIN, **WHOLE}
 
@@ -118,7 +122,7 @@ def rows_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def assert_equals_the_oracle(step: Step, held: bool) -> None:
     heads = step.kv_heads * step.group
-    q = integers(step.batch, heads, 1, step.dim, seed=1, limit=step.limit)
+    q = step.sharp * integers(step.batch, heads, 1, step.dim, seed=1, limit=step.limit)
     k = integers(step.batch, step.kv_heads, step.length, step.dim, seed=2, limit=step.limit)
     v = torch.randn(step.batch, step.kv_heads, step.length, step.dim, generator=generator(3))
     chunks = pick_chunks(step.kv_heads, step.n_tip, dim=step.dim)
@@ -155,7 +159,7 @@ def assert_equals_the_oracle(step: Step, held: bool) -> None:
         bits={"int4": 4, "int8": 8}.get(step.packed),
         strength=step.strength,
     )
-    np.testing.assert_allclose(out.numpy(), expected.out, atol=1e-5)
+    np.testing.assert_allclose(out.numpy(), expected.out, atol=1e-5, rtol=1e-6 * step.sharp)
 
 
 @pytest.mark.parametrize("held", [False, True], ids=["at once", "FASA-M"])
@@ -164,16 +168,32 @@ def test_decode_equals_the_oracle(step: Step, held: bool) -> None:
     assert_equals_the_oracle(step, held)
 
 
-@pytest.mark.parametrize("limit", ["MOST_COUNTED", "MOST_FOCUSED"])
 @pytest.mark.parametrize(
     "step", [STEPS["a search over tiles"], STEPS["the defaults"], Step(90, forced=2, masked=0.9)], ids=str
 )
-def test_long_rows_select_the_same(step: Step, limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From 2048 tiles on the search guesses, from 4096 on it is a kernel of its own.
+def test_long_rows_select_the_same(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 8192 tiles on the search is a kernel of its own.
 
     The last step's orders span 32 bits, from keys of no use to those that are forced.
     """
-    monkeypatch.setattr(ops, limit, 1)
+    monkeypatch.setattr(ops, "MOST_FOCUSED", 1)
+    assert_equals_the_oracle(step, held=False)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Step(1100, batch=2, n_fac=16, forced=3, masked=0.4, **FULL),
+        Step(1100, batch=2, group=5, n_fac=20, how="softmax_exact", strength=0.75, packed="int8"),
+        Step(1027, group=4, n_fac=16, how="mean", packed="int4"),
+        Step(600, group=3, n_fac=16, forced=2, dim=24, n_tip=3, packed="int4", how="softmax"),
+    ],
+    ids=str,
+)
+def test_programs_of_several_blocks_rank_the_same(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for long rows: a program ranks many blocks, and sums many of the keys that give the unit of weights."""
+    for name, value in {"SCORE_PROGRAMS": 3, "SUM_BLOCK": 32, "MOST_SUMS": 3}.items():
+        monkeypatch.setattr(ranking, name, value)
     assert_equals_the_oracle(step, held=False)
 
 
@@ -232,7 +252,7 @@ def test_dense_decode_equals_the_oracle_with_a_budget_for_all_keys(step: Step, m
     real = torch.rand(step.batch, step.length, generator=generator(5)) >= step.masked
     if step.masked:
         real[0] = False
-    out = dense.dense_decode(q, k, v, codes_of(real), step.dim**-0.5, step.softcap, sinks)
+    out = dense.dense_decode(q, k, v, in_rows(real), step.dim**-0.5, step.softcap, sinks)
     expected = oracle.fasa(
         *(x.double().numpy() for x in (q, k, v)),
         pick_chunks(step.kv_heads, step.n_tip, dim=step.dim).numpy(),

@@ -31,9 +31,8 @@ PAIRS = torch.tensor([[0, 2], [1, 3], [4, 5]])
         (torch.tensor([[0, 1], [2, 2]]), 2, "exactly once"),
         (torch.tensor([[0, 1], [2, 4]]), 2, "exactly once"),
         (PAIRS + 1, 2, "exactly once"),
-        (PAIRS, 0, "n_rotated must lie in 1..3, got 0"),
-        (PAIRS, -1, "n_rotated must lie in 1..3, got -1"),
-        (PAIRS, 4, "n_rotated must lie in 1..3, got 4"),
+        (PAIRS, -1, "n_rotated must lie in 0..3, got -1"),
+        (PAIRS, 4, "n_rotated must lie in 0..3, got 4"),
     ],
 )
 def test_what_is_no_layout_is_refused(chunks: torch.Tensor, n_rotated: int, named: str) -> None:
@@ -41,7 +40,7 @@ def test_what_is_no_layout_is_refused(chunks: torch.Tensor, n_rotated: int, name
         RotaryLayout(chunks, n_rotated)
 
 
-@pytest.mark.parametrize("n_rotated", [1, 2, 3])
+@pytest.mark.parametrize("n_rotated", [0, 1, 2, 3])
 def test_is_what_it_was_made_of(n_rotated: int) -> None:
     layout = RotaryLayout(PAIRS.int(), n_rotated)
     assert layout.chunks.dtype == torch.int64
@@ -93,17 +92,18 @@ def test_equal_layouts_have_the_same_planes_and_as_many_that_turn() -> None:
 
 @pytest.mark.parametrize("frequencies", [None, torch.tensor([1.0, 0.1], dtype=torch.float64)])
 def test_survives_json(frequencies: torch.Tensor | None) -> None:
-    layout = RotaryLayout(PAIRS, 2, frequencies, (0, 3))
+    layout = RotaryLayout(PAIRS, 2, frequencies, (0, 3), (1,))
     fields: dict[str, Any] = json.loads(json.dumps(layout.to_dict()))
     assert fields == {
         "chunks": [[0, 2], [1, 3], [4, 5]],
         "n_rotated": 2,
         "frequencies": None if frequencies is None else [1.0, 0.1],
         "unrotated_layers": [0, 3],
+        "unserved_layers": [1],
     }
     loaded = RotaryLayout.from_dict(fields)
     assert loaded == layout
-    assert loaded.unrotated_layers == (0, 3)
+    assert (loaded.unrotated_layers, loaded.unserved_layers) == ((0, 3), (1,))
     assert loaded.chunks.dtype == torch.int64
     if frequencies is None:
         assert loaded.frequencies is None
@@ -111,6 +111,14 @@ def test_survives_json(frequencies: torch.Tensor | None) -> None:
         assert loaded.frequencies is not None
         assert loaded.frequencies.dtype == torch.float64
         assert loaded.frequencies.equal(frequencies)
+
+
+def test_layers_without_rope_of_an_earlier_version_are_not_served() -> None:
+    """Their profiles hold no measurements of these layers, and keep their fingerprints."""
+    fields = RotaryLayout(PAIRS, 2, None, (0, 3), (0, 3)).to_dict()
+    assert fields == RotaryLayout(PAIRS, 2).to_dict() | {"unrotated_layers": [0, 3]}
+    assert RotaryLayout.from_dict(fields).unserved_layers == (0, 3)
+    assert RotaryLayout.from_dict(RotaryLayout(PAIRS, 2).to_dict()).unserved_layers == ()
 
 
 def test_shows_its_first_and_last_plane_that_turns() -> None:
@@ -135,7 +143,7 @@ def test_frequencies_are_those_of_the_model(
 
 def test_layers_without_rope_are_found(make_model: Callable[..., PreTrainedModel]) -> None:
     layout = RotaryLayout.detect(make_model("SmolLM3 (layers without RoPE)"))
-    assert layout.unrotated_layers == (2,)
+    assert (layout.unrotated_layers, layout.unserved_layers) == ((2,), ())
     assert layout == RotaryLayout.half_split(16)
 
 
@@ -172,7 +180,7 @@ def probe(monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, *queries: tor
             query = queries[layer].unflatten(0, (-1, heads))
             keys = torch.Size([len(query), kv_heads, *query.shape[2:]])
             arrivals[layer] = dataclasses.replace(arrived, query=query, key_shape=keys, value_shape=keys)
-    monkeypatch.setattr(rotary, "_probe", lambda _: (POSITIONS, arrivals))
+    monkeypatch.setattr(rotary, "_probe", lambda *_: (POSITIONS, arrivals))
 
 
 def test_planes_and_frequencies_of_given_rotations(narrow: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +190,32 @@ def test_planes_and_frequencies_of_given_rotations(narrow: PreTrainedModel, monk
         assert layout.chunks[: layout.n_rotated].tolist() == pairs
         assert layout.frequencies is not None
         torch.testing.assert_close(layout.frequencies, 0.3 ** torch.arange(len(pairs), dtype=torch.float64))
-        assert layout.unrotated_layers == (0,)
+        assert (layout.unrotated_layers, layout.unserved_layers) == ((0,), ())
+
+
+def test_queries_that_stand_still_in_every_layer_have_pairs_of_neighbours(
+    narrow: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe(monkeypatch, narrow, *[turned([])] * 3)
+    layout = RotaryLayout.detect(narrow)
+    assert layout.chunks.tolist() == PAIRED
+    assert (layout.n_rotated, layout.unrotated_layers, layout.unserved_layers) == (0, (0, 1, 2), ())
+    assert layout.frequencies is not None
+    assert layout.frequencies.shape == (0,)
+    assert RotaryLayout.from_dict(layout.to_dict()) == layout
+    assert repr(layout) == "RotaryLayout(head_dim=8, n_rotated=0, pairs [0, 1] ... [6, 7])"
+
+
+def test_a_layer_that_neither_stands_still_nor_rotates_is_not_served_among_others_that_do(
+    narrow: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = turned([], noise=0.01)
+    probe(monkeypatch, narrow, turned(HALF), moved, turned([]))
+    layout = RotaryLayout.detect(narrow)
+    assert (layout.unrotated_layers, layout.unserved_layers) == ((2,), (1,))
+    probe(monkeypatch, narrow, turned([]), moved, turned([]))
+    with pytest.raises(ValueError, match="depend on the position and do not rotate with it"):
+        RotaryLayout.detect(narrow)
 
 
 @pytest.mark.parametrize("order", [(HALF, PAIRED), (PAIRED, HALF)])
@@ -199,7 +232,7 @@ def test_what_is_no_rotation_is_refused_whatever_its_size(
     narrow: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, size: float
 ) -> None:
     probe(monkeypatch, narrow, turned(HALF, noise=0.02, size=size))
-    with pytest.raises(ValueError, match="does not rotate its queries"):
+    with pytest.raises(ValueError, match="depend on the position and do not rotate with it"):
         RotaryLayout.detect(narrow)
     probe(monkeypatch, narrow, turned(HALF, noise=1e-5, size=size))
     assert RotaryLayout.detect(narrow).n_rotated == 4

@@ -16,10 +16,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fasa_flex import FasaConfig, enable
+from fasa_flex.hf.arrival import Arrival
 from fasa_flex.hf.model_structure import attention_shape
 from fasa_flex.hf.probe import check_attention, glance
 
 UNROTATED = {"SmolLM3 (layers without RoPE)": {2}, "Cohere2": {1}}
+
+
+def rotates(arrived: Arrival) -> bool:
+    """Whether the queries of a glance differ between positions by more than half precision's rounding."""
+    query = arrived.query.double()
+    return bool((query - query[:, :, :1]).abs().max() > query.abs().mean() / 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -29,7 +36,7 @@ def test_a_glance_sees_every_layer_of_every_family(family: Family, dtype: torch.
     assert list(arrivals) == list(range(LAYERS))
     _, heads, kv_heads, head_dim = attention_shape(model)
     for layer, arrived in arrivals.items():
-        assert arrived.rotates is (layer not in UNROTATED.get(family.name, ()))
+        assert rotates(arrived) is (layer not in UNROTATED.get(family.name, ()))
         assert arrived.cache is not None
         tokens = arrived.query.shape[2]
         assert arrived.query.shape == (1, heads, tokens, head_dim)
@@ -44,7 +51,7 @@ def test_queries_that_turn_slowly_are_seen_to_turn(name: str) -> None:
     rope = {"rope_type": name, "rope_theta": 1e6, "factor": 32.0, "original_max_position_embeddings": 512}
     extra = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if name == "llama3" else {}
     model = tiny("Llama", rope_parameters=rope | extra, max_position_embeddings=16384).to(torch.bfloat16)
-    assert all(arrived.rotates for arrived in glance(model).values())
+    assert all(map(rotates, glance(model).values()))
 
 
 def test_a_glance_reads_no_weights_of_linear_layers(llama: PreTrainedModel) -> None:
@@ -86,7 +93,7 @@ def test_enable_leaves_the_model_as_it_was(training: bool, inference: bool, ids:
 def test_a_model_whose_weights_are_brought_when_needed_is_seen(llama: PreTrainedModel) -> None:
     accelerate.cpu_offload(llama, "cpu")
     assert llama.device.type == "meta"
-    assert [arrived.rotates for arrived in glance(llama).values()] == [True] * LAYERS
+    assert list(map(rotates, glance(llama).values())) == [True] * LAYERS
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ def test_detect_in_half_precision_sees_the_layout_and_the_layers_of_the_model_it
     detected = RotaryLayout.detect(model.to(torch.bfloat16))
     assert detected.chunks.tolist() == family.pairs
     assert detected.unrotated_layers == exact.unrotated_layers
+    assert detected.unserved_layers == exact.unserved_layers
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -106,7 +107,7 @@ def test_detect_works_in_training_mode_and_returns_there(llama: PreTrainedModel)
 
 
 def test_detect_refuses_a_model_without_rope(gpt2: PreTrainedModel) -> None:
-    with raises_sentence(ValueError, match=r"^GPT2LMHeadModel does not rotate its queries .*\(no RoPE\).*; FASA needs"):
+    with raises_sentence(ValueError, match=r"^the queries of GPT2LMHeadModel depend .*\(no RoPE, .*; use a model"):
         RotaryLayout.detect(gpt2)
 
 

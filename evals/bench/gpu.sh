@@ -6,8 +6,8 @@
 # Results go to FOLDER (default: runs/gpu), one JSON for each part, written row by row; parts are check, op and step. Only
 # done where they are named: int8, packed keys of a call in eight bits; compiled, a step that is; wide, more contexts of
 # batch 8; prefill, a prompt's attention by blocks and the first token, in six minutes; serve, sixteen requests by
-# continuous batching, in five; parallel, a step on two GPUs, in four; and ahead, what fetching rows of host memory before
-# they are needed would give, or narrower ones.
+# continuous batching, in five; parallel, a step on two GPUs, in four; kernels, the parts of a decode call with other sizes
+# of their programs; and ahead, what fetching rows of host memory before they are needed would give, or narrower ones.
 #
 # Needs torch with CUDA, transformers and matplotlib; the package itself need not be installed. Started again, it goes on
 # where it was stopped. PYTHON names the interpreter (default: python3).
@@ -78,6 +78,15 @@ compiled() {
 prefill() {
     part 150 "$python" -m evals.bench.check_prefill || status=1
     measured 290 "${bench[@]}" --part prefill --batches 1 --row-seconds 3 --seconds 200 --out "$out"
+}
+
+kernels() {
+    local sizes=(--set SCORE_WARPS=8 --set SCORE_BLOCK=128 --set SCORE_BLOCK=512,SCORE_WARPS=8 --set SCORE_STAGES=3)
+    sizes+=(--set SCORE_PROGRAMS=1024 --set SCORE_PROGRAMS=4096 --set MOST_STEPS=8 --set SUM_BLOCK=128)
+    sizes+=(--set SCORE_REGISTERS=0 --set SCORE_REGISTERS=80 --set SCORE_BLOCK=128,SCORE_REGISTERS=0)
+    sizes+=(--set FOCUS_WARPS=4 --set FOCUS_WARPS=16 --set ATTEND_BLOCK=64 --set ATTEND_BLOCK=256 --set ATTEND_WARPS=8)
+    sizes+=(--set MOST_FOCUSED=0 --set MOST_FOCUSED=0,SELECT_WARPS=16)
+    measured 170 "$python" -m evals.bench.kernels --out "$out" "${sizes[@]}"
 }
 
 serve() {

@@ -58,22 +58,6 @@ def generated(device: str) -> str:
     return _joined(lines)
 
 
-def steps(rival: str) -> str:
-    """Speed-up of a step on an H100 by one of FASA's rivals, and its limit by Amdahl's law."""
-    rows = rows_of("bench_step_cuda")
-    contexts = sorted({row["context"] for row in rows})
-    cells = {
-        (row["batch"], row["context"]): f"{way['speedup']:.2f} of {row['ceiling']:.2f}"
-        for row in rows
-        for way in row["rivals"]
-        if way["name"] == rival
-    }
-    lines = [["batch", *(f"{context // 1024}k tokens" for context in contexts)], ["--:"] * (1 + len(contexts))]
-    for batch in dict.fromkeys(row["batch"] for row in rows):
-        lines.append([str(batch), *(cells.get((batch, context), "") for context in contexts)])
-    return _joined(lines)
-
-
 def backends() -> str:
     """How many times as fast as the best dense attention a call of one token is by each backend, at batch 1."""
     names = {
@@ -94,6 +78,17 @@ def backends() -> str:
     lines = [["backend", *(f"{device}, {context}k tokens" for device, context in columns)]]
     lines.append(["---"] + ["--:"] * len(columns))
     lines += [[shown, *(found.get((*column, name), "-") for column in columns)] for name, shown in names.items()]
+    return _joined(lines)
+
+
+def kernels() -> str:
+    """Microseconds of a call with the defaults, before and after the one-pass kernels, and its limit by bytes."""
+    lines = [["batch", "context", "SDPA", "former kernels", "today's", "of the byte limit"], ["--:"] * 6]
+    for row in rows_of("decode_kernels_cuda"):
+        cells = [str(row["batch"]), f"{row['context'] // 1024}k", f"{row['dense_us']:.3g} us"]
+        for us, times in (("former_kernels_us", "former_over_dense"), ("kernels_us", "over_dense")):
+            cells.append(f"{row[us]:.3g} us, {row[times]:.2f}x")
+        lines.append([*cells, f"{row['over_dense'] / row['limit']:.0%} of {row['limit']:.1f}x"])
     return _joined(lines)
 
 
@@ -119,7 +114,7 @@ def _joined(lines: list[list[str]]) -> str:
 
 
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
-    MAIN: {"step summary": partial(steps, "FASA-C triton")},
+    MAIN: {"decode kernels": kernels},
     METHOD: {"backends": backends},
     PREFILL: {"prefill cuda": prefill},
     DETAILS: {

@@ -98,8 +98,8 @@ class Run:
         )
         self.lengths = Lengths(windows, needles)
         layers = sorted(attention_modules(self.model))
-        unrotated = self.profile.layout.unrotated_layers
-        self.dense_layers = dense_layers(self.model, (), unrotated, check_attention(self.model))
+        unserved = self.profile.layout.unserved_layers
+        self.dense_layers = dense_layers(self.model, (), unserved, check_attention(self.model))
         able = [layer for layer in layers if layer not in self.dense_layers]
         reaches = SETS[options.arms](able) if options.arms else {}
         reaches |= {name: Reach() for name in options.arm}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.backends import cuda
 from torch.nn import functional as F
 
-from fasa_flex.backends.triton.dispatch import codes_of, why_not_these
+from fasa_flex.backends.triton.dispatch import in_rows, why_not_these
 from fasa_flex.core.softmax import Softmax
 
 
@@ -50,7 +50,7 @@ def grouped_attention(
         from fasa_flex.backends.triton.dense import dense_decode  # Triton is installed with CUDA only
 
         return dense_decode(
-            query.contiguous(), key, value, codes_of(valid).flatten(1), softmax.scaling, softmax.softcap, softmax.sinks
+            query.contiguous(), key, value, in_rows(valid), softmax.scaling, softmax.softcap, softmax.sinks
         )
     batch, query_heads, _, dim = query.shape
     rows, mask = query.reshape(batch, key.shape[1], -1, dim), None if all_valid else valid[:, 0]

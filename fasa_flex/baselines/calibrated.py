@@ -20,7 +20,7 @@ from fasa_flex.hf.wrappers import run_decoder, unwrapped
 def adjacent_pairs(layout: RotaryLayout) -> RotaryLayout:
     """A layout of the chunks (2i, 2i + 1) of FASA's released code, for ``calibrate(layout=...)``."""
     chunks = RotaryLayout.interleaved(layout.head_dim).chunks
-    return RotaryLayout(chunks, len(chunks), unrotated_layers=layout.unrotated_layers)
+    return RotaryLayout(chunks, len(chunks), None, layout.unrotated_layers, layout.unserved_layers)
 
 
 @torch.no_grad()

@@ -19,9 +19,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 from fasa_flex.caches.capacity import counted, make_room
 from fasa_flex.caches.host_layers import HostLayer, OnHost, StaticHostLayer
 from fasa_flex.caches.keeps_packed_keys import KeepsPackedKeys, writable
-from fasa_flex.caches.packed_layers import PackedLayer
-from fasa_flex.caches.packing import packs, plain_layers
-from fasa_flex.caches.static_packed_layer import StaticPackedLayer
+from fasa_flex.caches.packing import packable_layers, packed_layer, packs
 from fasa_flex.caches.write_tracking import counting
 from fasa_flex.calibration.profile import FasaProfile, check_kinds
 from fasa_flex.calibration.profile_scorers import dominant_chunks
@@ -85,8 +83,7 @@ class FasaCache(Cache):
     FASA-M: ``placement="host"`` keeps the keys and values of the sparse layers in host memory and copies only the
     selected rows to the device. The results are the same. Without an accelerator it works, saves nothing, and warns.
     Packed keys add ``n_tip / head_dim`` to the size of keys and values, less with a lower ``config.packed_dtype``.
-    Layers that are dense under ``config``, have no RoPE or have a sliding window keep keys and values alone, on the
-    device.
+    Layers that are dense under ``config`` or have a sliding window keep keys and values alone, on the device.
 
     If ``layer.keys`` are replaced or written to in place, the layer packs them again. It does not notice a write that
     PyTorch does not count (``keys.data``, NumPy, DLPack): call ``layer.repack(layer.scorer)`` after one.
@@ -138,9 +135,10 @@ class FasaCache(Cache):
                 f"placement='host' {_NOTHING_SAVED}; move the model to its accelerator first, or use 'device'.",
                 stacklevel=2,
             )
-        dense = dense_layers(model, config.dense_layers, profile.layout.unrotated_layers)
+        dense = dense_layers(model, config.dense_layers, profile.layout.unserved_layers)
         make = dominant_chunks(profile, config)
-        sparse = [layer for layer in plain_layers(model) if layer not in dense and packs(model)]
+        able = packable_layers(model, alone=placement == "host") if packs(model) else []
+        sparse = [layer for layer in able if layer not in dense]
         if placement == "host" and not sparse:
             raise ValueError(
                 f"placement='host' finds no layer of {type(model).__name__} that is sparse and holds keys and values "
@@ -238,12 +236,12 @@ def _new_layers(
         plain = StaticCache(config=config, max_cache_len=max_cache_len).layers
         layers = [counted(layer) if type(layer) is StaticLayer else layer for layer in plain]
     for layer, scorer in scorers.items():
-        if max_cache_len is None:
-            layers[layer] = HostLayer(scorer, hold[layer]) if layer in hold else PackedLayer(scorer)
-        elif layer in hold:
-            layers[layer] = StaticHostLayer(scorer, max_cache_len, hold[layer])
+        if layer not in hold:
+            layers[layer] = packed_layer(layers[layer], scorer)
+        elif max_cache_len is None:
+            layers[layer] = HostLayer(scorer, hold[layer])
         else:
-            layers[layer] = StaticPackedLayer(scorer, max_cache_len)
+            layers[layer] = StaticHostLayer(scorer, max_cache_len, hold[layer])
     return layers
 
 

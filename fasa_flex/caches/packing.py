@@ -6,13 +6,28 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+    StaticLayer,
+)
 
 from fasa_flex.caches.capacity import CountedStaticLayer
 from fasa_flex.caches.keeps_packed_keys import KeepsPackedKeys
 from fasa_flex.caches.packed_layers import PackedLayer
+from fasa_flex.caches.state_layers import PackedStateLayer, StaticPackedStateLayer
 from fasa_flex.caches.static_packed_layer import StaticPackedLayer
 from fasa_flex.core.scoring import DominantChunks
+
+_GROWING = {DynamicLayer: PackedLayer, LinearAttentionAndFullAttentionLayer: PackedStateLayer}
+_STATIC = {
+    StaticLayer: StaticPackedLayer,
+    CountedStaticLayer: StaticPackedLayer,
+    LinearAttentionAndStaticFullAttentionLayer: StaticPackedStateLayer,
+}
+"""For each kind of layer, the kind with packed keys that replaces it."""
 
 
 def pack_layer(cache: Cache, layer: int, scorer: object, growing: bool = True) -> None:
@@ -25,10 +40,8 @@ def pack_layer(cache: Cache, layer: int, scorer: object, growing: bool = True) -
     if not isinstance(scorer, DominantChunks) or layer >= len(cache.layers) or torch.compiler.is_compiling():
         return
     cached = cache.layers[layer]
-    if type(cached) is DynamicLayer and growing:
-        cached = _adopt(cached, PackedLayer(scorer))
-    elif type(cached) in (StaticLayer, CountedStaticLayer):
-        cached = _adopt(cached, StaticPackedLayer(scorer, cached.max_cache_len))
+    if type(cached) in _STATIC or (growing and type(cached) in _GROWING):
+        cached = packed_layer(cached, scorer)
     elif not isinstance(cached, KeepsPackedKeys):
         return
     cache.layers[layer] = cached
@@ -39,9 +52,10 @@ def pack_layer(cache: Cache, layer: int, scorer: object, growing: bool = True) -
             cached.repack(scorer)
 
 
-def _adopt(plain: CacheLayerMixin, layer: Any) -> Any:
-    """Give ``layer`` the tensors and settings of ``plain``, and pack its keys."""
-    scorer = layer.scorer
+def packed_layer(plain: CacheLayerMixin, scorer: DominantChunks) -> Any:
+    """Make a layer that packs keys for ``scorer``, with the tensors and settings of ``plain`` (`packable_layers`)."""
+    kind = type(plain)
+    layer: Any = _STATIC[kind](scorer, plain.max_cache_len) if kind in _STATIC else _GROWING[kind](scorer)
     vars(layer).update(vars(plain))
     layer.repack(scorer)
     return layer
@@ -52,7 +66,8 @@ def packs(model: PreTrainedModel) -> bool:
     return getattr(model.config.get_text_config(), "kv_lora_rank", None) is None
 
 
-def plain_layers(model: PreTrainedModel) -> list[int]:
-    """Numbers of the layers whose cache holds keys and values and nothing else, such as a recurrent state."""
+def packable_layers(model: PreTrainedModel, alone: bool) -> list[int]:
+    """Numbers of the layers whose cache can keep packed keys; ``alone``: those without a state beside the keys."""
+    kinds = (DynamicLayer,) if alone else tuple(_GROWING)
     layers = DynamicCache(config=model.config).layers
-    return [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    return [number for number, layer in enumerate(layers) if type(layer) in kinds]

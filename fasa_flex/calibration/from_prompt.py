@@ -178,14 +178,14 @@ class PromptCalibration:
         scorers: the scorers by layer; empty until then.
 
     Raises:
-        ValueError: a model without RoPE, or a config that does not fit it.
+        ValueError: a model without frequency chunks (`RotaryLayout.detect`), or a config that does not fit it.
     """
 
     def __init__(self, model: PreTrainedModel, config: FasaConfig) -> None:
         self.layout = RotaryLayout.detect(model)
         self._config, self._shard = config, HeadShard.of(model)
         layers, query_heads, kv_heads, _ = attention_shape(model)
-        never_sparse = dense_layers(model, (), self.layout.unrotated_layers)
+        never_sparse = dense_layers(model, (), self.layout.unserved_layers)
         self._layers = [layer for layer in range(layers) if layer not in never_sparse]
         chunks = len(self.layout.chunks)
         shapes = {

@@ -51,7 +51,7 @@ def calibrate(
     random state is neither read nor changed.
 
     Args:
-        model: a transformers causal language model with RoPE.
+        model: a transformers causal language model with RoPE, or without positions.
         samples: 1-D LongTensors of token ids, or texts with ``tokenizer=``; each of at least ``top_k`` tokens.
         top_k: K of contextual agreement; the paper uses 256.
         max_new_tokens: decode steps of each sample.
@@ -61,7 +61,8 @@ def calibrate(
 
     Raises:
         TypeError: a sample that is neither a text nor a 1-D LongTensor.
-        NotImplementedError: a model without RoPE, or one that does not generate token ids.
+        NotImplementedError: a model without frequency chunks (`RotaryLayout.detect`), or one that does not generate
+            token ids.
         ValueError: samples that are empty, too short or too long for the model.
     """
     model = unwrapped(model)
@@ -175,7 +176,9 @@ def _continue(model: PreTrainedModel, ids: Tensor, max_new_tokens: int) -> Tenso
             max_new_tokens=max_new_tokens,
             **_GREEDY,
         )
-    except (AttributeError, TypeError, LookupError, ValueError) as error:  # such as for want of an image
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, TypeError, LookupError, ValueError, RuntimeError) as error:  # such as for want of an image
         raise NotSupportedError(
             f"{type(model).__name__} does not continue a text without other inputs ({type(error).__name__}: "
             f"{' '.join(str(error).split())}); call enable without a profile, which calibrates on the prompt."
@@ -206,7 +209,7 @@ def _sample_tables(
 
     def measure(call: AttentionCall) -> None:
         query, key, layer = call.query, call.key, call.layer
-        if layer not in layout.unrotated_layers:
+        if layer not in layout.unserved_layers:
             last, visible = query[:, :, -decoded:], causal(decoded, key.shape[2], key.device)
             tables["agreement"][layer] = shard.whole(contextual_agreement(last, key, layout, top_k))  # refuses NaN
             parts = logit_statistics(last, key, visible, layout.chunks, call.scaling)

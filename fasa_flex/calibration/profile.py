@@ -196,8 +196,9 @@ class FasaProfile(
         provenance = Provenance.from_dict(field(fields, "provenance", dict))
         profile = cls(layout=layout, provenance=provenance, **load(data))
         layers = len(profile.agreement)
-        if not layers or not set(layout.unrotated_layers) <= set(range(layers)):
-            raise ValueError(f"layers without RoPE {layout.unrotated_layers} are none of {layers} layers")
+        for kind, named in (("without RoPE", layout.unrotated_layers), ("not served", layout.unserved_layers)):
+            if not layers or not set(named) <= set(range(layers)):
+                raise ValueError(f"layers {kind} {named} are none of {layers} layers")
         return profile
 
     def _tensors(self) -> bytes:

@@ -50,13 +50,3 @@ class Arrival:
             torch.Size((rows, shard.ranks * heads, *rest)) for rows, heads, *rest in (self.key_shape, self.value_shape)
         )
         return replace(self, query=query, key_shape=key, value_shape=value)
-
-    @property
-    def rotates(self) -> bool | None:
-        """Whether queries differ between positions, within half precision; None without data."""
-        return None if self.query.is_meta else not is_still(self.query.flatten(0, 1).double())
-
-
-def is_still(query: Tensor) -> bool:
-    """Whether queries [rows, P, D] are equal at all positions, within half precision."""
-    return bool((query - query[:, :1]).abs().max() < query.abs().mean() / 8)

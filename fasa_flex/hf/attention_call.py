@@ -12,7 +12,6 @@ from transformers import Cache
 
 from fasa_flex.core.softmax import Softmax
 from fasa_flex.hf.compatibility import CACHE_NAMES
-from fasa_flex.hf.model_structure import layer_of
 
 AttentionResult = tuple[Tensor, Tensor | None]
 """Attention [B, Q, Hq, Dv], and attention weights [B, Hq, Q, T] if the implementation returns them."""
@@ -49,6 +48,7 @@ class AttentionCall:
     """One call of its attention function by an attention module.
 
     Attributes:
+        layer: number of the layer, from 0.
         dense: the model's own attention function.
         module: the attention module.
         query: float [B, Hq, Q, D], post-RoPE.
@@ -58,6 +58,7 @@ class AttentionCall:
         options: the other keyword arguments.
     """
 
+    layer: int
     dense: DenseAttention
     module: nn.Module
     query: Tensor
@@ -65,11 +66,6 @@ class AttentionCall:
     value: Tensor
     mask: Tensor | None
     options: dict[str, Any]
-
-    @property
-    def layer(self) -> int:
-        """Number of the layer, from 0."""
-        return layer_of(self.module)
 
     @property
     def scaling(self) -> float:

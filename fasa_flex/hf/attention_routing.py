@@ -38,8 +38,9 @@ _open: dict[int, tuple[str, frozenset[int]]] = {}
 
 
 class _Route(NamedTuple):
-    """The way of one module's calls."""
+    """The way of one layer's calls."""
 
+    layer: int
     function: SeamFunction
     dense: DenseAttention
 
@@ -66,7 +67,9 @@ class AttentionSeam:
         self._configs: list[tuple[PreTrainedConfig, str]] = []
         self._routes: list[tuple[weakref.ref[nn.Module], _Route]] = []
         for layer, module in by_layer.items():
-            config: PreTrainedConfig = own_config(module) or model.config
+            config: PreTrainedConfig | None = own_config(module)
+            if config is None:  # a module that looks up its attention has a config to look up the name in
+                continue
             former = str(_implementation(config))
             if former not in IMPLEMENTATIONS:
                 raise ValueError(
@@ -77,7 +80,7 @@ class AttentionSeam:
             if dense is None:
                 continue
             routed = function[layer] if isinstance(function, Mapping) else function
-            self._routes.append((weakref.ref(module), _Route(routed, dense)))
+            self._routes.append((weakref.ref(module), _Route(layer, routed, dense)))
             if not any(config is other for other, _ in self._configs):
                 self._configs.append((config, former))
         if not self._routes:
@@ -209,7 +212,9 @@ def _routed(
     """Call a module's route, or its own attention if it has no route."""
     route: _Route | None = getattr(module, _ROUTE, None)
     if route is not None:
-        return route.function(AttentionCall(route.dense, module, query, key, value, attention_mask, kwargs))
+        return route.function(
+            AttentionCall(route.layer, route.dense, module, query, key, value, attention_mask, kwargs)
+        )
     dense = _own_attention(module, former)
     assert dense is not None  # its forward has just looked up the seam's name
     return dense(module, query, key, value, attention_mask, **kwargs)

@@ -97,7 +97,7 @@ def check_transformers(model: PreTrainedModel, modules: Mapping[int, nn.Module])
         for method in methods:
             if not callable(getattr(kind, method, None)):
                 raise unmet("transformers", f"has no method {method} in {kind.__name__}")
-    if not modules or min(modules) < 0:  # Zamba 2's shared modules have layer_idx -1
+    if not modules or min(modules) < 0:  # -1: neither a layer_idx nor a place in the decoder
         raise unmet("transformers", f"gives the attention modules of {type(model).__name__} no layer_idx of their own")
 
 

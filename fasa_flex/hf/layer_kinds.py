@@ -66,7 +66,7 @@ def why_unsupported(config: Any) -> str | None:
     if config.is_encoder_decoder:
         return "is an encoder-decoder model"
     if text.model_type == "bloom" or getattr(getattr(text, "attn_config", text), "alibi", False):
-        return "adds ALiBi to its logits and rotates no queries and keys (no RoPE), so it has no frequency chunks"
+        return "adds ALiBi to its logits, a bias that FASA's scores and attention leave out"
     others = other_kinds(config)
     selectable = selectable_layers(config)
     if not selectable and WINDOW not in others.values():

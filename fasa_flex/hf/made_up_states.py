@@ -18,7 +18,8 @@ class MadeUpStates(TorchFunctionMode):
     Args:
         rows: batch rows, each with fixed states of its own, the same for all its tokens; None: linear layers compute.
         casts: whether an operation that refuses mixed float dtypes is repeated with float32 copies of its arguments.
-        embeddings: float [rows, P, hidden_size], the embeddings of any token ids [rows, P].
+        embeddings: float [rows, P, hidden_size], the embeddings of equal ids [rows, P]. Ids that differ are positions,
+            whose table is read.
     """
 
     def __init__(self, rows: int | None, casts: bool, embeddings: Tensor) -> None:
@@ -32,7 +33,7 @@ class MadeUpStates(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._rows is not None and func is F.linear and len(args) > 1:
             return self._states(self._rows, *args[:2])
-        if func is F.embedding and args[0].shape + args[1].shape[1:] == self._embeddings.shape:
+        if func is F.embedding and args[0].shape + args[1].shape[1:] == self._embeddings.shape and _alike(args[0]):
             return self._embeddings
         try:
             return func(*args, **kwargs)
@@ -56,6 +57,11 @@ class MadeUpStates(TorchFunctionMode):
 
 _WRITES = (Tensor.copy_, Tensor.index_copy_, Tensor.index_add_, Tensor.scatter_, Tensor.__setitem__)
 """Operations that write to an argument; repeated with copies, they would write to a copy."""
+
+
+def _alike(ids: Tensor) -> bool:
+    """Whether all ids are equal; True without data."""
+    return ids.is_meta or bool((ids == ids[:1, :1]).all())
 
 
 def _widened(states: Tensor) -> Tensor:

@@ -17,14 +17,7 @@ from fasa_flex.hf.layer_kinds import WINDOW, other_kinds, sized_config, why_unsu
 _INTERFACE, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
 OWN_CONFIG = "_fasa_own_config"
 """Attribute of an attention module that holds its own config while a seam has replaced it by a copy."""
-NO_ROPE = "no RoPE, hence no frequency chunks"
-
-
-def layer_of(module: nn.Module) -> int:
-    """Number of an attention module's layer, from 0, as transformers sets it."""
-    layer = module.layer_idx
-    assert isinstance(layer, int), f"{type(module).__name__} does not say which layer it is"
-    return layer
+NOT_MEASURED = "no measurement in the profile; calibrate again if FASA can serve it"
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
@@ -32,34 +25,50 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
 
     These modules have a ``layer_idx``, look up their attention function by name (convolutions and recurrent layers do
     not) and have the text config (towers, codecs and depth decoders do not). If no module meets all conditions, the
-    result holds every module with a ``layer_idx``, so that errors can name them.
+    result holds every module with a ``layer_idx``, so that errors can name them. A module whose ``layer_idx`` is no
+    number has that of its decoder layer.
     """
     text = model.config.get_text_config()
-    numbered = _numbered(model.get_decoder() or model) or _numbered(model)
-    found = [module for module in numbered if attention_lookup(module) is not None] or numbered
+    having = _having_layer_idx(model.get_decoder() or model) or _having_layer_idx(model)
+    found = [module for module in having if attention_lookup(module) is not None] or having
     found = [module for module in found if _INTERFACE in _forward(module).__code__.co_names] or found
     found = [module for module in found if own_config(module) is text] or found
-    inner = [m for m in found if not any(child is not m and hasattr(child, "layer_idx") for child in m.modules())]
+    own = set(found)
+    inner = [module for module in found if not any(child is not module and child in own for child in module.modules())]
     modules: dict[int, nn.Module] = {}
-    for module in inner:  # self-attention comes before cross-attention
-        modules.setdefault(layer_of(module), module)
+    for module, number in zip(inner, _numbers(model, inner), strict=True):  # self-attention before cross-attention
+        modules.setdefault(number, module)
     return modules
+
+
+def _having_layer_idx(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "layer_idx")]
+
+
+def _numbers(model: PreTrainedModel, modules: list[nn.Module]) -> list[int]:
+    """Number of each module's layer: its ``layer_idx``, or its place in the decoder (Zamba's None, Zamba 2's -1)."""
+    stated: list[Any] = [module.layer_idx for module in modules]
+    if all(isinstance(number, int) and number >= 0 for number in stated):
+        return stated
+    layers = [each for single in decoder_layers(model, modules) for each in enumerate(single)]
+    places = {inner: place for place, layer in layers for inner in layer.modules()}
+    return [places.get(module, -1) for module in modules]
+
+
+def decoder_layers(model: PreTrainedModel, attention: Iterable[nn.Module]) -> list[nn.ModuleList]:
+    """The decoder's lists of layers, recurrent ones included: the outermost lists that hold ``attention`` modules."""
+    sought, inside = set(attention), set[nn.Module]()
+    found: list[nn.ModuleList] = []
+    for module in (model.get_decoder() or model).modules():
+        if isinstance(module, nn.ModuleList) and module not in inside and not sought.isdisjoint(module.modules()):
+            found.append(module)
+            inside.update(module.modules())
+    return found
 
 
 def own_config(module: nn.Module) -> Any:
     """Return the config that an attention module has without a seam; None if it has none."""
     return getattr(module, OWN_CONFIG, None) or getattr(module, "config", None)
-
-
-def _numbered(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
-
-
-def other_mixers(model: PreTrainedModel, attention: Iterable[nn.Module]) -> list[nn.Module]:
-    """Modules of numbered layers that neither are nor contain ``attention`` modules, such as recurrent ones."""
-    kept = set(attention)
-    inner = [m for m in _numbered(model.get_decoder() or model) if not kept & set(m.modules())]
-    return [m for m in inner if not any(child is not m and hasattr(child, "layer_idx") for child in m.modules())]
 
 
 def attention_lookup(module: nn.Module) -> tuple[AttentionInterface, Callable[..., Any]] | None:
@@ -171,14 +180,14 @@ def check_supported(model: PreTrainedModel) -> None:
 
 
 def dense_layers(
-    model: PreTrainedModel, chosen: tuple[int, ...], unrotated: tuple[int, ...], seen: Mapping[int, str] | None = None
+    model: PreTrainedModel, chosen: tuple[int, ...], unserved: tuple[int, ...], seen: Mapping[int, str] | None = None
 ) -> dict[int, str]:
     """Collect the layers that stay dense, each with the reason.
 
     Args:
         model: the model.
         chosen: ``FasaConfig.dense_layers``.
-        unrotated: ``RotaryLayout.unrotated_layers``.
+        unserved: ``RotaryLayout.unserved_layers``.
         seen: layers and reasons found in a probing forward (`fasa_flex.hf.probe.why_dense`).
 
     Raises:
@@ -189,5 +198,5 @@ def dense_layers(
         raise ValueError(f"dense_layers names layer {max(chosen)}, the model has {layers}; count from 0.")
     others = other_kinds(model.config)
     windows = {layer: reason for layer, reason in others.items() if reason == WINDOW}
-    reasons = {**dict.fromkeys(unrotated, NO_ROPE), **others, **(seen or {}), **windows}
+    reasons = {**dict.fromkeys(unserved, NOT_MEASURED), **others, **(seen or {}), **windows}
     return dict(sorted({**reasons, **dict.fromkeys(chosen, "asked for by dense_layers")}.items()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from fasa_flex.hf.arrival import Arrival
 from fasa_flex.hf.attention_call import AttentionCall, AttentionResult
@@ -27,13 +28,12 @@ from fasa_flex.hf.compatibility import CACHE_NAMES, cache_argument, check_arriva
 from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.made_up_states import MadeUpStates, pattern
 from fasa_flex.hf.model_structure import (
-    NO_ROPE,
     attention_modules,
     attention_shape,
+    decoder_layers,
     device_of,
     evaluating,
     maximum_positions,
-    other_mixers,
 )
 from fasa_flex.hf.wrappers import run_decoder
 
@@ -93,8 +93,6 @@ def why_dense(model: PreTrainedModel, arrivals: Mapping[int, Arrival]) -> dict[i
             )
         elif not arrived.keeps_keys:
             reasons[layer] = "no keys of its own in the cache, since it attends to another layer's"
-        elif arrived.rotates is False:
-            reasons[layer] = NO_ROPE
     return reasons
 
 
@@ -120,8 +118,8 @@ def probe(
 ) -> dict[int, Arrival]:
     """Run a forward with equal hidden states at all positions, attention outputs of 0, and a growing cache.
 
-    Recurrent layers and convolutions give 0, too (`other_mixers`). Hidden states then do not depend on the position in
-    any layer, so that queries differ by RoPE alone. The first
+    Behind a decoder layer with a recurrent state or a convolution the hidden states of all positions are those of the
+    first. So hidden states do not depend on the position in any layer, and queries differ by RoPE alone. The first
     position is masked like padding. Afterwards the model has its former attention implementation, training mode and
     dynamic RoPE, and the random state is unchanged.
 
@@ -176,8 +174,8 @@ def probe(
             stack.enter_context(restored)
         for module in modules.values():
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        for mixer in other_mixers(model, modules.values()):
-            stack.callback(mixer.register_forward_hook(_silence).remove)
+        for stateful in _stateful_layers(model, cache, modules.values()):
+            stack.callback(stateful.register_forward_hook(partial(_levelled, (rows, length))).remove)
         embeddings = hidden[:, None].to(device, dtype or model.dtype).expand(-1, length, -1).contiguous()
         mask = torch.ones(rows, length, dtype=torch.long, device=device)
         mask[:, 0] = 0
@@ -227,9 +225,20 @@ def _ways_to_run(
         yield decoder, states | cache_argument(decoder, DynamicCache(config=model.config))
 
 
-def _silence(mixer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Hook that sets the hidden states [rows, P, width] which a module returns to 0."""
-    return tree_map_only(Tensor, lambda states: torch.zeros_like(states) if states.dim() == 3 else states, output)
+def _stateful_layers(model: PreTrainedModel, cache: DynamicCache, attention: Iterable[nn.Module]) -> list[nn.Module]:
+    """The decoder layers that keep a state in the cache, as recurrent layers and convolutions do."""
+    places = {place for place, kept in enumerate(cache.layers) if isinstance(kept, LinearAttentionCacheLayerMixin)}
+    lists = decoder_layers(model, attention) if places else []
+    return [layer for layers in lists for place, layer in enumerate(layers) if place in places]
+
+
+def _levelled(shape: tuple[int, int], layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Hook that gives all positions of the hidden states [*shape, width] which a layer returns those of the first."""
+
+    def level(states: Tensor) -> Tensor:
+        return states[:, :1].repeat(1, shape[1], 1) if states.dim() == 3 and states.shape[:2] == shape else states
+
+    return tree_map_only(Tensor, level, output)
 
 
 _stance_lock = threading.RLock()

@@ -36,7 +36,7 @@ def enable(
     """Let ``model`` decode with frequency-aware sparse attention, until `Fasa.disable`.
 
     Attention stays dense in the prefill unless ``config.prefill`` says otherwise, in ``config.dense_layers``, and in
-    layers without RoPE or with a sliding window (`Fasa.dense_layers` gives the reason for each). In all other layers
+    layers with a sliding window, for instance (`Fasa.dense_layers` gives the reason for each). In all other layers
     every query decoded after the prefill selects its own ``n_fac`` keys. No key is evicted from the cache. No class or
     method is patched: FASA registers an attention function under its own name and gives the model's layers a copy of
     their config with this name. The function serves these layers alone, so that models with different profiles and
@@ -82,14 +82,14 @@ def enable(
     check_kinds(profile, config)
     prompt = PromptCalibration(model, config) if profile is None and scorer is None else None
     initial = profile if prompt is None else prompt.blank
-    unrotated: tuple[int, ...] = ()
+    unserved: tuple[int, ...] = ()
     if initial is not None:
         initial.check_fits(model)
-        unrotated = initial.layout.unrotated_layers
+        unserved = initial.layout.unserved_layers
         scorer = scorer or dominant_chunks(initial, config)
     seen = check_attention(model)
     assert scorer is not None
-    dense = dense_layers(model, config.dense_layers, unrotated, seen)
+    dense = dense_layers(model, config.dense_layers, unserved, seen)
     layers = sorted(attention_modules(model))
     if not set(layers) - set(dense):
         warnings.warn(f"every layer of {type(model).__name__} stays dense ({dense}): nothing is sparse.", stacklevel=2)

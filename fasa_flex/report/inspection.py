@@ -73,13 +73,15 @@ def place(profile: FasaProfile, n_tip: int, per: Sharing = "kv_head", criterion:
     """Mean place of the dominant chunks by frequency, from 0 (fastest) to 1 (slowest): float32 [layers].
 
     Unrotated chunks are the slowest. If the frequencies are not known, chunks count as slower in their order. Random
-    sets have 0.5.
+    sets have 0.5, and so has a layer without RoPE, whose chunks are equally slow.
     """
     chunks, known = profile.agreement.shape[2], profile.layout.frequencies
     speed = torch.zeros(chunks, dtype=torch.float64)
     speed[: profile.layout.n_rotated] = torch.arange(profile.layout.n_rotated, 0, -1) if known is None else known.abs()
     order = torch.empty(chunks).scatter_(0, speed.argsort(descending=True, stable=True), torch.arange(chunks).float())
-    return order[profile.dominant(n_tip, per, criterion)].mean((1, 2)) / max(1, chunks - 1)
+    places = order[profile.dominant(n_tip, per, criterion)].mean((1, 2)) / max(1, chunks - 1)
+    places[list(profile.layout.unrotated_layers)] = 0.5
+    return places
 
 
 def overlap(
@@ -159,11 +161,12 @@ def _described(name: str, profile: FasaProfile, n_tip: int, per: Sharing, criter
     versions = ", ".join(f"{package} {version}" for package, version in origin.versions.items())
     kept, strengths = profile.dominant(n_tip, per, criterion), strength(profile, n_tip, per, criterion)
     criterion = profile.criterion(criterion)
+    still = ", ".join(map(str, profile.layout.unrotated_layers))
     quantity = "agreement" if criterion == "agreement" else "variance over keys"
     lines = [
         f"{name}: {origin.model_id} ({origin.model_type})",
         f"{layers} layers, {query_heads} query heads, {origin.kv_heads} key/value heads, {chunks} chunks, "
-        f"{profile.layout.n_rotated} of which rotate",
+        f"{profile.layout.n_rotated} of which rotate{f', none in layers {still}' if still else ''}",
         f"agreement on the top {origin.top_k} keys, over {origin.queries} queries: {len(origin.sample_hashes)} samples,"
         f" at most {origin.max_new_tokens} decode steps each",
         f"calibrated with {versions or 'unknown versions'}; fingerprint {profile.fingerprint[:12]}",

@@ -27,7 +27,8 @@ from fasa_flex.caches.packed_layers import PackedLayer
         ("Llama", {0: "dense_layers"}),
         ("Gemma 2", {0: "dense_layers", 2: "sliding window"}),
         ("gpt-oss", {0: "dense_layers", 2: "sliding window"}),
-        ("SmolLM3 (layers without RoPE)", {0: "dense_layers", 2: "no RoPE"}),
+        ("SmolLM3 (layers without RoPE)", {0: "dense_layers"}),
+        ("Cohere2", {0: "dense_layers", 2: "sliding window"}),
     ],
 )
 def test_dense_layers_are_reported_with_their_reason(name: str, expected: dict[int, str]) -> None:
@@ -37,9 +38,23 @@ def test_dense_layers_are_reported_with_their_reason(name: str, expected: dict[i
         assert all(reason in fasa.dense_layers[layer] for layer, reason in expected.items())
 
 
-@pytest.mark.parametrize("name", ["Mistral (sliding window)", "Cohere2"])
-def test_a_model_without_a_sparse_layer_warns(name: str) -> None:
-    model = tiny(name)
+def test_a_profile_of_an_earlier_version_leaves_layers_without_rope_dense() -> None:
+    """It holds no measurements of them, and lists them with the layers that cannot be served."""
+    model = tiny("SmolLM3 (layers without RoPE)")
+    profile = profile_of(model)
+    fields = profile.layout.to_dict()
+    assert fields.pop("unserved_layers") == []
+    profile.layout = RotaryLayout.from_dict(fields)
+    for tables in (profile.agreement, profile.mean_key):
+        tables[2] = 0
+    with enable(model, profile, FasaConfig(n_fac=6)) as fasa:
+        assert list(fasa.dense_layers) == [0, 2]
+        assert "no measurement in the profile; calibrate again" in fasa.dense_layers[2]
+    assert not isinstance(FasaCache(model, profile, FasaConfig(n_fac=6)).layers[2], PackedLayer)
+
+
+def test_a_model_without_a_sparse_layer_warns() -> None:
+    model = tiny("Mistral (sliding window)")
     with pytest.warns(UserWarning, match="nothing is sparse"):
         enable(model, profile_of(model), FasaConfig(n_fac=6)).disable()
 
@@ -47,7 +62,7 @@ def test_a_model_without_a_sparse_layer_warns(name: str) -> None:
 def test_a_cache_packs_the_sparse_layers_only() -> None:
     model = tiny("SmolLM3 (layers without RoPE)")
     cache = FasaCache(model, profile_of(model), FasaConfig(n_fac=6))
-    assert [isinstance(layer, PackedLayer) for layer in cache.layers] == [False, True, False]
+    assert [isinstance(layer, PackedLayer) for layer in cache.layers] == [False, True, True]
 
 
 # Models that are refused.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,11 +37,13 @@ def decoding_by_the_oracle(
 ) -> Iterator[None]:
     """Single queries of the layers that the family says are sparse go through the oracle, all others stay dense."""
     former = model.config._attn_implementation
+    numbers = {module: re.search(r"\blayers\.(\d+)\.", name) for name, module in model.named_modules()}
+    places = {module: int(found[1]) for module, found in numbers.items() if found}  # Zamba's have no layer_idx
 
     def attend(
         module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        layer = int(module.layer_idx)
+        layer = places[module]
         if query.shape[2] > 1 or layer not in family.sparse:
             if former == "eager":
                 dense = sys.modules[type(module).__module__].eager_attention_forward

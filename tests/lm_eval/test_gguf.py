@@ -135,5 +135,5 @@ def test_a_gguf_without_rope_is_refused_in_one_sentence(checkpoint: Path, tmp_pa
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=1024)
     write_gguf(tmp_path / "gpt2.gguf", GPT2LMHeadModel(config), tokenizer)
-    with raises_sentence(ValueError, match=r"\(no RoPE\).*FASA needs"):
+    with raises_sentence(ValueError, match=r"\(no RoPE, .*; use a model"):
         FasaHFLM(str(tmp_path), gguf_file="gpt2.gguf", profile="prompt", **SETTINGS)

@@ -48,6 +48,7 @@ TESTS = {
     "core.softmax": ("test_softmax", "test_attention", "test_flex_eager", CALLS),
     "core.ranking": ("test_ranking", *SELECTION, "test_agreement"),
     "calibration.rotary": ("test_layout", "test_rotary", "properties/test_layout_properties"),
+    "calibration.rotation_fit": ("test_layout", "test_rotary", "properties/test_layout_properties"),
     "calibration.agreement": ("test_agreement", "test_attention_errors", "properties/test_agreement_properties"),
     "core.group_reduce": ("test_scoring", *WHOLE, CALLS),
     "core.scoring": ("test_scoring", *WHOLE, CALLS),

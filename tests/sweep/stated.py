@@ -65,10 +65,7 @@ STATED: dict[str, dict[str, Any]] = {
     "Glm4vForConditionalGeneration": {"text_config.rope_parameters": _sections([2, 3, 3])},
     "Glm4vMoeForConditionalGeneration": {"text_config.rope_parameters": {**_sections([1, 1, 2]), **_HALF}},
     "GlmOcrForConditionalGeneration": {"text_config.rope_parameters": _sections([2, 3, 3])},
-    "GraniteMoeHybridForCausalLM": {
-        "layer_types": ["linear_attention", "full_attention"] * 2,
-        "position_embedding_type": "rope",
-    },
+    "GraniteMoeHybridForCausalLM": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "HrmTextForCausalLM": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "HunYuanDenseV1ForCausalLM": _SIZED_HEADS,
     "HunYuanMoEV1ForCausalLM": _SIZED_HEADS,
@@ -83,11 +80,15 @@ STATED: dict[str, dict[str, Any]] = {
     "MinistralForCausalLM": _SIZED_HEADS,
     "NemotronForCausalLM": {"num_key_value_heads": 2},
     "PaddleOCRVLForConditionalGeneration": {"text_config.rope_parameters": _sections([2, 3, 3])},
+    "Qwen2_5OmniThinkerForConditionalGeneration": {
+        "text_config.rope_parameters": _sections([2, 3, 3]),
+        "vision_start_token_id": 62,
+    },
+    "Qwen2_5_VLForConditionalGeneration": {"text_config.rope_parameters": _sections([2, 3, 3])},
     "Qwen2VLForConditionalGeneration": {"text_config.rope_parameters": _sections([2, 3, 3])},
     "Qwen3OmniMoeThinkerForConditionalGeneration": {"vision_start_token_id": 62},
     "ReformerModelWithLMHead": {"is_decoder": True},
     "Step3p7ForConditionalGeneration": {"text_config.sliding_window": 16},
     "XLNetLMHeadModel": {"d_head": 16},
-    "Zamba2ForCausalLM": {"use_mem_rope": True},
 }
 """Fields set after shrinking, by model class; a dot leads into a config within the config."""

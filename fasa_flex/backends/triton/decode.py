@@ -12,31 +12,44 @@ from fasa_flex.backends.triton.kernels import (
     attend_rows,
     fetch_rows,
     find_rows,
-    focus_rows,
     on_their_device,
     overlapping,
     parts_of,
     power_of_two,
     select_keys,
 )
-from fasa_flex.backends.triton.tip import Ranking, Tip, kept_share, ranked, share_of
+from fasa_flex.backends.triton.tip import Ranking, Tip, completing, ranked, unit_and_mass
 from fasa_flex.core.compiler import operator
 
-SELECT_WARPS, MOST_COUNTED = 8, 2048
+SELECT_WARPS = 8
 ATTEND_BLOCK, ATTEND_WARPS = 128, 4
-FOCUS_WARPS, MOST_FOCUSED = 4, 4096  # more tiles: two kernels, since a longer search needs more warps
+FOCUS_WARPS, MOST_FOCUSED = 8, 8192  # more tiles: two kernels, since a longer search needs more warps
 FIND_WARPS, FETCH_BLOCK, FETCH_WARPS, FETCH_PROGRAMS = 8, 16, 4, 64
-"""Keys and warps of a program: the fastest of those measured on an H100.
-
-Above MOST_COUNTED tiles the search also guesses thresholds (``GUESS``). More than 64 programs fetch scattered host
-rows more slowly.
-"""
+"""Keys and warps of a program. More than 64 programs fetch scattered host rows more slowly (measured on an H100)."""
 
 
-def _empty_slots(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+class Ending(NamedTuple):
+    """The last arguments of `sparse_decode`: what joins attention to the selected keys.
+
+    Attributes:
+        mean_value: the completion's state (`fasa_flex.core.completion`), [B, Hkv, Dv]; None: no completion.
+        covariance: [B, Hkv, D or 0, Dv], likewise.
+        covered: int64 [B, Hkv], likewise.
+        strength: factor of the first-order term; 0: the mean value alone.
+        sinks: learned sinks, float [Hq], contiguous, or None.
+    """
+
+    mean_value: Tensor | None = None
+    covariance: Tensor | None = None
+    covered: Tensor | None = None
+    strength: float = 0.0
+    sinks: Tensor | None = None
+
+
+def _empty_slots(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     tip = Tip(*arguments)
     slots = _integers(query, query.shape[0] * tip.dims.shape[0], min(tip.n_fac, tip.kv_len))
-    return slots, share_of(query, tip.dims, tip.completes)
+    return slots, *unit_and_mass(query, tip)
 
 
 @operator("select_slots", _empty_slots)
@@ -48,61 +61,87 @@ def select_slots(
     packed: Tensor,
     scales: Tensor | None,
     shift: Tensor | None,
-    codes: Tensor,
+    valid: Tensor,
+    forced: Tensor | None,
+    sample: Tensor | None,
     n_fac: int,
     how: str,
     scaling: float,
     softcap: float | None,
     completes: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """TIP and the selection for one query a row.
 
     Args:
         query: float [B, Hq, 1, D], contiguous; the other arguments are the fields of `Tip`.
 
     Returns:
-        slots, int32 [B * Hkv, min(n_fac, T)], ascending, -1 if there are fewer valid keys; and the selected keys' share
-        of the mass of all valid keys, float32 [B, Hkv, G, 1], or empty without ``completes``.
+        slots, int32 [B * Hkv, min(n_fac, T)], ascending, -1 if there are fewer valid keys; and the units and masses of
+        `fasa_flex.backends.triton.tip.Ranking`.
     """
-    tip = Tip(dims, weights, packed, scales, shift, codes, n_fac, how, scaling, softcap, completes)
+    tip = Tip(dims, weights, packed, scales, shift, valid, forced, sample, n_fac, how, scaling, softcap, completes)
     ranking = ranked(query, tip)
     search = _search(ranking, tip.kv_len, n_fac)
     overlap, launch = overlapping(query.device)
     select_keys[(ranking.order.shape[0],)](*search, overlap, num_warps=SELECT_WARPS, **launch)
-    return search.slots, kept_share(query, ranking, search.slots, tip)
+    return search.slots, ranking.units, ranking.masses
 
 
-def _empty_result(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return result_of(query, value), query.new_empty(query.shape[:3], dtype=torch.float32)
+def _empty_result(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return result_of(query, value)
 
 
 @operator("attend_slots", _empty_result)
 @on_their_device
 def attend_slots(
-    query: Tensor, key: Tensor, value: Tensor, slots: Tensor, scaling: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """FAC for one query a row.
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    places: Tensor,
+    slots: Tensor,
+    units: Tensor,
+    masses: Tensor,
+    dims: Tensor,
+    weights: Tensor | None,
+    packed: Tensor,
+    scales: Tensor | None,
+    shift: Tensor | None,
+    valid: Tensor,
+    forced: Tensor | None,
+    sample: Tensor | None,
+    n_fac: int,
+    how: str,
+    scaling: float,
+    softcap: float | None,
+    completes: bool,
+    mean_value: Tensor | None,
+    covariance: Tensor | None,
+    covered: Tensor | None,
+    strength: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """FAC for one query a row, completed, beside learned sinks.
 
     Args:
         query: float [B, Hq, 1, D], contiguous.
         key: float [B, Hkv, T, D], rows contiguous; on the device or in pinned host memory (FASA-M), where the kernel
             reads only the selected rows.
         value: float [B, Hkv, T, Dv], likewise.
-        slots: int32 [B * Hkv, K], rows of ``key`` and ``value``; -1 for none.
-        scaling: factor of the logits.
-        softcap: soft cap of the scaled logits, or None.
+        places: int32 [B * Hkv, K], rows of ``key`` and ``value``; -1 for none.
+        slots: int32 [B * Hkv, K], their packed keys; a result of `select_slots`, as ``units`` and ``masses`` are.
+        dims: the first field of `Tip`; the arguments up to ``completes`` are the others, those after it of `Ending`.
 
     Returns:
-        [B, Hq, 1, Dv], zeros for a head without a slot; and the log-sum-exp of the logits, float32 [B, Hq, 1].
+        [B, Hq, 1, Dv], zeros for a head without a slot.
     """
-    rows, wanted = slots.shape
-    result, attention = _attention(query, key, value, wanted, scaling, softcap)
-    overlap, launch = overlapping(query.device)
-    attend_rows[(rows,)](slots, wanted, power_of_two(wanted, 16), *attention, overlap, num_warps=ATTEND_WARPS, **launch)
-    return result
+    tip = Tip(dims, weights, packed, scales, shift, valid, forced, sample, n_fac, how, scaling, softcap, completes)
+    ending = Ending(mean_value, covariance, covered, strength, sinks)
+    wanted = slots.shape[1]
+    search = _Search(slots, slots, slots, slots, 0, 0, wanted, 2, power_of_two(wanted, 16), False)
+    return _attend(query, key, value, places, search, units, masses, tip, ending, False, ATTEND_WARPS)
 
 
-@operator("sparse_decode", lambda *all: (*_empty_result(*all), share_of(all[0], all[3], all[-1])))
+@operator("sparse_decode", _empty_result)
 @on_their_device
 def sparse_decode(
     query: Tensor,
@@ -113,28 +152,30 @@ def sparse_decode(
     packed: Tensor,
     scales: Tensor | None,
     shift: Tensor | None,
-    codes: Tensor,
+    valid: Tensor,
+    forced: Tensor | None,
+    sample: Tensor | None,
     n_fac: int,
     how: str,
     scaling: float,
     softcap: float | None,
     completes: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """TIP, the selection and FAC for one query a row: `select_slots`, then `attend_slots`, with their arguments.
-
-    Returns:
-        the two results of `attend_slots`, and the share of `select_slots`.
-    """
-    tip = Tip(dims, weights, packed, scales, shift, codes, n_fac, how, scaling, softcap, completes)
+    mean_value: Tensor | None,
+    covariance: Tensor | None,
+    covered: Tensor | None,
+    strength: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """TIP, the selection and FAC for one query a row: `select_slots`, then `attend_slots`, with their arguments."""
+    tip = Tip(dims, weights, packed, scales, shift, valid, forced, sample, n_fac, how, scaling, softcap, completes)
+    ending = Ending(mean_value, covariance, covered, strength, sinks)
     if parts_of(tip.kv_len, TILE.value) > MOST_FOCUSED:
-        slots, share = select_slots(query, *tip)
-        return *attend_slots(query, key, value, slots, scaling, softcap), share
+        slots, units, masses = select_slots(query, *tip)
+        return attend_slots(query, key, value, slots, slots, units, masses, *tip, *ending)
     ranking = ranked(query, tip)
     search = _search(ranking, tip.kv_len, n_fac)
-    result, attention = _attention(query, key, value, search.wanted, scaling, softcap)
-    overlap, launch = overlapping(query.device)
-    focus_rows[(ranking.order.shape[0],)](*search, *attention, overlap, num_warps=FOCUS_WARPS, **launch)
-    return *result, kept_share(query, ranking, search.slots, tip)
+    units, masses = ranking.units, ranking.masses
+    return _attend(query, key, value, search.slots, search, units, masses, tip, ending, True, FOCUS_WARPS)
 
 
 @operator(
@@ -199,7 +240,6 @@ class _Search(NamedTuple):
     TILES_PAD: int
     WANTED_PAD: int
     SEARCH: bool
-    GUESS: bool
 
 
 def _search(ranking: Ranking, kv_len: int, n_fac: int) -> _Search:
@@ -208,24 +248,40 @@ def _search(ranking: Ranking, kv_len: int, n_fac: int) -> _Search:
     wanted_pad = power_of_two(wanted, 16)
     return _Search(
         order, maxima, _integers(order, rows, wanted_pad), _integers(order, rows, wanted),
-        order.stride(0), maxima.stride(0), wanted, power_of_two(tiles, 2), wanted_pad,
-        tiles > wanted_pad, tiles > MOST_COUNTED,
+        order.stride(0), maxima.stride(0), wanted, power_of_two(tiles, 2), wanted_pad, tiles > wanted_pad,
     )  # fmt: skip
 
 
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, wanted: int, scaling: float, softcap: float | None
-) -> tuple[tuple[Tensor, Tensor], tuple[Any, ...]]:
-    """Empty results of `attend_slots`, and the arguments of the kernel `attend_rows` after the slots."""
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    places: Tensor,
+    search: _Search,
+    units: Tensor,
+    masses: Tensor,
+    tip: Tip,
+    ending: Ending,
+    selects: bool,
+    warps: int,
+) -> Tensor:
+    """Launch the kernel `attend_rows`, with `select_keys` in it if it ``selects``; returns [B, Hq, 1, Dv]."""
     kv_heads, dim, value_dim = key.shape[1], key.shape[3], value.shape[3]
-    group = query.shape[1] // kv_heads
-    result = _empty_result(query, key, value)
-    block = min(ATTEND_BLOCK if key.element_size() == 2 else 32, power_of_two(wanted, 16))
-    return result, (
-        query, key, value, *result, *head_strides(key, value), scaling, softcap or 1.0,
-        key.stride(2), value.stride(2), group, power_of_two(group, 16), dim, power_of_two(dim, 16),
-        value_dim, power_of_two(value_dim, 16), block, kv_heads, softcap is not None,
+    group, out = query.shape[1] // kv_heads, result_of(query, value)
+    block = min(ATTEND_BLOCK if key.element_size() == 2 else 32, search.WANTED_PAD)
+    means, covariances, covered = (query if each is None else each for each in ending[:3])
+    first_order = ending.strength != 0.0 and covariances.shape[2] > 0
+    inputs, constants = completing(query, tip, units, masses)
+    overlap, launch = overlapping(query.device)
+    attend_rows[(query.shape[0] * kv_heads,)](
+        *search, places, query, key, value, out, query if ending.sinks is None else ending.sinks,
+        *head_strides(key, value), tip.scaling, tip.softcap or 1.0, key.stride(2), value.stride(2),
+        group, power_of_two(group, 16), dim, power_of_two(dim, 16), value_dim, power_of_two(value_dim, 16), block,
+        kv_heads, tip.softcap is not None, ending.sinks is not None, *inputs, means, covariances, covered,
+        tip.packed.shape[2], units.shape[1], masses.shape[1], ending.strength, *constants, tip.completes, first_order,
+        selects, overlap, num_warps=warps, **launch,
     )  # fmt: skip
+    return out
 
 
 def result_of(query: Tensor, value: Tensor) -> Tensor:

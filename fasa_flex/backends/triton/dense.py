@@ -26,7 +26,7 @@ def dense_decode(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    codes: Tensor,
+    valid: Tensor,
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
@@ -37,7 +37,7 @@ def dense_decode(
         query: float [B, Hq, 1, D], contiguous.
         key: float [B, Hkv, T, D], rows contiguous.
         value: float [B, Hkv, T, Dv], rows contiguous.
-        codes: uint8 [B or 1, T], rows contiguous: 0 for an invalid key.
+        valid: 1 for valid keys, uint8 [B or 1, T], rows contiguous.
         scaling: factor of the logits.
         softcap: soft cap of the scaled logits, or None.
         sinks: learned sinks, float [Hq], or None.
@@ -56,8 +56,8 @@ def dense_decode(
         torch.empty(rows, parts, group, width, dtype=torch.float32, device=query.device) for width in (1, 1, value_pad)
     )
     attend_part[(parts, rows)](
-        query, key, value, codes, bests, totals, results, *head_strides(key, value), kv_len,
-        0 if codes.shape[0] == 1 else codes.stride(0), span, scaling, softcap or 1.0, key.stride(2), value.stride(2),
+        query, key, value, valid, bests, totals, results, *head_strides(key, value), kv_len,
+        0 if valid.shape[0] == 1 else valid.stride(0), span, scaling, softcap or 1.0, key.stride(2), value.stride(2),
         group, group_pad, dim, power_of_two(dim, 16), value_dim, value_pad, block, kv_heads,
         softcap is not None, overlap, num_warps=ATTEND_WARPS, **launch,
     )  # fmt: skip

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from fasa_flex.core.budget import Budget
-from fasa_flex.core.completion import completed, cover_on
-from fasa_flex.core.config import FasaConfig, GroupReduce
+from fasa_flex.core.completion import cover_on
+from fasa_flex.core.config import FasaConfig
 from fasa_flex.core.method import Call
 from fasa_flex.core.packed_keys import PackedKeys
 from fasa_flex.core.scoring import DominantChunks
-from fasa_flex.core.selection import Marks
 from fasa_flex.core.softmax import Softmax
 from fasa_flex.errors import NotSupportedError
 
@@ -42,6 +41,8 @@ def why_no_kernels(call: Call) -> str | None:
         return f"it searches at most {MOST_KEYS} keys, got {call.key.shape[2]}"
     if call.group_reduce == "none" and query.shape[1] != call.key.shape[1]:
         return "a group's query heads must select together"
+    if call.completion is not None and call.completion.state is None:
+        return "it completes from the state of a cache"
     return why_not_these(query, call.key, call.value)
 
 
@@ -122,15 +123,13 @@ def decode_by_kernels(call: Call) -> Tensor:
         sparse_decode,
     )
 
-    query, tip = _tip_of(call)
-    key, value, valid, softmax, held = call.key, call.value, call.valid, call.softmax, call.resident
-    if held is None or held.count != min(tip[6], valid.shape[-1]):
-        out, lse, share = sparse_decode(query, key, value, *tip)
-    else:
-        slots, share = select_slots(query, *tip)
-        places = hold_slots(key, value, slots, held.slots, held.places, held.keys, held.values, held.length)
-        out, lse = attend_slots(query, held.keys, held.values, places, softmax.scaling, softmax.softcap)
-    return completed(out, lse, share, call.completion, softmax, query, key, value, valid)
+    query, ranking, ending = _arguments_of(call)
+    key, value, held = call.key, call.value, call.resident
+    if held is None or held.count != call.budget.widest(call.valid.shape[-1]):
+        return sparse_decode(query, key, value, *ranking, *ending)
+    found = select_slots(query, *ranking)
+    places = hold_slots(key, value, found[0], held.slots, held.places, held.keys, held.values, held.length)
+    return attend_slots(query, held.keys, held.values, places, *found, *ranking, *ending)
 
 
 def decode_pages_by_kernels(call: Call, keys: Tensor, values: Tensor, rows_of: Callable[[Tensor], Tensor]) -> Tensor:
@@ -144,62 +143,61 @@ def decode_pages_by_kernels(call: Call, keys: Tensor, values: Tensor, rows_of: C
     """
     from fasa_flex.backends.triton.decode import attend_slots, select_slots  # Triton is installed with CUDA only
 
-    query, tip = _tip_of(call)
-    slots, share = select_slots(query, *tip)
-    rows = rows_of(slots.view(len(query), -1)).view_as(slots)
+    query, ranking, ending = _arguments_of(call)
+    found = select_slots(query, *ranking)
+    rows = rows_of(found[0].view(len(query), -1)).view_as(found[0])
     key, value = (states.transpose(0, 1)[None].expand(len(query), -1, -1, -1) for states in (keys, values))
-    out, lse = attend_slots(query, key, value, rows, call.softmax.scaling, call.softmax.softcap)
-    return completed(out, lse, share, call.completion, call.softmax, query, call.key, call.value, call.valid)
+    return attend_slots(query, key, value, rows, *found, *ranking, *ending)
 
 
-def _tip_of(call: Call) -> tuple[Tensor, tuple[Any, ...]]:
-    """The query of a call, contiguous, and the fields of `fasa_flex.backends.triton.tip.Tip`."""
+def _arguments_of(call: Call) -> tuple[Tensor, tuple[Any, ...], tuple[Any, ...]]:
+    """A call's query, contiguous, and the arguments that the operators share: the fields of `Tip` and of `Ending`."""
+    from fasa_flex.backends.triton.decode import Ending  # Triton is installed with CUDA only
+    from fasa_flex.backends.triton.tip import Tip
+
     query, scorer, packed, softmax = call.query.contiguous(), call.scorer, call.packed_keys, call.softmax
     assert isinstance(scorer, DominantChunks)
     assert isinstance(packed, PackedKeys)
     assert isinstance(call.budget.n_fac, int)
-    return query, (
+    marks, completion = call.known_marks(), call.completion
+    how = call.group_reduce if query.shape[1] > call.key.shape[1] else "max"
+    tip = Tip(
         scorer.dims.contiguous(),
         None if scorer.weights is None else scorer.weights.contiguous(),
         packed.tiles.squeeze(4),
         None if packed.scales is None else packed.scales.squeeze(3),
-        _shift(query, call.key, scorer, call.group_reduce, softmax),
-        codes_of(call.valid, call.known_marks()).flatten(1),
+        _shift(query, scorer, how in ("max", "mean") and query.shape[1] > call.key.shape[1], softmax),
+        in_rows(call.valid),
+        None if marks.forced is None else in_rows(marks.forced),
+        None if marks.sample is None or how == "softmax_exact" else in_rows(marks.sample),
         call.budget.n_fac,
-        "max" if call.group_reduce == "none" else call.group_reduce,
+        "softmax" if how == "softmax_exact" else how,
         softmax.scaling,
         softmax.softcap,
-        call.completion is not None,
+        completion is not None,
     )
+    sinks = None if softmax.sinks is None else softmax.sinks.contiguous()
+    if completion is None:
+        return query, tip, Ending(sinks=sinks)
+    assert completion.state is not None
+    state = completion.state
+    return query, tip, Ending(state.mean_value, state.covariance, state.covered, completion.strength, sinks)
 
 
-def _shift(
-    query: Tensor, key: Tensor, scorer: DominantChunks, group_reduce: GroupReduce, softmax: Softmax
-) -> Tensor | None:
+def _shift(query: Tensor, scorer: DominantChunks, compares: bool, softmax: Softmax) -> Tensor | None:
     """`DominantChunks.shift`, float32 [B * Hq], if scores are capped or compared between query heads; else None.
 
     Otherwise it cancels, since it is the same for all keys of a query head.
     """
-    compares = group_reduce in ("max", "mean") and query.shape[1] != key.shape[1]
     shift = scorer.shift(query) if compares or softmax.softcap is not None else None
     return None if shift is None else shift.flatten().contiguous()
 
 
-def codes_of(valid: Tensor, marks: Marks | None = None) -> Tensor:
-    """Codes of keys from bool ``valid`` and its marks: uint8, with the kernels' bits VALID, FORCED and SAMPLED."""
-    codes = _bits(valid)
-    if marks is None:
-        return codes
-    if marks.forced is not None:
-        codes = torch.add(codes, _bits(marks.forced), alpha=2)
-    if marks.sample is not None:
-        kv_len = valid.shape[-1]
-        slots = torch.where(marks.sample < 0, kv_len, marks.sample)
-        sampled = codes.new_zeros(*slots.shape[:-1], kv_len + 1).scatter(-1, slots, 4)
-        codes = codes + sampled[..., :kv_len]
-    return codes
-
-
-def _bits(marked: Tensor) -> Tensor:
-    # eager: reinterpret bool as uint8 without a kernel; compiled: the cast is fused (torch 2.11 has no such view)
-    return marked.to(torch.uint8) if torch.compiler.is_compiling() else marked.view(torch.uint8)
+def in_rows(marked: Tensor) -> Tensor:
+    """[B or 1, 1, 1, 1, N] as [B or 1, N], rows contiguous; bool as uint8."""
+    rows = marked.flatten(1)
+    rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    if rows.dtype != torch.bool:
+        return rows
+    # eager: reinterpret without a kernel; compiled: the cast is fused (torch 2.11 has no such view)
+    return rows.to(torch.uint8) if torch.compiler.is_compiling() else rows.view(torch.uint8)

@@ -1,26 +1,23 @@
-"""TIP on a GPU: launches of the kernels that rank all keys of a decode step, and of the selected keys' share."""
+"""TIP on a GPU: launches of the kernels that rank all keys of a decode step in one pass."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fasa_flex.backends.triton.kernels import (
-    TILE,
-    mix_group,
-    overlapping,
-    parts_of,
-    power_of_two,
-    score_keys,
-    share_kept,
-)
+from fasa_flex.backends.triton.kernels import TILE, overlapping, parts_of, power_of_two, score_keys, sum_keys
 
-SCORE_BLOCK, KEPT_BLOCK, SCORE_WARPS = 128, 256, 4  # KEPT_BLOCK if logits are kept for a softmax over all keys
-MIX_BLOCK, MIX_WARPS = 1024, 8
-SHARE_BLOCK, SHARE_WARPS = 128, 4
-"""Keys and warps of a program: the fastest of those measured on an H100."""
+SUM_BLOCK, MOST_SUMS, SUM_WARPS = 256, 64, 4
+SCORE_BLOCK, SCORE_WARPS, SCORE_STAGES, SCORE_PROGRAMS, MOST_STEPS = 256, 4, 4, 2048, 16
+"""Keys, warps and pipeline stages of a program, and limits of their numbers (`evals.bench.kernels` times others)."""
+
+SCORE_REGISTERS = 96
+"""Most registers of a thread of `score_keys` on four-bit keys: a multiprocessor then runs five programs, not four."""
+
+WIDE = 16384
+"""Bytes of a block of packed keys from which a program takes half as many keys, in two stages."""
 
 
 class Tip(NamedTuple):
@@ -33,13 +30,15 @@ class Tip(NamedTuple):
             uint8, two codes of four bits (`fasa_flex.core.packed_keys`).
         scales: scales of integer keys, float16 [B, Hkv, C]; None for float dtypes.
         shift: number added to the scores of a query head, float32 [B * Hq], contiguous; None: 0.
-        codes: codes of keys, uint8 [B or 1, T], rows contiguous: 0 for an invalid key; else a sum of 1 for valid, 2 for
-            forced and 4 for sampled.
+        valid: 1 for valid keys, uint8 [B or 1, T], rows contiguous.
+        forced: 1 for keys that are always selected, uint8 [B or 1, T], rows contiguous; None: none.
+        sample: slots of sampled keys, int64 [B or 1, S], -1 for none, rows contiguous; their mass is the unit of the
+            weights. None: all valid keys.
         n_fac: tokens to select; as many tiles of 16 keys are searched in registers.
-        how: ranking of a group's heads: "softmax", "softmax_exact", "mean" or "max".
+        how: ranking of a group's heads: "softmax" (the sum of their weights), "mean" or "max" (of their scores).
         scaling: factor of the logits.
         softcap: soft cap of the scaled logits, or None.
-        completes: whether to compute the selected keys' share of the mass.
+        completes: whether to compute the mass of all valid keys.
     """
 
     dims: Tensor
@@ -47,7 +46,9 @@ class Tip(NamedTuple):
     packed: Tensor
     scales: Tensor | None
     shift: Tensor | None
-    codes: Tensor
+    valid: Tensor
+    forced: Tensor | None
+    sample: Tensor | None
     n_fac: int
     how: str
     scaling: float
@@ -57,7 +58,41 @@ class Tip(NamedTuple):
     @property
     def kv_len(self) -> int:
         """T, the number of keys."""
-        return self.codes.shape[1]
+        return self.valid.shape[1]
+
+    @property
+    def weighs(self) -> bool:
+        """Whether weights are computed, relative to the mass of `sample`."""
+        return self.how == "softmax" or self.completes
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        """WIDTH, PART and PART_PAD of the kernels: dimensions of a packed key, its elements, and these padded."""
+        return self.dims.shape[1], self.packed.shape[3], power_of_two(self.packed.shape[3], 16)
+
+    def native(self, query: Tensor) -> bool:
+        """Whether the kernels unpack four-bit codes by NVIDIA's instructions, for queries in half precision."""
+        here = query.is_cuda and torch.version.hip is None and query.element_size() == 2
+        return here and self.packed.dtype == torch.uint8
+
+    @property
+    def sums(self) -> tuple[int, int]:
+        """Parts of a row whose masses `sum_keys` computes, and blocks of a part; no parts if nothing is weighed."""
+        if not self.weighs:
+            return 0, 1
+        if self.sample is not None:
+            return parts_of(self.sample.shape[1], SUM_BLOCK), 1
+        blocks = parts_of(self.kv_len, SUM_BLOCK)
+        steps = parts_of(blocks, MOST_SUMS)
+        return parts_of(blocks, steps), steps
+
+    def scores(self, rows: int) -> tuple[int, int, int]:
+        """Keys of a block of `score_keys`, blocks of a row, and blocks of a program."""
+        block = SCORE_BLOCK
+        if self.packed.shape[3] * self.packed.element_size() * block > WIDE:
+            block //= 2
+        blocks = parts_of(self.kv_len, block)
+        return block, blocks, min(MOST_STEPS, parts_of(blocks * rows, SCORE_PROGRAMS))
 
 
 class Ranking(NamedTuple):
@@ -66,79 +101,74 @@ class Ranking(NamedTuple):
     Attributes:
         order: int32 [B * Hkv, >= T], integers in the order of the ranking.
         maxima: int32 [B * Hkv, tiles], the largest of each tile of ``order``.
-        logits: float32 [B * Hkv, T, G], if a softmax or a share needs them.
-        masses: float32 [B * Hkv, N, G], log-sum-exps of the valid keys of N blocks, if a sum over all keys is needed.
+        units: float32 [B * Hkv, N, G], the base-2 log-sum-exps of the parts of the sample, if weights are computed.
+        masses: float32 [B * Hkv, M, G], sums of weights over all valid keys of M programs, if the call completes.
     """
 
     order: Tensor
     maxima: Tensor
-    logits: Tensor
+    units: Tensor
     masses: Tensor
+
+
+def unit_and_mass(query: Tensor, tip: Tip) -> tuple[Tensor, Tensor]:
+    """Empty ``units`` and ``masses`` of `Ranking`."""
+    (kv_heads, _), batch = tip.dims.shape, query.shape[0]
+    rows, group = batch * kv_heads, query.shape[1] // kv_heads
+    _, blocks, steps = tip.scores(rows)
+    programs = parts_of(blocks, steps) if tip.completes else 0
+    units, masses = (
+        torch.empty(rows, parts, group, dtype=torch.float32, device=query.device) for parts in (tip.sums[0], programs)
+    )
+    return units, masses
 
 
 def ranked(query: Tensor, tip: Tip) -> Ranking:
     """Rank all keys for a query [B, Hq, 1, D], contiguous."""
     batch, query_heads, _, dim = query.shape
-    (kv_heads, width), kv_len = tip.dims.shape, tip.kv_len
-    group, rows, codes, packed = query_heads // kv_heads, batch * kv_heads, tip.codes, tip.packed
-    how = tip.how if group > 1 else "max"
-    mixed = how in ("softmax", "softmax_exact")
-    sums, samples = tip.completes or how == "softmax_exact", how == "softmax"
-    kept, part = mixed or sums, packed.shape[3]
-    block = KEPT_BLOCK if kept else SCORE_BLOCK
-    whole = MIX_BLOCK if mixed else 16 * TILE.value  # 16 tiles, so that threads can read four maxima at a time
-    covered = parts_of(kv_len, whole) * whole
-    blocks = covered // block
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(rows, *shape, dtype=dtype, device=query.device)
-
-    order, maxima = empty(covered, dtype=torch.int32), empty(covered // TILE.value, dtype=torch.int32)
-    logits = empty(kv_len if kept else 0, group)
-    masses, sample = empty(blocks if sums else 0, group), empty(blocks if samples else 0, group)
-    code_stride = 0 if codes.shape[0] == 1 else codes.stride(0)
+    kv_heads, kv_len, packed = tip.dims.shape[0], tip.kv_len, tip.packed
+    group, rows, (width, part, part_pad) = query_heads // kv_heads, batch * kv_heads, tip.layout
+    units, masses = unit_and_mass(query, tip)
+    block, blocks, steps = tip.scores(rows)
+    order, maxima = (
+        torch.empty(rows, size, dtype=torch.int32, device=query.device)
+        for size in (blocks * block, blocks * block // TILE.value)
+    )
     overlap, launch = overlapping(query.device)
-    score_keys[(blocks, rows)](
-        query, tip.dims, _or(tip.weights, query), packed, _or(tip.scales, query), _or(tip.shift, query), codes, logits,
-        masses, sample, order, maxima, order.stride(0), maxima.stride(0), kv_len, code_stride, packed.stride(1),
-        blocks, tip.scaling, tip.softcap or 1.0, group, power_of_two(group, 16), dim, width, part,
-        power_of_two(part, 16), block, tip.scales is not None, tip.weights is not None, tip.shift is not None,
-        tip.softcap is not None, how, sums, kv_heads, overlap, num_warps=SCORE_WARPS, **launch,
-    )  # fmt: skip
-    if mixed:
-        mix_group[(covered // MIX_BLOCK, rows)](
-            logits, sample if samples else masses, codes, order, maxima, order.stride(0), maxima.stride(0), kv_len,
-            code_stride, blocks, group, power_of_two(group), MIX_BLOCK, how, kv_heads, overlap, num_warps=MIX_WARPS,
-            **launch,
+    native, softcap = tip.native(query), tip.softcap or 1.0
+    inputs = query, tip.dims, _or(tip.weights, query), packed, _or(tip.scales, query), _or(tip.shift, query)
+    has = tip.scales is not None, tip.weights is not None, tip.shift is not None, tip.softcap is not None
+    parts, sum_steps = tip.sums
+    if parts:
+        sample = _or(tip.sample, query)
+        sum_keys[(parts, rows)](
+            *inputs, tip.valid, sample, units, kv_len, 0 if tip.sample is None else sample.shape[1],
+            _stride(tip.valid), _stride(sample), packed.shape[2], sum_steps, tip.scaling, softcap,
+            group, power_of_two(group, 8), dim, width, part, part_pad, SUM_BLOCK, *has, tip.sample is not None,
+            native, kv_heads, overlap, num_warps=SUM_WARPS, **launch,
         )  # fmt: skip
-    return Ranking(order, maxima, logits, masses)
-
-
-def kept_share(query: Tensor, ranking: Ranking, slots: Tensor, tip: Tip) -> Tensor:
-    """Share of the keys at ``slots`` in the mass of all valid keys: float32 [B, Hkv, G, 1], or empty (`share_of`).
-
-    Args:
-        query: as for `ranked`.
-        ranking: result of `ranked`.
-        slots: int32 [B * Hkv, K], -1 for none.
-        tip: as for `ranked`.
-    """
-    share = share_of(query, tip.dims, tip.completes)
-    if not tip.completes:
-        return share
-    rows, kv_len, group = ranking.logits.shape
-    overlap, launch = overlapping(query.device)
-    share_kept[(rows,)](
-        ranking.logits, ranking.masses, slots, share, kv_len, slots.shape[1], ranking.masses.shape[1],
-        group, power_of_two(group), SHARE_BLOCK, overlap, num_warps=SHARE_WARPS, **launch,
+    fold = 2 if tip.scales is not None and group <= 4 else 1  # float keys may hold NaN, which would spread
+    forced, registers = _or(tip.forced, tip.valid), {"maxnreg": SCORE_REGISTERS} if native and SCORE_REGISTERS else {}
+    score_keys[(parts_of(blocks, steps), rows)](
+        *inputs, tip.valid, forced, units, order, maxima, masses, order.stride(0), maxima.stride(0), kv_len,
+        _stride(tip.valid), _stride(forced), packed.shape[2], blocks, steps, parts, tip.scaling, softcap,
+        group, power_of_two(group, 8 // fold), fold, dim, width, part, part_pad, block, power_of_two(max(1, parts)),
+        *has, tip.forced is not None, tip.how, tip.completes, native,
+        SCORE_STAGES if block == SCORE_BLOCK else 2, kv_heads, overlap, num_warps=SCORE_WARPS, **registers, **launch,
     )  # fmt: skip
-    return share
+    return Ranking(order, maxima, units, masses)
 
 
-def share_of(query: Tensor, dims: Tensor, completes: bool) -> Tensor:
-    """An uninitialised share, float32 [B, Hkv, G, 1]; of no elements without completion."""
-    heads = (query.shape[0], dims.shape[0], query.shape[1] // dims.shape[0], 1)
-    return query.new_empty(heads if completes else (0,), dtype=torch.float32)
+def completing(query: Tensor, tip: Tip, units: Tensor, masses: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arguments of the kernel `attend_rows` that score the selected keys again: its tensors, and its constants."""
+    inputs = tip.dims, _or(tip.weights, query), tip.packed, _or(tip.scales, query), _or(tip.shift, query)
+    has = tip.scales is not None, tip.weights is not None, tip.shift is not None, tip.native(query)
+    return (*inputs, units, masses), (*tip.layout, power_of_two(max(1, units.shape[1])), *has)
+
+
+def _stride(rows: Tensor) -> int:
+    """Stride between the rows of a batch, 0 if they are one."""
+    return 0 if rows.shape[0] == 1 else rows.stride(0)
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

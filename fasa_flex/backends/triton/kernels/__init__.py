@@ -6,12 +6,12 @@ are scores. `fasa_flex.backends.triton.decode` and `fasa_flex.backends.triton.de
 `fasa_flex.backends.triton.blocks` launches the estimate of a prefill by blocks.
 """
 
-from fasa_flex.backends.triton.kernels.attention import attend_part, attend_rows, focus_rows, merge_parts
+from fasa_flex.backends.triton.kernels.attention import attend_part, attend_rows, merge_parts
 from fasa_flex.backends.triton.kernels.blocks import estimate_blocks
 from fasa_flex.backends.triton.kernels.completion import cover_rows
 from fasa_flex.backends.triton.kernels.launching import on_their_device, overlapping, parts_of, power_of_two
 from fasa_flex.backends.triton.kernels.rows import fetch_rows, find_rows
-from fasa_flex.backends.triton.kernels.scoring import TILE, mix_group, score_keys, share_kept
+from fasa_flex.backends.triton.kernels.scoring import TILE, score_keys, sum_keys
 from fasa_flex.backends.triton.kernels.selection import select_keys
 from fasa_flex.backends.triton.kernels.writing import write_states
 
@@ -23,15 +23,13 @@ __all__ = [
     "estimate_blocks",
     "fetch_rows",
     "find_rows",
-    "focus_rows",
     "merge_parts",
-    "mix_group",
     "on_their_device",
     "overlapping",
     "parts_of",
     "power_of_two",
     "score_keys",
     "select_keys",
-    "share_kept",
+    "sum_keys",
     "write_states",
 ]

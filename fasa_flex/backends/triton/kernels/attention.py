@@ -5,9 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fasa_flex.backends.triton.kernels.launching import begin
-from fasa_flex.backends.triton.kernels.scoring import capped
+from fasa_flex.backends.triton.kernels.launching import begin, begin_in_turn
+from fasa_flex.backends.triton.kernels.products import both_queries, capped, dot_products, logits_of
+from fasa_flex.backends.triton.kernels.scoring import MOST, unit_of
 from fasa_flex.backends.triton.kernels.selection import select_keys
+
+_SLICE = tl.constexpr(64)
+"""Dimensions of the query that are multiplied by the completion's covariance at one time."""
 
 
 @triton.jit
@@ -44,72 +48,129 @@ def _queries(query, row, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.c
 
 
 @triton.jit
-def _finish(
-    out, masses, row, best, total, result,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
+def _remainder(
+    query, means, covariances, row, factor,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, FIRST_ORDER: tl.constexpr,
 ):  # fmt: skip
-    """Write a group's result, 0 if no key was real, and the log-sum-exps of its logits."""
+    """The unselected keys' estimated value, `fasa_flex.core.completion`: [GROUP_PAD, VALUE_PAD]."""
     head, value_dim = tl.arange(0, GROUP_PAD), tl.arange(0, VALUE_PAD)
-    result /= tl.where(total == 0.0, 1.0, total)[:, None]
-    place = out + (row * GROUP + head[:, None]) * VALUE_DIM + value_dim[None, :]
-    inside = (head < GROUP)[:, None] & (value_dim < VALUE_DIM)[None, :]
-    tl.store(place, result.to(out.dtype.element_ty), mask=inside)
-    tl.store(masses + row * GROUP + head, best + tl.log(total), mask=head < GROUP)
+    mean = tl.load(means + row * VALUE_DIM + value_dim, mask=value_dim < VALUE_DIM, other=0).to(tl.float32)
+    result = tl.zeros([GROUP_PAD, VALUE_PAD], tl.float32) + mean[None, :]
+    if FIRST_ORDER:
+        for first in tl.static_range(0, DIM_PAD, _SLICE if DIM_PAD > _SLICE else DIM_PAD):
+            dim = first + tl.arange(0, _SLICE if DIM_PAD > _SLICE else DIM_PAD)
+            place = query + (row * GROUP + head[:, None]) * DIM + dim[None, :]
+            queries = tl.load(place, mask=(head < GROUP)[:, None] & (dim < DIM)[None, :], other=0).to(tl.float32)
+            place = covariances + (row * DIM + dim[:, None]) * VALUE_DIM + value_dim[None, :]
+            covariance = tl.load(place, mask=(dim < DIM)[:, None] & (value_dim < VALUE_DIM)[None, :], other=0)
+            result = tl.dot((queries * factor).to(covariance.dtype), covariance, result, input_precision="ieee")
+    return result
 
 
 @triton.jit
+def _share(
+    kept, masses, covered, row, programs, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """The selected keys' share of the mass of all valid keys, as in `fasa_flex.core.completion.kept_share`."""
+    head = tl.arange(0, GROUP_PAD)
+    parts = tl.zeros([STEP, GROUP_PAD], tl.float32)
+    for start in range(0, programs, STEP):
+        program = start + tl.arange(0, STEP)
+        place = masses + (row * programs + program[:, None]) * GROUP + head[None, :]
+        parts += tl.load(place, mask=(program < programs)[:, None] & (head < GROUP)[None, :], other=0.0)
+    total = tl.sum(parts, 0)
+    share = kept / tl.where(total > 0.0, total, 1.0)
+    share = tl.where((share > 1.0) | (total <= 0.0), 1.0, share)
+    return tl.where(tl.load(covered + row) > 0, share, 1.0)
+
+
+@triton.jit(do_not_specialize=["parts", "programs"])
 def attend_rows(
-    slots, wanted, WANTED_PAD: tl.constexpr,
-    query, keys, values, out, masses, key_batch, key_head, value_batch, value_head, scaling, softcap,
+    order, maxima, tiles, slots, order_stride, maxima_stride, wanted,
+    TILES_PAD: tl.constexpr, WANTED_PAD: tl.constexpr, SEARCH: tl.constexpr,
+    places, query, keys, values, out, sinks, key_batch, key_head, value_batch, value_head, scaling, softcap,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, CAPPED: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, CAPPED: tl.constexpr, SUNK: tl.constexpr,
+    dims, weights, packed, scales, shift, units, masses, means, covariances, covered, capacity, parts, programs,
+    strength,
+    WIDTH: tl.constexpr, PART: tl.constexpr, PART_PAD: tl.constexpr, PARTS_PAD: tl.constexpr, SCALED: tl.constexpr,
+    WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, NATIVE: tl.constexpr, COMPLETES: tl.constexpr,
+    FIRST_ORDER: tl.constexpr, SELECTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """FAC for the query heads of one key/value head."""
-    begin(OVERLAP)
-    row = tl.program_id(0).to(tl.int64)
+    """FAC for the query heads of one key/value head, completed, beside learned sinks.
+
+    ``places`` has the rows of the selected keys and values, ``slots`` those of their packed keys; -1 for none. With
+    ``SELECTS`` the kernel is `select_keys` first, and ``places`` is ``slots``.
+    """
+    row, head = tl.program_id(0).to(tl.int64), tl.arange(0, GROUP_PAD)
+    # all that is read before `begin_in_turn` is older than the results of the kernel before
+    if COMPLETES:
+        rest = _remainder(
+            query, means, covariances, row, scaling * strength, GROUP, GROUP_PAD, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD,
+            FIRST_ORDER,
+        )  # fmt: skip
+        lower, upper = both_queries(
+            query, dims, weights, row, GROUP, GROUP_PAD, 1, DIM, WIDTH, PART, PART_PAD, WEIGHTED, NATIVE, KV_HEADS
+        )  # fmt: skip
+        unit = unit_of(units, row, parts, PARTS_PAD, GROUP, GROUP_PAD)
     queries = _queries(query, row, GROUP, GROUP_PAD, DIM, DIM_PAD)
+    begin_in_turn(OVERLAP)
+    if SELECTS:
+        select_keys(
+            order, maxima, tiles, slots, order_stride, maxima_stride, wanted, TILES_PAD, WANTED_PAD, SEARCH, False
+        )  # fmt: skip
+        tl.debug_barrier()  # other threads read the slots
     best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
+    kept = tl.zeros([GROUP_PAD], tl.float32)
     result = tl.zeros([GROUP_PAD, VALUE_PAD], tl.float32)
     keys += (row // KV_HEADS) * key_batch + (row % KV_HEADS) * key_head
     values += (row // KV_HEADS) * value_batch + (row % KV_HEADS) * value_head
     for start in range(0, WANTED_PAD, BLOCK):
         number = start + tl.arange(0, BLOCK)
-        slot = tl.load(slots + row * wanted + number, mask=number < wanted, other=-1).to(tl.int64)
+        place = tl.load(places + row * wanted + number, mask=number < wanted, other=-1).to(tl.int64)
+        if COMPLETES:
+            slot = tl.load(slots + row * wanted + number, mask=number < wanted, other=-1).to(tl.int64)
+            real, dim = slot >= 0, tl.arange(0, PART_PAD)
+            key = tl.load(
+                packed + (row * capacity + slot)[:, None] * PART + dim[None, :],
+                mask=real[:, None] & (dim < PART)[None, :],
+                other=0,
+            )
+            factor, added = 1.0, 0.0
+            if SCALED:
+                factor = tl.load(scales + row * capacity + slot, mask=real, other=0)
+                factor = factor.to(tl.float32)[:, None]
+            if SHIFTED:
+                added = tl.load(shift + row * GROUP + head, mask=head < GROUP, other=0.0)[None, :]
+            logits = dot_products(key, lower, upper, WIDTH, PART, NATIVE)
+            logits = logits_of(logits, factor, added, scaling, softcap, SCALED, SHIFTED, CAPPED) - unit[None, :]
+            kept += tl.sum(tl.where(real[:, None], tl.exp2(tl.minimum(logits, MOST)), 0.0), 0)
         best, total, result = _attend_block(
-            queries, keys, values, slot, slot >= 0, best, total, result, scaling, softcap,
+            queries, keys, values, place, place >= 0, best, total, result, scaling, softcap,
             KEY_STRIDE, VALUE_STRIDE, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, CAPPED,
         )  # fmt: skip
-    _finish(out, masses, row, best, total, result, GROUP, GROUP_PAD, VALUE_DIM, VALUE_PAD)
-
-
-@triton.jit
-def focus_rows(
-    order, maxima, tiles, slots, order_stride, maxima_stride, wanted,
-    TILES_PAD: tl.constexpr, WANTED_PAD: tl.constexpr, SEARCH: tl.constexpr, GUESS: tl.constexpr,
-    query, keys, values, out, masses, key_batch, key_head, value_batch, value_head, scaling, softcap,
-    KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, CAPPED: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Selection and FAC of one key/value head: `select_keys`, then `attend_rows`."""
-    begin(OVERLAP)
-    select_keys(
-        order, maxima, tiles, slots, order_stride, maxima_stride, wanted, TILES_PAD, WANTED_PAD, SEARCH, GUESS, False
-    )
-    tl.debug_barrier()  # other threads read the slots
-    attend_rows(
-        slots, wanted, WANTED_PAD, query, keys, values, out, masses, key_batch, key_head, value_batch, value_head,
-        scaling, softcap, KEY_STRIDE, VALUE_STRIDE, GROUP, GROUP_PAD, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, BLOCK,
-        KV_HEADS, CAPPED, False,
-    )  # fmt: skip
+    result /= tl.where(total == 0.0, 1.0, total)[:, None]
+    mass = best + tl.log(total)
+    if COMPLETES:
+        share = _share(kept, masses, covered, row, programs, GROUP, GROUP_PAD, 64)
+        result = share[:, None] * result + (1.0 - share)[:, None] * rest
+        mass -= tl.log(share)
+    if SUNK:
+        sink = tl.load(sinks + (row % KV_HEADS) * GROUP + head, mask=head < GROUP, other=0).to(tl.float32)
+        result *= (1.0 / (1.0 + tl.exp(sink - mass)))[:, None]
+    value_dim = tl.arange(0, VALUE_PAD)
+    place_of = out + (row * GROUP + head[:, None]) * VALUE_DIM + value_dim[None, :]
+    inside = (head < GROUP)[:, None] & (value_dim < VALUE_DIM)[None, :]
+    tl.store(place_of, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def attend_part(
-    query, keys, values, codes, bests, totals, results, key_batch, key_head, value_batch, value_head, kv_len,
-    code_stride, span, scaling, softcap,
+    query, keys, values, valid, bests, totals, results, key_batch, key_head, value_batch, value_head, kv_len,
+    valid_stride, span, scaling, softcap,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, BLOCK: tl.constexpr,
     KV_HEADS: tl.constexpr, CAPPED: tl.constexpr, OVERLAP: tl.constexpr,
@@ -125,9 +186,9 @@ def attend_part(
     values += (row // KV_HEADS) * value_batch + (row % KV_HEADS) * value_head
     for start in range(part * span, part * span + span, BLOCK):
         slot = start + tl.arange(0, BLOCK).to(tl.int64)
-        code = tl.load(codes + (row // KV_HEADS) * code_stride + slot, mask=slot < kv_len, other=0)
+        real = tl.load(valid + (row // KV_HEADS) * valid_stride + slot, mask=slot < kv_len, other=0)
         best, total, result = _attend_block(
-            queries, keys, values, slot, code > 0, best, total, result, scaling, softcap,
+            queries, keys, values, slot, real != 0, best, total, result, scaling, softcap,
             KEY_STRIDE, VALUE_STRIDE, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, CAPPED,
         )  # fmt: skip
     head, value_dim = tl.arange(0, GROUP_PAD), tl.arange(0, VALUE_PAD)

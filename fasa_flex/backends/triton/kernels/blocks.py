@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fasa_flex.backends.triton.kernels.launching import begin
-from fasa_flex.backends.triton.kernels.scoring import capped
+from fasa_flex.backends.triton.kernels.products import capped
 
 
 @triton.jit

@@ -16,7 +16,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 @triton.jit
 def begin(OVERLAP: tl.constexpr):
-    """Programmatic dependent launch (sm_90 and later) if ``OVERLAP``; each kernel calls this first.
+    """Programmatic dependent launch (sm_90 and later) if ``OVERLAP``; each kernel calls this or `begin_in_turn` first.
 
     The next kernel is launched while this one runs, and waits here for its results. The kernels of a step are so short
     that the GPU would idle between two of them.
@@ -24,6 +24,17 @@ def begin(OVERLAP: tl.constexpr):
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def begin_in_turn(OVERLAP: tl.constexpr):
+    """`begin`, but the next kernel starts only when this one has waited.
+
+    So the next kernel may read, before it waits in its turn, all that is older than the results of this one.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @functools.cache

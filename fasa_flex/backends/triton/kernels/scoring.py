@@ -1,11 +1,12 @@
-"""Kernels of TIP: scores, the group's ranking, the maxima of tiles for the selection, and log-sum-exps of logits."""
+"""Kernels of TIP: the group's ranking, the maxima of tiles for the selection, and sums of attention weights."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from fasa_flex.backends.triton.kernels.launching import begin
+from fasa_flex.backends.triton.kernels.launching import begin_in_turn
+from fasa_flex.backends.triton.kernels.products import both_queries, dot_products, logits_of
 
 TILE = tl.constexpr(16)
 """Keys of a tile, whose maximum the selection searches first."""
@@ -13,10 +14,83 @@ TILE = tl.constexpr(16)
 LOWEST, FIRST = tl.constexpr(-2147483648), tl.constexpr(2147483647)
 """Orders of an invalid key, which is never selected, and of a forced one, which always is."""
 
-VALID, FORCED, SAMPLED = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
-"""Bits of a key's code; forced and sampled keys are also valid."""
+_SMALL, _LARGE = tl.constexpr(8e-31), tl.constexpr(3e34)
+"""Sums of weights, e^-69 and e^79, between which floats neither underflow nor overflow.
 
-_STEP = tl.constexpr(256)
+SmolLM2's 90 heads weigh no key of 3,000 tokens less than e^-51 of the sample's mass.
+"""
+
+MOST = tl.constexpr(115.0)
+"""Largest base-2 logarithm of a weight, relative to the sample's mass, whose sums do not overflow (e^80)."""
+
+
+@triton.jit
+def _add_mass(logits, best, total):
+    """Add base-2 logits [N, M] to M running log-sum-exps ``best + log2(total)``; empty ones are (-inf, 0)."""
+    higher = tl.maximum(best, tl.max(logits, 0))
+    shift = tl.where(higher == float("-inf"), 0.0, higher)
+    return higher, total * tl.exp2(best - shift) + tl.sum(tl.exp2(logits - shift[None, :]), 0)
+
+
+@triton.jit
+def unit_of(units, row, parts, PARTS_PAD: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr):
+    """The base-2 logarithm of the mass in ``parts`` of `sum_keys`: [HEADS], 0 without keys, inf for padding heads."""
+    part, head = tl.arange(0, PARTS_PAD), tl.arange(0, HEADS)
+    place = units + (row * parts + part[:, None]) * GROUP + head[None, :]
+    real = (part < parts)[:, None] & (head < GROUP)[None, :]
+    logits = tl.load(place, mask=real, other=float("-inf"))
+    nothing = tl.full([HEADS], float("-inf"), tl.float32)
+    best, total = _add_mass(logits, nothing, tl.zeros([HEADS], tl.float32))
+    unit = best + tl.log2(total)
+    unit = tl.where(unit > float("-inf"), unit, 0.0)  # without keys, or with a NaN, which has to rank first
+    return tl.where(head < GROUP, unit, float("inf"))
+
+
+@triton.jit(do_not_specialize=["count"])  # a growing cache would compile again
+def sum_keys(
+    query, dims, weights, keys, scales, shift, valid, sample, units, kv_len, count, valid_stride, sample_stride,
+    capacity, steps, scaling, softcap,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
+    PART_PAD: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr,
+    CAPPED: tl.constexpr, SAMPLED: tl.constexpr, NATIVE: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """The base-2 log-sum-exps of the logits of ``steps`` blocks of keys, for each query head of a group.
+
+    The ``count`` keys are those in the list ``sample``, -1 for none, or with not ``SAMPLED`` all valid ones.
+    """
+    begin_in_turn(OVERLAP)
+    row, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    dim, head = tl.arange(0, PART_PAD), tl.arange(0, HEADS)
+    lower, upper = both_queries(
+        query, dims, weights, row, GROUP, HEADS, 1, DIM, WIDTH, PART, PART_PAD, WEIGHTED, NATIVE, KV_HEADS
+    )  # fmt: skip
+    added = 0.0
+    if SHIFTED:
+        added = tl.load(shift + row * GROUP + head, mask=head < GROUP, other=0.0)[None, :]
+    best = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    for step in range(steps):
+        number = (part * steps + step) * BLOCK + tl.arange(0, BLOCK)
+        if SAMPLED:
+            place = sample + (row // KV_HEADS) * sample_stride + number
+            slot = tl.load(place, mask=number < count, other=-1).to(tl.int32)
+            real = slot >= 0
+        else:
+            slot = number
+            real = tl.load(valid + (row // KV_HEADS) * valid_stride + slot, mask=slot < kv_len, other=0) != 0
+        key = tl.load(
+            keys + (row * capacity + slot)[:, None] * PART + dim[None, :],
+            mask=real[:, None] & (dim < PART)[None, :],
+            other=0,
+        )
+        factor = 1.0
+        if SCALED:
+            factor = tl.load(scales + row * capacity + slot, mask=real, other=0).to(tl.float32)[:, None]
+        score = dot_products(key, lower, upper, WIDTH, PART, NATIVE)
+        logits = logits_of(score, factor, added, scaling, softcap, SCALED, SHIFTED, CAPPED)
+        best, total = _add_mass(tl.where(real[:, None], logits, float("-inf")), best, total)
+    place = units + (row * tl.num_programs(0) + part) * GROUP + head
+    tl.store(place, best + tl.log2(total), mask=head < GROUP)
 
 
 @triton.jit
@@ -29,183 +103,154 @@ def _rank_bits(scores):
 
 
 @triton.jit
-def _store_order(
-    ranking, code, slot, row, block, order, maxima, order_stride, maxima_stride, BLOCK: tl.constexpr
+def _mixed(logits, FAR: tl.constexpr):
+    """Weights of base-2 logits [N, FOLD, HEADS], and a number [N, FOLD] in the order of their sum over the heads.
+
+    Only with ``FAR`` a sum may lie beyond ``_SMALL`` and ``_LARGE``: weights are then limited to 2^115, and a number
+    beyond the limits is the sum's logarithm, scaled to stay in order.
+    """
+    if FAR:
+        best = tl.max(logits, 2)
+        beyond = best - tl.minimum(tl.maximum(best, -MOST), MOST)
+        weights = tl.exp2(tl.minimum(logits, MOST))
+        total = tl.sum(tl.exp2(logits - beyond[:, :, None]), 2)
+        log = beyond + tl.log2(total)
+        number = tl.where(log < 8.0 - MOST, log, tl.where(log > MOST, log * 1e33, total))
+    else:
+        weights = tl.exp2(logits)
+        number = tl.sum(weights, 2)
+    return weights, number
+
+
+@triton.jit
+def _marks_of(valid, forced, block, kv_len, BLOCK: tl.constexpr, FORCED: tl.constexpr):
+    """Marks of a block of keys: 1 for a valid one, 2 or 3 for a forced one, 0 for others."""
+    slot = block * BLOCK + tl.arange(0, BLOCK)
+    mark = tl.load(valid + slot, mask=slot < kv_len, other=0)
+    if FORCED:
+        mark += tl.load(forced + slot, mask=slot < kv_len, other=0) * 2
+    return mark
+
+
+@triton.jit
+def _rank_block(
+    keys, scales, mark, order, maxima, lower, upper, added, unit, kv_len, block, scaling, softcap, sums, far,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
+    PART_PAD: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, CAPPED: tl.constexpr,
+    FORCED: tl.constexpr, HOW: tl.constexpr, SUMS: tl.constexpr, NATIVE: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """Write the order of a block of keys, LOWEST beyond the last key, and the maximum of each of its tiles."""
-    bits = tl.where((code & FORCED) > 0, FIRST, _rank_bits(ranking))
-    bits = tl.where((code & VALID) > 0, bits, LOWEST)
-    tl.store(order + row * order_stride + slot, bits)
+    """Rank a block of keys: write their orders and the maximum of each of its tiles; ``mark``: `_marks_of`.
+
+    Returns ``sums`` plus the weights of the valid keys [BLOCK // FOLD, FOLD, HEADS], and ``far`` [BLOCK], not 0 where
+    ``FAR`` has to be set.
+    """
+    ROWS: tl.constexpr = BLOCK // FOLD
+    slot, dim = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, FOLD * PART_PAD)
+    inside, row = slot < kv_len, block * ROWS + tl.arange(0, ROWS)
+    at = dim if PART == PART_PAD else dim // PART_PAD * PART + dim % PART_PAD
+    there = (row * FOLD)[:, None] + (dim // PART_PAD)[None, :] < kv_len
+    if PART < PART_PAD:
+        there = there & (dim % PART_PAD < PART)[None, :]
+    place = keys + row.to(tl.int64)[:, None] * (FOLD * PART) + at[None, :]
+    key = tl.load(place, mask=there, other=0, eviction_policy="evict_first")  # orders should stay in the cache
+    factor = 1.0
+    if SCALED:
+        scale = tl.load(scales + slot, mask=inside, other=0)
+        factor = tl.reshape(scale, (ROWS, FOLD)).to(tl.float32)[:, :, None]
+    real = mark != 0
+    score = tl.reshape(dot_products(key, lower, upper, WIDTH, PART, NATIVE), (ROWS, FOLD, HEADS))
+    if SUMS or HOW == "softmax":
+        logits = logits_of(score, factor, added, scaling, softcap, SCALED, SHIFTED, CAPPED) - unit[None, None, :]
+        weights, number = _mixed(logits, FAR)
+        number = tl.reshape(number, (BLOCK,))
+        if not FAR:
+            near = (number < _LARGE) & ((number > _SMALL) | (HOW != "softmax"))
+            far |= tl.where(real & ~near, 1, 0)
+        if SUMS:
+            sums += tl.where(tl.reshape(real.to(tl.int8), (ROWS, FOLD))[:, :, None] > 0, weights, 0.0)
+    if HOW == "softmax":
+        bits = _rank_bits(number) if FAR else number.to(tl.int32, bitcast=True)
+    else:
+        if SCALED:
+            score *= factor
+        if SHIFTED:
+            score += added
+        member = (tl.arange(0, HEADS) < GROUP)[None, None, :]
+        if HOW == "mean":
+            number = tl.sum(tl.where(member, score, 0.0), 2) / GROUP
+        else:
+            number = tl.max(tl.where(member, score, float("-inf")), 2)
+            odd = tl.max((member & (score != score)).to(tl.int32), 2) > 0  # tl.max skips NaN, which has to rank first
+            number = tl.where(odd, float("nan"), number)
+        bits = _rank_bits(tl.reshape(number, (BLOCK,)))
+    if FORCED:
+        bits = tl.where(mark > 1, FIRST, bits)
+    bits = tl.where(real, bits, LOWEST)
+    tl.store(order + slot, bits)
     tile = block * (BLOCK // TILE) + tl.arange(0, BLOCK // TILE)
-    maximum = tl.max(tl.reshape(bits, (BLOCK // TILE, TILE)), 1)
-    tl.store(maxima + row * maxima_stride + tile, maximum)
+    tl.store(maxima + tile, tl.max(tl.reshape(bits, (BLOCK // TILE, TILE)), 1))
+    return sums, far
 
 
-@triton.jit
-def capped(logits, softcap):
-    """``softcap * tanh(logits / softcap)``."""
-    return softcap * (1.0 - 2.0 / (tl.exp(2.0 * logits / softcap) + 1.0))
-
-
-@triton.jit
-def _add_mass(logits, best, total):
-    """Add logits [N, M] to M running log-sum-exps ``best + log(total)``; empty ones are (-inf, 0)."""
-    higher = tl.maximum(best, tl.max(logits, 0))
-    shift = tl.where(higher == float("-inf"), 0.0, higher)
-    return higher, total * tl.exp(best - shift) + tl.sum(tl.exp(logits - shift[None, :]), 0)
-
-
-@triton.jit
-def _store_mass(logits, taken, masses, row, block, blocks, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr):
-    """Write the log-sum-exp of a block's ``taken`` keys for each query head of the group."""
-    head = tl.arange(0, GROUP_PAD)
-    nothing = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    best, total = _add_mass(tl.where(taken[:, None], logits, float("-inf")), nothing, tl.zeros([GROUP_PAD], tl.float32))
-    tl.store(masses + (row * blocks + block) * GROUP + head, best + tl.log(total), mask=head < GROUP)
-
-
-@triton.jit
-def _whole_mass(masses, row, blocks, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr):
-    """The log-sum-exp of each query head over all blocks of keys, float32 [GROUP_PAD]."""
-    head = tl.arange(0, GROUP_PAD)
-    best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PAD], tl.float32)
-    for start in range(0, blocks, _STEP):
-        block = start + tl.arange(0, _STEP)
-        place = masses + (row * blocks + block[:, None]) * GROUP + head[None, :]
-        real = (block < blocks)[:, None] & (head < GROUP)[None, :]
-        best, total = _add_mass(tl.load(place, mask=real, other=float("-inf")), best, total)
-    return best + tl.log(total)
-
-
-@triton.jit
-def _scoring_queries(
-    query, dims, weights, row, FROM: tl.constexpr,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
-    PART_PAD: tl.constexpr, WEIGHTED: tl.constexpr, KV_HEADS: tl.constexpr,
-):  # fmt: skip
-    """A group's weighted queries in ``PART`` of the scored dimensions: [PART_PAD, GROUP_PAD]."""
-    dim, head = tl.arange(0, PART_PAD), tl.arange(0, GROUP_PAD)
-    at, real = (row % KV_HEADS) * WIDTH + FROM + dim, dim < PART
-    place = query + (row * GROUP + head[None, :]) * DIM + tl.load(dims + at, mask=real, other=0)[:, None]
-    queries = tl.load(place, mask=(head < GROUP)[None, :] & real[:, None], other=0)
-    if WEIGHTED:  # rounded as in PyTorch
-        weight = tl.load(weights + at, mask=real, other=0).to(queries.dtype)
-        queries = (queries.to(tl.float32) * weight.to(tl.float32)[:, None]).to(queries.dtype)
-    return queries
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "steps", "parts"])
 def score_keys(
-    query, dims, weights, keys, scales, shift, codes, logits, masses, sample, order, maxima, order_stride,
-    maxima_stride, kv_len, code_stride, key_stride, blocks, scaling, softcap,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
-    PART_PAD: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr,
-    CAPPED: tl.constexpr, HOW: tl.constexpr, SUMS: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
+    query, dims, weights, keys, scales, shift, valid, forced, units, order, maxima, masses, order_stride,
+    maxima_stride, kv_len, valid_stride, forced_stride, capacity, blocks, steps, parts, scaling, softcap,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    PART: tl.constexpr, PART_PAD: tl.constexpr, BLOCK: tl.constexpr, PARTS_PAD: tl.constexpr, SCALED: tl.constexpr,
+    WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, CAPPED: tl.constexpr, FORCED: tl.constexpr, HOW: tl.constexpr,
+    SUMS: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """TIP for a block of keys of one key/value head, and the group's ranking unless that is a softmax over all keys.
+    """TIP for ``steps`` blocks of keys of one key/value head, in one pass, and with ``SUMS`` the sums of their weights.
 
     A packed key of ``WIDTH`` dimensions has ``PART`` elements, half as many with four bits. For a softmax or with
-    ``SUMS`` the logits are written, and the block's log-sum-exps of sampled and of valid keys.
+    ``SUMS``, weights are relative to the mass in ``units`` (`sum_keys`). Keys far from it, beyond the range of a float,
+    are ranked by a second pass over these blocks.
     """
-    begin(OVERLAP)
-    MIXED: tl.constexpr = HOW == "softmax" or HOW == "softmax_exact"
-    row, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    slot, dim, head = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PART_PAD), tl.arange(0, GROUP_PAD)
-    inside, member = slot < kv_len, head < GROUP
-    # loaded before the keys, so that both loads overlap
-    code = tl.load(codes + (row // KV_HEADS) * code_stride + slot, mask=inside, other=0)
-    key = tl.load(
-        keys + row * key_stride + slot[:, None] * PART + dim[None, :],
-        mask=inside[:, None] & (dim < PART)[None, :],
-        other=0,
-        eviction_policy="evict_first",  # read once; the written scores should stay in the cache
-    )
-    queries = _scoring_queries(
-        query, dims, weights, row, 0, GROUP, GROUP_PAD, DIM, WIDTH, PART, PART_PAD, WEIGHTED, KV_HEADS
+    WEIGHS: tl.constexpr = SUMS or HOW == "softmax"
+    if not WEIGHS:
+        begin_in_turn(OVERLAP)
+    row, program, head = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.arange(0, HEADS)
+    lower, upper = both_queries(
+        query, dims, weights, row, GROUP, HEADS, FOLD, DIM, WIDTH, PART, PART_PAD, WEIGHTED, NATIVE, KV_HEADS
     )  # fmt: skip
-    if PART < WIDTH:
-        upper = _scoring_queries(
-            query, dims, weights, row, PART, GROUP, GROUP_PAD, DIM, WIDTH, PART, PART_PAD, WEIGHTED, KV_HEADS
-        )  # fmt: skip
-        low, high = (key & 15).to(tl.int8) - 8, (key >> 4).to(tl.int8) - 8
-        score = tl.dot(low.to(queries.dtype), queries, input_precision="ieee")
-        score = tl.dot(high.to(queries.dtype), upper, score, input_precision="ieee")
-    else:
-        score = tl.dot(key.to(queries.dtype), queries, input_precision="ieee")
-    if SCALED:
-        score *= tl.load(scales + row * (key_stride // PART) + slot, mask=inside, other=0).to(tl.float32)[:, None]
+    added = 0.0
     if SHIFTED:
-        score += tl.load(shift + row * GROUP + head, mask=member, other=0.0)[None, :]
-    if MIXED or SUMS:
-        logit = score * scaling
-        if CAPPED:
-            logit = capped(logit, softcap)
-        place = logits + (row * kv_len + slot[:, None]) * GROUP + head[None, :]
-        tl.store(place, logit, mask=inside[:, None] & member[None, :])
+        added = tl.load(shift + row * GROUP + head, mask=head < GROUP, other=0.0)[None, None, :]
+    unit = tl.zeros([HEADS], tl.float32)
+    if WEIGHS:  # the kernel before wrote the units alone, everything else is older
+        begin_in_turn(OVERLAP)
+        unit = unit_of(units, row, parts, PARTS_PAD, GROUP, HEADS)
+    keys += row * capacity * PART
+    scales += row * capacity
+    order += row * order_stride
+    maxima += row * maxima_stride
+    valid += (row // KV_HEADS) * valid_stride
+    forced += (row // KV_HEADS) * forced_stride
+    sums = tl.zeros([BLOCK // FOLD, FOLD, HEADS], tl.float32)
+    far = tl.zeros([BLOCK], tl.int32)
+    begun, ended = program * steps, tl.minimum(program * steps + steps, blocks)
+    mark = _marks_of(valid, forced, begun, kv_len, BLOCK, FORCED)
+    for block in tl.range(begun, ended, num_stages=STAGES):
+        following = _marks_of(valid, forced, block + 1, kv_len, BLOCK, FORCED)  # loaded while this block is scored
+        sums, far = _rank_block(
+            keys, scales, mark, order, maxima, lower, upper, added, unit, kv_len, block, scaling, softcap, sums,
+            far, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, SCALED, SHIFTED, CAPPED, FORCED, HOW, SUMS, NATIVE,
+            False,
+        )  # fmt: skip
+        mark = following
+    again = False
+    if WEIGHS:
+        again = tl.max(far, 0) > 0
+    if again:
+        sums = tl.zeros([BLOCK // FOLD, FOLD, HEADS], tl.float32)
+        for block in tl.range(begun, ended, num_stages=1):
+            mark = _marks_of(valid, forced, block, kv_len, BLOCK, FORCED)
+            sums, far = _rank_block(
+                keys, scales, mark, order, maxima, lower, upper, added, unit, kv_len, block, scaling,
+                softcap, sums, far, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, SCALED, SHIFTED, CAPPED,
+                FORCED, HOW, SUMS, NATIVE, True,
+            )  # fmt: skip
     if SUMS:
-        _store_mass(logit, (code & VALID) > 0, masses, row, block, blocks, GROUP, GROUP_PAD)
-    if HOW == "softmax":
-        _store_mass(logit, (code & SAMPLED) > 0, sample, row, block, blocks, GROUP, GROUP_PAD)
-    if not MIXED:
-        if HOW == "mean":
-            ranking = tl.sum(tl.where(member[None, :], score, 0.0), 1) / GROUP
-        else:
-            ranking = tl.max(tl.where(member[None, :], score, float("-inf")), 1)
-            odd = tl.max((score != score).to(tl.int32), 1) > 0  # tl.max skips NaN, which has to rank first
-            ranking = tl.where(odd, float("nan"), ranking)
-        _store_order(ranking, code, slot, row, block, order, maxima, order_stride, maxima_stride, BLOCK)
-
-
-@triton.jit
-def mix_group(
-    logits, masses, codes, order, maxima, order_stride, maxima_stride, kv_len, code_stride, blocks,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr, HOW: tl.constexpr, KV_HEADS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """The group's sum of attention weights for a block of keys, normalised by ``masses``; for "softmax" its logarithm.
-
-    There the masses are those of a sample, which another key may exceed by far, so the sum itself could overflow.
-    """
-    begin(OVERLAP)
-    row, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    slot, head = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, GROUP_PAD)
-    inside, member = slot < kv_len, head < GROUP
-    code = tl.load(codes + (row // KV_HEADS) * code_stride + slot, mask=inside, other=0)
-    norm = _whole_mass(masses, row, blocks, GROUP, GROUP_PAD)
-    norm = tl.where(norm > float("-inf"), norm, 0.0)  # without keys, or with a NaN, which has to rank first
-    log = tl.load(
-        logits + (row * kv_len + slot[:, None]) * GROUP + head[None, :],
-        mask=inside[:, None] & member[None, :],
-        other=float("-inf"),
-    )
-    log -= norm[None, :]
-    if HOW == "softmax":
-        best = tl.max(log, 1)
-        least = tl.where(best == float("-inf"), 0.0, best)
-        ranking = least + tl.log(tl.sum(tl.exp(log - least[:, None]), 1))
-    else:
-        ranking = tl.sum(tl.exp(log), 1)
-    _store_order(ranking, code, slot, row, block, order, maxima, order_stride, maxima_stride, BLOCK)
-
-
-@triton.jit
-def share_kept(
-    logits, masses, slots, share, kv_len, wanted, blocks,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """The selected keys' share of the mass of all valid keys, as in `fasa_flex.core.completion.kept_share`."""
-    begin(OVERLAP)
-    row, head = tl.program_id(0).to(tl.int64), tl.arange(0, GROUP_PAD)
-    best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PAD], tl.float32)
-    for start in range(0, wanted, BLOCK):
-        number = start + tl.arange(0, BLOCK)
-        slot = tl.load(slots + row * wanted + number, mask=number < wanted, other=-1)
-        real = (slot >= 0)[:, None] & (head < GROUP)[None, :]
-        place = logits + (row * kv_len + slot[:, None]) * GROUP + head[None, :]
-        best, total = _add_mass(tl.load(place, mask=real, other=float("-inf")), best, total)
-    whole = _whole_mass(masses, row, blocks, GROUP, GROUP_PAD)
-    kept = tl.exp(best + tl.log(total) - whole)
-    kept = tl.where((kept > 1.0) | (whole == float("-inf")), 1.0, kept)
-    tl.store(share + row * GROUP + head, kept, mask=head < GROUP)
+        place = masses + (row * tl.num_programs(0) + program) * GROUP + head
+        tl.store(place, tl.sum(tl.sum(sums, 0), 0), mask=head < GROUP)

@@ -25,25 +25,23 @@ def _number(taken, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _best(values, wanted, low, COUNT: tl.constexpr, GUESS: tl.constexpr):
+def _best(values, wanted, low, COUNT: tl.constexpr):
     """Mask of the ``wanted`` largest values int32 [COUNT], the first among equals, and a threshold that they reach.
 
     At least ``wanted`` values must reach ``low``. A round counts the values above two thresholds in (low, high], in 16
-    bits each, so that one sum over the threads, the slow part, serves both. The thresholds are at a quarter and a half
-    of the interval, since counts fall fast. With ``GUESS`` every second round instead brackets the threshold that a
-    geometric fall of the counts predicts, which pays off for many values.
+    bits each, so that one sum over the threads, the slow part, serves both. In turn they bracket the threshold that a
+    geometric fall of the counts predicts, and are at a quarter and a half of the interval, since counts fall fast.
     """
     high = tl.max(values, 0)
     found, over, guessed = tl.sum((values >= low).to(tl.int32), 0), 0, 0
     while (low < high) & (found != wanted):
         gap = (high - low).to(tl.uint32, bitcast=True)  # up to 2**32 - 1
         first, second = (gap >> 2) + 1, (gap >> 1) + 1
-        if GUESS:
-            guessed = 1 - guessed
-            if guessed == 1:
-                count = found.to(tl.float32)
-                guess = gap.to(tl.float32) * (tl.log2(count / wanted) / tl.log2(count / (over + 0.5)))
-                first, second = (guess * 0.85).to(tl.uint32), tl.minimum(guess * 1.15, 4e9).to(tl.uint32) + 1
+        guessed = 1 - guessed
+        if guessed == 1:
+            count = found.to(tl.float32)
+            guess = gap.to(tl.float32) * (tl.log2(count / wanted) / tl.log2(count / (over + 0.5)))
+            first, second = (guess * 0.85).to(tl.uint32), tl.minimum(guess * 1.15, 4e9).to(tl.uint32) + 1
         second = tl.minimum(second, gap)
         first = tl.minimum(tl.maximum(first, 1), second)
         one, two = low + first.to(tl.int32, bitcast=True), low + second.to(tl.int32, bitcast=True)
@@ -72,7 +70,7 @@ def _lower_bound(values, COUNT: tl.constexpr, GROUPS: tl.constexpr):
 @triton.jit
 def select_keys(
     order, maxima, tiles, slots, order_stride, maxima_stride, wanted,
-    TILES_PAD: tl.constexpr, WANTED_PAD: tl.constexpr, SEARCH: tl.constexpr, GUESS: tl.constexpr, OVERLAP: tl.constexpr,
+    TILES_PAD: tl.constexpr, WANTED_PAD: tl.constexpr, SEARCH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write the selected slots of one key/value head, ascending, -1 if there are fewer valid keys.
 
@@ -84,7 +82,7 @@ def select_keys(
     if SEARCH:
         number = tl.arange(0, TILES_PAD)
         maximum = tl.load(maxima + row * maxima_stride + number, mask=number < maxima_stride, other=LOWEST)
-        taken, low = _best(maximum, wanted, _lower_bound(maximum, TILES_PAD, WANTED_PAD), TILES_PAD, GUESS)
+        taken, low = _best(maximum, wanted, _lower_bound(maximum, TILES_PAD, WANTED_PAD), TILES_PAD)
         tl.store(tiles + row * WANTED_PAD + _number(taken, TILES_PAD) - 1, number, mask=taken)
         tl.debug_barrier()  # other threads read the tiles
         number = tl.arange(0, WANTED_PAD)
@@ -95,6 +93,6 @@ def select_keys(
     bits = tl.load(order + row * order_stride + slot, mask=slot < order_stride, other=LOWEST)
     if not SEARCH:
         low = _lower_bound(bits, KEYS, WANTED_PAD)
-    taken, low = _best(bits, wanted, low, KEYS, GUESS)
+    taken, low = _best(bits, wanted, low, KEYS)
     place = row * wanted + _number(taken, KEYS) - 1
     tl.store(slots + place, tl.where(bits > LOWEST, slot, -1), mask=taken)
