@@ -6,6 +6,7 @@ Seen in torch 2.11 and 2.13. When a newer torch makes a test here fail, remove t
 from __future__ import annotations
 
 from contextvars import ContextVar
+from typing import Any
 
 import pytest
 import torch
@@ -23,24 +24,24 @@ KEYS, BLOCK = 64, 16
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, selected: Tensor) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, selected: Tensor, **options: Any) -> Tensor:
     """All blocks of keys, of which a mask function takes the selected ones."""
-    blocks = torch.arange(KEYS // BLOCK, dtype=torch.int32).expand(1, 1, 1, -1).contiguous()
+    blocks = torch.arange(key.shape[2] // BLOCK, dtype=torch.int32).expand(1, 1, 1, -1).contiguous()
     mask = BlockMask.from_kv_blocks(
-        torch.full((1, 1, 1), KEYS // BLOCK, dtype=torch.int32),
+        torch.full((1, 1, 1), key.shape[2] // BLOCK, dtype=torch.int32),
         blocks,
         BLOCK_SIZE=(128, BLOCK),
         mask_mod=lambda b, h, row, key: selected[b, h, row, key],
-        seq_lengths=(query.shape[2], KEYS),
+        seq_lengths=(query.shape[2], key.shape[2]),
         compute_q_blocks=False,
     )
-    out = flex_attention(query, key, value, block_mask=mask)
+    out: Any = flex_attention(query, key, value, block_mask=mask, kernel_options=options or None)
     assert isinstance(out, Tensor)
     return out
 
 
-def arguments() -> list[Tensor]:
-    return [torch.randn(1, 1, rows, 16) for rows in (4, KEYS, KEYS)] + [torch.randn(1, 1, 4, KEYS)]
+def arguments(queries: int = 4, keys: int = KEYS) -> list[Tensor]:
+    return [torch.randn(1, 1, rows, 16) for rows in (queries, keys, keys)] + [torch.randn(1, 1, queries, keys)]
 
 
 def test_a_mask_function_may_not_read_what_its_graph_computes() -> None:
@@ -66,6 +67,22 @@ def test_nothing_may_follow_attention_in_its_graph() -> None:
 
     with pytest.raises(InductorError, match="epilogue_nodes"):
         torch.compile(plain, fullgraph=True)(*arguments())
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch 2.11 has no template for one query on a CPU")
+def test_one_query_needs_full_blocks() -> None:
+    """Works around it: `fasa_flex.core.method.flex_focused`, by a partition longer than any cache."""
+
+    def mended(query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
+        return attend(query, key, value, realize(scores > 0), PARTITION_SIZE=1 << 20)
+
+    def plain(query: Tensor, key: Tensor, value: Tensor, scores: Tensor) -> Tensor:
+        return attend(query, key, value, realize(scores > 0))
+
+    given = arguments(queries=1, keys=512)
+    torch.testing.assert_close(torch.compile(mended, fullgraph=True)(*given), plain(*given))
+    with pytest.raises(InductorError, match="full_kv_num_blocks"):
+        torch.compile(plain, fullgraph=True)(*given)
 
 
 def test_a_comparison_is_not_padded() -> None:

@@ -43,8 +43,7 @@ def errors_of(loaded: Run, arms: Mapping[str, Arm], windows: int) -> dict[str, d
     prefix = 0
 
     def measure(call: AttentionCall) -> AttentionResult:
-        out, weights = call.run_dense()
-        layer = call.layer
+        layer, (out, weights) = call.layer, call.run_dense()
         if layer not in loaded.dense_layers:
             exact = out[:, prefix:].transpose(1, 2).float()
             for name, arm in arms.items():

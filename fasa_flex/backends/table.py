@@ -68,12 +68,18 @@ def _tell(backend: str, chosen: str, decodes: bool, device: str) -> None:
     _log.info("backend %r is %r for %s on %s", backend, chosen, queries, device)
 
 
-def _why_no_flex(call: Call) -> str | None:
-    states = (call.query, call.key, call.value)
+def _why_not_all_keys(call: Call) -> str | None:
+    """The reason why a backend that reads all keys and attends to the selected ones cannot serve a call."""
     if call.key.device != call.query.device:
         return "it reads keys on the query's device, and they are in host memory"
-    if hasattr(call.scorer, "attend"):
-        return f"{type(call.scorer).__name__} attends by itself"
+    return f"{type(call.scorer).__name__} attends by itself" if hasattr(call.scorer, "attend") else None
+
+
+def _why_no_flex(call: Call) -> str | None:
+    states = (call.query, call.key, call.value)
+    reason = _why_not_all_keys(call)
+    if reason is not None:
+        return reason
     if call.query.is_cuda and call.query.dtype == torch.float32:
         return "torch has no kernel of it for blocks of 16 keys in float32 on a GPU"  # torch 2.11
     if torch.is_grad_enabled() and any(each.requires_grad for each in states):
@@ -90,18 +96,6 @@ def _by_flex(call: Call) -> Tensor:
     return attend_compiled(call, flex_focused)
 
 
-def _why_not_compiled(call: Call) -> str | None:
-    if call.key.device != call.query.device:
-        return "keys are in host memory, where rows are gathered uncompiled"
-    return f"{type(call.scorer).__name__} attends by itself" if hasattr(call.scorer, "attend") else None
-
-
-def _why_no_reference(call: Call) -> str | None:
-    if call.key.device != call.query.device:
-        return "it reads keys on the query's device, and they are in host memory"
-    return f"{type(call.scorer).__name__} attends by itself" if hasattr(call.scorer, "attend") else None
-
-
 def _by_loops(call: Call) -> Tensor:
     scores = call.scorer(call.query, call.key, call.packed_keys)
     ranking = reduce_group(scores, call.valid, call.group_reduce, call.softmax, call.known_marks().sample)
@@ -113,8 +107,8 @@ BACKENDS = {
     "triton": Row(why_no_kernels, decode_by_kernels),
     "flex": Row(_why_no_flex, _by_flex),
     "gather": Row(None, functools.partial(attend, focus=gather_focused)),
-    "compiled": Row(_why_not_compiled, lambda call: attend_compiled(call, gather_focused)),
-    "reference": Row(_why_no_reference, _by_loops),
+    "compiled": Row(_why_not_all_keys, lambda call: attend_compiled(call, gather_focused)),
+    "reference": Row(_why_not_all_keys, _by_loops),
 }
 ORDER = {
     ("auto", True): ("triton", "flex", "gather"),

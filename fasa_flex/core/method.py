@@ -127,7 +127,7 @@ def flex_focused(
     group = query_heads // kv_heads
     block_mask = to_block_mask(selection, group, kv_block_size(query.device))
     rows = query.view(batch, kv_heads, group, q_len, head_dim).transpose(2, 3).reshape(batch, kv_heads, -1, head_dim)
-    # torch 2.13: the CPU template for one query misreads folded queries; a partition longer than any cache disables it
+    # torch 2.13: the CPU template for one query needs full blocks; a partition longer than any cache disables it
     options: Any = {"PARTITION_SIZE": 1 << 20} if query.device.type == "cpu" else None
     out: Any = flex_attention(
         realize(rows),
@@ -168,7 +168,7 @@ def to_block_mask(selection: Selection, group: int, kv_block: int) -> BlockMask:
     Returns:
         a mask for queries [B, Hkv, Q * G, D], with rows ``q * G + g``, and keys [B, Hkv, T, D].
     """
-    mask = selection.mask.to(torch.int8)  # padding a bool gives CPU code that does not compile (torch 2.13)
+    mask = selection.mask.to(torch.int8)  # a padded comparison does not compile for a CPU (torch 2.13)
     batch, heads, shared, q_len, kv_len = mask.shape
     rows, kv_blocks = q_len * group, -(-kv_len // kv_block)
     most = kv_blocks

@@ -38,11 +38,11 @@ _open: dict[int, tuple[str, frozenset[int]]] = {}
 
 
 class _Route(NamedTuple):
-    """The way of one module's calls."""
+    """The way of one layer's calls."""
 
+    layer: int
     function: SeamFunction
     dense: DenseAttention
-    layer: int
 
 
 class AttentionSeam:
@@ -80,7 +80,7 @@ class AttentionSeam:
             if dense is None:
                 continue
             routed = function[layer] if isinstance(function, Mapping) else function
-            self._routes.append((weakref.ref(module), _Route(routed, dense, layer)))
+            self._routes.append((weakref.ref(module), _Route(layer, routed, dense)))
             if not any(config is other for other, _ in self._configs):
                 self._configs.append((config, former))
         if not self._routes:
