@@ -15,9 +15,11 @@ from transformers.cache_utils import DynamicLayer
 import fasa_flex.backends.specialization
 import fasa_flex.core.method
 import fasa_flex.model.crossover
+import fasa_flex.model.layer
 from fasa_flex import FasaConfig, enable
 from fasa_flex.caches.packed_layers import PackedLayer
 from fasa_flex.core.config import Backend
+from fasa_flex.core.method import Call
 from fasa_flex.model.crossover import sparse_is_faster
 
 
@@ -152,6 +154,15 @@ def test_where_python_decides_a_growing_layer_is_packed_at_its_first_sparse_step
         assert rest == [0, [DynamicLayer] * 3]
         assert not torch.allclose(dense, expected)
         monkeypatch.setitem(fasa_flex.model.crossover.GROWING_BYTES, "cpu", 0)
+        calls, attend = list[Call](), fasa_flex.model.layer.sparse_attention
+
+        def recorded(call: Call, backend: Backend) -> torch.Tensor:
+            calls.append(call)
+            return attend(call, backend)
+
+        monkeypatch.setattr(fasa_flex.model.layer, "sparse_attention", recorded)
         late, *rest = decode("fastest", plain)
     assert rest == sparse
+    assert len(calls) == 2 * 3
+    assert all(call.completion is not None and call.completion.state is not None for call in calls)
     torch.testing.assert_close(late, expected, rtol=1e-5, atol=1e-5)

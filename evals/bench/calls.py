@@ -31,6 +31,7 @@ LEVELS = {"int8": 127, "int4": 7}
 FIRST, LAST = 4, 32
 """Numbers of first and last tokens that the defaults always select."""
 SHARP = 40.0
+"""Factor of the queries of the cases with sharp weights."""
 SOFTCAP = 3.0
 """Soft cap of the cases with one, smaller than their largest logits."""
 

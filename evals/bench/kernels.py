@@ -102,6 +102,8 @@ def parts_of(calls: Sequence[Call]) -> dict[str, tuple[Callable[[int], object], 
         searches.append(decode._search(rankings[-1], each.kv_len, each.n_fac))
     overlap, launch = decode.overlapping(calls[0].query.device)
 
+    written = {id(each): (ranked.units, ranked.masses) for (_, each, _), ranked in zip(tips, rankings, strict=True)}
+
     def rank(number: int) -> object:
         return tip.ranked(*tips[number][:2])
 
@@ -119,7 +121,7 @@ def parts_of(calls: Sequence[Call]) -> dict[str, tuple[Callable[[int], object], 
     return {
         "call": (lambda number: dispatch.decode_by_kernels(calls[number]), {}),
         "sums": (rank, {"score_keys": Skipped()}),
-        "scores": (rank, {"sum_keys": Skipped()}),
+        "scores": (rank, {"sum_keys": Skipped(), "unit_and_mass": lambda query, each: written[id(each)]}),
         "selection": (select, {}),
         "attention": (lambda number: attend(number, True, decode.FOCUS_WARPS), {}),
         "attended": (lambda number: attend(number, False, decode.ATTEND_WARPS), {}),

@@ -94,7 +94,7 @@ def kernels() -> str:
 
 def prefill() -> str:
     """Milliseconds of the best dense attention to a prompt, and by blocks at each share, with the estimate's part."""
-    rows = rows_of("bench_prefill_cuda")
+    rows = sorted(rows_of("bench_prefill_cuda"), key=lambda row: int(row["context"]))
     names = [rival["name"] for rival in rows[0]["rivals"] if rival["kind"] == "sparse"]
     names.sort(key=lambda name: int(name.split()[1].rstrip("%")))
     lines = [["tokens", "best dense", *names], ["--:"] * (2 + len(names))]

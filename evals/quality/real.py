@@ -64,7 +64,9 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     options.add_argument("--profile", type=Path, help="folder of the profile; needed with --processes")
     options.add_argument("--backend", default="auto", help="backend of the sparse arms")
     options.add_argument("--bos", action="store_true", help="windows begin with the model's first token")
-    options.add_argument("--together", type=int, default=8, help="documents scored at one time, as caches fit")
+    options.add_argument(
+        "--together", type=int, default=8, help="documents scored at one time; their caches must fit in memory"
+    )
     options.add_argument("--seconds", type=float, default=math.inf, help="start nothing new after these seconds")
     options.add_argument("--processes", type=int, default=1, help="processes that share the documents")
     options.add_argument("--shard", help=argparse.SUPPRESS)

@@ -209,6 +209,7 @@ ALL = (
 CHOSEN = Reach(windows=30, prompts=100, all_lengths=False)
 """Documents of all other arms of the study: of `Lengths.chosen`."""
 FEW = Reach(windows=12, prompts=50, all_lengths=False)
+"""Documents of prefills by blocks."""
 
 
 def _of(form: str, *budgets: int) -> list[str]:

@@ -33,7 +33,7 @@ def tell_of_static_cache(cache: Cache | None) -> bool:
     cache, which transformers compiles (evals/results/generate_cuda.json). An evaluation is not warned: its answers
     should be those of the uncompiled model.
     """
-    if not isinstance(cache, DynamicCache):
+    if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
         return False
     frame = find_frame(sys._getframe(1), _PREFILL)
     if frame is None:

@@ -140,7 +140,7 @@ class Layer(OfOneModel):
         visible = self._forwards.visible(mask, (len(query), q_len, kv_len), query.device, self.begins)
         measured = q_len > 1 and self._read_prompt(call, visible, cache, first_slot)
         scorer = self._scorer if self._source is None else self.scorer
-        completion = cached = sparse = marks = None
+        state = cached = sparse = marks = None
         first, counts = q_len, visible.dense_counts
         if scorer is not None and budget is not None:
             cached = cache.layers[number] if cache is not None and number < len(cache.layers) else None
@@ -148,7 +148,6 @@ class Layer(OfOneModel):
                 cached = None  # it has no packed keys of this scorer
             if self._completes:
                 state = cached and cached.advance(key, value, self._strength != 0.0, *visible.last(), q_len)
-                completion = Completion(self._strength, state if q_len == 1 else None, self._by_all)
             if q_len == 1 and boundary is None:
                 if compiling or not now.reads_prompt or self._prefill == "sparse":
                     sparse, marks, counts = visible.decoding(budget, self._samples)
@@ -172,13 +171,17 @@ class Layer(OfOneModel):
         if call.options.get("dropout"):
             raise call.no_dropout()
         assert budget is not None
-        packed = resident = None
+        packed = resident = completion = None
         if q_len == 1:
             if cached is None and cache is not None and self._packs:  # the first sparse step packs
                 pack_layer(cache, number, scorer)
                 cached = cache.layers[number] if getattr(cache.layers[number], "scorer", None) is scorer else None
+                if self._completes:
+                    state = cached and cached.advance(key, value, self._strength != 0.0, *visible.last(), q_len)
             packed = None if cached is None else cached.packed
             resident = cached.own_resident() if isinstance(cached, OnHost) else None
+        if self._completes:
+            completion = Completion(self._strength, state if q_len == 1 else None, self._by_all)
         ranker, part = cast(Scorer, scorer), query if first == 0 else query[:, :, first:]  # others' scores are `Given`
         states = (part, key, value, ranker, visible.valid()[:, :, :, first:], budget, self._group_reduce, softmax)
         sparse_call = Call(*states, packed, resident, marks, completion)

@@ -138,8 +138,10 @@ def attention_mass(
 def _few(query: Tensor, key: Tensor, by_head: bool) -> bool:
     """Whether the kernel holds a block's representatives in registers, as those of `pooled` and `strided`."""
     rows, width = query.shape[4] * (1 if by_head else query.shape[2]), query.shape[5]
+    small = rows <= 64 and width * query.element_size() <= 256 and query.element_size() <= 4
+    powers_of_two = all(number & (number - 1) == 0 for number in (query.shape[4], key.shape[3]))
     differentiates = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    return query.is_cuda and not differentiates and rows <= 64 and width * query.element_size() <= 256
+    return query.is_cuda and not differentiates and small and powers_of_two
 
 
 def _mass_of_scores(scores: Tensor, first: Tensor, softmax: Softmax, by_head: bool, strongest: bool) -> Tensor:

@@ -23,13 +23,13 @@ from fasa_flex.core.compiler import operator
 
 SELECT_WARPS = 8
 ATTEND_BLOCK, ATTEND_WARPS = 128, 4
-FOCUS_WARPS, MOST_FOCUSED = 8, 8192  # more tiles: two kernels, since a longer search needs more warps
+FOCUS_WARPS, MOST_FOCUSED = 8, 8192  # more tiles: two kernels, since a longer search needs more registers
 FIND_WARPS, FETCH_BLOCK, FETCH_WARPS, FETCH_PROGRAMS = 8, 16, 4, 64
 """Keys and warps of a program. More than 64 programs fetch scattered host rows more slowly (measured on an H100)."""
 
 
 class Ending(NamedTuple):
-    """The last arguments of `sparse_decode`: what joins attention to the selected keys.
+    """The last arguments of `sparse_decode`: the completion and the learned sinks.
 
     Attributes:
         mean_value: the completion's state (`fasa_flex.core.completion`), [B, Hkv, Dv]; None: no completion.

@@ -42,7 +42,7 @@ def why_no_kernels(call: Call) -> str | None:
     if call.group_reduce == "none" and query.shape[1] != call.key.shape[1]:
         return "a group's query heads must select together"
     if call.completion is not None and call.completion.state is None:
-        return "it completes from the state of a cache"
+        return "it completes from a cache's state, and the call has none"
     return why_not_these(query, call.key, call.value)
 
 

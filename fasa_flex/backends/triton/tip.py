@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fasa_flex.backends.triton.kernels import TILE, overlapping, parts_of, power_of_two, score_keys, sum_keys
 
-SUM_BLOCK, MOST_SUMS, SUM_WARPS = 256, 64, 4
+SUM_BLOCK, MOST_SUMS, SUM_WARPS, SUM_STAGES = 256, 64, 4, 2
 SCORE_BLOCK, SCORE_WARPS, SCORE_STAGES, SCORE_PROGRAMS, MOST_STEPS = 256, 4, 4, 2048, 16
 """Keys, warps and pipeline stages of a program, and limits of their numbers (`evals.bench.kernels` times others)."""
 
@@ -145,7 +145,7 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
             *inputs, tip.valid, sample, units, kv_len, 0 if tip.sample is None else sample.shape[1],
             _stride(tip.valid), _stride(sample), packed.shape[2], sum_steps, tip.scaling, softcap,
             group, power_of_two(group, 8), dim, width, part, part_pad, SUM_BLOCK, *has, tip.sample is not None,
-            native, kv_heads, overlap, num_warps=SUM_WARPS, **launch,
+            native, kv_heads, overlap, num_warps=SUM_WARPS, num_stages=SUM_STAGES, **launch,
         )  # fmt: skip
     fold = 2 if tip.scales is not None and group <= 4 else 1  # float keys may hold NaN, which would spread
     forced, registers = _or(tip.forced, tip.valid), {"maxnreg": SCORE_REGISTERS} if native and SCORE_REGISTERS else {}

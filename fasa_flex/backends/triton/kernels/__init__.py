@@ -1,9 +1,9 @@
 """Triton kernels of a decode step (cache writes, completion state, TIP, selection, FAC, dense layers) and of a prefill.
 
-Inductor's kernels for the same step take 2.7 to 6.6 times as long on an H100 (evals/results/bench_op_cuda.json).
-The kernels of a step need no synchronisation with the host and can be captured in a CUDA graph; the largest temporaries
-are scores. `fasa_flex.backends.triton.decode` and `fasa_flex.backends.triton.dense` are their operators, and
-`fasa_flex.backends.triton.blocks` launches the estimate of a prefill by blocks.
+With the former kernels Inductor took 2.7 to 6.6 times as long for a step on an H100 (evals/results/bench_op_cuda.json).
+The kernels of a step need no synchronisation with the host and can be captured in a CUDA graph; the largest temporary
+is an integer for each key. `fasa_flex.backends.triton.decode` and `fasa_flex.backends.triton.dense` are their
+operators, and `fasa_flex.backends.triton.blocks` launches the estimate of a prefill by blocks.
 """
 
 from fasa_flex.backends.triton.kernels.attention import attend_part, attend_rows, merge_parts
