@@ -78,9 +78,9 @@ class Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
-        # on a GPU, float32 attention with enable_gqa=True takes PyTorch's kernel that stores all T x T scores
-        sdpa_attention.use_gqa_in_sdpa = lambda *_: False
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cuda":  # float32 with enable_gqa=True takes PyTorch's kernel that stores all T x T scores
+            sdpa_attention.use_gqa_in_sdpa = lambda *_: False
         self.model, self.tokenizer = load_model(
             options.pretrained,
             gguf_file=options.gguf_file,

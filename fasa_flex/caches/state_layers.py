@@ -1,7 +1,7 @@
 """Cache layers that keep packed keys beside keys, values and a recurrent state, as in Falcon-H1, Zamba and Zaya.
 
-transformers' own layers call the method of one base after the other's, so that the methods of packed layers, which call
-the next class, change keys and state alike.
+transformers' combined layers call the method of each base class. The packed layers override these methods and pass each
+call on to the next class, so one call changes keys, packed keys and state.
 """
 
 from __future__ import annotations
