@@ -9,7 +9,8 @@ whole answer right), ``text`` (nats a token of the last 256 tokens of a window o
 of its cache in one forward of sparse queries, which equals decoding token by token. The true answer is fed in: greedy
 decoding writes it if and only if each of its tokens is the likeliest. ``question decoded`` is as in evals/README.md:
 the prefill ends before the question. Intervals are over documents; those of ``needles`` are cut from one text of some
-twenty contexts and overlap, the windows of ``text`` do not. Writes ``large.json`` to ``evals/results/study_large/``; a second start continues a stopped run.
+twenty contexts and overlap, the windows of ``text`` do not. Writes ``large.json`` to ``evals/results/study_large/``;
+a second start continues a stopped run.
 """
 
 from __future__ import annotations
