@@ -93,6 +93,7 @@ def other_lengths(model: PreTrainedModel, prompt: torch.Tensor) -> list[dict[str
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, default=32768, help="tokens of the prompt")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="timed answers of each variant")
     parser.add_argument("--layers", type=int, default=8, help="layers, of the model's 32")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the results")
     arguments = parser.parse_args()
@@ -119,7 +120,7 @@ def main() -> int:
                 backend = WAYS[way]
                 if backend is not None:
                     stack.enter_context(enable(models[way], profile, FasaConfig(n_fac=256, backend=backend)))
-            for repeat in range(1 + REPEATS):
+            for repeat in range(1 + arguments.repeats):
                 for way, model in models.items():
                     seconds = seconds_of_answers(model, prompt, options)
                     if repeat:
