@@ -18,7 +18,7 @@ from fasa_flex.backends.table import sparse_attention
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.method import Call
 from fasa_flex.core.packed_keys import PackedKeys
-from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.core.scoring import DominantChunks, Scorer
 from fasa_flex.core.selection import valid_keys
 from fasa_flex.core.softmax import Softmax
 
@@ -62,13 +62,13 @@ def test_every_combination_of_modes_and_arguments(queries: int) -> None:
             torch.testing.assert_close(out, expected[masked], atol=1e-5, rtol=1e-5)
 
 
-class Weighted:
+class Weighted(Scorer):
     """A scorer with a number of its own, as a user's may have one for each layer; Dynamo guards on it."""
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
 
-    def __call__(self, query: Tensor, key: Tensor, packed_keys: object = None) -> Tensor:
+    def score(self, query: Tensor, key: Tensor, packed_keys: object = None) -> Tensor:
         return (query.unflatten(1, (key.shape[1], -1)) @ key[:, :, None].mT) * self.weight
 
 

@@ -19,7 +19,7 @@ from fasa_flex.caches.keeps_packed_keys import KeepsPackedKeys
 from fasa_flex.caches.packed_layers import PackedLayer
 from fasa_flex.caches.state_layers import PackedStateLayer, StaticPackedStateLayer
 from fasa_flex.caches.static_packed_layer import StaticPackedLayer
-from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.core.scoring import DominantChunks, Scorer
 
 _GROWING = {DynamicLayer: PackedLayer, LinearAttentionAndFullAttentionLayer: PackedStateLayer}
 _STATIC = {
@@ -30,7 +30,7 @@ _STATIC = {
 """For each kind of layer, the kind with packed keys that replaces it."""
 
 
-def pack_layer(cache: Cache, layer: int, scorer: object, growing: bool = True) -> None:
+def pack_layer(cache: Cache, layer: int, scorer: Scorer | None, growing: bool = True) -> None:
     """Let layer number ``layer`` of a cache keep packed keys for ``scorer``, if this is a `DominantChunks`.
 
     A plain static layer, and a plain growing one unless ``growing`` is False, is replaced by a layer with packed keys

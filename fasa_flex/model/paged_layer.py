@@ -12,7 +12,7 @@ from fasa_flex.backends.table import sparse_attention
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.completion import Completion
 from fasa_flex.core.method import Call
-from fasa_flex.core.scoring import DominantChunks, Scorer, SequenceScorer
+from fasa_flex.core.scoring import DominantChunks, Scorer
 from fasa_flex.core.selection import valid_keys
 from fasa_flex.core.softmax import Softmax
 from fasa_flex.hf.attention_call import AttentionCall, AttentionResult
@@ -56,7 +56,7 @@ class PagedLayer(OfOneModel):
         implementation: str,
         shared: Shared,
         budget: Budget | None,
-        scorer: Callable[[], Scorer | SequenceScorer | None],
+        scorer: Callable[[], Scorer | None],
     ) -> None:
         self._number, self._begins, self._implementation = number, begins, implementation
         self._budget, self._scorer = budget, scorer
@@ -161,9 +161,9 @@ class PagedLayer(OfOneModel):
             return sparse_attention(call, self._backend)[:, :, 0]
         return attend_pages(call, pages, table, self._backend)[:, :, 0]
 
-    def _completion(self, scorer: Any) -> Completion | None:
+    def _completion(self, scorer: Scorer) -> Completion | None:
         """The completion of calls that read all keys and values; None: there is none."""
-        return Completion(self._strength, None, getattr(scorer, "completes_by_all", False)) if self._completes else None
+        return Completion(self._strength, None, scorer.completes_by_all) if self._completes else None
 
     def _states_of(self, request: Request, key: Tensor, value: Tensor, pages: Pages) -> tuple[Tensor, Tensor]:
         """All keys and values of one request, float [1, Hkv, T, D]."""
