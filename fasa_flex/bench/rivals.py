@@ -172,7 +172,7 @@ def _with_kernel(call: Call, kernel: SDPBackend) -> Call:
     return run
 
 
-def dense_rivals(settings: Settings, compiled_flex: bool = True) -> dict[str, Call]:
+def dense_rivals(settings: Settings) -> dict[str, Call]:
     """The dense rivals of this device; FASA is compared with the fastest of them."""
     forms: dict[str, Call] = {"SDPA": sdpa, "grouped SDPA": grouped_sdpa}
     if settings.device.type == "cpu":
@@ -183,7 +183,7 @@ def dense_rivals(settings: Settings, compiled_flex: bool = True) -> dict[str, Ca
         for kernel in kernels:
             kind = kernel.name.removesuffix("_ATTENTION").lower()
             rivals.update({f"{name} ({kind})": _with_kernel(call, kernel) for name, call in forms.items()})
-    if "compiled" in settings.modes and compiled_flex:
+    if "compiled" in settings.modes:
         forms["grouped flex"] = grouped_flex
         if settings.device.type == "cuda":
             forms["flex"] = flex
