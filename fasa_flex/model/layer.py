@@ -64,9 +64,7 @@ class Layer(OfOneModel):
         self._forwards, self._stats = shared.forwards, shared.stats
         self._packs = shared.packs and budget is not None
         self._backend, self._prefill, self._group_reduce = config.backend, config.prefill, shared.group_reduce
-        self._completes = shared.completion != "none"
-        self._strength = config.completion_strength if shared.completion == "first_order" else 0.0
-        self._samples = self._group_reduce == "softmax" or self._completes
+        self._completes, self._strength, self._samples = shared.completes, shared.strength, shared.samples
         self._by_all = scorer is not None and scorer.completes_by_all
         self._dense_budget = config.budget  # up to this many keys a dense layer runs the model's own attention
         self._may_group = budget is None or config.backend == "fastest"
@@ -175,8 +173,7 @@ class Layer(OfOneModel):
         packed = resident = completion = None
         if q_len == 1:
             if cached is None and cache is not None and self._packs:  # the first sparse step packs
-                pack_layer(cache, number, scorer)
-                cached = cache.layers[number] if getattr(cache.layers[number], "scorer", None) is scorer else None
+                cached = pack_layer(cache, number, scorer)
                 if self._completes:
                     state = cached and cached.advance(key, value, self._strength != 0.0, *visible.last(), q_len)
             packed = None if cached is None else cached.packed

@@ -63,8 +63,8 @@ class PagedLayer(OfOneModel):
         self._forwards: PagedForwards = shared.paged
         self._stats, self._source, self._backend = shared.stats, shared.source, shared.config.backend
         self._packs = shared.packs and self._backend in IN_PAGES
-        self._group_reduce, self._completes = shared.group_reduce, shared.completion != "none"
-        self._strength = shared.config.completion_strength if shared.completion == "first_order" else 0.0
+        self._group_reduce, self._samples = shared.group_reduce, shared.samples
+        self._completes, self._strength = shared.completes, shared.strength
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Hook before the attention module: begin the forward in the first layer; read no earlier keys in sparse ones.
@@ -154,7 +154,7 @@ class PagedLayer(OfOneModel):
         else:
             packed, valid = None, group.valid()
             key, value = (whole_rows(states, table, pages, valid) for states in (pages.keys, pages.values))
-        marks = group.marks(valid.shape[-1], budget, self._group_reduce == "softmax" or self._completes)
+        marks = group.marks(valid.shape[-1], budget, self._samples)
         settings = (budget, self._group_reduce, softmax, packed, None, marks, completion)
         call = Call(queries, key, value, scorer, valid, *settings)
         if packed is None:
