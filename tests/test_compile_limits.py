@@ -93,6 +93,18 @@ def test_queries_and_keys_that_both_change_compile_on_a_cpu() -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+def test_packed_keys_that_fill_their_tiles_compile_at_every_length_on_a_cpu() -> None:
+    specialization._compiled.cache_clear()
+    for keys in (32, 64, 96):
+        q, k, v = states(1, keys)
+        packed = PackedKeys.of(DominantChunks.from_chunks(CHUNKS).pack(k))
+        out, expected = (
+            fasa_attention(q, k, v, CHUNKS, n_fac=5, packed_keys=packed, backend=way) for way in ("flex", "gather")
+        )
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_forward_on_a_growing_cache_compiles_no_token_anew(ids: Ids) -> None:
     """transformers' own recipe: a graph for the prompt, one for a token, and one for a token at any length."""
     model, prompt, graphs = tiny("Llama", num_hidden_layers=2), ids(24, rows=1), []

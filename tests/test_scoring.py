@@ -194,7 +194,7 @@ def test_a_scorer_of_another_class_keeps_its_members() -> None:
     )
     assert scorer.reads(4, 2, 2) == ReadShare(0.5)
     assert (scorer.shard(1, 2).score(query, key) - scorer.score(query, key)).unique().tolist() == [2.0]
-    assert not hasattr(scorer, "attend")
+    assert getattr(scorer, "attend", None) is None
     plain = as_scorer(Ducks().__call__)
     assert plain.reads(4, 2, 2) is None
     assert plain.shard(1, 2) is plain
