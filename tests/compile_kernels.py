@@ -16,20 +16,28 @@ from fasa_flex.backends.triton import kernels
 TARGET = GPUTarget("cuda", 90, 32)
 SHAPE = {"GROUP": 4, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "VALUE_DIM": 128, "VALUE_PAD": 128}
 SHAPE |= {"KV_HEADS": 8, "KEY_STRIDE": 256, "VALUE_STRIDE": 256}
-SHAPE |= {"WIDTH": 32, "PART": 32, "PART_PAD": 32, "PARTS_PAD": 16, "WANTED_PAD": 256, "BLOCK": 128, "OVERLAP": True}
-SHAPE |= {"HEADS": 8, "FOLD": 1, "STAGES": 2, "NATIVE": False}
+SHAPE |= {"WIDTH": 32, "PART": 32, "PART_PAD": 32, "PARTS_PAD": 16, "BLOCK": 128, "OVERLAP": True}
+SHAPE |= {"WANTED_PAD": 256}
+SHAPE |= {"HEADS": 8, "FOLD": 1, "STAGES": 2, "NATIVE": False, "TILE": 16, "CHUNK": 1024}
 POINTERS = dict.fromkeys(("query", "key", "value", "keys", "values", "packed", "sinks", "out", "means"), "*bf16")
 POINTERS |= dict.fromkeys(("units", "masses", "shift", "weights", "mean_key"), "*fp32")
-POINTERS |= dict.fromkeys(("bests", "totals", "results", "key_sum", "value_sum", "product"), "*fp32")
+POINTERS |= dict.fromkeys(("sums", "results", "key_sum", "value_sum", "product"), "*fp32")
 POINTERS |= {"mean_value": "*bf16", "covariance": "*bf16", "covariances": "*bf16", "covered": "*i64"}
 POINTERS |= {"number": "*i64", "valid": "*u8", "forced": "*u8", "sample": "*i64"}
 POINTERS |= {"first": "*i64", "mass": "*fp32"}
 POINTERS |= dict.fromkeys(("held_keys", "held_values"), "*bf16")
 POINTERS |= dict.fromkeys(
-    ("order", "maxima", "tiles", "slots", "held", "held_at", "places", "absent", "scratch"), "*i32"
+    ("order", "maxima", "bins", "listed", "counts", "slots", "held", "held_at", "places", "absent", "scratch"), "*i32"
 )
 POINTERS |= {"dims": "*i64", "scales": "*fp16", "length": "*i64"}
-NUMBERS = {"scaling": "fp32", "softcap": "fp32", "strength": "fp32", "key_batch": "i64", "value_batch": "i64"}
+NUMBERS = {
+    "scaling": "fp32",
+    "softcap": "fp32",
+    "factor": "fp32",
+    "share": "i64",
+    "key_batch": "i64",
+    "value_batch": "i64",
+}
 
 
 FOUR_BITS = {"PART": 16, "PART_PAD": 16, "SCALED": True}
@@ -72,15 +80,18 @@ def main() -> None:
         four = {**FOUR_BITS, "NATIVE": native}
         compiles(kernels.sum_keys, ("keys", "*u8"), SAMPLED=True, **{**plain, **four})
         compiles(kernels.score_keys, ("keys", "*u8"), **{**plain, **four}, **marked, **FOLDED)
-    for search in (False, True):
-        chosen = {"TILES_PAD": 1024 if search else 128, "SEARCH": search}
-        compiles(kernels.select_keys, **chosen)
-        four = {**plain, **FOUR_BITS, "NATIVE": search, "COMPLETES": True, "FIRST_ORDER": search, "SUNK": search}
-        compiles(kernels.attend_rows, ("packed", "*u8"), SELECTS=True, **chosen, **{**four, "CAPPED": search})
-        compiles(kernels.attend_rows, COMPLETES=False, FIRST_ORDER=False, SELECTS=False, SUNK=search, **chosen, **plain)
+    compiles(kernels.score_keys, HOW="max", SUMS=False, FORCED=False, TILE=1, **plain)
+    for tile in (1, 16):
+        compiles(kernels.list_keys, TILE=tile, BLOCK=4096 // tile, warps=8)
+    compiles(kernels.select_keys, warps=8)
+    for selects in (False, True):
+        four = {**plain, **FOUR_BITS, "NATIVE": selects, "COMPLETES": True, "SELECTS": selects, "CAPPED": selects}
+        compiles(kernels.attend_rows, ("packed", "*u8"), BLOCK=16, **four)
+        compiles(kernels.attend_rows, COMPLETES=False, SELECTS=selects, warps=8, **plain)
     for sunk, capped in ((False, False), (True, True)):
         compiles(kernels.attend_part, CAPPED=capped)
-        compiles(kernels.merge_parts, SUNK=sunk, PARTS_PAD=64)
+        compiles(kernels.merge_parts, SUNK=sunk, COMPLETES=True, FIRST_ORDER=sunk)
+    compiles(kernels.merge_parts, SUNK=True, COMPLETES=False, FIRST_ORDER=False, PARTS_PAD=128)
     for bounded in (False, True):
         compiles(kernels.find_rows, BOUNDED=bounded)
     compiles(kernels.fetch_rows, BLOCK=16)

@@ -36,7 +36,9 @@ from fasa_flex.core.selection import Marks
 from fasa_flex.core.softmax import Softmax
 
 pytest.importorskip("triton")
-ops, dense, ranking = (import_module(f"fasa_flex.backends.triton.{name}") for name in ("decode", "dense", "tip"))
+ops, attention, dense, ranking = (
+    import_module(f"fasa_flex.backends.triton.{name}") for name in ("decode", "attention", "dense", "tip")
+)
 
 FUNCTIONS = ("sparse_decode", "select_slots", "hold_slots", "attend_slots")
 
@@ -53,7 +55,7 @@ class Step:
     group: int = 2
     dim: int = 16
     n_tip: int = 2
-    n_fac: int = 6
+    n_fac: int | float = 6
     how: Any = "max"
     softcap: float | None = None
     sinks: bool = False
@@ -69,6 +71,10 @@ class Step:
 
 PLAIN = {
     "a search over tiles": Step(1100, n_fac=16),
+    "a budget of most keys": Step(2100, n_fac=1500, kv_heads=1),
+    "a budget of most keys, tied": Step(2100, n_fac=1500, kv_heads=1, limit=1, how="softmax"),
+    "a share": Step(700, batch=2, n_fac=0.07, masked=0.3, how="softmax"),
+    "a large share": Step(300, batch=2, n_fac=0.5, forced=3, masked=0.3, how="mean"),
     "no more tiles than budget": Step(200),
     "more budget than keys": Step(5, n_fac=16),
     "a single key": Step(1),
@@ -90,6 +96,7 @@ PLAIN = {
 FULL: dict[str, Any] = {"packed": "int4", "mean": True, "how": "softmax", "strength": 0.75}
 WHOLE = {
     "the defaults": Step(301, batch=2, group=3, n_fac=24, forced=3, **FULL),
+    "the defaults, a share": Step(801, batch=2, group=3, n_fac=0.03, forced=3, sinks=True, softcap=2.0, **FULL),
     "four bits, an odd count": Step(99, dim=24, n_tip=3, packed="int4"),
     "four bits, one chunk": Step(99, n_tip=1, packed="int4", mean=True),
     "four bits, exact softmax": Step(99, packed="int4", how="softmax_exact", weighted=True),
@@ -141,7 +148,7 @@ def assert_equals_the_oracle(step: Step, held: bool) -> None:
         state = CompletionState.empty(k, v, step.strength != 0.0)
         state.advance(k, v, real, real.cumsum(-1), step.length)
         completion = Completion(step.strength, state)
-    rows = ResidentRows.empty(k, v, min(step.n_fac, step.length)) if held else None
+    rows = ResidentRows.empty(k, v, budget.widest(step.length)) if held else None
     marks = Marks.of(valid, budget, samples=step.how == "softmax" or completion is not None)
     out = decode_by_kernels(Call(q, k, v, scorer, valid, budget, step.how, softmax, packed, rows, marks, completion))
     expected = oracle.fasa(
@@ -169,15 +176,26 @@ def test_decode_equals_the_oracle(step: Step, held: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "step", [STEPS["a search over tiles"], STEPS["the defaults"], Step(90, forced=2, masked=0.9)], ids=str
+    "step",
+    [
+        STEPS["a search over tiles"],
+        STEPS["all weights equal"],
+        Step(1100, batch=2, n_fac=16, forced=3, masked=0.4, **FULL),
+        Step(900, batch=2, n_fac=300, forced=3, masked=0.2, limit=1),
+        Step(90, forced=2, masked=0.9),
+    ],
+    ids=str,
 )
-def test_long_rows_select_the_same(step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From 8192 tiles on the search is a kernel of its own.
+@pytest.mark.parametrize("held", [False, True], ids=["at once", "FASA-M"])
+def test_long_lists_select_the_same(step: Step, held: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for long rows and large budgets: programs list keys of many blocks, and search many chunks of the list.
 
     The last step's orders span 32 bits, from keys of no use to those that are forced.
     """
-    monkeypatch.setattr(ops, "MOST_FOCUSED", 1)
-    assert_equals_the_oracle(step, held=False)
+    monkeypatch.setattr(ranking, "LIST_KEYS", 32)
+    for module in (ops, attention):
+        monkeypatch.setattr(module, "SELECT_CHUNK", 16)
+    assert_equals_the_oracle(step, held)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ counted, not compared. The completion's state is compared with that of the CPU's
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ class Case:
     group: int
     batch: int
     context: int
-    n_fac: int
+    n_fac: int | float  # a share of the valid keys
     packed: str
     group_reduce: str
     padded: bool
@@ -108,9 +109,10 @@ def reference(
         forced = (number < FIRST) | (number >= len(valid) - LAST)
         ranking = torch.where(forced, torch.inf, ranking)
         order = ranking.argsort(descending=True)
-        chosen = order[: case.n_fac]
-        if len(valid) > case.n_fac:
-            last, first = ranking[order[case.n_fac - 1]], ranking[order[case.n_fac]]
+        budget = case.n_fac if isinstance(case.n_fac, int) else math.ceil(case.n_fac * len(valid))
+        chosen = order[:budget]
+        if len(valid) > budget:
+            last, first = ranking[order[budget - 1]], ranking[order[budget]]
             margins[b, h] = float((last - first) / spread)
         exact = logits_of(queries @ keys[chosen].T)
         result, mass = exact.softmax(-1) @ values[chosen], exact.logsumexp(-1)
@@ -217,6 +219,11 @@ def cases(small: bool, kernels: bool) -> Iterator[Case]:
             flags = ("softmax", "softmax_exact", "softmax", "max")[number % 4], number % 3 == 0, number % 5 == 0
             sharp = number % 4 > 1 and not flags[2]  # a cap would make near-ties of all large logits
             yield Case("triton", *fields, *flags, number % 2 == 0, (0.75, None)[number % 7 == 6], sharp)
+        large = itertools.product(dtypes, (3, 4), (1027, 33001, 131072), (1500, 12000, 1 / 32, 3 / 8))
+        for number, (dtype, group, context, share) in enumerate(large):  # shares are whole numbers in binary
+            fields = dtype, (64, 128)[number // 12 % 2], group, 3, context, share, ("int4", "int8", "tiles")[number % 3]
+            flags = ("softmax", "max", "mean")[number // 5 % 3], number % 2 == 0, number % 7 == 0
+            yield Case("triton", *fields, *flags, strength=(0.75, None)[number % 5 == 4])
     for dtype, group in itertools.product(dtypes, groups):
         yield Case("reference", dtype, 64, group, 1, contexts[0], n_fac, "none", "softmax", False)
 

@@ -82,10 +82,10 @@ prefill() {
 
 kernels() {
     local sizes=(--set SCORE_WARPS=8 --set SCORE_BLOCK=128 --set SCORE_BLOCK=512,SCORE_WARPS=8 --set SCORE_STAGES=3)
-    sizes+=(--set SCORE_PROGRAMS=1024 --set SCORE_PROGRAMS=4096 --set MOST_STEPS=8 --set SUM_BLOCK=128)
-    sizes+=(--set SCORE_REGISTERS=0 --set SCORE_REGISTERS=80 --set SCORE_BLOCK=128,SCORE_REGISTERS=0)
-    sizes+=(--set FOCUS_WARPS=4 --set FOCUS_WARPS=16 --set ATTEND_BLOCK=64 --set ATTEND_BLOCK=256 --set ATTEND_WARPS=8)
-    sizes+=(--set MOST_FOCUSED=0 --set MOST_FOCUSED=0,SELECT_WARPS=16)
+    sizes+=(--set SCORE_PROGRAMS=640 --set SCORE_PROGRAMS=640,MOST_STEPS=64 --set SCORE_PROGRAMS=1280,MOST_STEPS=64)
+    sizes+=(--set MOST_STEPS=8 --set SUM_BLOCK=128 --set SCORE_REGISTERS=0 --set SCORE_REGISTERS=80)
+    sizes+=(--set LIST_KEYS=2048 --set LIST_KEYS=8192 --set LIST_WARPS=4 --set SELECT_CHUNK=512)
+    sizes+=(--set ATTEND_PROGRAMS=64 --set ATTEND_PROGRAMS=256 --set ATTEND_WARPS=4 --set MERGE_WARPS=8)
     measured 170 "$python" -m evals.bench.kernels --out "$out" "${sizes[@]}"
 }
 

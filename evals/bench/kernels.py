@@ -4,15 +4,16 @@
     python -m evals.bench.kernels --out runs --set SCORE_BLOCK=128 --set SCORE_WARPS=8,SCORE_STAGES=3
     TRITON_INTERPRET=1 python -m evals.bench.kernels --out runs --contexts 512      # on CPU: a dry run
 
-A variant sets constants of `fasa_flex.backends.triton.tip` and `.decode`. All variants of a batch and context take
-turns, as CUDA graphs over several layers, so that keys are cold. Each is first compiled in processes of its own. A row
-has the whole call and its parts:
+A variant sets constants of `fasa_flex.backends.triton.tip`, `.attention` and `.decode`. All variants of a batch and
+context take turns, as CUDA graphs over several layers, so that keys are cold. Each is first compiled in processes of
+its own. A row has the whole call and its parts:
 
     sums         `sum_keys`, the mass of the sampled keys
     scores       `score_keys`, with the bytes of packed keys that it reads a second
-    selection    `select_keys` alone
+    list         `list_keys`, the keys that may be selected
     attention    `attend_rows` with the selection in it
-    attended     `attend_rows` alone
+    merge        `merge_parts`, with the completion
+    attended     `attend_rows` and `merge_parts` of selected rows
 
 A part alone includes the launch that programmatic dependent launch hides in a call, so that parts may add up to more.
 """
@@ -36,9 +37,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasa_flex.backends.triton import decode, dispatch, tip
-from fasa_flex.backends.triton.kernels import select_keys
-from fasa_flex.bench.record import Ledger, command_line, provenance, reason_of
+from fasa_flex.backends.triton import attention, decode, dispatch, tip
+from fasa_flex.bench.record import RowLedger, command_line, provenance, reason_of
 from fasa_flex.bench.shapes import SHAPES, random_chunks
 from fasa_flex.bench.timing import graphed, interleave, last_level_cache
 from fasa_flex.core.completion import Completion, CompletionState
@@ -88,43 +88,40 @@ def changed(variant: Variant, **others: object) -> Iterator[None]:
     """Set the constants of a variant, and ``others``, in the modules that have them."""
     with ExitStack() as stack:
         for name, value in (*variant, *others.items()):
-            stack.enter_context(mock.patch.object(tip if hasattr(tip, name) else decode, name, value))
+            for module in (tip, attention, decode):
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, value))
         yield
 
 
 def parts_of(calls: Sequence[Call]) -> dict[str, tuple[Callable[[int], object], dict[str, object]]]:
     """Each part's function of the number of a layer, and what it replaces."""
-    found = [dispatch._arguments_of(call) for call in calls]
-    tips = [(query, tip.Tip(*fields), decode.Ending(*ending)) for query, fields, ending in found]
-    rankings, searches = [], []
-    for query, each, _ in tips:
-        rankings.append(tip.ranked(query, each))
-        searches.append(decode._search(rankings[-1], each.kv_len, each.n_fac))
-    overlap, launch = decode.overlapping(calls[0].query.device)
-
+    tips = []
+    for call in calls:
+        query, fields, ending = dispatch._arguments_of(call)
+        tips.append((query, tip.Tip(*fields), attention.Ending(*ending)))
+    rankings = [tip.ranked(query, each) for query, each, _ in tips]
+    lists = [tip.listed(ranking, each) for ranking, (_, each, _) in zip(rankings, tips, strict=True)]
+    chosen = [decode.select_slots(query, *each)[0] for query, each, _ in tips]
     written = {id(each): (ranked.units, ranked.masses) for (_, each, _), ranked in zip(tips, rankings, strict=True)}
 
     def rank(number: int) -> object:
         return tip.ranked(*tips[number][:2])
 
-    def select(number: int) -> object:
-        search = searches[number]
-        return select_keys[(search.order.shape[0],)](*search, overlap, num_warps=decode.SELECT_WARPS, **launch)
+    def attend(number: int, places: Tensor | None) -> object:
+        (query, each, ending), call, ranked = tips[number], calls[number], rankings[number]
+        found = lists[number] if places is None else lists[number]._replace(slots=places)
+        states = (query, call.key, call.value, places, found, ranked.units, ranked.masses)
+        return attention.attended(*states, each, ending)
 
-    def attend(number: int, selects: bool, warps: int) -> object:
-        (query, each, ending), call, search, ranked = tips[number], calls[number], searches[number], rankings[number]
-        states = (query, call.key, call.value, search.slots, search, ranked.units, ranked.masses)
-        return decode._attend(*states, each, ending, selects, warps)
-
-    for number in range(len(calls)):
-        select(number)
     return {
         "call": (lambda number: dispatch.decode_by_kernels(calls[number]), {}),
         "sums": (rank, {"score_keys": Skipped()}),
         "scores": (rank, {"sum_keys": Skipped(), "unit_and_mass": lambda query, each: written[id(each)]}),
-        "selection": (select, {}),
-        "attention": (lambda number: attend(number, True, decode.FOCUS_WARPS), {}),
-        "attended": (lambda number: attend(number, False, decode.ATTEND_WARPS), {}),
+        "list": (lambda number: tip.listed(rankings[number], tips[number][1]), {}),
+        "attention": (lambda number: attend(number, None), {"merge_parts": Skipped()}),
+        "merge": (lambda number: attend(number, None), {"attend_rows": Skipped()}),
+        "attended": (lambda number: attend(number, chosen[number]), {}),
     }
 
 
@@ -200,7 +197,7 @@ def main() -> int:
         variants.append(tuple((name, int(value)) for name, _, value in pairs))
     sizes = list(product(*(map(int, text.split(",")) for text in (options.batches, options.contexts))))
     head = {**provenance(command_line("evals.bench.kernels"), device), "settings": {"shape": SHAPE.name}}
-    ledger = Ledger(options.out / f"kernels_{device.type}.json", head)
+    ledger = RowLedger(options.out / f"kernels_{device.type}.json", head, fresh=True)
     with mock.patch("fasa_flex.core.packed_keys.tile_of", return_value=1):  # as on a GPU
         if device.type == "cuda" and options.workers:
             with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:

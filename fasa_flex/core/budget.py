@@ -96,6 +96,11 @@ class Budget:
         """Whether ``n_fac`` is one count for all heads, so that queries with enough keys attend to equally many."""
         return isinstance(self.n_fac, int)
 
+    @property
+    def trillionths(self) -> int:
+        """The largest part of a query's valid keys that it attends to, in trillionths; all of them for a count."""
+        return _trillionths(self.n_fac) if isinstance(self.n_fac, float) else 10**12
+
     def of(self, n_valid: Tensor) -> Tensor:
         """Number of tokens that each query attends to: min(n_fac, n_valid).
 
@@ -184,5 +189,8 @@ def _share_of(keys: Any, share: float) -> Any:
     The share is lowered by 1e-12 first, so that binary rounding adds no key: 7 % of 100 keys are 7, although
     0.07 * 100 exceeds 7 in binary.
     """
-    trillionths = max(round(share * 10**12) - 1, 1)
-    return -(-keys * trillionths // 10**12)
+    return -(-keys * _trillionths(share) // 10**12)
+
+
+def _trillionths(share: float) -> int:
+    return max(round(share * 10**12) - 1, 1)

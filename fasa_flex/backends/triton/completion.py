@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasa_flex.backends.triton.decode import head_strides
+from fasa_flex.backends.triton.attention import head_strides
 from fasa_flex.backends.triton.kernels import cover_rows, on_their_device, overlapping, parts_of, power_of_two
 
 COVER_WARPS, COVER_STAGES, MOST_PRODUCTS = 8, 2, 16384

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fasa_flex.backends.triton.attention import SELECT_CHUNK, Ending, attended, head_strides, result_of
 from fasa_flex.backends.triton.kernels import (
-    TILE,
-    attend_rows,
     fetch_rows,
     find_rows,
     on_their_device,
@@ -18,37 +17,17 @@ from fasa_flex.backends.triton.kernels import (
     power_of_two,
     select_keys,
 )
-from fasa_flex.backends.triton.tip import Ranking, Tip, completing, ranked, unit_and_mass
+from fasa_flex.backends.triton.tip import Listed, Tip, listed, ranked, unit_and_mass
 from fasa_flex.core.compiler import operator
 
 SELECT_WARPS = 8
-ATTEND_BLOCK, ATTEND_WARPS = 128, 4
-FOCUS_WARPS, MOST_FOCUSED = 8, 8192  # more tiles: two kernels, since a longer search needs more registers
 FIND_WARPS, FETCH_BLOCK, FETCH_WARPS, FETCH_PROGRAMS = 8, 16, 4, 64
 """Keys and warps of a program. More than 64 programs fetch scattered host rows more slowly (measured on an H100)."""
 
 
-class Ending(NamedTuple):
-    """The last arguments of `sparse_decode`: the completion and the learned sinks.
-
-    Attributes:
-        mean_value: the completion's state (`fasa_flex.core.completion`), [B, Hkv, Dv]; None: no completion.
-        covariance: [B, Hkv, D or 0, Dv], likewise.
-        covered: int64 [B, Hkv], likewise.
-        strength: factor of the first-order term; 0: the mean value alone.
-        sinks: learned sinks, float [Hq], contiguous, or None.
-    """
-
-    mean_value: Tensor | None = None
-    covariance: Tensor | None = None
-    covered: Tensor | None = None
-    strength: float = 0.0
-    sinks: Tensor | None = None
-
-
 def _empty_slots(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     tip = Tip(*arguments)
-    slots = _integers(query, query.shape[0] * tip.dims.shape[0], min(tip.n_fac, tip.kv_len))
+    slots = torch.empty(query.shape[0] * tip.dims.shape[0], tip.width, dtype=torch.int32, device=query.device)
     return slots, *unit_and_mass(query, tip)
 
 
@@ -65,6 +44,7 @@ def select_slots(
     forced: Tensor | None,
     sample: Tensor | None,
     n_fac: int,
+    share: int,
     how: str,
     scaling: float,
     softcap: float | None,
@@ -79,12 +59,15 @@ def select_slots(
         slots, int32 [B * Hkv, min(n_fac, T)], ascending, -1 if there are fewer valid keys; and the units and masses of
         `fasa_flex.backends.triton.tip.Ranking`.
     """
-    tip = Tip(dims, weights, packed, scales, shift, valid, forced, sample, n_fac, how, scaling, softcap, completes)
+    ranks = (dims, weights, packed, scales, shift, valid, forced, sample)
+    tip = Tip(*ranks, n_fac, share, how, scaling, softcap, completes)
     ranking = ranked(query, tip)
-    search = _search(ranking, tip.kv_len, n_fac)
+    found = listed(ranking, tip)
     overlap, launch = overlapping(query.device)
-    select_keys[(ranking.order.shape[0],)](*search, overlap, num_warps=SELECT_WARPS, **launch)
-    return search.slots, ranking.units, ranking.masses
+    select_keys[(found.slots.shape[0],)](
+        *found, 0, tip.width, SELECT_CHUNK, overlap, num_warps=SELECT_WARPS, **launch
+    )  # fmt: skip
+    return found.slots, ranking.units, ranking.masses
 
 
 def _empty_result(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
@@ -110,6 +93,7 @@ def attend_slots(
     forced: Tensor | None,
     sample: Tensor | None,
     n_fac: int,
+    share: int,
     how: str,
     scaling: float,
     softcap: float | None,
@@ -134,11 +118,11 @@ def attend_slots(
     Returns:
         [B, Hq, 1, Dv], zeros for a head without a slot.
     """
-    tip = Tip(dims, weights, packed, scales, shift, valid, forced, sample, n_fac, how, scaling, softcap, completes)
+    ranks = (dims, weights, packed, scales, shift, valid, forced, sample)
+    tip = Tip(*ranks, n_fac, share, how, scaling, softcap, completes)
     ending = Ending(mean_value, covariance, covered, strength, sinks)
-    wanted = slots.shape[1]
-    search = _Search(slots, slots, slots, slots, 0, 0, wanted, 2, power_of_two(wanted, 16), False)
-    return _attend(query, key, value, places, search, units, masses, tip, ending, False, ATTEND_WARPS)
+    found = Listed(slots, slots, slots, slots, 0, 0, 0, 0, slots.shape[1])
+    return attended(query, key, value, places, found, units, masses, tip, ending)
 
 
 @operator("sparse_decode", _empty_result)
@@ -156,6 +140,7 @@ def sparse_decode(
     forced: Tensor | None,
     sample: Tensor | None,
     n_fac: int,
+    share: int,
     how: str,
     scaling: float,
     softcap: float | None,
@@ -167,15 +152,11 @@ def sparse_decode(
     sinks: Tensor | None,
 ) -> Tensor:
     """TIP, the selection and FAC for one query a row: `select_slots`, then `attend_slots`, with their arguments."""
-    tip = Tip(dims, weights, packed, scales, shift, valid, forced, sample, n_fac, how, scaling, softcap, completes)
+    ranks = (dims, weights, packed, scales, shift, valid, forced, sample)
+    tip = Tip(*ranks, n_fac, share, how, scaling, softcap, completes)
     ending = Ending(mean_value, covariance, covered, strength, sinks)
-    if parts_of(tip.kv_len, TILE.value) > MOST_FOCUSED:
-        slots, units, masses = select_slots(query, *tip)
-        return attend_slots(query, key, value, slots, slots, units, masses, *tip, *ending)
     ranking = ranked(query, tip)
-    search = _search(ranking, tip.kv_len, n_fac)
-    units, masses = ranking.units, ranking.masses
-    return _attend(query, key, value, search.slots, search, units, masses, tip, ending, True, FOCUS_WARPS)
+    return attended(query, key, value, None, listed(ranking, tip), ranking.units, ranking.masses, tip, ending)
 
 
 @operator(
@@ -216,7 +197,8 @@ def hold_slots(
     places, absent, scratch = (torch.empty_like(slots) for _ in range(3))
     find_rows[(rows,)](
         slots, held, held_at, places, absent, scratch, held if length is None else length, wanted,
-        power_of_two(wanted), length is not None, overlap, num_warps=FIND_WARPS, **launch,
+        power_of_two(wanted), length is not None, overlap,
+        num_warps=min(32, max(FIND_WARPS, power_of_two(wanted) // 256)), **launch,
     )  # fmt: skip
     blocks = parts_of(wanted, FETCH_BLOCK)
     fetch_rows[(min(FETCH_PROGRAMS, rows * blocks),)](
@@ -225,74 +207,3 @@ def hold_slots(
         FETCH_BLOCK, kv_heads, overlap, num_warps=FETCH_WARPS, **launch,
     )  # fmt: skip
     return places
-
-
-class _Search(NamedTuple):
-    """Arguments of the kernel `select_keys`."""
-
-    order: Tensor
-    maxima: Tensor
-    tiles: Tensor
-    slots: Tensor
-    order_stride: int
-    maxima_stride: int
-    wanted: int
-    TILES_PAD: int
-    WANTED_PAD: int
-    SEARCH: bool
-
-
-def _search(ranking: Ranking, kv_len: int, n_fac: int) -> _Search:
-    order, maxima = ranking.order, ranking.maxima
-    rows, tiles, wanted = order.shape[0], parts_of(kv_len, TILE.value), min(n_fac, kv_len)
-    wanted_pad = power_of_two(wanted, 16)
-    return _Search(
-        order, maxima, _integers(order, rows, wanted_pad), _integers(order, rows, wanted),
-        order.stride(0), maxima.stride(0), wanted, power_of_two(tiles, 2), wanted_pad, tiles > wanted_pad,
-    )  # fmt: skip
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    places: Tensor,
-    search: _Search,
-    units: Tensor,
-    masses: Tensor,
-    tip: Tip,
-    ending: Ending,
-    selects: bool,
-    warps: int,
-) -> Tensor:
-    """Launch the kernel `attend_rows`, with `select_keys` in it if it ``selects``; returns [B, Hq, 1, Dv]."""
-    kv_heads, dim, value_dim = key.shape[1], key.shape[3], value.shape[3]
-    group, out = query.shape[1] // kv_heads, result_of(query, value)
-    block = min(ATTEND_BLOCK if key.element_size() == 2 else 32, search.WANTED_PAD)
-    means, covariances, covered = (query if each is None else each for each in ending[:3])
-    first_order = ending.strength != 0.0 and covariances.shape[2] > 0
-    inputs, constants = completing(query, tip, units, masses)
-    overlap, launch = overlapping(query.device)
-    attend_rows[(query.shape[0] * kv_heads,)](
-        *search, places, query, key, value, out, query if ending.sinks is None else ending.sinks,
-        *head_strides(key, value), tip.scaling, tip.softcap or 1.0, key.stride(2), value.stride(2),
-        group, power_of_two(group, 16), dim, power_of_two(dim, 16), value_dim, power_of_two(value_dim, 16), block,
-        kv_heads, tip.softcap is not None, ending.sinks is not None, *inputs, means, covariances, covered,
-        tip.packed.shape[2], units.shape[1], masses.shape[1], ending.strength, *constants, tip.completes, first_order,
-        selects, overlap, num_warps=warps, **launch,
-    )  # fmt: skip
-    return out
-
-
-def result_of(query: Tensor, value: Tensor) -> Tensor:
-    """An empty result [B, Hq, 1, Dv]."""
-    return query.new_empty(*query.shape[:3], value.shape[-1])
-
-
-def head_strides(key: Tensor, value: Tensor) -> tuple[int, int, int, int]:
-    """Strides of batch and head in keys, then in values."""
-    return key.stride(0), key.stride(1), value.stride(0), value.stride(1)
-
-
-def _integers(like: Tensor, rows: int, columns: int) -> Tensor:
-    return torch.empty(rows, columns, dtype=torch.int32, device=like.device)

@@ -5,19 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasa_flex.backends.triton.decode import ATTEND_BLOCK, ATTEND_WARPS, head_strides, result_of
-from fasa_flex.backends.triton.kernels import (
-    attend_part,
-    merge_parts,
-    on_their_device,
-    overlapping,
-    parts_of,
-    power_of_two,
-)
+from fasa_flex.backends.triton.attention import ATTEND_BLOCK, MOST_PARTS, Ending, head_strides, merged, result_of
+from fasa_flex.backends.triton.kernels import attend_part, on_their_device, overlapping, parts_of, power_of_two
 from fasa_flex.core.compiler import operator
 
-PROGRAMS, MOST_PARTS, MERGE_WARPS = 256, 128, 8
-"""Programs of a dense layer's attention (two a multiprocessor), most parts of a row, and warps of the merge."""
+PROGRAMS, DENSE_WARPS = 256, 4
+"""Programs of a dense layer's attention (two a multiprocessor), and warps of one."""
 
 
 @operator("dense_decode", lambda query, key, value, *_: result_of(query, value))
@@ -52,18 +45,13 @@ def dense_decode(
     span = parts_of(parts_of(kv_len, min(MOST_PARTS, max(1, PROGRAMS // rows))), block) * block
     parts = parts_of(kv_len, span)
     overlap, launch = overlapping(query.device)
-    bests, totals, results = (
-        torch.empty(rows, parts, group, width, dtype=torch.float32, device=query.device) for width in (1, 1, value_pad)
+    sums, results = (
+        torch.empty(rows, parts, group, width, dtype=torch.float32, device=query.device) for width in (3, value_pad)
     )
     attend_part[(parts, rows)](
-        query, key, value, valid, bests, totals, results, *head_strides(key, value), kv_len,
+        query, key, value, valid, sums, results, *head_strides(key, value), kv_len,
         0 if valid.shape[0] == 1 else valid.stride(0), span, scaling, softcap or 1.0, key.stride(2), value.stride(2),
         group, group_pad, dim, power_of_two(dim, 16), value_dim, value_pad, block, kv_heads,
-        softcap is not None, overlap, num_warps=ATTEND_WARPS, **launch,
+        softcap is not None, overlap, num_warps=DENSE_WARPS, **launch,
     )  # fmt: skip
-    out = result_of(query, value)
-    merge_parts[(rows, group)](
-        bests, totals, results, query if sinks is None else sinks, out, parts, group, value_dim, value_pad,
-        power_of_two(parts), kv_heads, sinks is not None, overlap, num_warps=MERGE_WARPS, **launch,
-    )  # fmt: skip
-    return out
+    return merged(query, value, sums, results, Ending(sinks=sinks))

@@ -17,28 +17,20 @@ from fasa_flex.core.scoring import DominantChunks
 from fasa_flex.core.softmax import Softmax
 from fasa_flex.errors import NotSupportedError
 
-MOST_SELECTED = 1024
-"""Largest budget that the kernels serve: they search as many tiles of 16 keys in registers."""
-
-MOST_KEYS = 65535 * 16
-"""Longest cache that the kernels serve: they count its tiles in 16 bits."""
-
 
 def why_no_kernels(call: Call) -> str | None:
     """The reason why the kernels cannot serve a call; None if they can."""
-    query, packed, n_fac = call.query, call.packed_keys, call.budget.n_fac
+    query, packed = call.query, call.packed_keys
     if not query.is_cuda:
         return f"it needs a CUDA device, the query is on {query.device.type}"
     if query.shape[2] != 1:
         return f"it decodes one query a row, got {query.shape[2]}"
     if not isinstance(call.scorer, DominantChunks) or not isinstance(packed, PackedKeys):
         return "it needs the PackedKeys of dominant chunks"
-    if not isinstance(n_fac, int) or n_fac > MOST_SELECTED:
-        return f"n_fac must be an int of at most {MOST_SELECTED}, got {n_fac}"
+    if isinstance(call.budget.n_fac, tuple):
+        return f"n_fac must be one count or share for all heads, got {call.budget.n_fac}"
     if packed.tiles.shape[4] != 1:
         return f"it needs packed keys in rows, got tiles of {packed.tiles.shape[4]}"
-    if call.key.shape[2] > MOST_KEYS:
-        return f"it searches at most {MOST_KEYS} keys, got {call.key.shape[2]}"
     if call.group_reduce == "none" and query.shape[1] != call.key.shape[1]:
         return "a group's query heads must select together"
     if call.completion is not None and call.completion.state is None:
@@ -70,8 +62,8 @@ def check_kernels(
         reason = "it decodes one query a row, and prefill='sparse' has several"
     elif not isinstance(scorer, DominantChunks) or not packs:
         reason = "it needs the packed keys of dominant chunks, one set for a key/value head"
-    elif not isinstance(budget.n_fac, int) or budget.n_fac > MOST_SELECTED:
-        reason = f"its budget must be a count of at most {MOST_SELECTED} for all heads, got {budget.n_fac}"
+    elif isinstance(budget.n_fac, tuple):
+        reason = f"its budget must be one count or share for all heads, got {budget.n_fac}"
     elif config.group_reduce == "none" and group > 1:
         reason = "a group's query heads must select together"
     if reason is not None:
@@ -152,13 +144,12 @@ def decode_pages_by_kernels(call: Call, keys: Tensor, values: Tensor, rows_of: C
 
 def _arguments_of(call: Call) -> tuple[Tensor, tuple[Any, ...], tuple[Any, ...]]:
     """A call's query, contiguous, and the arguments that the operators share: the fields of `Tip` and of `Ending`."""
-    from fasa_flex.backends.triton.decode import Ending  # Triton is installed with CUDA only
+    from fasa_flex.backends.triton.attention import Ending  # Triton is installed with CUDA only
     from fasa_flex.backends.triton.tip import Tip
 
     query, scorer, packed, softmax = call.query.contiguous(), call.scorer, call.packed_keys, call.softmax
     assert isinstance(scorer, DominantChunks)
     assert isinstance(packed, PackedKeys)
-    assert isinstance(call.budget.n_fac, int)
     marks, completion = call.known_marks(), call.completion
     how = call.group_reduce if query.shape[1] > call.key.shape[1] else "max"
     tip = Tip(
@@ -170,7 +161,8 @@ def _arguments_of(call: Call) -> tuple[Tensor, tuple[Any, ...], tuple[Any, ...]]
         in_rows(call.valid),
         None if marks.forced is None else in_rows(marks.forced),
         None if marks.sample is None or how == "softmax_exact" else in_rows(marks.sample),
-        call.budget.n_fac,
+        call.budget.widest(call.valid.shape[-1]),
+        call.budget.trillionths,
         "softmax" if how == "softmax_exact" else how,
         softmax.scaling,
         softmax.softcap,

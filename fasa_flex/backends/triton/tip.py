@@ -7,7 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fasa_flex.backends.triton.kernels import TILE, overlapping, parts_of, power_of_two, score_keys, sum_keys
+from fasa_flex.backends.triton.kernels import (
+    BINS,
+    SEGMENTS,
+    list_keys,
+    overlapping,
+    parts_of,
+    power_of_two,
+    score_keys,
+    sum_keys,
+)
 
 SUM_BLOCK, MOST_SUMS, SUM_WARPS, SUM_STAGES = 256, 64, 4, 2
 SCORE_BLOCK, SCORE_WARPS, SCORE_STAGES, SCORE_PROGRAMS, MOST_STEPS = 256, 4, 4, 2048, 16
@@ -15,6 +24,9 @@ SCORE_BLOCK, SCORE_WARPS, SCORE_STAGES, SCORE_PROGRAMS, MOST_STEPS = 256, 4, 4, 
 
 SCORE_REGISTERS = 96
 """Most registers of a thread of `score_keys` on four-bit keys: a multiprocessor then runs five programs, not four."""
+
+TILE, LIST_KEYS, LIST_WARPS = 16, 4096, 8
+"""Keys of a tile, whose maximum is compared before its keys, and keys and warps of a program that lists keys."""
 
 WIDE = 16384
 """Bytes of a block of packed keys from which a program takes half as many keys, in two stages."""
@@ -34,7 +46,8 @@ class Tip(NamedTuple):
         forced: 1 for keys that are always selected, uint8 [B or 1, T], rows contiguous; None: none.
         sample: slots of sampled keys, int64 [B or 1, S], -1 for none, rows contiguous; their mass is the unit of the
             weights. None: all valid keys.
-        n_fac: tokens to select; as many tiles of 16 keys are searched in registers.
+        n_fac: tokens to select at most.
+        share: trillionths of a row's valid keys to select at most (`Budget.trillionths`).
         how: ranking of a group's heads: "softmax" (the sum of their weights), "mean" or "max" (of their scores).
         scaling: factor of the logits.
         softcap: soft cap of the scaled logits, or None.
@@ -50,6 +63,7 @@ class Tip(NamedTuple):
     forced: Tensor | None
     sample: Tensor | None
     n_fac: int
+    share: int
     how: str
     scaling: float
     softcap: float | None
@@ -59,6 +73,16 @@ class Tip(NamedTuple):
     def kv_len(self) -> int:
         """T, the number of keys."""
         return self.valid.shape[1]
+
+    @property
+    def width(self) -> int:
+        """The largest number of slots that a row selects."""
+        return min(self.n_fac, self.kv_len)
+
+    @property
+    def tile(self) -> int:
+        """Keys of a tile: 1 where most tiles of `TILE` would have a selected key, as in `fasa_flex.core.ranking`."""
+        return 1 if self.kv_len < 2 * TILE * self.width else TILE
 
     @property
     def weighs(self) -> bool:
@@ -100,15 +124,43 @@ class Ranking(NamedTuple):
 
     Attributes:
         order: int32 [B * Hkv, >= T], integers in the order of the ranking.
-        maxima: int32 [B * Hkv, tiles], the largest of each tile of ``order``.
+        maxima: int32 [B * Hkv, tiles], the largest of each tile of ``order``; ``order`` for tiles of one key.
+        bins: int32 [B * Hkv, BINS], a histogram of ``maxima``, and the number of valid keys.
         units: float32 [B * Hkv, N, G], the base-2 log-sum-exps of the parts of the sample, if weights are computed.
         masses: float32 [B * Hkv, M, G], sums of weights over all valid keys of M programs, if the call completes.
     """
 
     order: Tensor
     maxima: Tensor
+    bins: Tensor
     units: Tensor
     masses: Tensor
+
+
+class Listed(NamedTuple):
+    """The first arguments of the kernel `select_keys`: keys that may be selected, and the budget.
+
+    Attributes:
+        keys: int32 [B * Hkv, 2, >= T], orders and slots of these keys, in `SEGMENTS` segments of a row.
+        counts: int32 [B * Hkv, SEGMENTS + 2], numbers of them, and the bounds of the threshold.
+        bins: as of `Ranking`.
+        slots: empty, int32 [B * Hkv, min(n_fac, T)].
+        order_stride: places of a row.
+        segment: places of a segment.
+        n_fac: as of `Tip`.
+        share: as of `Tip`.
+        width: columns of ``slots``.
+    """
+
+    keys: Tensor
+    counts: Tensor
+    bins: Tensor
+    slots: Tensor
+    order_stride: int
+    segment: int
+    n_fac: int
+    share: int
+    width: int
 
 
 def unit_and_mass(query: Tensor, tip: Tip) -> tuple[Tensor, Tensor]:
@@ -130,19 +182,19 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
     group, rows, (width, part, part_pad) = query_heads // kv_heads, batch * kv_heads, tip.layout
     units, masses = unit_and_mass(query, tip)
     block, blocks, steps = tip.scores(rows)
-    order, maxima = (
-        torch.empty(rows, size, dtype=torch.int32, device=query.device)
-        for size in (blocks * block, blocks * block // TILE.value)
-    )
+    parts, sum_steps = tip.sums
+    integers: dict[str, Any] = {"dtype": torch.int32, "device": query.device}
+    order = torch.empty(rows, blocks * block, **integers)
+    maxima = order if tip.tile == 1 else torch.empty(rows, blocks * block // tip.tile, **integers)
+    bins = (torch.empty if parts else torch.zeros)(rows, BINS.value, **integers)  # `sum_keys` empties the bins
     overlap, launch = overlapping(query.device)
     native, softcap = tip.native(query), tip.softcap or 1.0
     inputs = query, tip.dims, _or(tip.weights, query), packed, _or(tip.scales, query), _or(tip.shift, query)
     has = tip.scales is not None, tip.weights is not None, tip.shift is not None, tip.softcap is not None
-    parts, sum_steps = tip.sums
     if parts:
         sample = _or(tip.sample, query)
         sum_keys[(parts, rows)](
-            *inputs, tip.valid, sample, units, kv_len, 0 if tip.sample is None else sample.shape[1],
+            *inputs, tip.valid, sample, units, bins, kv_len, 0 if tip.sample is None else sample.shape[1],
             _stride(tip.valid), _stride(sample), packed.shape[2], sum_steps, tip.scaling, softcap,
             group, power_of_two(group, 8), dim, width, part, part_pad, SUM_BLOCK, *has, tip.sample is not None,
             native, kv_heads, overlap, num_warps=SUM_WARPS, num_stages=SUM_STAGES, **launch,
@@ -150,20 +202,36 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
     fold = 2 if tip.scales is not None and group <= 4 else 1  # float keys may hold NaN, which would spread
     forced, registers = _or(tip.forced, tip.valid), {"maxnreg": SCORE_REGISTERS} if native and SCORE_REGISTERS else {}
     score_keys[(parts_of(blocks, steps), rows)](
-        *inputs, tip.valid, forced, units, order, maxima, masses, order.stride(0), maxima.stride(0), kv_len,
+        *inputs, tip.valid, forced, units, order, maxima, bins, masses, kv_len,
         _stride(tip.valid), _stride(forced), packed.shape[2], blocks, steps, parts, tip.scaling, softcap,
-        group, power_of_two(group, 8 // fold), fold, dim, width, part, part_pad, block, power_of_two(max(1, parts)),
-        *has, tip.forced is not None, tip.how, tip.completes, native,
+        group, power_of_two(group, 8 // fold), fold, dim, width, part, part_pad, block, tip.tile,
+        power_of_two(max(1, parts)), *has, tip.forced is not None, tip.how, tip.completes, native,
         SCORE_STAGES if block == SCORE_BLOCK else 2, kv_heads, overlap, num_warps=SCORE_WARPS, **registers, **launch,
     )  # fmt: skip
-    return Ranking(order, maxima, units, masses)
+    return Ranking(order, maxima, bins, units, masses)
 
 
-def completing(query: Tensor, tip: Tip, units: Tensor, masses: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def listed(ranking: Ranking, tip: Tip) -> Listed:
+    """List the keys that may be selected."""
+    (rows, stride), tiles = ranking.order.shape, ranking.maxima.shape[1]
+    span = parts_of(tiles, SEGMENTS.value)
+    keys, counts, slots = (
+        torch.empty(rows, *size, dtype=torch.int32, device=ranking.order.device)
+        for size in ((2, stride), (SEGMENTS.value + 2,), (tip.width,))
+    )
+    overlap, launch = overlapping(keys.device)
+    list_keys[(SEGMENTS.value, rows)](
+        *ranking[:3], keys, counts, stride, tiles, span, tip.n_fac, tip.share, tip.tile,
+        min(LIST_KEYS // tip.tile, power_of_two(span)), overlap, num_warps=LIST_WARPS, **launch,
+    )  # fmt: skip
+    return Listed(keys, counts, ranking.bins, slots, stride, span * tip.tile, tip.n_fac, tip.share, tip.width)
+
+
+def completing(query: Tensor, tip: Tip, units: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The arguments of the kernel `attend_rows` that score the selected keys again: its tensors, and its constants."""
     inputs = tip.dims, _or(tip.weights, query), tip.packed, _or(tip.scales, query), _or(tip.shift, query)
     has = tip.scales is not None, tip.weights is not None, tip.shift is not None, tip.native(query)
-    return (*inputs, units, masses), (*tip.layout, power_of_two(max(1, units.shape[1])), *has)
+    return (*inputs, units), (*tip.layout, power_of_two(max(1, units.shape[1])), *has)
 
 
 def _stride(rows: Tensor) -> int:

@@ -10,19 +10,22 @@ from fasa_flex.backends.triton.kernels.attention import attend_part, attend_rows
 from fasa_flex.backends.triton.kernels.blocks import estimate_blocks
 from fasa_flex.backends.triton.kernels.completion import cover_rows
 from fasa_flex.backends.triton.kernels.launching import on_their_device, overlapping, parts_of, power_of_two
+from fasa_flex.backends.triton.kernels.orders import BINS
 from fasa_flex.backends.triton.kernels.rows import fetch_rows, find_rows
-from fasa_flex.backends.triton.kernels.scoring import TILE, score_keys, sum_keys
-from fasa_flex.backends.triton.kernels.selection import select_keys
+from fasa_flex.backends.triton.kernels.scoring import score_keys, sum_keys
+from fasa_flex.backends.triton.kernels.selection import SEGMENTS, list_keys, select_keys
 from fasa_flex.backends.triton.kernels.writing import write_states
 
 __all__ = [
-    "TILE",
+    "BINS",
+    "SEGMENTS",
     "attend_part",
     "attend_rows",
     "cover_rows",
     "estimate_blocks",
     "fetch_rows",
     "find_rows",
+    "list_keys",
     "merge_parts",
     "on_their_device",
     "overlapping",

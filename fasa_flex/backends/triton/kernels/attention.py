@@ -1,4 +1,4 @@
-"""Kernels of attention: FAC over selected rows, selection and FAC in one kernel, and dense attention over all rows."""
+"""Kernels of attention: parts of FAC, beside the selection or not, parts of dense attention, and their merge."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from fasa_flex.backends.triton.kernels.selection import select_keys
 
 _SLICE = tl.constexpr(64)
 """Dimensions of the query that are multiplied by the completion's covariance at one time."""
+
+_STEP = tl.constexpr(256)
+"""Programs of `score_keys` whose sums of weights are read at one time."""
 
 
 @triton.jit
@@ -48,78 +51,51 @@ def _queries(query, row, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.c
 
 
 @triton.jit
-def _remainder(
-    query, means, covariances, row, factor,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, FIRST_ORDER: tl.constexpr,
+def _store_part(
+    sums, results, best, total, kept, result, row, part, parts, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
 ):  # fmt: skip
-    """The unselected keys' estimated value, `fasa_flex.core.completion`: [GROUP_PAD, VALUE_PAD]."""
+    """Store one of a row's ``parts``: largest logits, sums of exact and of estimated weights, and results."""
     head, value_dim = tl.arange(0, GROUP_PAD), tl.arange(0, VALUE_PAD)
-    mean = tl.load(means + row * VALUE_DIM + value_dim, mask=value_dim < VALUE_DIM, other=0).to(tl.float32)
-    result = tl.zeros([GROUP_PAD, VALUE_PAD], tl.float32) + mean[None, :]
-    if FIRST_ORDER:
-        for first in tl.static_range(0, DIM_PAD, _SLICE if DIM_PAD > _SLICE else DIM_PAD):
-            dim = first + tl.arange(0, _SLICE if DIM_PAD > _SLICE else DIM_PAD)
-            place = query + (row * GROUP + head[:, None]) * DIM + dim[None, :]
-            queries = tl.load(place, mask=(head < GROUP)[:, None] & (dim < DIM)[None, :], other=0).to(tl.float32)
-            place = covariances + (row * DIM + dim[:, None]) * VALUE_DIM + value_dim[None, :]
-            covariance = tl.load(place, mask=(dim < DIM)[:, None] & (value_dim < VALUE_DIM)[None, :], other=0)
-            result = tl.dot((queries * factor).to(covariance.dtype), covariance, result, input_precision="ieee")
-    return result
+    place = row * parts + part
+    tl.store(sums + place * 3 * GROUP + head, best, mask=head < GROUP)
+    tl.store(sums + (place * 3 + 1) * GROUP + head, total, mask=head < GROUP)
+    tl.store(sums + (place * 3 + 2) * GROUP + head, kept, mask=head < GROUP)
+    place_of = results + (place * GROUP + head[:, None]) * VALUE_PAD + value_dim[None, :]
+    tl.store(place_of, result, mask=(head < GROUP)[:, None])
 
 
-@triton.jit
-def _share(
-    kept, masses, covered, row, programs, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """The selected keys' share of the mass of all valid keys, as in `fasa_flex.core.completion.kept_share`."""
-    head = tl.arange(0, GROUP_PAD)
-    parts = tl.zeros([STEP, GROUP_PAD], tl.float32)
-    for start in range(0, programs, STEP):
-        program = start + tl.arange(0, STEP)
-        place = masses + (row * programs + program[:, None]) * GROUP + head[None, :]
-        parts += tl.load(place, mask=(program < programs)[:, None] & (head < GROUP)[None, :], other=0.0)
-    total = tl.sum(parts, 0)
-    share = kept / tl.where(total > 0.0, total, 1.0)
-    share = tl.where((share > 1.0) | (total <= 0.0), 1.0, share)
-    return tl.where(tl.load(covered + row) > 0, share, 1.0)
-
-
-@triton.jit(do_not_specialize=["parts", "programs"])
+@triton.jit(do_not_specialize=["segment_width", "n_fac", "share", "width", "span", "parts"])
 def attend_rows(
-    order, maxima, tiles, slots, order_stride, maxima_stride, wanted,
-    TILES_PAD: tl.constexpr, WANTED_PAD: tl.constexpr, SEARCH: tl.constexpr,
-    places, query, keys, values, out, sinks, key_batch, key_head, value_batch, value_head, scaling, softcap,
+    listed, counts, bins, slots, order_stride, segment_width, n_fac, share, width, span,
+    places, query, keys, values, sums, results, key_batch, key_head, value_batch, value_head, scaling, softcap,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, CAPPED: tl.constexpr, SUNK: tl.constexpr,
-    dims, weights, packed, scales, shift, units, masses, means, covariances, covered, capacity, parts, programs,
-    strength,
+    BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, CAPPED: tl.constexpr,
+    dims, weights, packed, scales, shift, units, capacity, parts,
     WIDTH: tl.constexpr, PART: tl.constexpr, PART_PAD: tl.constexpr, PARTS_PAD: tl.constexpr, SCALED: tl.constexpr,
     WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, NATIVE: tl.constexpr, COMPLETES: tl.constexpr,
-    FIRST_ORDER: tl.constexpr, SELECTS: tl.constexpr, OVERLAP: tl.constexpr,
+    CHUNK: tl.constexpr, SELECTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """FAC for the query heads of one key/value head, completed, beside learned sinks.
+    """FAC over ``span`` of a key/value head's ``width`` slots; `merge_parts` merges the parts.
 
     ``places`` has the rows of the selected keys and values, ``slots`` those of their packed keys; -1 for none. With
-    ``SELECTS`` the kernel is `select_keys` first, and ``places`` is ``slots``.
+    ``SELECTS`` the kernel first selects its slots (`select_keys`), and ``places`` is ``slots``.
     """
-    row, head = tl.program_id(0).to(tl.int64), tl.arange(0, GROUP_PAD)
+    row, part, head = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, GROUP_PAD)
     # all that is read before `begin_in_turn` is older than the results of the kernel before
     if COMPLETES:
-        rest = _remainder(
-            query, means, covariances, row, scaling * strength, GROUP, GROUP_PAD, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD,
-            FIRST_ORDER,
-        )  # fmt: skip
         lower, upper = both_queries(
             query, dims, weights, row, GROUP, GROUP_PAD, 1, DIM, WIDTH, PART, PART_PAD, WEIGHTED, NATIVE, KV_HEADS
         )  # fmt: skip
         unit = unit_of(units, row, parts, PARTS_PAD, GROUP, GROUP_PAD)
     queries = _queries(query, row, GROUP, GROUP_PAD, DIM, DIM_PAD)
+    first = part * span
+    last = tl.minimum(first + span, width)
     begin_in_turn(OVERLAP)
     if SELECTS:
         select_keys(
-            order, maxima, tiles, slots, order_stride, maxima_stride, wanted, TILES_PAD, WANTED_PAD, SEARCH, False
+            listed, counts, bins, slots, order_stride, segment_width, n_fac, share, width, first, last, CHUNK, False
         )  # fmt: skip
         tl.debug_barrier()  # other threads read the slots
     best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
@@ -128,11 +104,11 @@ def attend_rows(
     result = tl.zeros([GROUP_PAD, VALUE_PAD], tl.float32)
     keys += (row // KV_HEADS) * key_batch + (row % KV_HEADS) * key_head
     values += (row // KV_HEADS) * value_batch + (row % KV_HEADS) * value_head
-    for start in range(0, WANTED_PAD, BLOCK):
+    for start in range(first, last, BLOCK):
         number = start + tl.arange(0, BLOCK)
-        place = tl.load(places + row * wanted + number, mask=number < wanted, other=-1).to(tl.int64)
+        place = tl.load(places + row * width + number, mask=number < last, other=-1).to(tl.int64)
         if COMPLETES:
-            slot = tl.load(slots + row * wanted + number, mask=number < wanted, other=-1).to(tl.int64)
+            slot = tl.load(slots + row * width + number, mask=number < last, other=-1).to(tl.int64)
             real, dim = slot >= 0, tl.arange(0, PART_PAD)
             key = tl.load(
                 packed + (row * capacity + slot)[:, None] * PART + dim[None, :],
@@ -152,24 +128,14 @@ def attend_rows(
             queries, keys, values, place, place >= 0, best, total, result, scaling, softcap,
             KEY_STRIDE, VALUE_STRIDE, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, CAPPED,
         )  # fmt: skip
-    result /= tl.where(total == 0.0, 1.0, total)[:, None]
-    mass = best + tl.log(total)
-    if COMPLETES:
-        share = _share(kept, masses, covered, row, programs, GROUP, GROUP_PAD, 64)
-        result = share[:, None] * result + (1.0 - share)[:, None] * rest
-        mass -= tl.log(share)
-    if SUNK:
-        sink = tl.load(sinks + (row % KV_HEADS) * GROUP + head, mask=head < GROUP, other=0).to(tl.float32)
-        result *= (1.0 / (1.0 + tl.exp(sink - mass)))[:, None]
-    value_dim = tl.arange(0, VALUE_PAD)
-    place_of = out + (row * GROUP + head[:, None]) * VALUE_DIM + value_dim[None, :]
-    inside = (head < GROUP)[:, None] & (value_dim < VALUE_DIM)[None, :]
-    tl.store(place_of, result.to(out.dtype.element_ty), mask=inside)
+    _store_part(
+        sums, results, best, total, kept, result, row, part, tl.num_programs(1), GROUP, GROUP_PAD, VALUE_PAD
+    )  # fmt: skip
 
 
 @triton.jit
 def attend_part(
-    query, keys, values, valid, bests, totals, results, key_batch, key_head, value_batch, value_head, kv_len,
+    query, keys, values, valid, sums, results, key_batch, key_head, value_batch, value_head, kv_len,
     valid_stride, span, scaling, softcap,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, BLOCK: tl.constexpr,
@@ -191,36 +157,77 @@ def attend_part(
             queries, keys, values, slot, real != 0, best, total, result, scaling, softcap,
             KEY_STRIDE, VALUE_STRIDE, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, CAPPED,
         )  # fmt: skip
-    head, value_dim = tl.arange(0, GROUP_PAD), tl.arange(0, VALUE_PAD)
-    place = (row * tl.num_programs(0) + part) * GROUP + head
-    tl.store(bests + place, best, mask=head < GROUP)
-    tl.store(totals + place, total, mask=head < GROUP)
-    tl.store(results + place[:, None] * VALUE_PAD + value_dim[None, :], result, mask=(head < GROUP)[:, None])
+    _store_part(
+        sums, results, best, total, total, result, row, part, tl.num_programs(0), GROUP, GROUP_PAD, VALUE_PAD
+    )  # fmt: skip
 
 
 @triton.jit
-def merge_parts(
-    bests, totals, results, sinks, out, parts,
-    GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, PARTS_PAD: tl.constexpr,
-    KV_HEADS: tl.constexpr, SUNK: tl.constexpr, OVERLAP: tl.constexpr,
+def _remainder(
+    query, means, covariances, row, head, factor, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, FIRST_ORDER: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of `attend_part` into the attention of one query head."""
-    begin(OVERLAP)
+    """The unselected keys' estimated value, `fasa_flex.core.completion`, for one query head: [VALUE_PAD]."""
+    value_dim = tl.arange(0, VALUE_PAD)
+    result = tl.load(means + row * VALUE_DIM + value_dim, mask=value_dim < VALUE_DIM, other=0).to(tl.float32)
+    if FIRST_ORDER:
+        for first in tl.static_range(0, DIM_PAD, _SLICE if DIM_PAD > _SLICE else DIM_PAD):
+            dim = first + tl.arange(0, _SLICE if DIM_PAD > _SLICE else DIM_PAD)
+            own = tl.load(query + (row * GROUP + head) * DIM + dim, mask=dim < DIM, other=0).to(tl.float32) * factor
+            place = covariances + (row * DIM + dim[:, None]) * VALUE_DIM + value_dim[None, :]
+            covariance = tl.load(place, mask=(dim < DIM)[:, None] & (value_dim < VALUE_DIM)[None, :], other=0)
+            own = own.to(covariance.dtype).to(tl.float32)  # rounded as in PyTorch
+            result += tl.sum(own[:, None] * covariance.to(tl.float32), 0)
+    return result
+
+
+@triton.jit(do_not_specialize=["programs"])
+def merge_parts(
+    sums, results, sinks, out, parts, query, masses, means, covariances, covered, programs, factor,
+    GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
+    PARTS_PAD: tl.constexpr, KV_HEADS: tl.constexpr, SUNK: tl.constexpr, COMPLETES: tl.constexpr,
+    FIRST_ORDER: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Merge the parts of `attend_rows` or `attend_part` into one query head's attention, completed, beside a sink.
+
+    The selected keys' share of the mass of all valid keys is that of `fasa_flex.core.completion.kept_share`.
+    """
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     part, value_dim = tl.arange(0, PARTS_PAD), tl.arange(0, VALUE_PAD)
-    place = (row * parts + part) * GROUP + head
-    best = tl.load(bests + place, mask=part < parts, other=float("-inf"))
-    most = tl.max(best, 0)
+    # all that is read before `begin_in_turn` is older than the results of the kernel before
+    if COMPLETES:
+        rest = _remainder(
+            query, means, covariances, row, head, factor, GROUP, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, FIRST_ORDER
+        )  # fmt: skip
+        by_program = tl.zeros([_STEP], tl.float32)
+        for start in range(0, programs, _STEP):
+            program = start + tl.arange(0, _STEP)
+            place = masses + (row * programs + program) * GROUP + head
+            by_program += tl.load(place, mask=program < programs, other=0.0)
+        mass = tl.sum(by_program, 0)
+        covers = tl.load(covered + row) > 0
     if SUNK:
         sink = tl.load(sinks + (row % KV_HEADS) * GROUP + head).to(tl.float32)
-        most = tl.maximum(most, sink)
-    shift = tl.where(most == float("-inf"), 0.0, most)
-    share = tl.exp(best - shift)
-    total = tl.sum(tl.load(totals + place, mask=part < parts, other=0.0) * share, 0)
+    begin_in_turn(OVERLAP)
+    place = (row * parts + part) * GROUP + head
+    by_part = tl.load(
+        results + place[:, None] * VALUE_PAD + value_dim[None, :], mask=(part < parts)[:, None], other=0.0
+    )  # fmt: skip
+    place = sums + (row * parts + part) * 3 * GROUP + head
+    best = tl.load(place, mask=part < parts, other=float("-inf"))
+    total = tl.load(place + GROUP, mask=part < parts, other=0.0)
+    most = tl.max(best, 0)
+    fade = tl.exp(best - tl.where(most == float("-inf"), 0.0, most))
+    weight = tl.sum(total * fade, 0)
+    result = tl.sum(by_part * fade[:, None], 0) / tl.where(weight == 0.0, 1.0, weight)
+    lse = most + tl.log(weight)
+    if COMPLETES:
+        kept = tl.sum(tl.load(place + 2 * GROUP, mask=part < parts, other=0.0), 0)
+        share = kept / tl.where(mass > 0.0, mass, 1.0)
+        share = tl.where((share > 1.0) | (mass <= 0.0) | (covers == 0), 1.0, share)
+        result = share * result + (1.0 - share) * rest
+        lse -= tl.log(share)
     if SUNK:
-        total += tl.exp(sink - shift)
-    place = results + place[:, None] * VALUE_PAD + value_dim[None, :]
-    by_part = tl.load(place, mask=(part < parts)[:, None], other=0.0)
-    result = tl.sum(by_part * share[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+        result *= 1.0 / (1.0 + tl.exp(sink - lse))
     place = out + (row * GROUP + head) * VALUE_DIM + value_dim
     tl.store(place, result.to(out.dtype.element_ty), mask=value_dim < VALUE_DIM)

@@ -1,4 +1,4 @@
-"""Kernels of TIP: the group's ranking, the maxima of tiles for the selection, and sums of attention weights."""
+"""Kernels of TIP: the group's ranking, maxima of tiles and their histogram, and sums of attention weights."""
 
 from __future__ import annotations
 
@@ -6,13 +6,8 @@ import triton
 import triton.language as tl
 
 from fasa_flex.backends.triton.kernels.launching import begin_in_turn
+from fasa_flex.backends.triton.kernels.orders import BINS, FIRST, LOWEST, bin_of, order_of
 from fasa_flex.backends.triton.kernels.products import both_queries, dot_products, logits_of
-
-TILE = tl.constexpr(16)
-"""Keys of a tile, whose maximum the selection searches first."""
-
-LOWEST, FIRST = tl.constexpr(-2147483648), tl.constexpr(2147483647)
-"""Orders of an invalid key, which is never selected, and of a forced one, which always is."""
 
 _SMALL, _LARGE = tl.constexpr(8e-31), tl.constexpr(3e34)
 """Sums of weights, e^-69 and e^79, between which floats neither underflow nor overflow."""
@@ -45,7 +40,7 @@ def unit_of(units, row, parts, PARTS_PAD: tl.constexpr, GROUP: tl.constexpr, HEA
 
 @triton.jit(do_not_specialize=["count", "sample_stride"])  # a growing cache would compile again
 def sum_keys(
-    query, dims, weights, keys, scales, shift, valid, sample, units, kv_len, count, valid_stride, sample_stride,
+    query, dims, weights, keys, scales, shift, valid, sample, units, bins, kv_len, count, valid_stride, sample_stride,
     capacity, steps, scaling, softcap,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
     PART_PAD: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr,
@@ -53,10 +48,13 @@ def sum_keys(
 ):  # fmt: skip
     """The base-2 log-sum-exps of the logits of ``steps`` blocks of keys, for each query head of a group.
 
-    The ``count`` keys are those in the list ``sample``, -1 for none, or with not ``SAMPLED`` all valid ones.
+    The ``count`` keys are those in the list ``sample``, -1 for none, or with not ``SAMPLED`` all valid ones. The row's
+    histogram ``bins`` is emptied.
     """
     begin_in_turn(OVERLAP)
     row, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    if part == 0:
+        tl.store(bins + row * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
     dim, head = tl.arange(0, PART_PAD), tl.arange(0, HEADS)
     lower, upper = both_queries(
         query, dims, weights, row, GROUP, HEADS, 1, DIM, WIDTH, PART, PART_PAD, WEIGHTED, NATIVE, KV_HEADS
@@ -91,15 +89,6 @@ def sum_keys(
 
 
 @triton.jit
-def _rank_bits(scores):
-    """Integers in the order of floats, the upper half of those of `fasa_flex.core.ranking.rank_keys`."""
-    scores = tl.where(scores == 0.0, 0.0, scores)
-    bits = scores.to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(scores != scores, 0x7FC00000, ordered)
-
-
-@triton.jit
 def _mixed(logits, FAR: tl.constexpr):
     """Weights of base-2 logits [N, FOLD, HEADS], and a number [N, FOLD] in the order of their sum over the heads.
 
@@ -131,15 +120,16 @@ def _marks_of(valid, forced, block, kv_len, BLOCK: tl.constexpr, FORCED: tl.cons
 
 @triton.jit
 def _rank_block(
-    keys, scales, mark, order, maxima, lower, upper, added, unit, kv_len, block, scaling, softcap, sums, far,
+    keys, scales, mark, order, maxima, bins, lower, upper, added, unit, kv_len, block, scaling, softcap, sums, seen,
     GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
-    PART_PAD: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, CAPPED: tl.constexpr,
-    FORCED: tl.constexpr, HOW: tl.constexpr, SUMS: tl.constexpr, NATIVE: tl.constexpr, FAR: tl.constexpr,
+    PART_PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
+    CAPPED: tl.constexpr, FORCED: tl.constexpr, HOW: tl.constexpr, SUMS: tl.constexpr, NATIVE: tl.constexpr,
+    FAR: tl.constexpr,
 ):  # fmt: skip
-    """Rank a block of keys: write their orders and the maximum of each of its tiles; ``mark``: `_marks_of`.
+    """Rank a block of keys: write their orders and the maximum of each tile, and count it; ``mark``: `_marks_of`.
 
-    Returns ``sums`` plus the weights of the valid keys [BLOCK // FOLD, FOLD, HEADS], and ``far`` [BLOCK], not 0 where
-    ``FAR`` has to be set.
+    Returns ``sums`` plus the weights of the valid keys [BLOCK // FOLD, FOLD, HEADS], and ``seen`` [BLOCK] plus twice
+    the number of valid keys, odd where ``FAR`` has to be set.
     """
     ROWS: tl.constexpr = BLOCK // FOLD
     slot, dim = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, FOLD * PART_PAD)
@@ -155,6 +145,7 @@ def _rank_block(
         scale = tl.load(scales + slot, mask=inside, other=0)
         factor = tl.reshape(scale, (ROWS, FOLD)).to(tl.float32)[:, :, None]
     real = mark != 0
+    seen += tl.where(real, 2, 0)
     score = tl.reshape(dot_products(key, lower, upper, WIDTH, PART, NATIVE), (ROWS, FOLD, HEADS))
     if SUMS or HOW == "softmax":
         logits = logits_of(score, factor, added, scaling, softcap, SCALED, SHIFTED, CAPPED) - unit[None, None, :]
@@ -162,11 +153,11 @@ def _rank_block(
         number = tl.reshape(number, (BLOCK,))
         if not FAR:
             near = (number < _LARGE) & ((number > _SMALL) | (HOW != "softmax"))
-            far |= tl.where(real & ~near, 1, 0)
+            seen |= tl.where(real & ~near, 1, 0)
         if SUMS:
             sums += tl.where(tl.reshape(real.to(tl.int8), (ROWS, FOLD))[:, :, None] > 0, weights, 0.0)
     if HOW == "softmax":
-        bits = _rank_bits(number) if FAR else number.to(tl.int32, bitcast=True)
+        bits = order_of(number) if FAR else number.to(tl.int32, bitcast=True)
     else:
         if SCALED:
             score *= factor
@@ -179,30 +170,39 @@ def _rank_block(
             number = tl.max(tl.where(member, score, float("-inf")), 2)
             odd = tl.max((member & (score != score)).to(tl.int32), 2) > 0  # tl.max skips NaN, which has to rank first
             number = tl.where(odd, float("nan"), number)
-        bits = _rank_bits(tl.reshape(number, (BLOCK,)))
+        bits = order_of(tl.reshape(number, (BLOCK,)))
     if FORCED:
         bits = tl.where(mark > 1, FIRST, bits)
     bits = tl.where(real, bits, LOWEST)
+    tile, best = block * (BLOCK // TILE) + tl.arange(0, BLOCK // TILE), bits
+    if TILE > 1:
+        best = tl.max(tl.reshape(bits, (BLOCK // TILE, TILE)), 1)
+    if FAR:  # the first pass has counted this tile, too
+        before = tl.load(maxima + tile)
+        tl.atomic_add(bins + bin_of(before), -1, mask=before > LOWEST, sem="relaxed")
+        tl.debug_barrier()  # other threads write the maxima
+    tl.atomic_add(bins + bin_of(best), 1, mask=best > LOWEST, sem="relaxed")
     tl.store(order + slot, bits)
-    tile = block * (BLOCK // TILE) + tl.arange(0, BLOCK // TILE)
-    tl.store(maxima + tile, tl.max(tl.reshape(bits, (BLOCK // TILE, TILE)), 1))
-    return sums, far
+    if TILE > 1:
+        tl.store(maxima + tile, best)
+    return sums, seen
 
 
 @triton.jit(do_not_specialize=["blocks", "steps", "parts"])
 def score_keys(
-    query, dims, weights, keys, scales, shift, valid, forced, units, order, maxima, masses, order_stride,
-    maxima_stride, kv_len, valid_stride, forced_stride, capacity, blocks, steps, parts, scaling, softcap,
+    query, dims, weights, keys, scales, shift, valid, forced, units, order, maxima, bins, masses, kv_len,
+    valid_stride, forced_stride, capacity, blocks, steps, parts, scaling, softcap,
     GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    PART: tl.constexpr, PART_PAD: tl.constexpr, BLOCK: tl.constexpr, PARTS_PAD: tl.constexpr, SCALED: tl.constexpr,
-    WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, CAPPED: tl.constexpr, FORCED: tl.constexpr, HOW: tl.constexpr,
-    SUMS: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
+    PART: tl.constexpr, PART_PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PARTS_PAD: tl.constexpr,
+    SCALED: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, CAPPED: tl.constexpr, FORCED: tl.constexpr,
+    HOW: tl.constexpr, SUMS: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr, KV_HEADS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """TIP for ``steps`` blocks of keys of one key/value head, in one pass, and with ``SUMS`` the sums of their weights.
 
     A packed key of ``WIDTH`` dimensions has ``PART`` elements, half as many with four bits. For a softmax or with
     ``SUMS``, weights are relative to the mass in ``units`` (`sum_keys`). Keys far from it, beyond the range of a float,
-    are ranked by a second pass over these blocks.
+    are ranked by a second pass over these blocks. With a ``TILE`` of 1, ``maxima`` is ``order``.
     """
     WEIGHS: tl.constexpr = SUMS or HOW == "softmax"
     if not WEIGHS:
@@ -220,32 +220,35 @@ def score_keys(
         unit = unit_of(units, row, parts, PARTS_PAD, GROUP, HEADS)
     keys += row * capacity * PART
     scales += row * capacity
-    order += row * order_stride
-    maxima += row * maxima_stride
+    order += row * blocks * BLOCK
+    maxima += row * blocks * (BLOCK // TILE)
+    bins += row * BINS
     valid += (row // KV_HEADS) * valid_stride
     forced += (row // KV_HEADS) * forced_stride
     sums = tl.zeros([BLOCK // FOLD, FOLD, HEADS], tl.float32)
-    far = tl.zeros([BLOCK], tl.int32)
+    seen = tl.zeros([BLOCK], tl.int32)
     begun, ended = program * steps, tl.minimum(program * steps + steps, blocks)
     mark = _marks_of(valid, forced, begun, kv_len, BLOCK, FORCED)
     for block in tl.range(begun, ended, num_stages=STAGES):
         following = _marks_of(valid, forced, block + 1, kv_len, BLOCK, FORCED)  # loaded while this block is scored
-        sums, far = _rank_block(
-            keys, scales, mark, order, maxima, lower, upper, added, unit, kv_len, block, scaling, softcap, sums,
-            far, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, SCALED, SHIFTED, CAPPED, FORCED, HOW, SUMS, NATIVE,
-            False,
+        sums, seen = _rank_block(
+            keys, scales, mark, order, maxima, bins, lower, upper, added, unit, kv_len, block, scaling, softcap, sums,
+            seen, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, TILE, SCALED, SHIFTED, CAPPED, FORCED, HOW, SUMS,
+            NATIVE, False,
         )  # fmt: skip
         mark = following
+    tl.atomic_add(bins, tl.sum(seen >> 1, 0), sem="relaxed")
     again = False
     if WEIGHS:
-        again = tl.max(far, 0) > 0
+        again = tl.max(seen & 1, 0) > 0
     if again:
+        tl.debug_barrier()  # other threads read the maxima
         sums = tl.zeros([BLOCK // FOLD, FOLD, HEADS], tl.float32)
         for block in tl.range(begun, ended, num_stages=1):
             mark = _marks_of(valid, forced, block, kv_len, BLOCK, FORCED)
-            sums, far = _rank_block(
-                keys, scales, mark, order, maxima, lower, upper, added, unit, kv_len, block, scaling,
-                softcap, sums, far, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, SCALED, SHIFTED, CAPPED,
+            sums, seen = _rank_block(
+                keys, scales, mark, order, maxima, bins, lower, upper, added, unit, kv_len, block, scaling,
+                softcap, sums, seen, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, TILE, SCALED, SHIFTED, CAPPED,
                 FORCED, HOW, SUMS, NATIVE, True,
             )  # fmt: skip
     if SUMS:

@@ -1,8 +1,8 @@
-"""The kernel of the exact selection, with ties to the lower slot.
+"""Kernels of the exact selection, with ties to the lower slot.
 
-The best K keys are in the K tiles of largest maximum (ties to the lower tile), so the kernel searches K tiles of 16
-keys instead of the whole cache. It bisects for a threshold among the order-preserving integers of
-`fasa_flex.core.ranking`.
+`score_keys` counts the maxima of tiles in a histogram by their leading bits. If K tiles reach the lower edge of a bin,
+K keys do. So many programs list the keys that reach it, each those of one segment of a row: on random keys K and a few,
+at most those of K tiles and of the tiles in one bin. `select_keys` bisects for the threshold among them.
 """
 
 from __future__ import annotations
@@ -10,30 +10,96 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fasa_flex.backends.triton.kernels.launching import begin
-from fasa_flex.backends.triton.kernels.scoring import LOWEST, TILE
+from fasa_flex.backends.triton.kernels.launching import begin, begin_in_turn
+from fasa_flex.backends.triton.kernels.orders import BINS, LOWEST, budget_of, highest_in, lowest_in
 
-_LINE = tl.constexpr(16)
-
-
-@triton.jit
-def _number(taken, COUNT: tl.constexpr):
-    """Inclusive cumulative sum of bool [COUNT], first within lines of 16, which few threads share."""
-    lines = tl.reshape(taken.to(tl.int32), (COUNT // _LINE, _LINE))
-    own = tl.sum(lines, 1)
-    return tl.reshape(tl.cumsum(lines, 1) + (tl.cumsum(own, 0) - own)[:, None], (COUNT,))
+SEGMENTS = tl.constexpr(16)
+"""Programs of a row that list keys. Behind their counts a row has the bounds of the threshold."""
 
 
 @triton.jit
-def _best(values, wanted, low, COUNT: tl.constexpr):
-    """Mask of the ``wanted`` largest values int32 [COUNT], the first among equals, and a threshold that they reach.
+def _maxima_of(maxima, start, stop, BLOCK: tl.constexpr):
+    tile = start + tl.arange(0, BLOCK)
+    return tl.load(maxima + tile, mask=tile < stop, other=LOWEST)
 
-    At least ``wanted`` values must reach ``low``. A round counts the values above two thresholds in (low, high], in 16
-    bits each, so that one sum over the threads, the slow part, serves both. In turn they bracket the threshold that a
+
+@triton.jit(do_not_specialize=["span", "n_fac", "share"])
+def list_keys(
+    order, maxima, bins, listed, counts, order_stride, tiles, span, n_fac, share,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """List the keys of one segment, ``span`` tiles of a row, that may be selected, in the order of their slots.
+
+    ``listed`` has a row of orders and a row of slots, in which segments have the places that they have in ``order``.
+    """
+    begin_in_turn(OVERLAP)
+    segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    order += row * order_stride
+    maxima += row * tiles
+    bins += row * BINS
+    counts += row * (SEGMENTS + 2)
+    first = segment * span
+    stop = tl.minimum(first + span, tiles)
+    listed += row * 2 * order_stride + first * TILE
+    maximum = _maxima_of(maxima, first, stop, BLOCK)
+    reached = tl.cumsum(tl.load(bins + tl.arange(0, BINS)), 0, reverse=True)  # by tiles, from the highest bin on
+    wanted = budget_of(bins, n_fac, share)
+    low = tl.maximum(lowest_in(tl.sum((reached >= wanted).to(tl.int32), 0) - 1), LOWEST + 1)
+    found = 0
+    for start in range(first, stop, BLOCK):
+        following = _maxima_of(maxima, start + BLOCK, stop, BLOCK)
+        slot = (start + tl.arange(0, BLOCK))[:, None] * TILE + tl.arange(0, TILE)[None, :]
+        bits = tl.load(order + slot, mask=(maximum >= low)[:, None], other=LOWEST)
+        taken = bits >= low
+        number = tl.cumsum(taken.to(tl.int32), 1)  # first within tiles, which few threads share
+        by_tile = tl.sum(taken.to(tl.int32), 1)
+        through = tl.cumsum(by_tile, 0)
+        place = listed + found + (through - by_tile)[:, None] + number - 1
+        tl.store(place, bits, mask=taken)
+        tl.store(place + order_stride, slot, mask=taken)
+        found += tl.sum(by_tile, 0)
+        maximum = following
+    tl.store(counts + segment, found)
+    if segment == 0:
+        tl.store(counts + SEGMENTS, low)
+        # fewer than ``wanted`` keys are in the tiles beyond this bin
+        highest = highest_in(tl.sum((reached * TILE >= wanted).to(tl.int32), 0) - 1)
+        tl.store(counts + SEGMENTS + 1, highest)
+
+
+@triton.jit
+def _place_of(counts, number, width):
+    """Places in a row's list of its keys by ``number``, and how many there are; a segment has ``width`` places."""
+    place, total = number, 0
+    for segment in tl.static_range(SEGMENTS):
+        count = tl.load(counts + segment)
+        total += count
+        place += tl.where(number >= total, width - count, 0)
+    return place, total
+
+
+@triton.jit
+def _reaching(bits, listed, counts, total, width, one, two, CHUNK: tl.constexpr):
+    """Numbers of listed keys that reach the orders ``one`` and ``two``; ``bits`` are the first ``CHUNK`` of them."""
+    reaching = (bits >= one).to(tl.int64) + ((bits >= two).to(tl.int64) << 32)
+    for start in range(CHUNK, total, CHUNK):
+        number = start + tl.arange(0, CHUNK)
+        more = tl.load(listed + _place_of(counts, number, width)[0], mask=number < total, other=LOWEST)
+        reaching += (more >= one).to(tl.int64) + ((more >= two).to(tl.int64) << 32)
+    both = tl.sum(reaching, 0)
+    return both.to(tl.int32), (both >> 32).to(tl.int32)
+
+
+@triton.jit
+def _threshold(bits, listed, counts, total, width, wanted, CHUNK: tl.constexpr):
+    """The highest order that at least ``wanted`` of a row's listed keys reach, or one between it and the next key's.
+
+    Also returns how many of the keys of just this order are selected. A round counts the keys that reach two orders in
+    (low, high]; one sum over the threads, the slow part, serves both. In turn they bracket the threshold that a
     geometric fall of the counts predicts, and are at a quarter and a half of the interval, since counts fall fast.
     """
-    high = tl.max(values, 0)
-    found, over, guessed = tl.sum((values >= low).to(tl.int32), 0), 0, 0
+    low, high = tl.load(counts + SEGMENTS), tl.load(counts + SEGMENTS + 1)
+    found, over, guessed = total, 0, 0
     while (low < high) & (found != wanted):
         gap = (high - low).to(tl.uint32, bitcast=True)  # up to 2**32 - 1
         first, second = (gap >> 2) + 1, (gap >> 1) + 1
@@ -45,54 +111,53 @@ def _best(values, wanted, low, COUNT: tl.constexpr):
         second = tl.minimum(second, gap)
         first = tl.minimum(tl.maximum(first, 1), second)
         one, two = low + first.to(tl.int32, bitcast=True), low + second.to(tl.int32, bitcast=True)
-        counts = tl.sum(tl.where(values >= one, 1, 0) + tl.where(values >= two, 65536, 0), 0)
-        over_one, over_two = counts & 65535, (counts >> 16) & 65535
+        over_one, over_two = _reaching(bits, listed, counts, total, width, one, two, CHUNK)
         if over_two >= wanted:
             low, found = two, over_two
         elif over_one >= wanted:
             low, high, found, over = one, two - 1, over_one, over_two
         else:
             high, over = one - 1, over_one
-    taken = values >= low
+    equal = total
     if found > wanted:
-        above, equal = values > low, values == low
-        left = wanted - tl.sum(above.to(tl.int32), 0)
-        taken = above | (equal & (_number(equal, COUNT) <= left))
-    return taken, low
+        above, _ = _reaching(bits, listed, counts, total, width, low + 1, low + 1, CHUNK)
+        equal = wanted - above
+    return low, equal
 
 
-@triton.jit
-def _lower_bound(values, COUNT: tl.constexpr, GROUPS: tl.constexpr):
-    """A bound that at least ``GROUPS`` of ``COUNT`` values reach: the smallest maximum of ``GROUPS`` groups."""
-    return tl.min(tl.max(tl.reshape(values, (COUNT // GROUPS, GROUPS)), 0), 0)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["n_fac", "share", "segment_width", "begun", "ended"])
 def select_keys(
-    order, maxima, tiles, slots, order_stride, maxima_stride, wanted,
-    TILES_PAD: tl.constexpr, WANTED_PAD: tl.constexpr, SEARCH: tl.constexpr, OVERLAP: tl.constexpr,
+    listed, counts, bins, slots, order_stride, segment_width, n_fac, share, slots_stride, begun, ended,
+    CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Write the selected slots of one key/value head, ascending, -1 if there are fewer valid keys.
-
-    Rows of ``order`` and ``maxima`` are as long as their strides.
-    """
+    """Write the slots number ``begun`` to ``ended`` that a key/value head selects, ascending; -1 if there are fewer."""
     begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
-    KEYS: tl.constexpr = (WANTED_PAD if SEARCH else TILES_PAD) * TILE
-    if SEARCH:
-        number = tl.arange(0, TILES_PAD)
-        maximum = tl.load(maxima + row * maxima_stride + number, mask=number < maxima_stride, other=LOWEST)
-        taken, low = _best(maximum, wanted, _lower_bound(maximum, TILES_PAD, WANTED_PAD), TILES_PAD)
-        tl.store(tiles + row * WANTED_PAD + _number(taken, TILES_PAD) - 1, number, mask=taken)
-        tl.debug_barrier()  # other threads read the tiles
-        number = tl.arange(0, WANTED_PAD)
-        tile = tl.load(tiles + row * WANTED_PAD + number, mask=number < wanted, other=maxima_stride)
-        slot = tl.reshape(tile[:, None] * TILE + tl.arange(0, TILE)[None, :], (KEYS,))
-    else:
-        slot = tl.arange(0, KEYS)
-    bits = tl.load(order + row * order_stride + slot, mask=slot < order_stride, other=LOWEST)
-    if not SEARCH:
-        low = _lower_bound(bits, KEYS, WANTED_PAD)
-    taken, low = _best(bits, wanted, low, KEYS)
-    place = row * wanted + _number(taken, KEYS) - 1
-    tl.store(slots + place, tl.where(bits > LOWEST, slot, -1), mask=taken)
+    listed += row * 2 * order_stride
+    counts += row * (SEGMENTS + 2)
+    slots += row * slots_stride
+    number = tl.arange(0, CHUNK)
+    place, total = _place_of(counts, number, segment_width)
+    bits = tl.load(listed + place, mask=number < total, other=LOWEST)
+    slot = tl.load(listed + order_stride + place, mask=number < total, other=-1)
+    wanted = budget_of(bins + row * BINS, n_fac, share)
+    low, equal = _threshold(bits, listed, counts, total, segment_width, wanted, CHUNK)
+    selected, equals = 0, 0
+    for start in range(0, total, CHUNK):
+        if start > 0:
+            number = start + tl.arange(0, CHUNK)
+            place, _ = _place_of(counts, number, segment_width)
+            bits = tl.load(listed + place, mask=number < total, other=LOWEST)
+            slot = tl.load(listed + order_stride + place, mask=number < total, other=-1)
+        taken = bits >= low
+        if equal < total:  # the first of the keys at the threshold
+            same = bits == low
+            nth = equals + tl.cumsum(same.to(tl.int32), 0)
+            taken = taken & ((nth <= equal) | (bits > low))
+            equals += tl.sum(same.to(tl.int32), 0)
+        rank = selected + tl.cumsum(taken.to(tl.int32), 0) - 1
+        tl.store(slots + rank, slot, mask=taken & (rank >= begun) & (rank < ended))
+        selected += tl.sum(taken.to(tl.int32), 0)
+    for start in range(tl.maximum(selected, begun), ended, CHUNK):
+        missing = start + tl.arange(0, CHUNK)
+        tl.store(slots + missing, -1, mask=missing < ended)
