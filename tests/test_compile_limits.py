@@ -18,7 +18,7 @@ from fasa_flex.backends.table import sparse_attention
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.method import Call
 from fasa_flex.core.packed_keys import PackedKeys
-from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.core.scoring import DominantChunks, Scorer
 from fasa_flex.core.selection import valid_keys
 from fasa_flex.core.softmax import Softmax
 
@@ -62,13 +62,13 @@ def test_every_combination_of_modes_and_arguments(queries: int) -> None:
             torch.testing.assert_close(out, expected[masked], atol=1e-5, rtol=1e-5)
 
 
-class Weighted:
+class Weighted(Scorer):
     """A scorer with a number of its own, as a user's may have one for each layer; Dynamo guards on it."""
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
 
-    def __call__(self, query: Tensor, key: Tensor, packed_keys: object = None) -> Tensor:
+    def score(self, query: Tensor, key: Tensor, packed_keys: object = None) -> Tensor:
         return (query.unflatten(1, (key.shape[1], -1)) @ key[:, :, None].mT) * self.weight
 
 
@@ -89,6 +89,18 @@ def test_queries_and_keys_that_both_change_compile_on_a_cpu() -> None:
         q, k, v = states(queries, keys)
         out, expected = (fasa_attention(q, k, v, CHUNKS, n_fac=5, backend=way) for way in ("flex", "gather"))
         assert out.shape == q.shape
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_packed_keys_that_fill_their_tiles_compile_at_every_length_on_a_cpu() -> None:
+    specialization._compiled.cache_clear()
+    for keys in (32, 64, 96):
+        q, k, v = states(1, keys)
+        packed = PackedKeys.of(DominantChunks.from_chunks(CHUNKS).pack(k))
+        out, expected = (
+            fasa_attention(q, k, v, CHUNKS, n_fac=5, packed_keys=packed, backend=way) for way in ("flex", "gather")
+        )
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 

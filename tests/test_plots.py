@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from fasa_flex import FasaProfile, RotaryLayout, calibrate
 from fasa_flex.report.inspection import dominance, is_dominant, overlap
-from fasa_flex.report.plots import chunk_heatmap, inspection, score_curves
+from fasa_flex.report.plots import inspection, score_curves
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def profile(llama: PreTrainedModel, ids: Callable[..., torch.Tensor]) -> FasaPro
 
 
 def test_heatmap_is_the_table_with_the_dominant_chunks_on_it(profile: FasaProfile, tmp_path: Path) -> None:
-    figure = chunk_heatmap(profile, n_tip=3, criterion="agreement")
+    figure = inspection(["one"], [profile], n_tip=3, criterion="agreement")
     axes = figure.axes[0]
     assert np.array_equal(axes.images[0].get_array(), profile.agreement.flatten(0, 1))
     dots = axes.collections[0].get_offsets()
@@ -39,7 +39,7 @@ def test_heatmap_is_the_table_with_the_dominant_chunks_on_it(profile: FasaProfil
 
 
 def test_a_criterion_of_variance_is_drawn_as_shares_of_a_head(profile: FasaProfile) -> None:
-    axes = chunk_heatmap(profile, n_tip=3).axes[0]
+    axes = inspection(["one"], [profile], n_tip=3).axes[0]
     assert profile.variance is not None
     shares = torch.from_numpy(np.asarray(axes.images[0].get_array()))
     expected = profile.variance.flatten(0, 1)
@@ -56,7 +56,7 @@ def large(profile: FasaProfile) -> FasaProfile:
 
 
 def test_a_large_heatmap_has_a_row_for_each_layer(large: FasaProfile) -> None:
-    axes = chunk_heatmap(large, n_tip=32).axes[0]
+    axes = inspection(["large"], [large], n_tip=32).axes[0]
     assert np.array_equal(axes.images[0].get_array(), large.agreement.mean(1))
     assert [label.get_text() for label in axes.get_yticklabels()] == [f"layer {layer}" for layer in range(32)]
     drawn = {(int(layer), int(chunk)) for chunk, layer in axes.collections[0].get_offsets()}
@@ -66,7 +66,7 @@ def test_a_large_heatmap_has_a_row_for_each_layer(large: FasaProfile) -> None:
 
 
 def test_chunks_of_query_heads_are_marked_on_their_own_rows(profile: FasaProfile) -> None:
-    axes = chunk_heatmap(profile, n_tip=1, per="query_head").axes[0]
+    axes = inspection(["one"], [profile], n_tip=1, per="query_head").axes[0]
     drawn = {(int(row), int(chunk)) for chunk, row in axes.collections[0].get_offsets()}
     best = profile.dominant(1, "query_head").flatten().tolist()
     assert drawn == set(enumerate(best))

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import oracle
 import pytest
 import torch
+from sentences import raises_sentence
+from torch import Tensor
 
 from fasa_flex import RotaryLayout
+from fasa_flex.baselines import H2O
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.bytes_read import ReadShare
 from fasa_flex.core.group_reduce import attention_weights, reduce_group
 from fasa_flex.core.packed_keys import PackedDtype, PackedKeys
-from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.core.scoring import DominantChunks, Scorer, SequenceScorer, as_scorer
 from fasa_flex.core.selection import Marks, valid_keys
 from fasa_flex.core.softmax import Softmax
 
@@ -134,6 +139,93 @@ def test_autocast_does_not_round_scores() -> None:
         scores = scorer(q, k)
     assert scores.dtype == torch.float32
     assert scores.flatten().tolist() == [259.5, 260.0]
+
+
+class Norms(Scorer):
+    def score(self, query: Tensor, key: Tensor, packed_keys: object = None) -> Tensor:
+        return key.norm(dim=-1)[:, :, None, None].expand(-1, -1, 1, query.shape[2], -1)
+
+
+class Ducks:
+    """A class of a user's that knows no base class."""
+
+    estimates_logits = completes_by_all = True
+    remembers = False
+
+    def __init__(self, rank: int = 0) -> None:
+        self.rank = rank
+
+    def __call__(self, query: Tensor, key: Tensor, packed_keys: object = None) -> Tensor:
+        return Norms()(query, key) + self.rank
+
+    def reads(self, head_dim: int, query_heads: int, kv_heads: int) -> ReadShare:
+        return ReadShare(query_heads / head_dim)
+
+    def shard(self, rank: int, ranks: int) -> Ducks:
+        return Ducks(rank * ranks)
+
+
+class Followed(Ducks):
+    def follow(self, forward: Any) -> Any:
+        return forward
+
+
+def test_the_members_of_a_scorer_have_defaults() -> None:
+    scorer, (query, key) = Norms(), torch.ones(2, 1, 2, 3, 4)
+    assert as_scorer(scorer) is scorer
+    assert (scorer.stateful, scorer.estimates_logits, scorer.completes_by_all) == (False, False, False)
+    assert scorer.reads(4, 2, 2) is scorer.reads_packed(4, torch.float32) is None
+    assert scorer.shard(1, 2) is scorer
+    assert scorer(query, key).tolist() == scorer.score(query, key).tolist() == torch.full((1, 2, 1, 3, 3), 2.0).tolist()
+    with pytest.raises(TypeError, match="score"):
+        Scorer()  # type: ignore[abstract]  # the mistake
+    with pytest.raises(TypeError, match="follow"):
+        SequenceScorer()  # type: ignore[abstract]  # the mistake
+
+
+def test_a_scorer_of_another_class_keeps_its_members() -> None:
+    (query, key), scorer = torch.ones(2, 1, 2, 3, 4), as_scorer(Ducks())
+    assert not isinstance(scorer, SequenceScorer)
+    assert (scorer.name, scorer.stateful, scorer.estimates_logits, scorer.completes_by_all) == (
+        "Ducks",
+        False,
+        True,
+        True,
+    )
+    assert scorer.reads(4, 2, 2) == ReadShare(0.5)
+    assert (scorer.shard(1, 2).score(query, key) - scorer.score(query, key)).unique().tolist() == [2.0]
+    assert getattr(scorer, "attend", None) is None
+    plain = as_scorer(Ducks().__call__)
+    assert plain.reads(4, 2, 2) is None
+    assert plain.shard(1, 2) is plain
+    assert torch.equal(plain(query, key), Norms()(query, key))
+
+
+def test_an_object_that_follows_is_a_sequence_scorer() -> None:
+    scorer = as_scorer(Followed())
+    assert isinstance(scorer, SequenceScorer)
+    assert scorer.follow(3) == 3  # type: ignore[arg-type]
+    assert scorer.stateful is False
+    assert as_scorer(SimpleNamespace(follow=None)).stateful is True
+    with raises_sentence(NotImplementedError, match="H2O scores a whole forward, not a query and keys alone"):
+        H2O().score(torch.ones(1, 1, 1, 4), torch.ones(1, 1, 1, 4))
+
+
+def test_subclasses_may_use_former_names() -> None:
+    class Former(Scorer):
+        remembers = True
+
+        def __call__(self, query: Tensor, key: Tensor, packed_keys: object = None) -> Tensor:
+            return Norms()(query, key)
+
+    class Negative(Norms):
+        def __call__(self, query: Tensor, key: Tensor, packed_keys: object = None) -> Tensor:
+            return -super().__call__(query, key)
+
+    query, key = torch.ones(2, 1, 2, 3, 4)
+    assert (Former().stateful, Negative().stateful) == (True, False)
+    assert Former()(query, key).unique().tolist() == Former().score(query, key).unique().tolist() == [2.0]
+    assert Negative()(query, key).unique().tolist() == [-2.0]
 
 
 # Two heads of a group, three keys, the last one not valid; written out.

@@ -100,6 +100,44 @@ def test_a_comparison_is_not_padded() -> None:
         torch.compile(plain, fullgraph=True)(order)
 
 
+def test_a_length_by_some_names_does_not_compile() -> None:
+    """Works around it: `fasa_flex.backends.specialization.attend_compiled`, by one number of queries per graph.
+
+    Inductor calls the sizes of a CPU block ks1 and ks2 (with two lengths ks2 and ks3) and replaces these names as text:
+    in ks24, too, a length that Dynamo numbers by a hash of its argument's name.
+    """
+
+    def plain(query: Tensor, key: Tensor, value: Tensor, focus: Tensor) -> Tensor:
+        return attend(query, key, value, realize(focus > 0))
+
+    given = arguments(queries=6)
+    torch.testing.assert_close(torch.compile(plain, fullgraph=True, dynamic=False)(*given), plain(*given))
+    for states in (given[0], given[3]):
+        torch._dynamo.mark_dynamic(states, 2)
+    with pytest.raises(InductorError, match="cur_kvSplitSize4"):
+        torch.compile(plain, fullgraph=True)(*given)
+
+
+def test_a_mask_of_tiles_is_of_a_length_that_its_kernel_does_not_know() -> None:
+    """Works around it: `fasa_flex.backends.table`, where flex scores keys and not their tiles on a CPU.
+
+    The mask function has the keys' length, which Inductor then finds to be 16 times the number of tiles; it hands this
+    number to the CPU kernel only if it is a length itself.
+    """
+
+    def plain(query: Tensor, key: Tensor, value: Tensor, tiles: Tensor) -> Tensor:
+        length = key.shape[2]
+        scores = (tiles[:, :, : -(-length // BLOCK)] + 0.0).flatten(2)[..., :length].view(1, 2, 1, length)
+        return attend(query, key, value, realize(scores[:, :1].expand(-1, -1, query.shape[2], -1) > 0))
+
+    given = [*arguments()[:3], torch.randn(1, 2, KEYS // BLOCK, BLOCK)]
+    torch.testing.assert_close(torch.compile(plain, fullgraph=True, dynamic=False)(*given), plain(*given))
+    for states in given[1:]:
+        torch._dynamo.mark_dynamic(states, 2)
+    with pytest.raises(InductorError, match=r"error: .ks\d+. was not declared"):
+        torch.compile(plain, fullgraph=True)(*given)
+
+
 @pytest.mark.skipif(torch.__version__ >= (2, 12), reason="Inductor has the view since torch 2.12 or 2.13")
 def test_a_bool_has_no_view_as_bytes() -> None:
     """Works around it: `fasa_flex.backends.triton.dispatch.codes_of`; goes with torch 2.11."""

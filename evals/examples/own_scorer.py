@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fasa_flex import FasaConfig, calibrate, enable
+from fasa_flex import FasaConfig, Scorer, calibrate, enable
 from fasa_flex.core.bytes_read import ReadShare
 from fasa_flex.core.packed_keys import PackedKeys
 
 
-class LargestKeys:
+class LargestKeys(Scorer):
     """An example: ranks keys by their norm, whatever the query."""
 
-    def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
+    def score(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
         """As `Scorer`: from query [B, Hq, Q, D] and key [B, Hkv, T, D] to scores [B, Hkv, 1, Q, T]."""
         norm: Tensor = key.float().norm(dim=-1)  # [B, Hkv, T]
         return norm[:, :, None, None].expand(-1, -1, 1, query.shape[2], -1)

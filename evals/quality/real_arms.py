@@ -21,10 +21,10 @@ from torch import Tensor
 from fasa_flex import FasaConfig, FasaProfile
 from fasa_flex.baselines import AllDimensions, Sampled, as_published, scorer_factory, unheard
 from fasa_flex.calibration.profile_scorers import dominant_chunks
-from fasa_flex.core.scoring import Scorer, SequenceScorer
+from fasa_flex.core.scoring import Scorer
 from fasa_flex.prefill.estimators import BlockEstimator, Blocks, antidiagonal, oracle, pooled, strided
 
-Factory = Callable[[int], Scorer | SequenceScorer]
+Factory = Callable[[int], Scorer]
 
 
 def window(blocks: Blocks) -> Tensor:

@@ -80,7 +80,7 @@ def _focused(arm: Arm, scorer: Scorer, call: AttentionCall, prefix: int, step: i
             scorer = replace(scorer, dtype=config.packed_dtype)
     kind = config.completion or ("first_order" if arm.method == "fasa" and config.per == "kv_head" else "none")
     strength = config.completion_strength if kind == "first_order" else 0.0
-    by_all = getattr(scorer, "completes_by_all", False)
+    by_all = scorer.completes_by_all
     completion = None if kind == "none" else Completion(strength, by_all=by_all)
     reduce = "none" if config.per == "query_head" else config.group_reduce
     valid = valid_keys(query.shape[2] - prefix, key.shape[2], None, query.device)

@@ -87,7 +87,9 @@ class Evaluation:
         # bytes are counted for a 16-bit cache, also if another precision is evaluated
         dtype, packs = torch.bfloat16, arm.config.per == "kv_head"
         given = (self.model, arm.config, packs, fasa.completion, dtype)
-        fasa.stats._reads = {number: read_share(layer.scorer, *given) for number, layer in fasa._layers.items()}
+        fasa.stats._reads = {
+            number: read_share(layer.scorer, *given) for number, layer in fasa._layers.items() if layer.scorer
+        }
         return fasa
 
     def _prefix(self, document: Document) -> DynamicCache:

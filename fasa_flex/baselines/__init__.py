@@ -24,7 +24,7 @@ from fasa_flex.calibration.profile import FasaProfile
 from fasa_flex.calibration.profile_scorers import dominant_chunks
 from fasa_flex.core.config import FasaConfig, Sharing, check_choice
 from fasa_flex.core.option_types import PackedDtype
-from fasa_flex.core.scoring import DominantChunks, Scorer, SequenceScorer
+from fasa_flex.core.scoring import DominantChunks, Scorer
 
 __all__ = [
     "H2O",
@@ -58,7 +58,7 @@ Method = Literal[
     "vattention",
 ]
 
-_WITHOUT_OPTIONS: dict[str, Callable[[], Scorer | SequenceScorer]] = {
+_WITHOUT_OPTIONS: dict[str, Callable[[], Scorer]] = {
     "streaming_llm": Recency,
     "oracle": AllDimensions,
     "snapkv": SnapKV,
@@ -95,7 +95,7 @@ def scorer_factory(
     seed: int = 0,
     channels: Tensor | None = None,
     packed_dtype: PackedDtype | None = None,
-) -> Callable[[int], Scorer | SequenceScorer]:
+) -> Callable[[int], Scorer]:
     """The ``scorer=`` argument of `enable` for a baseline; make a new one for every `enable`.
 
     Args:

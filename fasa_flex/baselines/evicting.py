@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -21,7 +21,7 @@ from fasa_flex.baselines.scorers import group_scores
 from fasa_flex.core import pieces
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.ranking import INVALID, rank_keys
-from fasa_flex.core.scoring import Forward
+from fasa_flex.core.scoring import Forward, SequenceScorer
 from fasa_flex.errors import NotSupportedError, StateError
 
 ABSENT = -1
@@ -30,8 +30,8 @@ ABSENT = -1
 _numbers, _alone = itertools.count(), threading.Lock()
 
 
-class Evicting(ABC):
-    """A `SequenceScorer` that keeps a subset of the keys, for causal masks with or without padding.
+class Evicting(SequenceScorer):
+    """A scorer that keeps a subset of the keys, for causal masks with or without padding.
 
     Each cache has its own state (`of`), so that several sequences can be continued in turn or in threads. Forced tokens
     (``n_sink``, ``n_recent``) are never dropped. A group's query heads share one selection. Attention weights are taken

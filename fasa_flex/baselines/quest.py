@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from fasa_flex.core.budget import check_count
 from fasa_flex.core.bytes_read import ReadShare
 from fasa_flex.core.packed_keys import dot_products
-from fasa_flex.core.scoring import Forward
+from fasa_flex.core.scoring import Forward, SequenceScorer
 
 
-class Quest:
+class Quest(SequenceScorer):
     """Quest (Tang et al., 2024): the scores of a page of 16 keys are at most ``sum_d max(q_d * min_d, q_d * max_d)``.
 
     Minimum and maximum of every dimension are over the page's keys that the query may attend to; pages start at the
@@ -26,7 +26,7 @@ class Quest:
         page: keys of a page.
     """
 
-    remembers = False
+    stateful = False
 
     def __init__(self, page: int = 16) -> None:
         check_count("page", page, 1)

@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from fasa_flex.backends.gather import gather_focused
-from fasa_flex.core.bytes_read import ReadShare, StatesReads
+from fasa_flex.core.bytes_read import ReadShare
 from fasa_flex.core.packed_keys import PackedKeys
 from fasa_flex.core.ranking import INVALID, is_first
-from fasa_flex.core.scoring import Scorer
+from fasa_flex.core.scoring import Scorer, as_scorer
 from fasa_flex.core.selection import Selection
 from fasa_flex.core.softmax import Softmax
-from fasa_flex.errors import NotSupportedError
 
 
 @dataclass(frozen=True)
-class Sampled:
+class Sampled(Scorer):
     """vAttention (Desai et al., 2025, arXiv 2510.05688): the best keys, and a random sample of the others.
 
     One part of the budget, which includes forced tokens, is the best keys; the rest is drawn uniformly, without
@@ -31,7 +30,7 @@ class Sampled:
     Attention gathers rows, whatever the backend is.
 
     Args:
-        ranker: ranks the keys, and states the bytes that ranking reads.
+        ranker: ranks the keys.
         share: share of the budget that is drawn at random, in [0, 1).
         seed: seed of the draws; each layer needs another one.
         rank: number of the rank of a tensor-parallel model, so that its heads draw their own keys (`shard`).
@@ -48,15 +47,15 @@ class Sampled:
     def __post_init__(self) -> None:
         if not 0.0 <= self.share < 1.0:
             raise ValueError(f"share of the budget that is drawn at random must lie in [0, 1), got {self.share}.")
+        object.__setattr__(self, "ranker", as_scorer(self.ranker))
 
-    def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
+    def score(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
         """As `Scorer`: the ranker's scores."""
         return self.ranker(query, key, packed_keys)
 
     def shard(self, rank: int, ranks: int) -> Sampled:
         """As `Scorer`: the part of one rank."""
-        divide = getattr(self.ranker, "shard", None)
-        return replace(self, ranker=divide(rank, ranks) if divide else self.ranker, rank=rank)
+        return replace(self, ranker=self.ranker.shard(rank, ranks), rank=rank)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, selection: Selection, softmax: Softmax
@@ -81,11 +80,13 @@ class Sampled:
         )
         return gather_focused(query, key, value, both, softmax, log_weights)
 
-    def reads(self, head_dim: int, query_heads: int, kv_heads: int) -> ReadShare:
+    def reads(self, head_dim: int, query_heads: int, kv_heads: int) -> ReadShare | None:
         """The ranker's; drawn keys and values are part of the budget."""
-        if not isinstance(self.ranker, StatesReads):
-            raise NotSupportedError(f"{type(self.ranker).__name__} does not state what it reads; give it `reads`.")
         return self.ranker.reads(head_dim, query_heads, kv_heads)
+
+    def reads_packed(self, head_dim: int, dtype: torch.dtype) -> float | None:
+        """As `Scorer`: the ranker's."""
+        return self.ranker.reads_packed(head_dim, dtype)
 
     def _lots(self, valid: Tensor) -> Tensor:
         """Random numbers by a hash (splitmix64) for every query and key: int64 [B, H, G, Q, T], at least 0."""

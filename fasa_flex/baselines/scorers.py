@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fasa_flex.core.bytes_read import ReadShare
 from fasa_flex.core.packed_keys import PackedKeys, dot_products
+from fasa_flex.core.scoring import Scorer
 
 
 def group_scores(query: Tensor, key: Tensor) -> Tensor:
@@ -19,12 +20,12 @@ def group_scores(query: Tensor, key: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class AllDimensions:
+class AllDimensions(Scorer):
     """The oracle: ranks by the full dot product, so it selects the largest attention weights."""
 
     estimates_logits = True
 
-    def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
+    def score(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
         """As `Scorer`."""
         return group_scores(query, key)
 
@@ -34,10 +35,10 @@ class AllDimensions:
 
 
 @dataclass(frozen=True)
-class Recency:
+class Recency(Scorer):
     """Ranks later keys higher; with forced sinks this is StreamingLLM (Xiao et al., 2024), without eviction."""
 
-    def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
+    def score(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
         """As `Scorer`."""
         batch, kv_heads, kv_len, _ = key.shape
         slots = torch.arange(kv_len, dtype=torch.float32, device=key.device)

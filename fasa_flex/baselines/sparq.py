@@ -12,10 +12,11 @@ from fasa_flex.core.budget import check_count
 from fasa_flex.core.bytes_read import ReadShare
 from fasa_flex.core.packed_keys import PackedKeys
 from fasa_flex.core.ranking import rank_keys
+from fasa_flex.core.scoring import Scorer
 
 
 @dataclass(frozen=True)
-class SparQ:
+class SparQ(Scorer):
     """SparQ Attention (Ribar et al., 2024): the dot product over the r dimensions of largest ``|q|``.
 
     As in the paper's code (appendix B), a group's query heads share the r dimensions of largest sum of ``|q|``, and
@@ -48,7 +49,7 @@ class SparQ:
         if self.r is not None and self.n_tip is not None:
             raise ValueError(f"r = {self.r} and n_tip = {self.n_tip} say the same thing; give one of them.")
 
-    def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
+    def score(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
         """As `Scorer`."""
         grouped = query.unflatten(1, (key.shape[1], -1)).float()
         size = grouped.abs()

@@ -24,7 +24,7 @@ from fasa_flex.core.completion import Completion, CompletionState
 from fasa_flex.core.config import Backend
 from fasa_flex.core.packed_keys import PackedKeys
 from fasa_flex.core.resident_rows import ResidentRows
-from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.core.scoring import DominantChunks, Scorer
 from fasa_flex.core.selection import Marks, valid_keys
 from fasa_flex.core.softmax import Softmax
 
@@ -172,7 +172,7 @@ def _with_kernel(call: Call, kernel: SDPBackend) -> Call:
     return run
 
 
-def dense_rivals(settings: Settings, compiled_flex: bool = True) -> dict[str, Call]:
+def dense_rivals(settings: Settings) -> dict[str, Call]:
     """The dense rivals of this device; FASA is compared with the fastest of them."""
     forms: dict[str, Call] = {"SDPA": sdpa, "grouped SDPA": grouped_sdpa}
     if settings.device.type == "cpu":
@@ -183,7 +183,7 @@ def dense_rivals(settings: Settings, compiled_flex: bool = True) -> dict[str, Ca
         for kernel in kernels:
             kind = kernel.name.removesuffix("_ATTENTION").lower()
             rivals.update({f"{name} ({kind})": _with_kernel(call, kernel) for name, call in forms.items()})
-    if "compiled" in settings.modes and compiled_flex:
+    if "compiled" in settings.modes:
         forms["grouped flex"] = grouped_flex
         if settings.device.type == "cuda":
             forms["flex"] = flex
@@ -218,15 +218,15 @@ def sparse_rivals(settings: Settings) -> dict[str, Call | str]:
 
 
 @dataclass(frozen=True, eq=False)
-class LeadingDims:
+class LeadingDims(Scorer):
     """Scores by the first ``width`` dimensions, the dominant ones of `Inputs.permuted`, without packed keys."""
 
     width: int
 
     estimates_logits = True
 
-    def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
-        """As `fasa_flex.core.scoring.Scorer`."""
+    def score(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
+        """As `Scorer`."""
         return group_scores(query[..., : self.width], key[..., : self.width])
 
 

@@ -42,11 +42,6 @@ class Shape:
     tied: bool = False
     family: str = "Llama"
 
-    @property
-    def group(self) -> int:
-        """Query heads of a key/value head."""
-        return self.query_heads // self.kv_heads
-
     def layer_parameters(self) -> int:
         """Number of weights of one layer, without biases and norms."""
         attention = self.hidden * self.head_dim * (2 * self.query_heads + 2 * self.kv_heads)

@@ -81,7 +81,7 @@ class KeepsPackedKeys(CacheLayerMixin):
         state = self.state
         if state is None or state.key_sum.shape[2] != (key.shape[3] if first_order else 0):
             state = CompletionState.empty(key, value, first_order, self.scorer.dims.device)
-        elif not torch.compiler.is_compiling() and not writable(state.covered):
+        elif not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()) and state.covered.is_inference():
             state = state.change(Tensor.clone)
         state.advance(key, value, *counted)
         self.state = state

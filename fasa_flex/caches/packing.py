@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
@@ -19,7 +17,7 @@ from fasa_flex.caches.keeps_packed_keys import KeepsPackedKeys
 from fasa_flex.caches.packed_layers import PackedLayer
 from fasa_flex.caches.state_layers import PackedStateLayer, StaticPackedStateLayer
 from fasa_flex.caches.static_packed_layer import StaticPackedLayer
-from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.core.scoring import DominantChunks, Scorer
 
 _GROWING = {DynamicLayer: PackedLayer, LinearAttentionAndFullAttentionLayer: PackedStateLayer}
 _STATIC = {
@@ -30,33 +28,36 @@ _STATIC = {
 """For each kind of layer, the kind with packed keys that replaces it."""
 
 
-def pack_layer(cache: Cache, layer: int, scorer: object, growing: bool = True) -> None:
+def pack_layer(cache: Cache, layer: int, scorer: Scorer | None, growing: bool = True) -> KeepsPackedKeys | None:
     """Let layer number ``layer`` of a cache keep packed keys for ``scorer``, if this is a `DominantChunks`.
 
     A plain static layer, and a plain growing one unless ``growing`` is False, is replaced by a layer with packed keys
     that takes over its keys and values. A layer with packed keys packs them again if ``scorer`` reads other dimensions.
     Other kinds of layers stay as they are, and in a compiled graph every layer does.
+
+    Returns:
+        the layer with packed keys of ``scorer``; None if it stayed as it was without them.
     """
     if not isinstance(scorer, DominantChunks) or layer >= len(cache.layers) or torch.compiler.is_compiling():
-        return
+        return None
     cached = cache.layers[layer]
     if type(cached) in _STATIC or (growing and type(cached) in _GROWING):
-        cached = packed_layer(cached, scorer)
+        cached = cache.layers[layer] = packed_layer(cached, scorer)
     elif not isinstance(cached, KeepsPackedKeys):
-        return
-    cache.layers[layer] = cached
+        return None
     if cached.scorer is not scorer:
         if cached.scorer.ranks_as(scorer):
             cached.scorer, cached.state = scorer, None  # forwards in between may not have updated the state
         else:
             cached.repack(scorer)
+    return cached
 
 
-def packed_layer(plain: CacheLayerMixin, scorer: DominantChunks) -> Any:
+def packed_layer(plain: CacheLayerMixin, scorer: DominantChunks) -> KeepsPackedKeys:
     """Make a layer that packs keys for ``scorer``, with the tensors and settings of ``plain`` (`packable_layers`)."""
     kind = type(plain)
-    layer: Any = _STATIC[kind](scorer, plain.max_cache_len) if kind in _STATIC else _GROWING[kind](scorer)
-    vars(layer).update(vars(plain))
+    layer: KeepsPackedKeys = _STATIC[kind](scorer, plain.max_cache_len) if kind in _STATIC else _GROWING[kind](scorer)
+    layer.__dict__.update(vars(plain))
     layer.repack(scorer)
     return layer
 

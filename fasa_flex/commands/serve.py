@@ -21,10 +21,11 @@ from fasa_flex.model.handle import Fasa
 
 _log = logging.getLogger("fasa_flex.serve")
 
+_PAUSE = 10.0
+"""Seconds between two lines of the log."""
 
-def serve(
-    model: str, options: Sequence[str], config: FasaConfig, profile: FasaProfile | None = None, every: float = 10.0
-) -> None:
+
+def serve(model: str, options: Sequence[str], config: FasaConfig, profile: FasaProfile | None = None) -> None:
     """Serve a model until the process is interrupted.
 
     Args:
@@ -33,7 +34,6 @@ def serve(
         config: settings of FASA.
         profile: the model's profile; None: the first prompt of at least 128 tokens calibrates, and requests before it
             are dense.
-        every: seconds between two lines of the log, which is written while counts change.
 
     Raises:
         ValueError: the profile does not fit the model, an option is unknown, or packages for serving are missing.
@@ -43,7 +43,7 @@ def serve(
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     _log.setLevel(logging.INFO)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(_served(config, profile, every))
+    app.command()(_served(config, profile))
     try:
         # a server that does not block is one whose `start_server` is called
         app(args=[model, "--continuous-batching", "--non-blocking", *options], standalone_mode=False)
@@ -55,7 +55,7 @@ def serve(
         raise ValueError(f"transformers serve: {error.format_message()}") from error
 
 
-def _served(config: FasaConfig, profile: FasaProfile | None, every: float) -> Any:
+def _served(config: FasaConfig, profile: FasaProfile | None) -> Any:
     """Make the class that ``transformers serve`` would call, with FASA before the server starts."""
 
     class Served(Serve):
@@ -63,7 +63,7 @@ def _served(config: FasaConfig, profile: FasaProfile | None, every: float) -> An
             """Enable FASA on the model that was loaded, and run the server in this thread."""
             (loaded,) = self._model_manager.loaded_models.values()
             model: PreTrainedModel = loaded.model
-            with enable(model, profile, config) as fasa, _Counting(fasa, every):
+            with enable(model, profile, config) as fasa, _Counting(fasa):
                 self.server.config.app.add_api_route("/fasa", lambda: counts(fasa))
                 _log.info("serving %s under %r", loaded.model.name_or_path, fasa)
                 self.server.run()
@@ -78,10 +78,10 @@ def counts(fasa: Fasa) -> dict[str, Any]:
 
 
 class _Counting:
-    """Log the counts of a handle every so many seconds, if they have changed, and at the end."""
+    """Log the counts of a handle again and again, if they have changed, and at the end."""
 
-    def __init__(self, fasa: Fasa, every: float) -> None:
-        self._fasa, self._every, self._over = fasa, every, threading.Event()
+    def __init__(self, fasa: Fasa) -> None:
+        self._fasa, self._over = fasa, threading.Event()
         self._thread = threading.Thread(target=self._run, name="fasa-counts", daemon=True)
 
     def __enter__(self) -> None:
@@ -94,7 +94,7 @@ class _Counting:
     def _run(self) -> None:
         former, over = (0, 0), False
         while not over:
-            over = self._over.wait(self._every)
+            over = self._over.wait(_PAUSE)
             stats = self._fasa.stats
             now = stats.dense_queries, stats.sparse_queries
             if now != former:

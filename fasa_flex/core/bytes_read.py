@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,3 @@ class ReadShare:
     def by_head(self, group: int) -> ReadShare:
         """Bytes if each of the G query heads selects for itself: an upper bound, with no selected row in common."""
         return self if self.together else replace(self, rows=self.rows * group)
-
-
-@runtime_checkable
-class StatesReads(Protocol):
-    """A scorer that states how many bytes a query reads, given one selection per key/value head."""
-
-    def reads(self, head_dim: int, query_heads: int, kv_heads: int) -> ReadShare:
-        """Bytes read in units of one token's key and value, ``2 * head_dim`` numbers."""
-        ...

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor
 
 from fasa_flex.core.option_types import Criterion as Criterion
-
-CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 
 _BYTES = 1 << 26
 _EPSILON = 1e-6

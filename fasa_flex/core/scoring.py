@@ -1,34 +1,55 @@
 """Scorers, which compute how important each key is to each query. The dominant-chunk scorer is the paper's TIP.
 
-Every method of sparse attention here is a scorer; selection, masks and attention are shared. To add a method, implement
-`Scorer.__call__`, or `SequenceScorer.follow` if the scores depend on more than the query and the keys.
+Every method of sparse attention here is a scorer; selection, masks and attention are shared. To add a method, define
+`Scorer.score`, or `SequenceScorer.follow` if the scores depend on more than the query and the keys.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.bytes_read import ReadShare
-from fasa_flex.core.packed_keys import PackedDtype, PackedKeys, as_packed, dot_products
+from fasa_flex.core.packed_keys import PackedDtype, PackedKeys, as_packed, dot_products, packed_bytes
+from fasa_flex.errors import NotSupportedError
+
+_S = TypeVar("_S", bound="Scorer")
+_A = TypeVar("_A", bound="_Adapted")
 
 
-class Scorer(Protocol):
+class Scorer(ABC):
     """Computes the importance of keys to queries. It ranks keys and is not an attention weight.
 
-    Optional attributes of a scorer: ``estimates_logits = True`` states that its scores estimate the dot products
-    ``q . k``, so that they give the unselected keys' mass for the completion (`fasa_flex.core.completion`).
-    ``completes_by_all = True`` takes the completion's mean value over all valid keys instead of the covered ones. A
-    method ``attend`` replaces the softmax over the selected keys (`fasa_flex.baselines.sampled`). A method
-    ``shard(rank, ranks)`` returns the part of a scorer with tables by head that serves one rank of a tensor-parallel
-    model.
+    A subclass defines `score`; the other members have defaults. It may also have a method ``attend``, which replaces
+    the softmax over the selected keys (`fasa_flex.baselines.sampled`).
+
+    Attributes:
+        stateful: whether the scores depend on earlier forwards, so that a cropped or shared cache cannot be continued.
+        estimates_logits: whether the scores estimate the dot products ``q . k``, so that they give the unselected keys'
+            mass for the completion (`fasa_flex.core.completion`).
+        completes_by_all: whether the completion's mean value is taken over all valid keys, not over the covered ones.
     """
 
-    def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
+    stateful = False
+    estimates_logits = False
+    completes_by_all = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Take ``__call__`` for `score`, and ``remembers`` for `stateful`, their names in version 0.1."""
+        super().__init_subclass__(**kwargs)
+        own: Any = vars(cls)
+        if "__call__" in own and cls.score is Scorer.score:
+            cls.score = own["__call__"]  # type: ignore[method-assign]
+        if "remembers" in own:
+            cls.stateful = own["remembers"]
+
+    @abstractmethod
+    def score(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
         """Score every key, valid or not.
 
         Args:
@@ -39,7 +60,27 @@ class Scorer(Protocol):
         Returns:
             float32 [B, Hkv, G, Q, T], one score per query head; [B, Hkv, 1, Q, T] if the heads of a group share scores.
         """
-        ...
+
+    def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
+        """As `score`; callers call the scorer."""
+        return self.score(query, key, packed_keys)
+
+    def reads(self, head_dim: int, query_heads: int, kv_heads: int) -> ReadShare | None:
+        """Bytes that a query reads if the query heads of a group share one selection; None: not stated."""
+        return None
+
+    def reads_packed(self, head_dim: int, dtype: torch.dtype) -> float | None:
+        """``ReadShare.ranking`` where a cache of ``dtype`` holds packed keys; None: the scorer reads no packed keys."""
+        return None
+
+    def shard(self: _S, rank: int, ranks: int) -> _S:
+        """Return the part of one rank of a tensor-parallel model; a scorer without tables by head serves any heads."""
+        return self
+
+    @property
+    def name(self) -> str:
+        """Name of the method in errors."""
+        return type(self).__name__
 
 
 def check_scores(scores: object, query: Tensor, key: Tensor) -> None:
@@ -86,16 +127,18 @@ class Forward:
     cache: object | None = None
 
 
-@runtime_checkable
-class SequenceScorer(Protocol):
+class SequenceScorer(Scorer):
     """A scorer that also needs the validity mask or earlier queries.
 
     FASA calls it in every forward of its layer, including the dense prefill. A method that evicts keys scores them -inf
-    from then on; since it keeps at least as many keys as the budget, no evicted key is selected. A scorer without state
-    declares ``remembers = False``; its cache may be cropped and shared. A stateful scorer stores its state per
-    ``forward.cache``, since sequences may alternate and may run in several threads.
+    from then on; since it keeps at least as many keys as the budget, no evicted key is selected. One without state sets
+    ``stateful = False``. A stateful one stores its state per ``forward.cache``, since sequences may alternate and may
+    run in several threads.
     """
 
+    stateful = True
+
+    @abstractmethod
     def follow(self, forward: Forward) -> Tensor:
         """Score every key for the queries from ``forward.first`` on.
 
@@ -105,22 +148,29 @@ class SequenceScorer(Protocol):
         Raises:
             ValueError: the scorer is stateful and the forward does not continue the previous one.
         """
-        ...
+
+    def score(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
+        """Refuse, since query and keys are not all that the scores depend on.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotSupportedError(f"{self.name} scores a whole forward, not a query and keys alone; call follow.")
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
-    """A `Scorer` that returns precomputed scores, float32 [B, Hkv, G or 1, Q, T]."""
+class Given(Scorer):
+    """A scorer that returns precomputed scores, float32 [B, Hkv, G or 1, Q, T]."""
 
     scores: Tensor
 
-    def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
+    def score(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
         """Return the scores; the arguments are ignored."""
         return self.scores
 
 
 @dataclass(frozen=True, eq=False)
-class DominantChunks:
+class DominantChunks(Scorer):
     """TIP: dot products over the dominant chunks; keys have their mean in the other chunks (Wang et al., 2026).
 
     ``S[j] = q . m + sum_i w[i] (q[i] . (k[j, i] - m[i]))`` for i in I_dom, with the mean key m. The paper has m = 0 and
@@ -185,8 +235,8 @@ class DominantChunks:
         grouped = query.reshape(query.shape[0], len(self.mean_key), -1, query.shape[3])
         return dot_products(grouped, self.mean_key.to(grouped)[None, :, None].expand(len(query), -1, -1, -1))
 
-    def __call__(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
-        """Score every key; arguments and result are those of `Scorer`."""
+    def score(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
+        """As `Scorer`."""
         batch, query_heads, q_len, _ = query.shape
         kv_heads, kv_len = key.shape[1:3]
         group = query_heads // kv_heads
@@ -209,10 +259,58 @@ class DominantChunks:
         heads, width = self.dims.shape
         return ReadShare(ranking=min(0.5, heads // kv_heads * width / (2 * head_dim)))
 
+    def reads_packed(self, head_dim: int, dtype: torch.dtype) -> float:
+        """As `Scorer`."""
+        return packed_bytes(self.dims.shape[1], self.dtype, dtype) / (2 * head_dim * dtype.itemsize)
 
-def estimates_logits(scorer: object) -> bool:
-    """Whether a scorer declares that its scores estimate ``q . k`` (``estimates_logits = True``)."""
-    return getattr(scorer, "estimates_logits", False) is True
+
+class _Adapted(Scorer):
+    """A callable as a `Scorer`, with the members that it has."""
+
+    def __init__(self, given: Any) -> None:
+        self._given = given
+        stated = ("reads", "attend", "estimates_logits", "completes_by_all", "stateful")
+        vars(self).update({name: getattr(given, name) for name in stated if hasattr(given, name)})
+
+    @property
+    def name(self) -> str:
+        return type(self._given).__name__
+
+    def score(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
+        scores: Tensor = self._given(query, key, packed_keys)
+        return scores
+
+    def shard(self: _A, rank: int, ranks: int) -> _A:
+        return type(self)(self._given.shard(rank, ranks)) if hasattr(self._given, "shard") else self
+
+
+class _AdaptedSequence(_Adapted, SequenceScorer):
+    """An object with `follow` as a `SequenceScorer`."""
+
+    def __init__(self, given: Any) -> None:
+        super().__init__(given)
+        if hasattr(given, "remembers"):
+            self.stateful = given.remembers
+
+    def follow(self, forward: Forward) -> Tensor:
+        scores: Tensor = self._given.follow(forward)
+        return scores
+
+
+def as_scorer(given: object, layer: int | None = None) -> Scorer:
+    """Return ``given`` as a `Scorer`: itself, or adapted if it is a callable, or has `follow`, and is of another class.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if isinstance(given, Scorer):
+        return given
+    if hasattr(given, "follow"):
+        return _AdaptedSequence(given)
+    if not callable(given):
+        of_layer = "" if layer is None else f" of layer {layer}"
+        raise ValueError(f"the scorer{of_layer} is {given!r}, no Scorer or SequenceScorer; return one.")
+    return _Adapted(given)
 
 
 def _take_dims(states: Tensor, dims: Tensor) -> Tensor:

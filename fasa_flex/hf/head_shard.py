@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fasa_flex.core.scoring import Scorer
 from fasa_flex.errors import NotSupportedError
 from fasa_flex.hf.model_structure import attention_modules, attention_shape, device_of
 
 _COLWISE = "colwise"
 """Name in transformers' plans of a projection whose outputs, the heads, stay on the rank that computes them."""
 
-_S = TypeVar("_S")
+_S = TypeVar("_S", bound=Scorer)
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,7 @@ class HeadShard:
 
     def scorer(self, scorer: _S) -> _S:
         """Take this rank's part of a scorer that has tables by head; other scorers serve any heads."""
-        divide = getattr(scorer, "shard", None)
-        if self.ranks == 1 or divide is None:
-            return scorer
-        part: _S = divide(self.rank, self.ranks)
-        return part
+        return scorer if self.ranks == 1 else scorer.shard(self.rank, self.ranks)
 
 
 def whole_parameter(parameter: Tensor) -> Tensor:

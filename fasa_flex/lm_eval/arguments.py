@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 
 from fasa_flex import FasaConfig, FasaProfile
 from fasa_flex.baselines import RANKING_OPTIONS, Method, as_published, scorer_factory, unheard
-from fasa_flex.core.scoring import Scorer, SequenceScorer
+from fasa_flex.core.scoring import Scorer
 from fasa_flex.errors import ArgumentTypeError
 from fasa_flex.hf.compatibility import unmet
 from fasa_flex.lm_eval.profiles import AUTO, Calibration
@@ -125,7 +125,7 @@ def check_method(method: object) -> None:
 
 def scorer_of(
     method: Literal["fasa"] | Method, calibration: Calibration, config: FasaConfig, head_dim: int
-) -> Callable[[int], Scorer | SequenceScorer] | None:
+) -> Callable[[int], Scorer] | None:
     """The ``scorer=`` argument of `enable` for a method; None for FASA itself."""
     if method == "fasa":
         return None

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fasa_flex.calibration.from_prompt import PromptCalibration
 from fasa_flex.calibration.profile import FasaProfile, check_kinds
 from fasa_flex.calibration.profile_scorers import dominant_chunks
 from fasa_flex.core.config import FasaConfig
-from fasa_flex.core.scoring import DominantChunks, Scorer, SequenceScorer
+from fasa_flex.core.scoring import DominantChunks, Scorer, as_scorer
 from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import attention_modules, check_supported, dense_layers, device_of
 from fasa_flex.hf.probe import check_attention
@@ -21,8 +22,8 @@ from fasa_flex.hf.wrappers import unwrapped
 from fasa_flex.model.handle import Fasa
 from fasa_flex.prefill.estimators import BlockEstimator, pooled
 
-ScorerFactory = Callable[[int], Scorer | SequenceScorer]
-"""Takes a layer number and returns the scorer of that layer."""
+ScorerFactory = Callable[[int], "Scorer | Callable[..., Tensor]"]
+"""Takes a layer number and returns the scorer of that layer: a `Scorer`, or a function with the arguments of one."""
 
 
 def enable(
@@ -99,18 +100,16 @@ def enable(
     shard = HeadShard.of(model)
     with torch.inference_mode(False):  # inference tensors could not be used outside it
         scorers = {
-            layer: _placed(shard.scorer(scorer(layer)), model, layer, config) for layer in layers if layer not in dense
+            layer: _placed(shard.scorer(as_scorer(scorer(layer), layer)), model, layer, config)
+            for layer in layers
+            if layer not in dense
         }
     return Fasa(model, config, scorers, dense, profile if prompt is None else prompt, estimator)
 
 
-def _placed(
-    scorer: Scorer | SequenceScorer, model: PreTrainedModel, layer: int, config: FasaConfig
-) -> Scorer | SequenceScorer:
+def _placed(scorer: Scorer, model: PreTrainedModel, layer: int, config: FasaConfig) -> Scorer:
     """Move a scorer of chunks to the layer's device, where its packed keys will be, and set its ``packed_dtype``."""
     if not isinstance(scorer, DominantChunks):
-        if not callable(scorer) and not isinstance(scorer, SequenceScorer):
-            raise ValueError(f"the scorer of layer {layer} is {scorer!r}, no Scorer or SequenceScorer; return one.")
         return scorer
     if scorer.dtype is None and config.per == "kv_head":
         scorer = replace(scorer, dtype=config.packed_dtype)

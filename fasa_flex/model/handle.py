@@ -18,7 +18,7 @@ from fasa_flex.core.config import Completion as CompletionKind
 from fasa_flex.core.config import FasaConfig
 from fasa_flex.core.criteria import Criterion
 from fasa_flex.core.layer_budgets import spread_budget
-from fasa_flex.core.scoring import DominantChunks, Scorer, SequenceScorer, estimates_logits
+from fasa_flex.core.scoring import DominantChunks, Scorer
 from fasa_flex.hf.attention_routing import AttentionSeam, implementation_of
 from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import attention_modules, attention_shape, device_of, maximum_positions
@@ -46,7 +46,7 @@ class Fasa(OfOneModel):
         self,
         model: PreTrainedModel,
         config: FasaConfig,
-        scorers: dict[int, Scorer | SequenceScorer],
+        scorers: dict[int, Scorer],
         dense: dict[int, str],
         source: FasaProfile | PromptCalibration | None,
         estimator: BlockEstimator = pooled,
@@ -107,8 +107,7 @@ class Fasa(OfOneModel):
     @property
     def remembers(self) -> bool:
         """Whether the scorer depends on earlier queries, so that a cropped or shared cache cannot be continued."""
-        followers = (layer.follower for layer in self._layers.values() if layer.follower is not None)
-        return any(getattr(follower, "remembers", True) for follower in followers)
+        return any(scorer.stateful for scorer in self._known.values())
 
     @property
     def profile(self) -> FasaProfile | None:
@@ -201,7 +200,7 @@ class Fasa(OfOneModel):
             raise ValueError(f"{self!r} was disabled, so the model is dense; call enable(...) again for a new handle.")
 
 
-def _packed_dtype_of(model: PreTrainedModel, scorers: dict[int, Scorer | SequenceScorer]) -> str | None:
+def _packed_dtype_of(model: PreTrainedModel, scorers: dict[int, Scorer]) -> str | None:
     """Name of the precision of packed keys in the sparse layers; None: no scorer is `DominantChunks`."""
     for scorer in scorers.values():
         if isinstance(scorer, DominantChunks):
@@ -209,13 +208,13 @@ def _packed_dtype_of(model: PreTrainedModel, scorers: dict[int, Scorer | Sequenc
     return None
 
 
-def _check_prefill(config: FasaConfig, scorers: dict[int, Scorer | SequenceScorer]) -> None:
+def _check_prefill(config: FasaConfig, scorers: dict[int, Scorer]) -> None:
     """Refuse a prefill by blocks with scorers that have no dominant chunks to estimate from.
 
     Raises:
         ValueError: ``config.prefill`` is "blocks" and a scorer is no `DominantChunks`.
     """
-    others = [type(scorer).__name__ for scorer in scorers.values() if not isinstance(scorer, DominantChunks)]
+    others = [scorer.name for scorer in scorers.values() if not isinstance(scorer, DominantChunks)]
     if config.prefill == "blocks" and others:
         raise ValueError(
             f"prefill='blocks' estimates attention from the dominant chunks of a profile, which {others[0]} has not; "
@@ -223,17 +222,16 @@ def _check_prefill(config: FasaConfig, scorers: dict[int, Scorer | SequenceScore
         )
 
 
-def _completion_of(config: FasaConfig, scorers: dict[int, Scorer | SequenceScorer]) -> CompletionKind:
+def _completion_of(config: FasaConfig, scorers: dict[int, Scorer]) -> CompletionKind:
     """Resolve ``config.completion`` for the scorers of the sparse layers.
 
     Raises:
         ValueError: the config sets a completion and the scores do not estimate logits.
     """
-    able = all(map(estimates_logits, scorers.values()))
-    if config.completion in ("first_order", "mean") and not able:
-        other = next(type(scorer).__name__ for scorer in scorers.values() if not estimates_logits(scorer))
+    others = [scorer.name for scorer in scorers.values() if not scorer.estimates_logits]
+    if config.completion in ("first_order", "mean") and others:
         raise ValueError(
-            f"completion={config.completion!r} needs scores that estimate logits, which {other} does not give; "
+            f"completion={config.completion!r} needs scores that estimate logits, which {others[0]} does not give; "
             "use completion=None or 'none'."
         )
     # without one chunk set per key/value head no layer keeps a state: completion would read all keys and values
@@ -241,6 +239,6 @@ def _completion_of(config: FasaConfig, scorers: dict[int, Scorer | SequenceScore
     return config.completion or ("first_order" if keeps else "none")
 
 
-def _have_chunks(scorers: dict[int, Scorer | SequenceScorer]) -> bool:
+def _have_chunks(scorers: dict[int, Scorer]) -> bool:
     """Whether the scorers of all sparse layers are of dominant chunks."""
     return all(isinstance(scorer, DominantChunks) for scorer in scorers.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class Layer(OfOneModel):
         begins: bool,
         implementation: str,
         shared: Shared,
-        scorer: Scorer | SequenceScorer | None,
+        scorer: Scorer | None,
         budget: Budget | None,
     ) -> None:
         config = shared.config
@@ -64,10 +64,8 @@ class Layer(OfOneModel):
         self._forwards, self._stats = shared.forwards, shared.stats
         self._packs = shared.packs and budget is not None
         self._backend, self._prefill, self._group_reduce = config.backend, config.prefill, shared.group_reduce
-        self._completes = shared.completion != "none"
-        self._strength = config.completion_strength if shared.completion == "first_order" else 0.0
-        self._samples = self._group_reduce == "softmax" or self._completes
-        self._by_all = getattr(scorer, "completes_by_all", False)
+        self._completes, self._strength, self._samples = shared.completes, shared.strength, shared.samples
+        self._by_all = scorer is not None and scorer.completes_by_all
         self._dense_budget = config.budget  # up to this many keys a dense layer runs the model's own attention
         self._may_group = budget is None or config.backend == "fastest"
         self._paged = PagedLayer(number, begins, implementation, shared, budget, lambda: self.scorer)
@@ -76,7 +74,7 @@ class Layer(OfOneModel):
         self._blocks = BlockPrefill(*own, shared.forwards, shared.stats) if by_blocks else None
 
     @property
-    def scorer(self) -> Scorer | SequenceScorer | None:
+    def scorer(self) -> Scorer | None:
         """The scorer; None if the layer is dense or not calibrated yet."""
         if self._source is None:
             return self._scorer
@@ -171,19 +169,19 @@ class Layer(OfOneModel):
         if call.options.get("dropout"):
             raise call.no_dropout()
         assert budget is not None
+        assert scorer is not None
         packed = resident = completion = None
         if q_len == 1:
             if cached is None and cache is not None and self._packs:  # the first sparse step packs
-                pack_layer(cache, number, scorer)
-                cached = cache.layers[number] if getattr(cache.layers[number], "scorer", None) is scorer else None
+                cached = pack_layer(cache, number, scorer)
                 if self._completes:
                     state = cached and cached.advance(key, value, self._strength != 0.0, *visible.last(), q_len)
             packed = None if cached is None else cached.packed
             resident = cached.own_resident() if isinstance(cached, OnHost) else None
         if self._completes:
             completion = Completion(self._strength, state if q_len == 1 else None, self._by_all)
-        ranker, part = cast(Scorer, scorer), query if first == 0 else query[:, :, first:]  # others' scores are `Given`
-        states = (part, key, value, ranker, visible.valid()[:, :, :, first:], budget, self._group_reduce, softmax)
+        part = query if first == 0 else query[:, :, first:]  # others' scores are `Given`
+        states = (part, key, value, scorer, visible.valid()[:, :, :, first:], budget, self._group_reduce, softmax)
         sparse_call = Call(*states, packed, resident, marks, completion)
         if q_len == 1:  # splitting many queries would guard a compiled graph on T and recompile for every token
             focused = sparse_attention(sparse_call, self._backend).transpose(1, 2).contiguous()
@@ -195,7 +193,7 @@ class Layer(OfOneModel):
             return focused, weights
         return merged(run_dense(), focused, weights, sparse, first)
 
-    def _pack(self, cache: Cache, scorer: object, device: torch.device) -> None:
+    def _pack(self, cache: Cache, scorer: Scorer | None, device: torch.device) -> None:
         """Let the cache pack this layer's keys; with "fastest" on a GPU a growing cache waits for a sparse step."""
         pack_layer(cache, self.number, scorer, growing=self._backend != "fastest" or not packs_late(device))
 

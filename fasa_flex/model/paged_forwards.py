@@ -212,7 +212,7 @@ class PagedForwards:
         follower = next((each for each in used if isinstance(each, SequenceScorer)), None)
         if follower is not None:
             raise NotSupportedError(
-                f"{type(follower).__name__} follows one sequence from forward to forward, and continuous batching "
+                f"{follower.name} follows one sequence from forward to forward, and continuous batching "
                 "mixes several; use generate, or a Scorer."
             )
         if kept is None or any(a is not b for a, b in zip(kept.scorers, used, strict=True)):

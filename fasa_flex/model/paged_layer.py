@@ -12,7 +12,7 @@ from fasa_flex.backends.table import sparse_attention
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.completion import Completion
 from fasa_flex.core.method import Call
-from fasa_flex.core.scoring import DominantChunks, Scorer, SequenceScorer
+from fasa_flex.core.scoring import DominantChunks, Scorer
 from fasa_flex.core.selection import valid_keys
 from fasa_flex.core.softmax import Softmax
 from fasa_flex.hf.attention_call import AttentionCall, AttentionResult
@@ -56,15 +56,15 @@ class PagedLayer(OfOneModel):
         implementation: str,
         shared: Shared,
         budget: Budget | None,
-        scorer: Callable[[], Scorer | SequenceScorer | None],
+        scorer: Callable[[], Scorer | None],
     ) -> None:
         self._number, self._begins, self._implementation = number, begins, implementation
         self._budget, self._scorer = budget, scorer
         self._forwards: PagedForwards = shared.paged
         self._stats, self._source, self._backend = shared.stats, shared.source, shared.config.backend
         self._packs = shared.packs and self._backend in IN_PAGES
-        self._group_reduce, self._completes = shared.group_reduce, shared.completion != "none"
-        self._strength = shared.config.completion_strength if shared.completion == "first_order" else 0.0
+        self._group_reduce, self._samples = shared.group_reduce, shared.samples
+        self._completes, self._strength = shared.completes, shared.strength
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Hook before the attention module: begin the forward in the first layer; read no earlier keys in sparse ones.
@@ -154,16 +154,16 @@ class PagedLayer(OfOneModel):
         else:
             packed, valid = None, group.valid()
             key, value = (whole_rows(states, table, pages, valid) for states in (pages.keys, pages.values))
-        marks = group.marks(valid.shape[-1], budget, self._group_reduce == "softmax" or self._completes)
+        marks = group.marks(valid.shape[-1], budget, self._samples)
         settings = (budget, self._group_reduce, softmax, packed, None, marks, completion)
         call = Call(queries, key, value, scorer, valid, *settings)
         if packed is None:
             return sparse_attention(call, self._backend)[:, :, 0]
         return attend_pages(call, pages, table, self._backend)[:, :, 0]
 
-    def _completion(self, scorer: Any) -> Completion | None:
+    def _completion(self, scorer: Scorer) -> Completion | None:
         """The completion of calls that read all keys and values; None: there is none."""
-        return Completion(self._strength, None, getattr(scorer, "completes_by_all", False)) if self._completes else None
+        return Completion(self._strength, None, scorer.completes_by_all) if self._completes else None
 
     def _states_of(self, request: Request, key: Tensor, value: Tensor, pages: Pages) -> tuple[Tensor, Tensor]:
         """All keys and values of one request, float [1, Hkv, T, D]."""

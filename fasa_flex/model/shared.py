@@ -43,6 +43,21 @@ class Shared:
         """How the scores of a group's query heads become one ranking."""
         return "none" if self.config.per == "query_head" else self.config.group_reduce
 
+    @property
+    def completes(self) -> bool:
+        """Whether attention to the selected keys is completed."""
+        return self.completion != "none"
+
+    @property
+    def strength(self) -> float:
+        """Factor of the completion's first-order term; 0: there is none."""
+        return self.config.completion_strength if self.completion == "first_order" else 0.0
+
+    @property
+    def samples(self) -> bool:
+        """Whether a sample of the keys is marked, for the ranking or the completion."""
+        return self.group_reduce == "softmax" or self.completes
+
 
 class OfOneModel:
     """Base of objects that belong to one model, so that a copy of the model must not refer to them."""

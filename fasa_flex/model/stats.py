@@ -12,10 +12,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from fasa_flex.core.budget import Budget
-from fasa_flex.core.bytes_read import ReadShare, StatesReads
+from fasa_flex.core.bytes_read import ReadShare
 from fasa_flex.core.config import Completion, FasaConfig
-from fasa_flex.core.packed_keys import packed_bytes
-from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.core.scoring import DominantChunks, Scorer
 from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import attention_shape
 
@@ -66,7 +65,7 @@ def tally(n_valid: Tensor, sparse: Tensor | None = None, budget: Budget | None =
 
 
 def read_share(
-    scorer: object,
+    scorer: Scorer,
     model: PreTrainedModel,
     config: FasaConfig,
     packs: bool,
@@ -84,19 +83,19 @@ def read_share(
             all valid keys counts as a running sum.
         dtype: dtype of the cache; None: the model's.
     """
-    if not isinstance(scorer, StatesReads):
-        return None
     head_dim, shard = attention_shape(model)[3], HeadShard.of(model)
     query_heads, kv_heads = shard.query_heads, shard.kv_heads
-    reads, keeps = scorer.reads(head_dim, query_heads, kv_heads), packs
-    ranker, dtype = getattr(scorer, "ranker", scorer), dtype or model.dtype
-    if isinstance(ranker, DominantChunks) and keeps:
-        packed = packed_bytes(ranker.dims.shape[1], ranker.dtype, dtype)
-        reads = replace(reads, ranking=packed / (2 * head_dim * dtype.itemsize))
+    reads, packed = scorer.reads(head_dim, query_heads, kv_heads), None
+    if reads is None:
+        return None
+    if packs:
+        packed = scorer.reads_packed(head_dim, dtype or model.dtype)
+    if packed is not None:
+        reads = replace(reads, ranking=packed)
     if completion != "none":
         first_order = completion == "first_order" and config.completion_strength != 0
-        sums = isinstance(scorer, DominantChunks) and keeps
-        sums = sums or (not first_order and getattr(scorer, "completes_by_all", False))
+        sums = isinstance(scorer, DominantChunks) and packs
+        sums = sums or (not first_order and scorer.completes_by_all)
         reads = reads.completed(head_dim, first_order) if sums else replace(reads, ranking=1.0)
     by_head = config.per == "query_head" or config.group_reduce == "none"
     return reads.by_head(query_heads // kv_heads) if by_head else reads

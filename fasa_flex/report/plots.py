@@ -23,29 +23,6 @@ COLOURS = ("#1f6fb4", "#d1603d", "#4a8f53", "#8a5ca8", "#b8860b", "#5f6b7a")
 _MARKERS = ("o", "s", "^", "D")  # where there are more methods than colours
 
 
-def chunk_heatmap(
-    profile: FasaProfile, n_tip: int | None = None, per: Sharing = "kv_head", criterion: Criterion | None = None
-) -> Figure:
-    """A heat map of a criterion's table, with a row for each query head and a column for each chunk.
-
-    The value is the chunk's agreement with its head, or its share of the sum of the head's variances. Columns are
-    labelled with the chunk's period in tokens. If there are too many heads for a readable picture, a row is a layer,
-    averaged over its heads.
-
-    Args:
-        profile: the profile.
-        n_tip: mark this many dominant chunks of each head with dots (for a layer, those of at least half its heads).
-        per: heads that share dominant chunks, as in `FasaProfile.dominant`.
-        criterion: as in `FasaProfile.dominant`.
-    """
-    figure = Figure(figsize=(_width(profile), 1.6 + _height(profile)), layout="constrained")
-    axes = figure.add_subplot()
-    _draw_chunks(axes, profile, n_tip, per, criterion)
-    if n_tip is not None:
-        figure.legend(loc="outside lower center", frameon=False)
-    return figure
-
-
 def inspection(
     names: Sequence[str],
     profiles: Sequence[FasaProfile],
@@ -54,6 +31,11 @@ def inspection(
     criterion: Criterion | None = None,
 ) -> Figure:
     """Heat maps of profiles, the share of heads in which each chunk is dominant, and the overlap of profiles.
+
+    A heat map has a row for each query head and a column for each chunk, labelled with its period in tokens; dots mark
+    dominant chunks. The value is the chunk's agreement with its head, or its share of the sum of the head's variances.
+    If there are too many heads for a readable picture, a row is a layer, averaged over its heads, and dots mark the
+    chunks that are dominant in at least half of them.
 
     Args:
         names: names of the profiles.
@@ -79,9 +61,7 @@ def inspection(
     return figure
 
 
-def _draw_chunks(
-    axes: Axes, profile: FasaProfile, n_tip: int | None, per: Sharing, criterion: Criterion | None
-) -> None:
+def _draw_chunks(axes: Axes, profile: FasaProfile, n_tip: int, per: Sharing, criterion: Criterion | None) -> None:
     layers, heads, _ = profile.agreement.shape
     whole = _by_layer(profile)
     rows = 1 if whole else heads
@@ -99,21 +79,20 @@ def _draw_chunks(
     _label_chunks(axes, profile)
     axes.set_ylabel("mean of the layer's query heads" if whole else "query heads")
     axes.figure.colorbar(image, ax=axes, label=label)
-    if n_tip is not None:
-        dominant = is_dominant(profile, n_tip, per, criterion)
-        if whole:
-            dominant = dominant.float().mean(1, keepdim=True) >= 0.5
-        step = rows / dominant.shape[1]
-        layer_of, head, chunk = dominant.nonzero(as_tuple=True)
-        owner = "KV head" if per == "kv_head" else "query head"
-        label = f"the {n_tip} dominant chunks of a {owner}"
-        axes.scatter(
-            chunk,
-            layer_of * rows + head * step + (step - 1) / 2,
-            s=9,
-            color="black",
-            label=f"among {label} in at least half of the layer" if whole else label,
-        )
+    dominant = is_dominant(profile, n_tip, per, criterion)
+    if whole:
+        dominant = dominant.float().mean(1, keepdim=True) >= 0.5
+    step = rows / dominant.shape[1]
+    layer_of, head, chunk = dominant.nonzero(as_tuple=True)
+    owner = "KV head" if per == "kv_head" else "query head"
+    label = f"the {n_tip} dominant chunks of a {owner}"
+    axes.scatter(
+        chunk,
+        layer_of * rows + head * step + (step - 1) / 2,
+        s=9,
+        color="black",
+        label=f"among {label} in at least half of the layer" if whole else label,
+    )
 
 
 def _draw_dominance(

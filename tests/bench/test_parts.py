@@ -80,7 +80,7 @@ def test_shapes_state_their_weights() -> None:
         assert matrices == shape.layer_parameters() + shape.head_parameters()
         assert model.config.num_key_value_heads == shape.kv_heads
     assert SHAPES["llama-3.2-1b"].head_parameters() == 128256 * 2048  # the embedding is the output head
-    assert SHAPES["llama-2-7b"].group == 1
+    assert SHAPES["llama-2-7b"].query_heads == SHAPES["llama-2-7b"].kv_heads
 
 
 def test_random_chunks_and_profile_fit() -> None:

@@ -38,7 +38,7 @@ def model_and_profile(name: str) -> tuple[PreTrainedModel, FasaProfile]:
 class RoundedChunks(DominantChunks):
     """TIP in float64, rounded to multiples of 1/64."""
 
-    def __call__(self, query: Tensor, key: Tensor, packed_keys: object = None) -> Tensor:
+    def score(self, query: Tensor, key: Tensor, packed_keys: object = None) -> Tensor:
         heads, kv_heads = query.shape[1], key.shape[1]
         group = heads // kv_heads
         rows = []
