@@ -120,6 +120,20 @@ def test_counting_finds_what_a_sort_finds(count: int, row: int, monkeypatch: pyt
         assert (slots.diff(dim=-1)[found[:, 1:] > INVALID] != 0).all()
 
 
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 20])
+@pytest.mark.parametrize("valid", [1.0, 0.5, 0.003])
+def test_tiles_and_counts_send_ties_to_the_lower_slot(
+    count: int, valid: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of up to 64 are counted, which takes them by ascending slot; candidates of 5 tiles and more are not."""
+    monkeypatch.setattr(ranking, "_ROW", 64)
+    generator = torch.Generator().manual_seed(0)
+    for length in (64, 65, 1100, 1500):
+        scores = torch.randint(3, (3, length), generator=generator).float()
+        order = torch.where(torch.rand(3, length, generator=generator) < valid, rank_keys(scores), INVALID)
+        assert in_order(ranking._by_tiles_and_counts(order, count)).equal(in_order(order)[:, length - count :])
+
+
 def test_tiles_hold_the_keys_in_order() -> None:
     tiles = ranking.in_tiles(torch.arange(35), -1)
     assert tiles.shape == (3, 16)

@@ -7,6 +7,8 @@ integers is exact and ties go to the lower slot; a stable sort would take 20-40 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -76,10 +78,21 @@ def largest(order: Tensor, count: int) -> Tensor:
         order: int64 [..., T], integers of `rank_keys`: all distinct except for INVALID.
         count: number to find, at least 1.
     """
-    kv_len, levels, few = order.shape[-1], [order], 2 * TILE * count
-    best_of = _partition
-    if order.device.type != "cpu":
-        best_of, few = (_by_counts if torch.compiler.is_compiling() else _topk), max(few, _ROW + 1)
+    if order.device.type == "cpu":
+        return _by_tiles(order, count, 2 * TILE * count, _partition)
+    if torch.compiler.is_compiling():
+        return _by_tiles_and_counts(order, count)
+    return _by_tiles(order, count, 2 * TILE * count, _topk)
+
+
+def _by_tiles_and_counts(order: Tensor, count: int) -> Tensor:
+    """Compute `largest` for rows of at most `_ROW`; for more candidates than that, with `torch.topk`."""
+    return _by_tiles(order, count, max(_ROW + 1, TILE * count), _by_counts)
+
+
+def _by_tiles(order: Tensor, count: int, few: int, best_of: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Compute `largest`: rows of ``few``, at least ``16 * count``, and more integers are searched by their tiles."""
+    kv_len, levels = order.shape[-1], [order]
     while levels[-1].shape[-1] >= few:
         levels.append(in_tiles(levels[-1], INVALID).amax(-1))
     best = best_of(levels.pop(), count)
