@@ -15,8 +15,9 @@ from fasa_flex.backends.table import BACKENDS, ORDER, sparse_attention
 from fasa_flex.baselines import AllDimensions, Sampled
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.method import Call
+from fasa_flex.core.packed_keys import PackedKeys
 from fasa_flex.core.scoring import DominantChunks
-from fasa_flex.core.selection import valid_keys
+from fasa_flex.core.selection import Marks, valid_keys
 from fasa_flex.core.softmax import Softmax
 
 
@@ -54,3 +55,28 @@ def test_automatic_backends_end_on_one_that_serves_every_call() -> None:
     for names in ORDER.values():
         assert set(names) <= set(BACKENDS)
         assert names[-1] == "gather"
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(("lengths", "reads"), [((32,), [True]), ((32, 48), [True, False])])
+def test_flex_on_a_cpu_reads_packed_keys_where_the_graph_has_one_length(
+    call: Call, lengths: tuple[int, ...], reads: list[bool]
+) -> None:
+    """Once lengths vary it packs the keys anew, since Inductor's C++ would not compile; it selects the same keys."""
+    graphs: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(any(node.op == "placeholder" and "tiles" in node.name for node in graph.graph.nodes))
+        return graph
+
+    def attend(key: torch.Tensor, value: torch.Tensor, packed: PackedKeys, valid: torch.Tensor) -> torch.Tensor:
+        return sparse_attention(replace(call, key=key, value=value, packed_keys=packed, valid=valid), "flex")
+
+    compiled = torch.compile(attend, fullgraph=True, backend=backend)
+    for length in lengths:
+        key, value = (integers(1, 2, length, 16, seed=length + n) for n in (0, 1))
+        valid, packed = valid_keys(1, length, None, key.device), PackedKeys.of(call.scorer.pack(key))
+        call.marks = Marks.of(valid, call.budget, samples=True)
+        expected = sparse_attention(replace(call, key=key, value=value, packed_keys=packed, valid=valid), "gather")
+        torch.testing.assert_close(compiled(key, value, packed, valid), expected, atol=1e-5, rtol=1e-5)
+    assert graphs == reads

@@ -77,3 +77,64 @@ def test_the_largest_are_those_of_a_sort(by: str, count: int, monkeypatch: pytes
     assert found.sort(-1).values.equal(order.sort(-1).values[..., 100 - count :])
     assert order.equal(before)
     torch.library.opcheck(torch.ops.fasa_flex.largest.default, (order, count))
+
+
+def in_order(order: torch.Tensor) -> torch.Tensor:
+    """By value, for a comparison of unsorted results."""
+    return order.sort(-1).values
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("length", [1023, 1024, 1100])
+def test_long_rows_are_searched_by_tiles_of_tiles(length: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The winners may lie in one tile, or be as many as the valid keys; no search is among all keys."""
+    searched, partition = [], ranking._partition
+    monkeypatch.setattr(ranking, "_partition", lambda order, wanted: searched.append(order) or partition(order, wanted))
+    scores = torch.randn(3, length, generator=torch.Generator().manual_seed(0)).mul(4).round()
+    scores[1, 1000:1010] = 50.0
+    order = torch.where(torch.arange(length) % 3 > 0, rank_keys(scores), INVALID)
+    order[2, :-2] = INVALID
+    assert in_order(largest(order, count)).equal(in_order(order)[:, length - count :])
+    levels = {1: 3, 2: 3, 5: 2}[count]
+    assert len(searched) == levels
+    assert max(row.shape[-1] for row in searched) < 2 * ranking.TILE * max(count, 16)
+
+
+@pytest.mark.parametrize("count", [1, 17, 99, 100])
+@pytest.mark.parametrize("row", [99, 100])
+def test_counting_finds_what_a_sort_finds(count: int, row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a graph for a GPU does: all kinds of numbers, many ties, fewer valid keys than wanted, forced keys."""
+    monkeypatch.setattr(ranking, "_ROW", row)  # a longer row goes to topk
+    kinds = torch.tensor([0.0, -0.0, TINY, -TINY, INF, -INF, torch.nan, 1.0, -1.0, 3e38, -3e38])
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.cat(
+        [torch.randn(3, 100, generator=generator), kinds[torch.randint(11, (3, 100), generator=generator)]]
+    )
+    first = torch.arange(100) < 7
+    order = torch.where(torch.arange(100) % 3 > 0, rank_keys(scores, first), INVALID)
+    order[1] = INVALID
+    found = ranking._by_counts(order, count)
+    assert in_order(found).equal(in_order(order)[:, 100 - count :])
+    if row == 100:
+        slots = ranking.slot_of(found, 100).masked_fill(found == INVALID, 100)
+        assert (slots.diff(dim=-1)[found[:, 1:] > INVALID] != 0).all()
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 20])
+@pytest.mark.parametrize("valid", [1.0, 0.5, 0.003])
+def test_tiles_and_counts_send_ties_to_the_lower_slot(
+    count: int, valid: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of up to 64 are counted, which takes them by ascending slot; candidates of 5 tiles and more are not."""
+    monkeypatch.setattr(ranking, "_ROW", 64)
+    generator = torch.Generator().manual_seed(0)
+    for length in (64, 65, 1100, 1500):
+        scores = torch.randint(3, (3, length), generator=generator).float()
+        order = torch.where(torch.rand(3, length, generator=generator) < valid, rank_keys(scores), INVALID)
+        assert in_order(ranking._by_tiles_and_counts(order, count)).equal(in_order(order)[:, length - count :])
+
+
+def test_tiles_hold_the_keys_in_order() -> None:
+    tiles = ranking.in_tiles(torch.arange(35), -1)
+    assert tiles.shape == (3, 16)
+    assert tiles.flatten().tolist() == [*range(35), *[-1] * 13]

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from fasa_flex.backends.gather import gather_focused
 from fasa_flex.backends.specialization import attend_compiled
@@ -72,7 +73,7 @@ def _why_not_all_keys(call: Call) -> str | None:
     """The reason why a backend that reads all keys and attends to the selected ones cannot serve a call."""
     if call.key.device != call.query.device:
         return "it reads keys on the query's device, and they are in host memory"
-    return f"{type(call.scorer).__name__} attends by itself" if hasattr(call.scorer, "attend") else None
+    return f"{call.scorer.name} attends by itself" if call.scorer.attend else None
 
 
 def _why_no_flex(call: Call) -> str | None:
@@ -91,8 +92,12 @@ def _why_no_flex(call: Call) -> str | None:
 
 def _by_flex(call: Call) -> Tensor:
     """Compile in any case: eager `flex_attention` ignores block lists and computes every score."""
-    if call.query.device.type == "cpu" and isinstance(call.packed_keys, PackedKeys):
-        call.packed_keys = None  # Inductor's C++ for the tiles of a growing cache does not compile (torch 2.13)
+    packed = call.packed_keys
+    if call.query.device.type == "cpu" and isinstance(packed, PackedKeys):
+        lengths = (call.key.shape[2], packed.tiles.shape[2])
+        one_graph = torch.compiler.is_compiling() and all(map(has_static_value, lengths))
+        if not one_graph or call.query.shape[2] > 1:
+            call.packed_keys = None  # Inductor's C++ for two dynamic lengths does not compile (torch 2.13)
     return attend_compiled(call, flex_focused)
 
 

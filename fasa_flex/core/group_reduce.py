@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fasa_flex.core.compiler import operator
 from fasa_flex.core.config import GroupReduce
+from fasa_flex.core.ranking import in_tiles
 from fasa_flex.core.softmax import Softmax
 
 
@@ -81,7 +82,11 @@ def weigh(logits: Tensor, valid: Tensor, sample: Tensor) -> Weights:
         best = torch.where(best == -torch.inf, 0.0, best)
         near = [(member - best).exp() for member in members]
         factor = best.clamp(max=MOST).exp()
-        total = torch.stack([torch.where(valid[:, :, 0], member * factor, 0.0).sum(-1) for member in near], dim=2)
+        masses = [torch.where(valid[:, :, 0], member * factor, 0.0) for member in near]
+        if logits.device.type == "cpu":
+            total = torch.stack([mass.sum(-1) for mass in masses], dim=2)
+        else:  # by tile, as `largest` finds maxima: one kernel computes both where it reads the logits
+            total = torch.stack([in_tiles(mass).sum(-1) for mass in masses], dim=2).sum(-1)
     else:  # all heads at once: fewer eager calls
         weighed = logits - unit
         best = weighed.amax(2)

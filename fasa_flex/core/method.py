@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from fasa_flex.core.budget import Budget
-from fasa_flex.core.compiler import read_as_floats, realize
+from fasa_flex.core.compiler import compute_once, read_as_floats, realize
 from fasa_flex.core.completion import Completion, completed, kept_share
 from fasa_flex.core.config import GroupReduce
 from fasa_flex.core.group_reduce import reduce_group, weigh
@@ -103,7 +103,7 @@ def attend(call: Call, focus: Focus) -> Tensor:
     else:
         ranking = reduce_group(scores, valid, call.group_reduce, call.softmax, marks.sample)
     selection = select(ranking, valid, call.budget, marks.forced)
-    focus = getattr(call.scorer, "attend", focus)
+    focus = call.scorer.attend or focus
     out, lse = focus(call.query, call.key, call.value, selection, call.softmax)
     if logits is not None and weights is not None:
         share = kept_share(logits, weights, selection)
@@ -157,8 +157,9 @@ def to_block_mask(selection: Selection, group: int, kv_block: int) -> BlockMask:
     """Build the `BlockMask` of the selected tokens.
 
     The mask lists a key block if any row of the query block selected a token in it; the mask function then decides for
-    each token. All blocks are listed as partial: on a GPU a list of full blocks, even an empty one, unbalances how the
-    decode kernel splits the work.
+    each token. For one query the list comes from the selected slots; only the ranking is as long as the keys. All
+    blocks are listed as partial: on a GPU a list of full blocks, even an empty one, unbalances how the decode kernel
+    splits the work.
 
     Args:
         selection: selected slots, with Hkv heads.
@@ -168,36 +169,60 @@ def to_block_mask(selection: Selection, group: int, kv_block: int) -> BlockMask:
     Returns:
         a mask for queries [B, Hkv, Q * G, D], with rows ``q * G + g``, and keys [B, Hkv, T, D].
     """
-    mask = selection.mask.to(torch.int8)  # a padded comparison does not compile for a CPU (torch 2.13)
-    batch, heads, shared, q_len, kv_len = mask.shape
+    shared, q_len, kv_len = selection.order.shape[2:]
     rows, kv_blocks = q_len * group, -(-kv_len // kv_block)
-    most = kv_blocks
     if q_len == 1:
-        any_row = mask.amax(2)
-        most = min(most, shared * selection.slots.shape[-1])
+        number, listed = _blocks_of_slots(selection, kv_block)
+        order, lowest = compute_once(selection.order), compute_once(selection.lowest)
     else:
-        by_row = mask.transpose(2, 3).expand(-1, -1, -1, group, -1).reshape(batch, heads, rows, kv_len)
-        q_blocks = -(-rows // Q_BLOCK)
-        padded = F.pad(by_row, (0, 0, 0, q_blocks * Q_BLOCK - rows))
-        any_row = padded.view(batch, heads, q_blocks, Q_BLOCK, kv_len).amax(3)
-    padded = F.pad(any_row, (0, kv_blocks * kv_block - kv_len))
-    blocks = padded.view(batch, heads, -1, kv_blocks, kv_block).amax(-1)
-    downward = torch.arange(kv_blocks, 0, -1, dtype=torch.int32, device=mask.device)
-    listed = torch.where(blocks > 0, downward, 0).topk(most, dim=-1).indices.to(torch.int32)
-    if mask.device.type == "cpu":
-        listed = F.pad(listed, (0, kv_blocks - most))  # the CPU kernel needs one entry for each block of keys
-    tokens = realize(selection.mask)
+        number, listed = _blocks_of_rows(selection, group, kv_block)
+        order, lowest = realize(selection.mask), None
+    if order.device.type == "cpu":
+        listed = F.pad(listed, (0, kv_blocks - listed.shape[-1]))  # its kernel needs one entry for each block of keys
 
     def selected(b: Tensor, h: Tensor, row: Tensor, slot: Tensor) -> Tensor:
-        member = row % group if shared > 1 else 0
-        chosen: Tensor = tokens[b, h, member, row // group, slot]
-        return chosen
+        member, query = row % group if shared > 1 else 0, row // group
+        chosen: Tensor = order[b, h, member, query, slot]
+        return chosen if lowest is None else chosen >= lowest[b, h, member, query, 0]
 
     return BlockMask.from_kv_blocks(
-        blocks.sum(-1, dtype=torch.int32).contiguous(),
+        number.contiguous(),
         listed.contiguous(),
         BLOCK_SIZE=(Q_BLOCK, kv_block),
         mask_mod=selected,
         seq_lengths=(rows, kv_len),
         compute_q_blocks=False,
     )
+
+
+def _blocks_of_slots(selection: Selection, kv_block: int) -> tuple[Tensor, Tensor]:
+    """Number and ascending list of the blocks of keys with a slot of one query: int32 [B, Hkv, 1] and [B, Hkv, 1, N].
+
+    No more than the group's selections of K keys: N is at most their number.
+    """
+    kv_blocks = -(-selection.order.shape[-1] // kv_block)
+    blocks = torch.where(selection.taken, selection.slots // kv_block, kv_blocks).flatten(2).to(torch.int32)
+    blocks = blocks[:, :, None].sort(-1).values
+    distinct = (blocks != F.pad(blocks[..., :-1], (1, 0), value=-1)) & (blocks < kv_blocks)
+    number = distinct.cumsum(-1, dtype=torch.int32)
+    most = min(kv_blocks, blocks.shape[-1])
+    wanted = torch.arange(1, most + 1, dtype=torch.int32, device=blocks.device)
+    at = torch.searchsorted(number, wanted.expand(*number.shape[:-1], most).contiguous())
+    listed = blocks.gather(-1, at.clamp(max=blocks.shape[-1] - 1))
+    return number[..., -1], listed.clamp(max=kv_blocks - 1)
+
+
+def _blocks_of_rows(selection: Selection, group: int, kv_block: int) -> tuple[Tensor, Tensor]:
+    """Number and list of the blocks with a slot of each block of rows: int32 [B, Hkv, N] and [B, Hkv, N, blocks]."""
+    mask = selection.mask.to(torch.int8)  # a padded comparison does not compile for a CPU (torch 2.13)
+    batch, heads, _, q_len, kv_len = mask.shape
+    rows, kv_blocks = q_len * group, -(-kv_len // kv_block)
+    by_row = mask.transpose(2, 3).expand(-1, -1, -1, group, -1).reshape(batch, heads, rows, kv_len)
+    q_blocks = -(-rows // Q_BLOCK)
+    padded = F.pad(by_row, (0, 0, 0, q_blocks * Q_BLOCK - rows))
+    any_row = padded.view(batch, heads, q_blocks, Q_BLOCK, kv_len).amax(3)
+    padded = F.pad(any_row, (0, kv_blocks * kv_block - kv_len))
+    blocks = padded.view(batch, heads, -1, kv_blocks, kv_block).amax(-1)
+    downward = torch.arange(kv_blocks, 0, -1, dtype=torch.int32, device=mask.device)
+    listed = torch.where(blocks > 0, downward, 0).topk(kv_blocks, dim=-1).indices.to(torch.int32)
+    return blocks.sum(-1, dtype=torch.int32), listed

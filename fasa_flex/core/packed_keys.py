@@ -22,6 +22,9 @@ INT4_ZERO = 8
 _MANY = 512
 """From this number of tiles per head eager code scores head by head: a batched product copies the query per tile."""
 
+_FUSED = 16
+"""Most queries of a group whose products with integer keys Inductor computes as it loads these: one reduction each."""
+
 
 def tile_of(device: torch.device) -> int:
     """Number of keys in one tile: 16 on a CPU, where they fill one or two vector registers; 1 on other devices."""
@@ -121,10 +124,11 @@ class PackedKeys:
         Returns:
             float32 [B, Hkv, G, T].
         """
-        count = -(-kv_len // self.tiles.shape[4])
-        if self.tiles.shape[4] == 1:
+        count, compiled = -(-kv_len // self.tiles.shape[4]), torch.compiler.is_compiling()
+        fused = compiled and self.scales is not None and query.shape[2] <= _FUSED
+        if self.tiles.shape[4] == 1 and not fused:  # restored keys, which a compiled product would store as floats
             return dot_products(query, self.rows(kv_len))
-        tiles, compiled = self.tiles[:, :, :count], torch.compiler.is_compiling()
+        tiles = self.tiles[:, :, :count]
         if compiled:
             query = compute_once(query.detach().float())
         if not compiled and count < _MANY:  # one matrix product per tile
@@ -174,7 +178,10 @@ def _scores_of_tiles(query: Tensor, tiles: Tensor) -> Tensor:
     """
     if tiles.dtype == torch.uint8:  # Inductor's vector code has these operators for 32-bit integers only (torch 2.13)
         wide = tiles.to(torch.int32)
-        parts, zero = [(wide & 15).float(), (wide >> 4).float()], INT4_ZERO
+        parts, zero = [wide & 15, wide >> 4], INT4_ZERO
+        if tiles.shape[4] == 1:  # on a GPU the sums over the query would be kernels of their own
+            parts, zero = [part - zero for part in parts], 0
+        parts = [part.float() for part in parts]
     else:
         parts, zero = [tiles.float()], 0
     members = []

@@ -7,6 +7,7 @@ Every method of sparse attention here is a scorer; selection, masks and attentio
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -25,16 +26,17 @@ _A = TypeVar("_A", bound="_Adapted")
 class Scorer(ABC):
     """Computes the importance of keys to queries. It ranks keys and is not an attention weight.
 
-    A subclass defines `score`; the other members have defaults. It may also have a method ``attend``, which replaces
-    the softmax over the selected keys (`fasa_flex.baselines.sampled`).
+    A subclass defines `score`; the other members have defaults.
 
     Attributes:
+        attend: method that replaces the softmax over the selected keys (`fasa_flex.baselines.sampled`); None: it stays.
         stateful: whether the scores depend on earlier forwards, so that a cropped or shared cache cannot be continued.
         estimates_logits: whether the scores estimate the dot products ``q . k``, so that they give the unselected keys'
             mass for the completion (`fasa_flex.core.completion`).
         completes_by_all: whether the completion's mean value is taken over all valid keys, not over the covered ones.
     """
 
+    attend: Callable[..., Any] | None = None
     stateful = False
     estimates_logits = False
     completes_by_all = False
@@ -81,6 +83,11 @@ class Scorer(ABC):
     def name(self) -> str:
         """Name of the method in errors."""
         return type(self).__name__
+
+    @property
+    def signature(self) -> tuple[Hashable, ...]:
+        """What a graph of the scores is specialised for, besides the scorer's class."""
+        return ()
 
 
 def check_scores(scores: object, query: Tensor, key: Tensor) -> None:
@@ -194,6 +201,12 @@ class DominantChunks(Scorer):
     def from_chunks(cls, chunks: Tensor) -> DominantChunks:
         """Make a scorer from dimension pairs, int64 [Hkv or Hq, n_tip, 2]."""
         return cls(chunks.flatten(1))
+
+    @property
+    def signature(self) -> tuple[Hashable, ...]:
+        """As `Scorer`: the heads and widths of the tables, and the dtype."""
+        tables = (self.dims, self.mean_key, self.weights)
+        return *(None if table is None else tuple(table.shape) for table in tables), self.dtype
 
     def to(self, device: torch.device) -> DominantChunks:
         """Return the same scorer with its tensors on ``device``."""

@@ -30,8 +30,12 @@ class Selection:
     @property
     def mask(self) -> Tensor:
         """Whether each slot is selected: bool [B, H, G, Q, T]."""
-        lowest = self.order.gather(-1, self.slots).amin(-1, keepdim=True)
-        return (self.order >= lowest) & (self.order > INVALID)
+        return self.order >= self.lowest
+
+    @property
+    def lowest(self) -> Tensor:
+        """The integer of `rank_keys` that the selected keys reach: int64 [B, H, G, Q, 1], above INVALID."""
+        return self.order.gather(-1, self.slots).amin(-1, keepdim=True).clamp(min=INVALID + 1)
 
     @property
     def count(self) -> Tensor:
