@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fasa_flex.backends.triton import attention, decode, dispatch, tip
-from fasa_flex.bench.record import Ledger, command_line, provenance, reason_of
+from fasa_flex.bench.record import RowLedger, command_line, provenance, reason_of
 from fasa_flex.bench.shapes import SHAPES, random_chunks
 from fasa_flex.bench.timing import graphed, interleave, last_level_cache
 from fasa_flex.core.completion import Completion, CompletionState
@@ -197,7 +197,7 @@ def main() -> int:
         variants.append(tuple((name, int(value)) for name, _, value in pairs))
     sizes = list(product(*(map(int, text.split(",")) for text in (options.batches, options.contexts))))
     head = {**provenance(command_line("evals.bench.kernels"), device), "settings": {"shape": SHAPE.name}}
-    ledger = Ledger(options.out / f"kernels_{device.type}.json", head)
+    ledger = RowLedger(options.out / f"kernels_{device.type}.json", head)
     with mock.patch("fasa_flex.core.packed_keys.tile_of", return_value=1):  # as on a GPU
         if device.type == "cuda" and options.workers:
             with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
