@@ -35,12 +35,23 @@ def attention(
     scaling: float,
     softcap: float | None = None,
     sink: float | None = None,
+    completes: bool = False,
 ) -> Tensor:
-    """One query [D] of token number ``token`` over keys and values [T, D] whose tokens are in ``slots``."""
+    """One query [D] of token number ``token`` over keys and values [T, D] whose tokens are in ``slots``.
+
+    If it ``completes``, each block that is left out gives 128 times its mean key and value.
+    """
     seen = [slots[n] for n in range(token + 1) if n // BLOCK in blocks]
-    logits = k[seen].double() @ q.double() * scaling
+    keys, values, times = k[seen].double(), v[seen].double(), torch.ones(len(seen), dtype=torch.float64)
+    for block in set(range(token // BLOCK)) - blocks if completes else ():
+        own = slots[block * BLOCK : (block + 1) * BLOCK]
+        keys = torch.cat([keys, k[own].double().mean(0, keepdim=True)])
+        values = torch.cat([values, v[own].double().mean(0, keepdim=True)])
+        times = torch.cat([times, torch.tensor([BLOCK], dtype=torch.float64)])
+    logits = keys @ q.double() * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    logits = logits + times.log()
     if sink is not None:
         logits = torch.cat([logits, torch.tensor([sink], dtype=torch.float64)])
-    return logits.softmax(-1)[: len(seen)] @ v[seen].double()
+    return logits.softmax(-1)[: len(values)] @ values

@@ -109,8 +109,15 @@ def test_wide_heads_are_covered_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     twins.advance(150, 80)
 
 
-@pytest.mark.parametrize("pinned", [True, False])
-def test_a_gpu_covers_by_the_kernel_what_it_can_read(pinned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prompt_is_covered_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    twins = Twins(*drawn(300))
+    monkeypatch.setattr("fasa_flex.core.completion.rows_that_fit", lambda row_bytes: 70)
+    twins.advance(300, 300)
+
+
+@pytest.mark.parametrize(("pinned", "most"), [(True, 70), (False, 70), (True, 69)])
+def test_a_gpu_covers_by_the_kernel_what_it_can_read(pinned: bool, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fasa_flex.core.completion.MOST_BY_KERNEL", most)
     called: list[Any] = []
     monkeypatch.setattr("fasa_flex.backends.triton.completion.cover_by_kernel", lambda *call: called.append(call))
     monkeypatch.setitem(cover_on, "cpu", cover_on["cuda"])
@@ -119,5 +126,5 @@ def test_a_gpu_covers_by_the_kernel_what_it_can_read(pinned: bool, monkeypatch: 
     state = CompletionState.empty(key, value, True)
     valid = torch.ones(1, 70, dtype=torch.bool)
     state.advance(key, value, valid, valid.cumsum(-1), 70)
-    assert len(called) == int(pinned)
-    assert bool(state.covered.any()) == (not pinned)
+    assert len(called) == int(pinned and most == 70)
+    assert bool(state.covered.any()) == (not called)

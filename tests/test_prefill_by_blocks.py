@@ -76,7 +76,7 @@ CASES = {
 }
 
 
-def by_loops(case: Case, mass: Tensor, share: float, held: float | None) -> Tensor:
+def by_loops(case: Case, mass: Tensor, share: float, held: float | None, completes: bool = False) -> Tensor:
     """What `block_sparse_attention` should give, from estimates [B, H, M, N]."""
     blocks, value, of_query = case.make()
     query, key, softmax = blocks.query, blocks.key, blocks.softmax
@@ -106,19 +106,20 @@ def by_loops(case: Case, mass: Tensor, share: float, held: float | None) -> Tens
                     softmax.scaling,
                     softmax.softcap,
                     sink,
+                    completes,
                 )
     return out
 
 
-@pytest.mark.parametrize("held", [None, 0.8])
+@pytest.mark.parametrize(("held", "completes"), [(None, False), (0.8, False), (0.8, True)])
 @pytest.mark.parametrize("name", CASES)
-def test_attention_equals_plain_loops(name: str, held: float | None) -> None:
+def test_attention_equals_plain_loops(name: str, held: float | None, completes: bool) -> None:
     blocks, value, _ = CASES[name].make()
     mass = pooled(blocks, by_head=held is None)
     out, lists = block_sparse_attention(
-        blocks, value, BlockBudget(0.6, held), lambda given: pooled(given, by_head=held is None)
+        blocks, value, BlockBudget(0.6, held), lambda given: pooled(given, by_head=held is None), completes=completes
     )
-    expected = by_loops(CASES[name], mass.flatten(1, 2), 0.6, held)
+    expected = by_loops(CASES[name], mass.flatten(1, 2), 0.6, held, completes)
     torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=1e-4)
     chosen, causal = lists.pairs(blocks.grid).tolist()
     assert 0 < chosen <= causal
@@ -153,13 +154,14 @@ def test_a_share_of_one_is_dense_attention(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", ["padded rows", "a cap"])
-def test_flex_computes_the_same(name: str) -> None:
+@pytest.mark.parametrize(("name", "completes"), [("padded rows", False), ("a cap", False), ("a cap", True)])
+def test_flex_computes_the_same(name: str, completes: bool) -> None:
     blocks, value, _ = CASES[name].make()
     with torch.no_grad():
         budget = BlockBudget(0.5)
-        by_flex, lists = block_sparse_attention(blocks, value, budget, pooled, "flex")
-        torch.testing.assert_close(by_flex, attend_to_blocks(blocks, lists, value, "gather"), atol=2e-5, rtol=1e-4)
+        by_flex, lists = block_sparse_attention(blocks, value, budget, pooled, "flex", completes)
+        by_gather = attend_to_blocks(blocks, lists, value, "gather", completes)
+        torch.testing.assert_close(by_flex, by_gather, atol=2e-5, rtol=1e-4)
 
 
 def test_a_gpus_kernel_gets_lists_of_equal_strides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +184,7 @@ def test_a_gpus_kernel_gets_lists_of_equal_strides(monkeypatch: pytest.MonkeyPat
         grid = replace(blocks.grid, first=on_gpu(blocks.grid.first))
         moved = BlockLists(on_gpu(lists.diagonal), on_gpu(lists.count), on_gpu(lists.listed))
         states = (on_gpu(each) for each in (blocks.query, blocks.key, value))
-        attention._by_flex(*states, moved, grid, blocks.softmax)
+        attention._by_flex(*states, moved, grid, blocks.softmax, None)
     _, partial, _, full = given
     assert partial.is_cuda
     assert partial.shape == full.shape

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import types
-import warnings
-
 import pytest
 import torch
 from generation import Ids, generate, profile_of
@@ -56,31 +53,3 @@ def test_a_boundary_decides_for_single_tokens_too(llama: PreTrainedModel, ids: I
         assert fasa.stats.as_dict() == counts
         assert fasa.stats.sparse_queries == 2 * (6 + 3)
     torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-4, rtol=1e-4)
-
-
-def test_a_long_answer_on_a_growing_cache_is_told_of_the_static_one_once(
-    llama: PreTrainedModel, ids: Ids, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a GPU, which this CPU stands for; neither on a static cache, nor for a short answer, nor in an evaluation."""
-    prompt, profile = ids(31, rows=1), profile_of(llama)
-    monkeypatch.setattr("fasa_flex.hf.generation.MANY", 4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with enable(llama, profile, CONFIG):  # a CPU
-            llama.generate(prompt, max_new_tokens=4)
-        monkeypatch.setattr("fasa_flex.hf.generation.WAITING", "cpu")
-        with enable(llama, profile, CONFIG):
-            llama.generate(prompt, max_new_tokens=3)
-            llama.generate(prompt, max_new_tokens=4, cache_implementation="static", disable_compile=True)
-            run = types.FunctionType(
-                (lambda: llama.generate(prompt, max_new_tokens=4)).__code__,
-                {"__name__": "lm_eval.x"},
-                closure=(types.CellType(llama), types.CellType(prompt)),
-            )
-            run()
-    with enable(llama, profile, CONFIG):
-        with pytest.warns(UserWarning, match='cache_implementation="static"'):
-            llama.generate(prompt, max_new_tokens=4)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            llama.generate(prompt, max_new_tokens=4)

@@ -54,7 +54,7 @@ def generated(device: str) -> str:
     for row in rows:
         found.setdefault(row["cache"], {})[row["name"]] = f"{row['seconds'] * 1e3:.3g} ms"
     lines = [["cache", *names], ["---"] + ["--:"] * len(names)]
-    lines += [[cache, *(times[name] for name in names)] for cache, times in found.items()]
+    lines += [[cache, *(times.get(name, "-") for name in names)] for cache, times in found.items()]
     return _joined(lines)
 
 

@@ -18,7 +18,7 @@ profile = calibrate(model, [topics["import"]], tokenizer=tokenizer, progress=Fal
 
 prompt = tokenizer(topics["strings"], return_tensors="pt").to(device)
 with enable(model, profile, FasaConfig(n_fac=128)) as fasa:
-    answer = model.generate(**prompt, max_new_tokens=50, do_sample=False, cache_implementation="static")
+    answer = model.generate(**prompt, max_new_tokens=50, do_sample=False)
 # here the model is dense again: with its former attention, bit for bit
 
 print(tokenizer.decode(answer[0, prompt.input_ids.shape[1] :], skip_special_tokens=True))

@@ -3,13 +3,14 @@
     python -m evals.reference_model.eight_bits unpack evals/reference_model_large runs/reference_model_large
     python -m evals.quality.large --model runs/reference_model_large     # --device cuda; --quick: seconds
 
-Parts: ``needles`` (a question about a fact after 8192 tokens; is the whole answer right), ``text`` (nats a token of the
-last 256 tokens of a window of text) and ``compound`` (as in `evals.quality.agreement`). In the first two each document
-is prefilled once, densely, and every arm continues a copy of its cache in one forward of sparse queries, which equals
-decoding token by token. The true answer is fed in: greedy decoding writes it if and only if each of its tokens is the
-likeliest. ``question decoded`` is as in evals/README.md: the prefill ends before the question. Intervals are over
-documents; those of ``needles`` are cut from one text of some twenty contexts and overlap, the windows of ``text`` do
-not. Writes ``large.json`` to ``evals/results/study_large/``; a second start continues a stopped run.
+Parts: ``prefill`` (`evals.quality.large_prefill`); ``needles`` (a question about a fact after 8192 tokens; is the
+whole answer right), ``text`` (nats a token of the last 256 tokens of a window of text) and ``compound`` (as in
+`evals.quality.agreement`). In the first two each document is prefilled once, densely, and every arm continues a copy
+of its cache in one forward of sparse queries, which equals decoding token by token. The true answer is fed in: greedy
+decoding writes it if and only if each of its tokens is the likeliest. ``question decoded`` is as in evals/README.md:
+the prefill ends before the question. Intervals are over documents; those of ``needles`` are cut from one text of some
+twenty contexts and overlap, the windows of ``text`` do not. Writes ``large.json`` to ``evals/results/study_large/``;
+a second start continues a stopped run.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from transformers import Cache, DynamicCache
 from evals.quality.agreement import N_TIP, RECENT, compound
 from evals.quality.arms import ANSWER_TOKENS, FORMER, RESULTS, ROOT, PartLedger, haystack, quiet
 from evals.quality.documents import QUICK, Rows, Settings, Study
+from evals.quality.large_prefill import prefill
 from evals.quality.steps import SINKS, TOP_K, with_interval
 from fasa_flex import FasaConfig, FasaProfile, calibrate, enable
 from fasa_flex.baselines import scorer_factory
@@ -46,7 +48,7 @@ ARMS = ("FASA", f"FASA, {RECENT} recent", "oracle", "random chunks", "sinks + re
 LARGE = Settings(length=8192, documents=12, calibration=4, draws=3)
 ASKED = 32
 """Documents of ``needles``, and most windows of ``text``; more than of ``compound``, since they cost less."""
-PARTS = ("needles", "text", "compound")
+PARTS = ("needles", "text", "compound", "prefill")
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Trial:
         for number in range(self.asked):
             found = haystack(f"large/{number}", self.study.settings.length, self.study.tokenizer)
             text, prompt, whole = (
-                self._ids(string) for string in (found.text, found.prompt, found.prompt + found.answer)
+                self.tokens(string) for string in (found.text, found.prompt, found.prompt + found.answer)
             )
             tails.append(self._tail(whole, len(text), len(whole) - len(prompt)))
         return tails
@@ -105,7 +107,7 @@ class Trial:
     @cached_property
     def windows(self) -> list[Tail]:
         """All windows of held-out text, without overlap."""
-        ids, length = self._ids(heldout_text()), self.study.settings.length
+        ids, length = self.tokens(heldout_text()), self.study.settings.length
         pieces = ids[: len(ids) // length * length].view(-1, length)[: self.asked]
         return [self._tail(piece, length - SCORED - 1, SCORED) for piece in pieces]
 
@@ -174,7 +176,8 @@ class Trial:
         self.study.model(ids[None, :start], logits_to_keep=1, **cache_argument(self.study.model, cache))
         return Tail(cache, ids[start:-1], ids[-expected:])
 
-    def _ids(self, text: str) -> Tensor:
+    def tokens(self, text: str) -> Tensor:
+        """Token ids of a text, on the model's device."""
         return torch.tensor(self.study.tokenizer(text).input_ids, device=self.study.model.device)
 
 
@@ -221,6 +224,7 @@ def main() -> None:
         "needles": lambda: needles(trial),
         "text": lambda: text(trial),
         "compound": lambda: compound(study),
+        "prefill": lambda: prefill(trial, SCORED, trial.asked),
     }
     for name in options.parts:
         rows = ledger.part(name, settings, parts[name])

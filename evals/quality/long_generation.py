@@ -93,6 +93,7 @@ def generate(model: PreTrainedModel, prompts: Sequence[Tensor], tokens: int, pad
         max_new_tokens=tokens,
         do_sample=False,
         pad_token_id=pad,
+        cache_implementation="dynamic",  # the answers of the uncompiled model, dense or sparse
     )[:, width:].cpu()
     ends = torch.tensor(model.generation_config.eos_token_id).flatten()
     kept = []

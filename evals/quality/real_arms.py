@@ -274,12 +274,18 @@ def by_layer(layers: Iterable[int]) -> dict[str, Reach]:
 def prefills(layers: Iterable[int]) -> dict[str, Reach]:
     """Prefills by blocks: shares with sparse and with dense decoding, and other choices of blocks at these shares."""
     shares = (0.1, 0.2, 0.3, 0.5)
-    names = [f"fasa {decode} blocks={share}" for decode in ("1.0", "256") for share in shares]
-    names += ["fasa 256", "fasa 1.0 blocks=1.0 prefill_mass=0.9", "fasa 1.0 blocks=1.0 prefill_mass=0.95"]
-    for kind in ("oracle", "window", "random", "pooled_strongest", "pooled_by_head"):
-        names += [f"fasa 1.0 blocks={share} estimator={kind}" for share in shares]
-    for kind in ("strided", "antidiagonal", "pooled_16", "pooled_8", "oracle_strongest"):
-        names += [f"fasa 1.0 blocks={share} estimator={kind}" for share in (0.2, 0.3)]
+    names = [f"fasa 1.0 blocks={share}" for share in shares] + [
+        "fasa 256",
+        "fasa 256 blocks=0.2",
+        "fasa 256 blocks=0.3",
+    ]
+    names += [f"fasa 1.0 blocks={share} prefill_completion=mean" for share in shares]
+    names += ["fasa 1.0 blocks=1.0 prefill_mass=0.9", "fasa 1.0 blocks=1.0 prefill_mass=0.95"]
+    names += [f"fasa 1.0 blocks={share} estimator=window" for share in shares]
+    names += [f"fasa 1.0 blocks={share} estimator=random" for share in shares[1:3]]
+    names += ["fasa 1.0 blocks=0.2 estimator=window prefill_completion=mean"]
+    for kind in ("oracle", "pooled_strongest", "pooled_by_head", "strided", "antidiagonal", "pooled_16", "pooled_8"):
+        names += [f"fasa 1.0 blocks={share} estimator={kind}" for share in (0.1, 0.2)]
     return dict.fromkeys(names, FEW)
 
 

@@ -15,6 +15,7 @@ from fasa_flex.core.option_types import Completion as Completion
 from fasa_flex.core.option_types import GroupReduce as GroupReduce
 from fasa_flex.core.option_types import PackedDtype as PackedDtype
 from fasa_flex.core.option_types import Prefill as Prefill
+from fasa_flex.core.option_types import PrefillCompletion as PrefillCompletion
 from fasa_flex.core.option_types import Sharing as Sharing
 
 
@@ -57,6 +58,8 @@ class FasaConfig:
             (0, 1]; the first block, its own and the one before it always are among them.
         prefill_mass: with blocks, the share of the estimated attention, in (0, 1], that they have to hold: a block of
             queries attends to no more of them than it takes; None: to as many as ``prefill_share`` allows.
+        prefill_completion: with blocks, ``"mean"``: the mean key and value of each block that is left out stand for its
+            tokens; ``"none"``: they have weight 0.
         packed_dtype: precision of packed keys: ``"bfloat16"``, ``"float16"``, ``"int8"`` or ``"int4"`` (with a scale
             for each key); None: the cache's. Packed keys only rank: a lower precision changes a few selected keys,
             never their attention. With chunk sets per query head nothing is packed; scores read the cache's keys.
@@ -82,6 +85,7 @@ class FasaConfig:
     prefill: Prefill = "dense"
     prefill_share: float = 0.3
     prefill_mass: float | None = None
+    prefill_completion: PrefillCompletion = "none"
     packed_dtype: PackedDtype | None = "int4"
     completion: Completion | None = None
     completion_strength: float = 0.75
@@ -114,6 +118,7 @@ class FasaConfig:
             ("group_reduce", GroupReduce),
             ("backend", Backend),
             ("prefill", Prefill),
+            ("prefill_completion", PrefillCompletion),
         ):
             check_choice(name, getattr(self, name), choices)
         for name, choices in (("packed_dtype", PackedDtype), ("completion", Completion), ("criterion", Criterion)):

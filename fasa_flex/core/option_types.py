@@ -9,6 +9,7 @@ GroupReduce = Literal["softmax", "softmax_exact", "max", "mean", "none"]
 Completion = Literal["first_order", "mean", "none"]
 Backend = Literal["auto", "fastest", "flex", "gather", "triton", "reference"]
 Prefill = Literal["dense", "sparse", "blocks"]
+PrefillCompletion = Literal["mean", "none"]
 PackedDtype = Literal["bfloat16", "float16", "int8", "int4"]
 Criterion = Literal["agreement", "variance", "explained_variance", "weighted_variance"]
 """How dominant chunks are chosen.

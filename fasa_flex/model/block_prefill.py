@@ -45,6 +45,7 @@ class BlockPrefill:
         self._number, self._backend, self._estimator = number, config.backend, estimator
         self._returns_weights, self._forwards, self._stats = returns_weights, forwards, stats
         self._budget = BlockBudget(config.prefill_share, config.prefill_mass)
+        self._completes = config.prefill_completion == "mean"
 
     @torch.compiler.disable  # shapes depend on the lengths of the rows, and flex compiles for itself
     def attend(
@@ -74,7 +75,9 @@ class BlockPrefill:
         if call.options.get("dropout"):
             raise call.no_dropout()
         blocks = Blocks(query, key, scorer, grid.to(query.device), softmax)
-        out, lists = block_sparse_attention(blocks, value, self._budget, self._estimator, self._backend)
+        out, lists = block_sparse_attention(
+            blocks, value, self._budget, self._estimator, self._backend, self._completes
+        )
         queries = (grid.places >= 0).sum() * (len(query) // len(grid.places))
         self._stats.read_blocks(self._number, queries, lists.pairs(grid), query.shape[1] // lists.count.shape[1])
         parts = [(blocks, lists), *self._behind(blocks, visible, sparse, first_slot)]

@@ -37,10 +37,13 @@ def enable(
 
     Attention stays dense in the prefill unless ``config.prefill`` says otherwise, in ``config.dense_layers``, and in
     layers with a sliding window, for instance (`Fasa.dense_layers` gives the reason for each). In all other layers
-    every query decoded after the prefill selects its own ``n_fac`` keys. No key is evicted from the cache. No class or
-    method is patched: FASA registers an attention function under its own name and gives the model's layers a copy of
-    their config with this name. The function serves these layers alone, so that models with different profiles and
-    budgets can run in one process.
+    every query decoded after the prefill selects its own ``n_fac`` keys. No key is evicted from the cache. No class is
+    patched: FASA registers an attention function under its own name and gives the model's layers a copy of their config
+    with this name, and the model an attribute by which `generate` asks for a cache. The function serves these layers
+    alone, so that models with different profiles and budgets can run in one process.
+
+    On a GPU a `generate` that names no cache takes a static one, which transformers compiles, once that saves time
+    (`fasa_flex.model.decode_cache`); ``cache_implementation="dynamic"`` keeps the cache that grows.
 
     If the cache's keys are replaced or written to in place, FASA packs them again, except after writes that PyTorch
     does not count, such as those through ``keys.data`` (`FasaCache`).

@@ -16,7 +16,7 @@ from transformers import Cache
 from fasa_flex.caches.capacity import last_written, make_room, partly_written, take_back
 from fasa_flex.hf.boundary import Boundary
 from fasa_flex.hf.forward_checks import check_forward
-from fasa_flex.hf.generation import generating, reads_prompt, tell_of_static_cache
+from fasa_flex.hf.generation import generating, reads_prompt
 from fasa_flex.hf.masks import Shape
 from fasa_flex.model.visible import Visible
 from fasa_flex.prefill.grid import Grid
@@ -54,6 +54,7 @@ class Forwards:
 
     Attributes:
         now: the current forward of the calling thread.
+        waited: number of uncompiled forwards of one token a row; on a GPU they wait for Python.
     """
 
     def __init__(self, check: Callable[[], None], limit: int | None) -> None:
@@ -61,7 +62,7 @@ class Forwards:
         self.now = _Forward()
         self._threads = set[int]()
         self._step: tuple[Visible, bool] | None = None
-        self._told = False
+        self.waited = 0
 
     @property
     def boundary(self) -> Boundary | None:
@@ -87,8 +88,7 @@ class Forwards:
             self._threads.add(threading.get_ident())
             now.reads_prompt = q_len == 1 and reads_prompt()
             now.boundary, now.nan_rows, now.grid = _boundaries.get(_NONE).get(id(self)), None, None
-            if q_len > 1 and not self._told:
-                self._told = tell_of_static_cache(cache)
+            self.waited += q_len == 1
         try:
             check_forward(batch, q_len, cache, layer, options, self.boundary, self._limit)
             if cache is not None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from fasa_flex.backends.triton.dispatch import check_kernels
 from fasa_flex.caches.packing import packs
-from fasa_flex.calibration.from_prompt import PromptCalibration
+from fasa_flex.calibration.from_prompt import LEAST_KEYS, PromptCalibration
 from fasa_flex.calibration.profile import FasaProfile
 from fasa_flex.core.config import Completion as CompletionKind
 from fasa_flex.core.config import FasaConfig
@@ -22,6 +22,7 @@ from fasa_flex.core.scoring import DominantChunks, Scorer, SequenceScorer, estim
 from fasa_flex.hf.attention_routing import AttentionSeam, implementation_of
 from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import attention_modules, attention_shape, device_of, maximum_positions
+from fasa_flex.model.decode_cache import DecodeCache
 from fasa_flex.model.forwards import Forwards
 from fasa_flex.model.layer import Layer
 from fasa_flex.model.paged_forwards import PagedForwards
@@ -96,7 +97,12 @@ class Fasa(OfOneModel):
             module.register_forward_pre_hook(self._layers[layer].before, with_kwargs=True)
             for layer, module in modules.items()
         ]
-        self._seam.open()  # last: forwards of other threads are routed from now on
+        compiles = bool(scorers) and _have_chunks(scorers) and config.backend not in ("flex", "reference")
+        self._decode_cache = DecodeCache(
+            model, self._forwards, compiles, shortest=lambda: LEAST_KEYS if self.profile is None else 0
+        )
+        self._seam.open()  # after the hooks: forwards of other threads are routed from now on
+        self._decode_cache.open()
 
     @property
     def remembers(self) -> bool:
@@ -152,6 +158,7 @@ class Fasa(OfOneModel):
                     "wait for generation to end first.",
                     stacklevel=2,
                 )
+        self._decode_cache.close()
         self._seam.close()
         for hook in self._hooks:
             hook.remove()
@@ -230,5 +237,10 @@ def _completion_of(config: FasaConfig, scorers: dict[int, Scorer | SequenceScore
             "use completion=None or 'none'."
         )
     # without one chunk set per key/value head no layer keeps a state: completion would read all keys and values
-    keeps = all(isinstance(scorer, DominantChunks) for scorer in scorers.values()) and config.per == "kv_head"
+    keeps = _have_chunks(scorers) and config.per == "kv_head"
     return config.completion or ("first_order" if keeps else "none")
+
+
+def _have_chunks(scorers: dict[int, Scorer | SequenceScorer]) -> bool:
+    """Whether the scorers of all sparse layers are of dominant chunks."""
+    return all(isinstance(scorer, DominantChunks) for scorer in scorers.values())

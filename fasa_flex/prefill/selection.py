@@ -49,6 +49,13 @@ class BlockLists:
     count: Tensor
     listed: Tensor
 
+    def chosen(self, n_keys: int) -> Tensor:
+        """Whether each of the blocks before the diagonal is selected: bool [B, H, M, n_keys]."""
+        counts = torch.arange(self.listed.shape[3], device=self.count.device) < self.count[..., None]
+        places = torch.where(counts, self.listed.long(), n_keys)
+        found = torch.zeros(*self.count.shape, n_keys + 1, dtype=torch.bool, device=self.count.device)
+        return found.scatter_(3, places, True)[..., :n_keys]
+
     def pairs(self, grid: Grid) -> Tensor:
         """Count pairs of a query block and a key block, over rows and heads: int64 [2], selected, and all causal ones.
 
