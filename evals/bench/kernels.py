@@ -197,7 +197,7 @@ def main() -> int:
         variants.append(tuple((name, int(value)) for name, _, value in pairs))
     sizes = list(product(*(map(int, text.split(",")) for text in (options.batches, options.contexts))))
     head = {**provenance(command_line("evals.bench.kernels"), device), "settings": {"shape": SHAPE.name}}
-    ledger = RowLedger(options.out / f"kernels_{device.type}.json", head)
+    ledger = RowLedger(options.out / f"kernels_{device.type}.json", head, fresh=True)
     with mock.patch("fasa_flex.core.packed_keys.tile_of", return_value=1):  # as on a GPU
         if device.type == "cuda" and options.workers:
             with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
