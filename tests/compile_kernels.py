@@ -17,7 +17,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 SHAPE = {"GROUP": 4, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "VALUE_DIM": 128, "VALUE_PAD": 128}
 SHAPE |= {"KV_HEADS": 8, "KEY_STRIDE": 256, "VALUE_STRIDE": 256}
 SHAPE |= {"WIDTH": 32, "PART": 32, "PART_PAD": 32, "PARTS_PAD": 16, "WANTED_PAD": 256, "BLOCK": 128, "OVERLAP": True}
-SHAPE |= {"HEADS": 8, "FOLD": 1, "STAGES": 2, "NATIVE": False, "TILE": 16, "CHUNK": 1024}
+SHAPE |= {"HEADS": 8, "FOLD": 1, "STAGES": 2, "NATIVE": False, "TILE": 16, "CHUNK": 1024, "SEGMENTS": 16}
 POINTERS = dict.fromkeys(("query", "key", "value", "keys", "values", "packed", "sinks", "out", "means"), "*bf16")
 POINTERS |= dict.fromkeys(("units", "masses", "shift", "weights", "mean_key"), "*fp32")
 POINTERS |= dict.fromkeys(("sums", "results", "key_sum", "value_sum", "product"), "*fp32")
@@ -81,7 +81,7 @@ def main() -> None:
         compiles(kernels.score_keys, ("keys", "*u8"), **{**plain, **four}, **marked, **FOLDED)
     compiles(kernels.score_keys, HOW="max", SUMS=False, FORCED=False, TILE=1, **plain)
     for tile in (1, 16):
-        compiles(kernels.list_keys, TILE=tile, BLOCK=4096 // tile, warps=8)
+        compiles(kernels.list_keys, TILE=tile, BLOCK=512, SOME=1024 // tile)
     compiles(kernels.select_keys, warps=8)
     for selects in (False, True):
         four = {**plain, **FOUR_BITS, "NATIVE": selects, "COMPLETES": True, "SELECTS": selects, "CAPPED": selects}

@@ -10,8 +10,11 @@ from torch import Tensor
 from fasa_flex.backends.triton.kernels import attend_rows, merge_parts, overlapping, parts_of, power_of_two
 from fasa_flex.backends.triton.tip import Listed, Tip, completing
 
-ATTEND_BLOCK, ATTEND_WARPS, ATTEND_PROGRAMS, MOST_PARTS, MERGE_WARPS = 128, 8, 128, 128, 4
+ATTEND_BLOCK, ATTEND_WARPS, ATTEND_PROGRAMS, MOST_PARTS, MERGE_WARPS = 128, 4, 128, 128, 4
 """Keys and warps of a program, the number of programs that attend, most parts of a row, and warps of the merge."""
+
+LEAST_SPAN = 32
+"""Least keys of a program that attends: with 16 two programs take longer than one with 32 (measured on an H200)."""
 
 SELECT_CHUNK = 1024
 """Listed keys that a program searches in registers."""
@@ -50,7 +53,7 @@ def attended(
     (batch, kv_heads, _, dim), value_dim = key.shape, value.shape[3]
     rows, group, value_pad = batch * kv_heads, query.shape[1] // kv_heads, power_of_two(value_dim, 16)
     parts = min(MOST_PARTS, max(1, ATTEND_PROGRAMS // rows))
-    span = parts_of(parts_of(found.width, parts), 16) * 16
+    span = parts_of(parts_of(found.width, parts), LEAST_SPAN) * LEAST_SPAN
     parts = parts_of(found.width, span)
     sums, results = (
         torch.empty(rows, parts, group, width, dtype=torch.float32, device=query.device) for width in (3, value_pad)

@@ -121,7 +121,7 @@ def attend_slots(
     ranks = (dims, weights, packed, scales, shift, valid, forced, sample)
     tip = Tip(*ranks, n_fac, share, how, scaling, softcap, completes)
     ending = Ending(mean_value, covariance, covered, strength, sinks)
-    found = Listed(slots, slots, slots, slots, 0, 0, 0, 0, slots.shape[1])
+    found = Listed(slots, slots, slots, slots, 0, 0, 0, 0, 0, slots.shape[1], 1)
     return attended(query, key, value, places, found, units, masses, tip, ending)
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fasa_flex.backends.triton.kernels import (
     BINS,
-    SEGMENTS,
     list_keys,
     overlapping,
     parts_of,
@@ -19,14 +18,15 @@ from fasa_flex.backends.triton.kernels import (
 )
 
 SUM_BLOCK, MOST_SUMS, SUM_WARPS, SUM_STAGES = 256, 64, 4, 2
-SCORE_BLOCK, SCORE_WARPS, SCORE_STAGES, SCORE_PROGRAMS, MOST_STEPS = 256, 4, 4, 2048, 16
+SCORE_BLOCK, SCORE_WARPS, SCORE_STAGES, SCORE_PROGRAMS, MOST_STEPS = 256, 4, 4, 512, 16
 """Keys, warps and pipeline stages of a program, and limits of their numbers (`evals.bench.kernels` times others)."""
 
 SCORE_REGISTERS = 96
 """Most registers of a thread of `score_keys` on four-bit keys: a multiprocessor then runs five programs, not four."""
 
-TILE, LIST_KEYS, LIST_WARPS = 16, 4096, 8
-"""Keys of a tile, whose maximum is compared before its keys, and keys and warps of a program that lists keys."""
+TILE, LIST_TILES, LIST_KEYS, LIST_WARPS, LIST_PROGRAMS, MOST_SEGMENTS = 16, 1024, 1024, 4, 256, 16
+"""Keys of a tile, whose maximum is compared before its keys; tiles, then keys, that a program which lists keys reads at
+one time, its warps, and limits of the numbers of such programs and of a row's."""
 
 WIDE = 16384
 """Bytes of a block of packed keys from which a program takes half as many keys, in two stages."""
@@ -141,26 +141,30 @@ class Listed(NamedTuple):
     """The first arguments of the kernel `select_keys`: keys that may be selected, and the budget.
 
     Attributes:
-        keys: int32 [B * Hkv, 2, >= T], orders and slots of these keys, in `SEGMENTS` segments of a row.
-        counts: int32 [B * Hkv, SEGMENTS + 2], numbers of them, and the bounds of the threshold.
+        keys: int32 [B * Hkv, 2 * order_stride + tiles], orders and slots of these keys, each in segments of a row.
+        counts: int32 [B * Hkv, segments + 2], numbers of them, and the bounds of the threshold.
         bins: as of `Ranking`.
         slots: empty, int32 [B * Hkv, min(n_fac, T)].
-        order_stride: places of a row.
+        stride: columns of ``keys``.
+        order_stride: columns of `Ranking.order`.
         segment: places of a segment.
         n_fac: as of `Tip`.
         share: as of `Tip`.
         width: columns of ``slots``.
+        segments: segments of a row.
     """
 
     keys: Tensor
     counts: Tensor
     bins: Tensor
     slots: Tensor
+    stride: int
     order_stride: int
     segment: int
     n_fac: int
     share: int
     width: int
+    segments: int
 
 
 def unit_and_mass(query: Tensor, tip: Tip) -> tuple[Tensor, Tensor]:
@@ -213,18 +217,20 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
 
 def listed(ranking: Ranking, tip: Tip) -> Listed:
     """List the keys that may be selected."""
-    (rows, stride), tiles = ranking.order.shape, ranking.maxima.shape[1]
-    span = parts_of(tiles, SEGMENTS.value)
+    (rows, stride), tiles, tile = ranking.order.shape, ranking.maxima.shape[1], tip.tile
+    segments = min(MOST_SEGMENTS, power_of_two(parts_of(LIST_PROGRAMS, rows)))
+    span = parts_of(tiles, segments)
     keys, counts, slots = (
-        torch.empty(rows, *size, dtype=torch.int32, device=ranking.order.device)
-        for size in ((2, stride), (SEGMENTS.value + 2,), (tip.width,))
+        torch.empty(rows, columns, dtype=torch.int32, device=ranking.order.device)
+        for columns in (2 * stride + tiles, segments + 2, tip.width)
     )
     overlap, launch = overlapping(keys.device)
-    list_keys[(SEGMENTS.value, rows)](
-        *ranking[:3], keys, counts, stride, tiles, span, tip.n_fac, tip.share, tip.tile,
-        min(LIST_KEYS // tip.tile, power_of_two(span)), overlap, num_warps=LIST_WARPS, **launch,
+    list_keys[(segments, rows)](
+        *ranking[:3], keys, counts, stride, tiles, span, tip.n_fac, tip.share, tile,
+        min(LIST_TILES, power_of_two(span)), LIST_KEYS // tile, segments, overlap, num_warps=LIST_WARPS, **launch,
     )  # fmt: skip
-    return Listed(keys, counts, ranking.bins, slots, stride, span * tip.tile, tip.n_fac, tip.share, tip.width)
+    sizes = keys.shape[1], stride, span * tile, tip.n_fac, tip.share, tip.width
+    return Listed(keys, counts, ranking.bins, slots, *sizes, segments)
 
 
 def completing(query: Tensor, tip: Tip, units: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

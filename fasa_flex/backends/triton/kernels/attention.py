@@ -67,8 +67,9 @@ def _store_part(
 
 @triton.jit(do_not_specialize=["segment_width", "n_fac", "share", "width", "span", "parts"])
 def attend_rows(
-    listed, counts, bins, slots, order_stride, segment_width, n_fac, share, width, span,
-    places, query, keys, values, sums, results, key_batch, key_head, value_batch, value_head, scaling, softcap,
+    listed, counts, bins, slots, listed_stride, order_stride, segment_width, n_fac, share, width,
+    SEGMENTS: tl.constexpr, span, places, query, keys, values, sums, results, key_batch, key_head, value_batch,
+    value_head, scaling, softcap,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
     BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, CAPPED: tl.constexpr,
@@ -95,7 +96,8 @@ def attend_rows(
     begin_in_turn(OVERLAP)
     if SELECTS:
         select_keys(
-            listed, counts, bins, slots, order_stride, segment_width, n_fac, share, width, first, last, CHUNK, False
+            listed, counts, bins, slots, listed_stride, order_stride, segment_width, n_fac, share, width, SEGMENTS,
+            first, last, CHUNK, False,
         )  # fmt: skip
         tl.debug_barrier()  # other threads read the slots
     best = tl.full([GROUP_PAD], float("-inf"), tl.float32)

@@ -16,6 +16,10 @@ MOST = tl.constexpr(115.0)
 """Largest base-2 logarithm of a weight, relative to the sample's mass, whose sums do not overflow (e^80)."""
 
 
+_AGAIN = tl.constexpr(65536)
+"""More than the keys of a program."""
+
+
 @triton.jit
 def _add_mass(logits, best, total):
     """Add base-2 logits [N, M] to M running log-sum-exps ``best + log2(total)``; empty ones are (-inf, 0)."""
@@ -120,16 +124,16 @@ def _marks_of(valid, forced, block, kv_len, BLOCK: tl.constexpr, FORCED: tl.cons
 
 @triton.jit
 def _rank_block(
-    keys, scales, mark, order, maxima, bins, lower, upper, added, unit, kv_len, block, scaling, softcap, sums, seen,
+    keys, scales, mark, order, maxima, lower, upper, added, unit, kv_len, block, scaling, softcap, sums, seen,
     GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
     PART_PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
     CAPPED: tl.constexpr, FORCED: tl.constexpr, HOW: tl.constexpr, SUMS: tl.constexpr, NATIVE: tl.constexpr,
     FAR: tl.constexpr,
 ):  # fmt: skip
-    """Rank a block of keys: write their orders and the maximum of each tile, and count it; ``mark``: `_marks_of`.
+    """Rank a block of keys: write their orders and the maximum of each of its tiles; ``mark``: `_marks_of`.
 
-    Returns ``sums`` plus the weights of the valid keys [BLOCK // FOLD, FOLD, HEADS], and ``seen`` [BLOCK] plus twice
-    the number of valid keys, odd where ``FAR`` has to be set.
+    Returns ``sums`` plus the weights of the valid keys [BLOCK // FOLD, FOLD, HEADS], and ``seen`` [BLOCK] plus the
+    number of valid keys, and ``_AGAIN`` for each for which ``FAR`` has to be set.
     """
     ROWS: tl.constexpr = BLOCK // FOLD
     slot, dim = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, FOLD * PART_PAD)
@@ -145,7 +149,7 @@ def _rank_block(
         scale = tl.load(scales + slot, mask=inside, other=0)
         factor = tl.reshape(scale, (ROWS, FOLD)).to(tl.float32)[:, :, None]
     real = mark != 0
-    seen += tl.where(real, 2, 0)
+    seen += tl.where(real, 1, 0)
     score = tl.reshape(dot_products(key, lower, upper, WIDTH, PART, NATIVE), (ROWS, FOLD, HEADS))
     if SUMS or HOW == "softmax":
         logits = logits_of(score, factor, added, scaling, softcap, SCALED, SHIFTED, CAPPED) - unit[None, None, :]
@@ -153,7 +157,7 @@ def _rank_block(
         number = tl.reshape(number, (BLOCK,))
         if not FAR:
             near = (number < _LARGE) & ((number > _SMALL) | (HOW != "softmax"))
-            seen |= tl.where(real & ~near, 1, 0)
+            seen += tl.where(real & ~near, _AGAIN, 0)
         if SUMS:
             sums += tl.where(tl.reshape(real.to(tl.int8), (ROWS, FOLD))[:, :, None] > 0, weights, 0.0)
     if HOW == "softmax":
@@ -174,17 +178,10 @@ def _rank_block(
     if FORCED:
         bits = tl.where(mark > 1, FIRST, bits)
     bits = tl.where(real, bits, LOWEST)
-    tile, best = block * (BLOCK // TILE) + tl.arange(0, BLOCK // TILE), bits
-    if TILE > 1:
-        best = tl.max(tl.reshape(bits, (BLOCK // TILE, TILE)), 1)
-    if FAR:  # the first pass has counted this tile, too
-        before = tl.load(maxima + tile)
-        tl.atomic_add(bins + bin_of(before), -1, mask=before > LOWEST, sem="relaxed")
-        tl.debug_barrier()  # other threads write the maxima
-    tl.atomic_add(bins + bin_of(best), 1, mask=best > LOWEST, sem="relaxed")
     tl.store(order + slot, bits)
     if TILE > 1:
-        tl.store(maxima + tile, best)
+        tile = block * (BLOCK // TILE) + tl.arange(0, BLOCK // TILE)
+        tl.store(maxima + tile, tl.max(tl.reshape(bits, (BLOCK // TILE, TILE)), 1))
     return sums, seen
 
 
@@ -232,25 +229,29 @@ def score_keys(
     for block in tl.range(begun, ended, num_stages=STAGES):
         following = _marks_of(valid, forced, block + 1, kv_len, BLOCK, FORCED)  # loaded while this block is scored
         sums, seen = _rank_block(
-            keys, scales, mark, order, maxima, bins, lower, upper, added, unit, kv_len, block, scaling, softcap, sums,
+            keys, scales, mark, order, maxima, lower, upper, added, unit, kv_len, block, scaling, softcap, sums,
             seen, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, TILE, SCALED, SHIFTED, CAPPED, FORCED, HOW, SUMS,
             NATIVE, False,
         )  # fmt: skip
         mark = following
-    tl.atomic_add(bins, tl.sum(seen >> 1, 0), sem="relaxed")
-    again = False
-    if WEIGHS:
-        again = tl.max(seen & 1, 0) > 0
-    if again:
-        tl.debug_barrier()  # other threads read the maxima
+    number = tl.sum(seen, 0)
+    if number >= _AGAIN:
         sums = tl.zeros([BLOCK // FOLD, FOLD, HEADS], tl.float32)
         for block in tl.range(begun, ended, num_stages=1):
             mark = _marks_of(valid, forced, block, kv_len, BLOCK, FORCED)
             sums, seen = _rank_block(
-                keys, scales, mark, order, maxima, bins, lower, upper, added, unit, kv_len, block, scaling,
+                keys, scales, mark, order, maxima, lower, upper, added, unit, kv_len, block, scaling,
                 softcap, sums, seen, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, TILE, SCALED, SHIFTED, CAPPED,
                 FORCED, HOW, SUMS, NATIVE, True,
             )  # fmt: skip
+    tl.debug_barrier()  # other threads read the maxima
+    for start in range(
+        begun * (BLOCK // TILE), ended * (BLOCK // TILE), BLOCK
+    ):  # in the loop above it would take longer
+        tile = start + tl.arange(0, BLOCK)
+        best = tl.load(maxima + tile, mask=tile < ended * (BLOCK // TILE), other=LOWEST)
+        tl.atomic_add(bins + bin_of(best), 1, mask=best > LOWEST, sem="relaxed")
+    tl.atomic_add(bins, number % _AGAIN, sem="relaxed")
     if SUMS:
         place = masses + (row * tl.num_programs(0) + program) * GROUP + head
         tl.store(place, tl.sum(tl.sum(sums, 0), 0), mask=head < GROUP)
