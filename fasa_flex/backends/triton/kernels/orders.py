@@ -8,11 +8,11 @@ import triton.language as tl
 LOWEST, FIRST = tl.constexpr(-2147483648), tl.constexpr(2147483647)
 """Orders of an invalid key, which is never selected, and of a forced one, which always is."""
 
-BINS = tl.constexpr(2048)
-"""Bins of a row's histogram: sign, exponent and two bits of a float's fraction. No valid key falls in the first one,
+BINS = tl.constexpr(4096)
+"""Bins of a row's histogram: sign, exponent and three bits of a float's fraction. No valid key falls in the first one,
 which has the number of valid keys instead."""
 
-_BITS, _SPAN = tl.constexpr(21), tl.constexpr(1 << 21)
+_BITS, _SPAN = tl.constexpr(20), tl.constexpr(1 << 20)
 """Bits of an order that its bin leaves open, and orders of a bin."""
 
 

@@ -57,8 +57,8 @@ def sum_keys(
     """
     begin_in_turn(OVERLAP)
     row, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    if part == 0:
-        tl.store(bins + row * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+    for start in range(part * BLOCK, BINS, tl.num_programs(0) * BLOCK):
+        tl.store(bins + row * BINS + start + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.int32))
     dim, head = tl.arange(0, PART_PAD), tl.arange(0, HEADS)
     lower, upper = both_queries(
         query, dims, weights, row, GROUP, HEADS, 1, DIM, WIDTH, PART, PART_PAD, WEIGHTED, NATIVE, KV_HEADS

@@ -78,49 +78,69 @@ def _place_of(counts, number, width, SEGMENTS: tl.constexpr):
 
 
 @triton.jit
-def _reaching(bits, listed, counts, total, width, one, two, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr):
-    """Numbers of listed keys that reach the orders ``one`` and ``two``; ``bits`` are the first ``CHUNK`` of them."""
-    reaching = (bits >= one).to(tl.int64) + ((bits >= two).to(tl.int64) << 32)
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _reaching(
+    bits, listed, counts, total, width, one, two, three, four, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """Numbers of listed keys that reach four orders; ``bits`` are the first ``CHUNK`` of them."""
+    first = (bits >= one).to(tl.int64) + ((bits >= two).to(tl.int64) << 32)
+    second = (bits >= three).to(tl.int64) + ((bits >= four).to(tl.int64) << 32)
     for start in range(CHUNK, total, CHUNK):
         number = start + tl.arange(0, CHUNK)
         more = tl.load(listed + _place_of(counts, number, width, SEGMENTS)[0], mask=number < total, other=LOWEST)
-        reaching += (more >= one).to(tl.int64) + ((more >= two).to(tl.int64) << 32)
-    both = tl.sum(reaching, 0)
-    return both.to(tl.int32), (both >> 32).to(tl.int32)
+        first += (more >= one).to(tl.int64) + ((more >= two).to(tl.int64) << 32)
+        second += (more >= three).to(tl.int64) + ((more >= four).to(tl.int64) << 32)
+    first, second = tl.reduce((first, second), 0, _add_pairs)
+    return first.to(tl.int32), (first >> 32).to(tl.int32), second.to(tl.int32), (second >> 32).to(tl.int32)
+
+
+@triton.jit
+def _narrowed(low, high, found, over, order, count, wanted):
+    """Bounds of the threshold, and numbers of keys at and above them, where ``count`` keys reach an ``order``."""
+    lower, upper = (count >= wanted) & (order > low), (count < wanted) & (order <= high)
+    return (
+        tl.where(lower, order, low), tl.where(upper, order - 1, high),
+        tl.where(lower, count, found), tl.where(upper, count, over),
+    )  # fmt: skip
 
 
 @triton.jit
 def _threshold(bits, listed, counts, total, width, wanted, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr):
     """The highest order that at least ``wanted`` of a row's listed keys reach, or one between it and the next key's.
 
-    Also returns how many of the keys of just this order are selected. A round counts the keys that reach two orders in
-    (low, high]; one sum over the threads, the slow part, serves both. In turn they bracket the threshold that a
-    geometric fall of the counts predicts, and are at a quarter and a half of the interval, since counts fall fast.
+    Also returns how many of the keys of just this order are selected. A round counts the keys that reach four orders in
+    (low, high]; one sum over the threads, the slow part, serves all. Two bracket the threshold that a geometric fall of
+    the counts predicts, two are at a quarter and a half of the interval, since counts fall fast: four rounds are usual.
     """
     low, high = tl.load(counts + SEGMENTS), tl.load(counts + SEGMENTS + 1)
-    found, over, guessed = total, 0, 0
+    found, over = total, 0
     while (low < high) & (found != wanted):
         gap = (high - low).to(tl.uint32, bitcast=True)  # up to 2**32 - 1
-        first, second = (gap >> 2) + 1, (gap >> 1) + 1
-        guessed = 1 - guessed
-        if guessed == 1:
-            count = found.to(tl.float32)
-            guess = gap.to(tl.float32) * (tl.log2(count / wanted) / tl.log2(count / (over + 0.5)))
-            first, second = (guess * 0.85).to(tl.uint32), tl.minimum(guess * 1.15, 4e9).to(tl.uint32) + 1
-        second = tl.minimum(second, gap)
-        first = tl.minimum(tl.maximum(first, 1), second)
-        one, two = low + first.to(tl.int32, bitcast=True), low + second.to(tl.int32, bitcast=True)
-        over_one, over_two = _reaching(bits, listed, counts, total, width, one, two, CHUNK, SEGMENTS)
-        if over_two >= wanted:
-            low, found = two, over_two
-        elif over_one >= wanted:
-            low, high, found, over = one, two - 1, over_one, over_two
-        else:
-            high, over = one - 1, over_one
+        count = found.to(tl.float32)
+        guess = gap.to(tl.float32) * (tl.log2(count / wanted) / tl.log2(count / (over + 0.5)))
+        one, two = (guess * 0.85).to(tl.uint32), tl.minimum(guess * 1.15, 4e9).to(tl.uint32) + 1
+        one, two = tl.minimum(tl.maximum(one, 1), gap), tl.minimum(two, gap)
+        one, two = low + one.to(tl.int32, bitcast=True), low + two.to(tl.int32, bitcast=True)
+        three = low + ((gap >> 2) + 1).to(tl.int32, bitcast=True)
+        four = low + tl.minimum((gap >> 1) + 1, gap).to(tl.int32, bitcast=True)
+        by_one, by_two, by_three, by_four = _reaching(
+            bits, listed, counts, total, width, one, two, three, four, CHUNK, SEGMENTS
+        )  # fmt: skip
+        low, high, found, over = _narrowed(low, high, found, over, one, by_one, wanted)
+        low, high, found, over = _narrowed(low, high, found, over, two, by_two, wanted)
+        low, high, found, over = _narrowed(low, high, found, over, three, by_three, wanted)
+        low, high, found, over = _narrowed(low, high, found, over, four, by_four, wanted)
     equal = total
     if found > wanted:
-        above, _ = _reaching(bits, listed, counts, total, width, low + 1, low + 1, CHUNK, SEGMENTS)
-        equal = wanted - above
+        above = low + 1
+        count, _, _, _ = _reaching(
+            bits, listed, counts, total, width, above, above, above, above, CHUNK, SEGMENTS
+        )  # fmt: skip
+        equal = wanted - count
     return low, equal
 
 
