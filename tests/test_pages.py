@@ -18,7 +18,7 @@ from fasa_flex.core.scoring import DominantChunks
 from fasa_flex.core.softmax import Softmax
 from fasa_flex.hf.continuous_batching import Pages, Request
 from fasa_flex.paged.attention import attend_pages, rows_of, whole_rows
-from fasa_flex.paged.book import Book, Places
+from fasa_flex.paged.book import Book
 from fasa_flex.paged.pages import PackedPages, States
 
 PAGE, STRIDE, BLOCKS, HEADS, DIM = 16, 40, 30, 2, 16
@@ -46,7 +46,7 @@ def filled(pages: Pages, lengths: tuple[int, ...], dtype: PackedDtype | None) ->
     valid = (torch.arange(table.shape[1] * PAGE) < torch.tensor(lengths)[:, None])[:, None, None, None]
     query = torch.randn(2, 2 * HEADS, 1, DIM, generator=generator)
     key, value = (torch.empty(DIM).expand(2, HEADS, valid.shape[-1], -1) for _ in range(2))
-    completion = Completion(0.75, states.of(torch.tensor([plan.slots[name] for name in "ab"])))
+    completion = Completion(0.75, states.of(plan.slots))
     softmax = Softmax(DIM**-0.5)
     settings = (scorer, valid, Budget(24, None, None), "softmax", softmax, packed.of(table), None, None, completion)
     call = Call(query, key, value, *settings)  # type: ignore[arg-type]  # the tuple's types are merged
@@ -130,17 +130,28 @@ def test_slots_of_states_are_used_again() -> None:
     book, tables = Book(4, CPU), {name: [at] for at, name in enumerate("abcd")}
     slots = {}
     for name in "abc":
-        slots.update(book.plan([Request(name, 0, 0, 2, 2)], tables).slots)
+        slots[name] = book.plan([Request(name, 0, 0, 2, 2)], tables).slots.item()
     assert sorted(slots.values()) == [0, 1, 2]
     del tables["b"]
     plan = book.plan([Request("d", 0, 0, 2, 2)], tables)
-    assert plan.slots == {"d": slots["b"]}
-    assert plan.begun == [slots["b"]]
+    assert plan.slots.tolist() == [slots["b"]]
+    assert plan.begun is not None
+    assert plan.begun.tolist() == [slots["b"]]
     assert book.slots == 3
 
 
-def test_places_of_tokens() -> None:
-    places = Places.of([5, 9, 1], 6, 11, 4, CPU)
-    assert places.blocks.tolist() == [9, 9, 1, 1, 1]
-    assert places.offsets.tolist() == [2, 3, 0, 1, 2]
-    assert places.rows(10).tolist() == [92, 93, 10, 11, 12]
+def test_a_plan_of_several_requests() -> None:
+    """The second one begins in the middle of a block; states take in its tokens 4 to 63."""
+    book, tables = Book(4, CPU), {"a": [7, 1], "b": list(range(40, 20, -1))}
+    book.plan([Request("a", 0, 0, 3, 3), Request("b", 3, 0, 62, 62)], tables)
+    plan = book.plan([Request("b", 0, 62, 5, 62), Request("a", 5, 3, 2, 3)], tables)
+    assert plan.again is plan.begun is None
+    assert plan.table[:, :2].tolist() == [[40, 39], [7, 1]]
+    assert plan.table.shape == (2, 17)
+    assert plan.new.blocks.tolist() == [25, 25, 24, 24, 24, 7, 1]
+    assert plan.new.offsets.tolist() == [2, 3, 0, 1, 2, 3, 0]
+    assert plan.new.rows(10).tolist() == [252, 253, 240, 241, 242, 73, 10]
+    (cover,) = plan.covers
+    assert cover.slots.tolist() == [plan.slots[0]]
+    assert cover.covered.tolist() == [64]
+    assert cover.places.rows(4).tolist() == [4 * (40 - token // 4) + token % 4 for token in range(4, 64)]

@@ -44,6 +44,11 @@ def rows_of(slots: Tensor, table: Tensor, pages: Pages) -> Tensor:
     return torch.where(slots < 0, slots, (blocks * pages.stride + found % pages.page).to(slots.dtype))
 
 
+def rows_of_table(table: Tensor, pages: Pages) -> Tensor:
+    """The rows of all places in blocks [B, n] in `Pages.keys`, int64 [B, n * page]."""
+    return (table[:, :, None] * pages.stride + torch.arange(pages.page, device=table.device)).flatten(1)
+
+
 def _focused(
     pages: Pages, table: Tensor, query: Tensor, key: Tensor, value: Tensor, selection: Selection, softmax: Softmax
 ) -> tuple[Tensor, Tensor | None]:
@@ -59,6 +64,5 @@ def _focused(
 
 def whole_rows(states: Tensor, table: Tensor, pages: Pages, valid: Tensor) -> Tensor:
     """Gather all keys or values of requests, float [B, Hkv, T, D], zero where ``valid`` [B, 1, 1, 1, T] is False."""
-    rows = (table[:, :, None] * pages.stride + torch.arange(pages.page, device=table.device)).flatten(1)
-    rows = rows[:, : valid.shape[-1]]
+    rows = rows_of_table(table, pages)[:, : valid.shape[-1]]
     return torch.where(valid[:, 0, 0, 0, :, None, None], states[rows], 0).transpose(1, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fasa_flex.core.budget import SINKS
 from fasa_flex.core.completion import CompletionState
 from fasa_flex.core.packed_keys import PackedKeys, convert_rows
 from fasa_flex.core.scoring import DominantChunks
@@ -84,17 +85,27 @@ class States:
             for former, tensor in zip(self._state.tensors, grown.tensors, strict=True):
                 tensor[:have] = former
             self._state = grown
-        if plan.begun:
-            self._state.covered[plan.begun] = 0
+        if plan.begun is not None:
+            for tensor in self._state.tensors:
+                tensor.index_fill_(0, plan.begun, 0)
         for cover in plan.covers:
             self._cover(pages, cover)
 
     def _cover(self, pages: Pages, cover: Cover) -> None:
-        rows = cover.places.rows(pages.stride)
-        key, value = (states[rows].transpose(0, 1)[None].contiguous() for states in (pages.keys, pages.values))
-        number = torch.arange(cover.first + 1, cover.first + len(rows) + 1, device=rows.device)[None]
-        row = self._state.change(lambda tensor: tensor[cover.slot : cover.slot + 1])
-        row.advance(key, value, torch.ones_like(number, dtype=torch.bool), number, len(rows))
+        """Take in the tokens of all requests at once, as `fasa_flex.core.completion.cover_blocks` does by row."""
+        state, at = self._state, cover.slots
+        rows = cover.places.rows(pages.stride).view(len(at), -1)
+        key, value = (states[rows].transpose(1, 2).float() for states in (pages.keys, pages.values))
+        key = key[..., : state.key_sum.shape[2]]
+        key_sum, value_sum = state.key_sum[at] + key.sum(2), state.value_sum[at] + value.sum(2)
+        with torch.autocast(key.device.type, enabled=False):  # the covariance is a difference of large sums
+            product = state.product[at] + key.mT @ value
+        count = (cover.covered - SINKS)[:, None, None]
+        mean = value_sum / count
+        covariance = (product - key_sum[..., None] * mean[:, :, None]) / count[..., None]
+        covered = cover.covered[:, None].expand(-1, key.shape[1])
+        for tensor, new in zip(state.tensors, (covered, key_sum, value_sum, product, mean, covariance), strict=True):
+            tensor[at] = new.to(tensor.dtype)
 
     def of(self, slots: Tensor) -> CompletionState:
         """Gather the states of requests; ``slots``: int64 [B]."""
