@@ -17,13 +17,13 @@ TARGET = GPUTarget("cuda", 90, 32)
 SHAPE = {"GROUP": 4, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "VALUE_DIM": 128, "VALUE_PAD": 128}
 SHAPE |= {"KV_HEADS": 8, "KEY_STRIDE": 256, "VALUE_STRIDE": 256}
 SHAPE |= {"WIDTH": 32, "PART": 32, "PART_PAD": 32, "PARTS_PAD": 16, "WANTED_PAD": 256, "BLOCK": 128, "OVERLAP": True}
-SHAPE |= {"HEADS": 8, "FOLD": 1, "STAGES": 2, "NATIVE": False}
+SHAPE |= {"HEADS": 8, "FOLD": 1, "STAGES": 2, "NATIVE": False, "PAGE": 0}
 POINTERS = dict.fromkeys(("query", "key", "value", "keys", "values", "packed", "sinks", "out", "means"), "*bf16")
 POINTERS |= dict.fromkeys(("units", "masses", "shift", "weights", "mean_key"), "*fp32")
 POINTERS |= dict.fromkeys(("bests", "totals", "results", "key_sum", "value_sum", "product"), "*fp32")
 POINTERS |= {"mean_value": "*bf16", "covariance": "*bf16", "covariances": "*bf16", "covered": "*i64"}
 POINTERS |= {"number": "*i64", "valid": "*u8", "forced": "*u8", "sample": "*i64"}
-POINTERS |= {"first": "*i64", "mass": "*fp32"}
+POINTERS |= {"first": "*i64", "mass": "*fp32", "table": "*i64", "states": "*i64"}
 POINTERS |= dict.fromkeys(("held_keys", "held_values"), "*bf16")
 POINTERS |= dict.fromkeys(
     ("order", "maxima", "tiles", "slots", "held", "held_at", "places", "absent", "scratch"), "*i32"
@@ -72,6 +72,12 @@ def main() -> None:
         four = {**FOUR_BITS, "NATIVE": native}
         compiles(kernels.sum_keys, ("keys", "*u8"), SAMPLED=True, **{**plain, **four})
         compiles(kernels.score_keys, ("keys", "*u8"), **{**plain, **four}, **marked, **FOLDED)
+    for page in (20, 256):
+        four = {**plain, **FOUR_BITS, "PAGE": page}
+        compiles(kernels.sum_keys, ("keys", "*u8"), SAMPLED=True, **four)
+        compiles(kernels.score_keys, ("keys", "*u8"), **four, **marked, **FOLDED)
+        chosen = {"TILES_PAD": 128, "SEARCH": False, "COMPLETES": True, "FIRST_ORDER": True, "SUNK": False}
+        compiles(kernels.attend_rows, ("packed", "*u8"), SELECTS=True, **chosen, **four)
     for search in (False, True):
         chosen = {"TILES_PAD": 1024 if search else 128, "SEARCH": search}
         compiles(kernels.select_keys, **chosen)

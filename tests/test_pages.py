@@ -17,7 +17,7 @@ from fasa_flex.core.method import Call
 from fasa_flex.core.scoring import DominantChunks
 from fasa_flex.core.softmax import Softmax
 from fasa_flex.hf.continuous_batching import Pages, Request
-from fasa_flex.paged.attention import attend_pages, rows_of, whole_rows
+from fasa_flex.paged.attention import attend_pages, packed_rows, whole_rows
 from fasa_flex.paged.book import Book
 from fasa_flex.paged.pages import PackedPages, States
 
@@ -32,13 +32,19 @@ def pages() -> Pages:
     return Pages(keys, values, PAGE, STRIDE, {"a": [7, 3, 20, 4, 9, 11], "b": [1, 2, 6, 0, 5, 8]})
 
 
-def filled(pages: Pages, lengths: tuple[int, ...], dtype: PackedDtype | None) -> tuple[DominantChunks, Call, Tensor]:
-    """One decoded token for requests of these lengths, with packed keys and states beside the pages."""
+def filled(
+    pages: Pages, lengths: tuple[int, ...], dtype: PackedDtype | None
+) -> tuple[DominantChunks, Call, tuple[Tensor, Tensor]]:
+    """One decoded token for requests of these lengths, with packed keys and states beside the pages.
+
+    Returns the scorer, the call, and the arguments of `attend_pages` behind the pages.
+    """
     generator = torch.Generator().manual_seed(1)
     dims = torch.stack([torch.randperm(DIM, generator=generator)[:8] for _ in range(HEADS)])
     scorer = DominantChunks(dims, torch.randn(HEADS, DIM, generator=generator), dtype=dtype)
     requests = [Request(name, 0, 0, n, n) for name, n in zip("ab", lengths, strict=True)]
     book, packed, states = Book(PAGE, CPU), PackedPages(pages, scorer), States(pages, first_order=True)
+    book.plan([Request("b", 0, 0, 1, 1)], pages.tables)  # its state comes first
     plan = book.plan(requests, pages.tables)
     packed.write(pages.keys[plan.new.rows(STRIDE)], plan.new)
     states.advance(pages, plan, book.slots)
@@ -46,11 +52,11 @@ def filled(pages: Pages, lengths: tuple[int, ...], dtype: PackedDtype | None) ->
     valid = (torch.arange(table.shape[1] * PAGE) < torch.tensor(lengths)[:, None])[:, None, None, None]
     query = torch.randn(2, 2 * HEADS, 1, DIM, generator=generator)
     key, value = (torch.empty(DIM).expand(2, HEADS, valid.shape[-1], -1) for _ in range(2))
-    completion = Completion(0.75, states.of(plan.slots))
+    completion = Completion(0.75, states.all)
     softmax = Softmax(DIM**-0.5)
-    settings = (scorer, valid, Budget(24, None, None), "softmax", softmax, packed.of(table), None, None, completion)
+    settings = (scorer, valid, Budget(24, None, None), "softmax", softmax, packed.keys, None, None, completion)
     call = Call(query, key, value, *settings)  # type: ignore[arg-type]  # the tuple's types are merged
-    return scorer, call, table
+    return scorer, call, (table, plan.slots)
 
 
 def whole(call: Call, pages: Pages, table: Tensor) -> Call:
@@ -65,23 +71,24 @@ def whole(call: Call, pages: Pages, table: Tensor) -> Call:
 def test_attention_to_pages_is_attention_to_gathered_keys(
     pages: Pages, dtype: PackedDtype | None, group_reduce: GroupReduce, lengths: tuple[int, ...]
 ) -> None:
-    _, call, table = filled(pages, lengths, dtype)
+    _, call, places = filled(pages, lengths, dtype)
     call.group_reduce = group_reduce
-    expected = sparse_attention(whole(call, pages, table), "gather")
-    torch.testing.assert_close(attend_pages(call, pages, table, "auto"), expected, atol=2e-5, rtol=1e-4)
+    expected = sparse_attention(whole(call, pages, places[0]), "gather")
+    torch.testing.assert_close(attend_pages(call, pages, *places, "auto"), expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [None, "int4"])
-@pytest.mark.parametrize("group_reduce", ["softmax", "max"])
-def test_the_kernels_read_selected_rows_in_pages(
+@pytest.mark.parametrize("group_reduce", ["softmax", "softmax_exact", "max"])
+def test_the_kernels_read_pages_through_the_table(
     pages: Pages, dtype: PackedDtype | None, group_reduce: GroupReduce
 ) -> None:
     """In Triton's interpreter; the second request has fewer keys than the budget."""
     pytest.importorskip("triton", reason="Triton is installed with CUDA builds of torch only")
-    _, call, table = filled(pages, (90, 20), dtype)
+    _, call, (table, states) = filled(pages, (90, 20), dtype)
     call.group_reduce = group_reduce
-    expected = attend_pages(call, pages, table, "gather")
-    got = decode_pages_by_kernels(call, pages.keys, pages.values, lambda slots: rows_of(slots, table, pages))
+    wide = torch.nn.functional.pad(table, (0, 3), value=-1)[:, : table.shape[1]]  # a view, as of a plan's table
+    expected = attend_pages(call, pages, table, states, "gather")
+    got = decode_pages_by_kernels(call, pages.keys, pages.values, wide, states, pages.stride)
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
 
 
@@ -98,8 +105,9 @@ def test_a_request_in_turns_is_packed_and_summed_as_at_once(pages: Pages) -> Non
             states.advance(pages, plan, book.slots)
             past += new
     table = torch.tensor([pages.tables["b"]])
-    assert torch.equal(once.of(table).tiles[:, :, :90], in_turns.of(table).tiles[:, :, :90])
-    for a, b in zip(sums.of(torch.tensor([0])).tensors, in_turn.of(torch.tensor([0])).tensors, strict=True):
+    rows = [packed_rows(each.keys, table).tiles[:, :, :90] for each in (once, in_turns)]
+    assert torch.equal(*rows)
+    for a, b in zip(sums.all.tensors, in_turn.all.tensors, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 

@@ -257,7 +257,7 @@ class PagedForwards:
     def n_bytes(self) -> int:
         """Size of all packed pages in bytes."""
         packed = (beside.packed for kept in self._caches.values() for beside in kept.layers.values())
-        return sum(each.n_bytes for each in packed if each is not None)
+        return sum(each.keys.n_bytes for each in packed if each is not None)
 
     def clear(self) -> None:
         """Drop everything that is kept beside caches."""

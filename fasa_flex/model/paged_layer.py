@@ -154,8 +154,8 @@ class PagedLayer(OfOneModel):
         assert budget is not None
         if beside.packed is not None:
             if beside.states is not None:
-                completion = Completion(self._strength, beside.states.of(forward.plan(pages).slots[group.rows]))
-            packed, valid = beside.packed.of(table), group.valid(table.shape[1] * pages.page)
+                completion = Completion(self._strength, beside.states.all)
+            packed, valid = beside.packed.keys, group.valid(table.shape[1] * pages.page)
             key, value = (
                 query.new_empty(states.shape[2]).expand(batch, heads, valid.shape[-1], -1)
                 for states in (pages.keys, pages.values)
@@ -168,7 +168,7 @@ class PagedLayer(OfOneModel):
         call = Call(queries, key, value, scorer, valid, *settings)
         if packed is None:
             return sparse_attention(call, self._backend)[:, :, 0]
-        return attend_pages(call, pages, table, self._backend)[:, :, 0]
+        return attend_pages(call, pages, table, forward.plan(pages).slots[group.rows], self._backend)[:, :, 0]
 
     def _completion(self, scorer: Any) -> Completion | None:
         """The completion of calls that read all keys and values; None: there is none."""

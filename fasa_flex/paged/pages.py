@@ -23,8 +23,7 @@ class PackedPages:
         scorer: sets the packed dimensions and their precision.
 
     Attributes:
-        codes: [blocks, Hkv, page, P], numbers of `PackedKeys` in rows.
-        scales: float16 [blocks, Hkv, page]; None for float codes.
+        keys: the packed keys of each block, in rows: [blocks, Hkv, page, P, 1].
     """
 
     def __init__(self, pages: Pages, scorer: DominantChunks) -> None:
@@ -33,31 +32,16 @@ class PackedPages:
         codes, scales = convert_rows(pages.keys.new_zeros(1, width), scorer.dtype)
         with torch.inference_mode(False):  # a manager in inference mode and one outside may follow each other
             shape, device = (pages.blocks, heads, pages.page), pages.keys.device
-            self.codes = torch.zeros(*shape, codes.shape[1], dtype=codes.dtype, device=device)
-            self.scales = None if scales is None else torch.zeros(shape, dtype=scales.dtype, device=device)
-
-    @property
-    def n_bytes(self) -> int:
-        """Size in bytes."""
-        return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
+            tiles = torch.zeros(*shape, codes.shape[1], 1, dtype=codes.dtype, device=device)
+            factors = None if scales is None else torch.zeros(*shape, 1, dtype=scales.dtype, device=device)
+        self.keys = PackedKeys(tiles, factors)
 
     def write(self, keys: Tensor, places: Places) -> None:
         """Pack keys, float [N, Hkv, D], to these places."""
         codes, scales = convert_rows(self._scorer.pack(keys.transpose(0, 1)[None])[0], self._scorer.dtype)
-        self.codes[places.blocks, :, places.offsets] = codes.transpose(0, 1)
-        if self.scales is not None and scales is not None:
-            self.scales[places.blocks, :, places.offsets] = scales.T
-
-    def of(self, table: Tensor) -> PackedKeys:
-        """Gather the packed keys of requests in rows, T = n * page.
-
-        Args:
-            table: int64 [B, n], the blocks of each request.
-        """
-        (batch, count), (_, heads, page, width) = table.shape, self.codes.shape
-        index = table[:, None], torch.arange(heads, device=table.device)[:, None]
-        tiles = self.codes[index].view(batch, heads, count * page, width, 1)
-        return PackedKeys(tiles, None if self.scales is None else self.scales[index].view(batch, heads, -1, 1))
+        self.keys.tiles[places.blocks, :, places.offsets] = codes.transpose(0, 1)[..., None]
+        if self.keys.scales is not None and scales is not None:
+            self.keys.scales[places.blocks, :, places.offsets] = scales.T[..., None]
 
 
 class States:
@@ -66,11 +50,14 @@ class States:
     Args:
         pages: the layer's pages.
         first_order: whether the states hold the covariance.
+
+    Attributes:
+        all: the states, a row for each slot.
     """
 
     def __init__(self, pages: Pages, first_order: bool) -> None:
         self._first_order = first_order
-        self._state = self._empty(pages, 1)
+        self.all = self._empty(pages, 1)
 
     def _empty(self, pages: Pages, rows: int) -> CompletionState:
         key, value = (states[:0].transpose(0, 1).expand(rows, -1, -1, -1) for states in (pages.keys, pages.values))
@@ -79,21 +66,21 @@ class States:
 
     def advance(self, pages: Pages, plan: Plan, slots: int) -> None:
         """Begin and extend states; ``slots``: number of states to hold."""
-        have = len(self._state.covered)
+        have = len(self.all.covered)
         if slots > have:
             grown = self._empty(pages, max(slots, 2 * have))
-            for former, tensor in zip(self._state.tensors, grown.tensors, strict=True):
+            for former, tensor in zip(self.all.tensors, grown.tensors, strict=True):
                 tensor[:have] = former
-            self._state = grown
+            self.all = grown
         if plan.begun is not None:
-            for tensor in self._state.tensors:
+            for tensor in self.all.tensors:
                 tensor.index_fill_(0, plan.begun, 0)
         for cover in plan.covers:
             self._cover(pages, cover)
 
     def _cover(self, pages: Pages, cover: Cover) -> None:
         """Take in the tokens of all requests at once, as `fasa_flex.core.completion.cover_blocks` does by row."""
-        state, at = self._state, cover.slots
+        state, at = self.all, cover.slots
         rows = cover.places.rows(pages.stride).view(len(at), -1)
         key, value = (states[rows].transpose(1, 2).float() for states in (pages.keys, pages.values))
         key = key[..., : state.key_sum.shape[2]]
@@ -106,7 +93,3 @@ class States:
         covered = cover.covered[:, None].expand(-1, key.shape[1])
         for tensor, new in zip(state.tensors, (covered, key_sum, value_sum, product, mean, covariance), strict=True):
             tensor[at] = new.to(tensor.dtype)
-
-    def of(self, slots: Tensor) -> CompletionState:
-        """Gather the states of requests; ``slots``: int64 [B]."""
-        return self._state.change(lambda tensor: tensor[slots])

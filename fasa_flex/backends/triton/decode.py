@@ -18,6 +18,7 @@ from fasa_flex.backends.triton.kernels import (
     power_of_two,
     select_keys,
 )
+from fasa_flex.backends.triton.tip import Ending as Ending
 from fasa_flex.backends.triton.tip import Ranking, Tip, completing, ranked, unit_and_mass
 from fasa_flex.core.compiler import operator
 
@@ -26,24 +27,6 @@ ATTEND_BLOCK, ATTEND_WARPS = 128, 4
 FOCUS_WARPS, MOST_FOCUSED = 8, 8192  # more tiles: two kernels, since a longer search needs more registers
 FIND_WARPS, FETCH_BLOCK, FETCH_WARPS, FETCH_PROGRAMS = 8, 16, 4, 64
 """Keys and warps of a program. More than 64 programs fetch scattered host rows more slowly (measured on an H100)."""
-
-
-class Ending(NamedTuple):
-    """The last arguments of `sparse_decode`: the completion and the learned sinks.
-
-    Attributes:
-        mean_value: the completion's state (`fasa_flex.core.completion`), [B, Hkv, Dv]; None: no completion.
-        covariance: [B, Hkv, D or 0, Dv], likewise.
-        covered: int64 [B, Hkv], likewise.
-        strength: factor of the first-order term; 0: the mean value alone.
-        sinks: learned sinks, float [Hq], contiguous, or None.
-    """
-
-    mean_value: Tensor | None = None
-    covariance: Tensor | None = None
-    covered: Tensor | None = None
-    strength: float = 0.0
-    sinks: Tensor | None = None
 
 
 def _empty_slots(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,6 +52,9 @@ def select_slots(
     scaling: float,
     softcap: float | None,
     completes: bool,
+    table: Tensor | None,
+    page: int,
+    stride: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """TIP and the selection for one query a row.
 
@@ -79,12 +65,13 @@ def select_slots(
         slots, int32 [B * Hkv, min(n_fac, T)], ascending, -1 if there are fewer valid keys; and the units and masses of
         `fasa_flex.backends.triton.tip.Ranking`.
     """
-    tip = Tip(dims, weights, packed, scales, shift, valid, forced, sample, n_fac, how, scaling, softcap, completes)
-    ranking = ranked(query, tip)
-    search = _search(ranking, tip.kv_len, n_fac)
+    ranking = (dims, weights, packed, scales, shift, valid, forced, sample, n_fac, how, scaling, softcap, completes)
+    tip = Tip(*ranking, table, page, stride)
+    found = ranked(query, tip)
+    search = _search(found, tip.kv_len, n_fac)
     overlap, launch = overlapping(query.device)
-    select_keys[(ranking.order.shape[0],)](*search, overlap, num_warps=SELECT_WARPS, **launch)
-    return search.slots, ranking.units, ranking.masses
+    select_keys[(found.order.shape[0],)](*search, overlap, num_warps=SELECT_WARPS, **launch)
+    return search.slots, found.units, found.masses
 
 
 def _empty_result(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
@@ -114,11 +101,15 @@ def attend_slots(
     scaling: float,
     softcap: float | None,
     completes: bool,
+    table: Tensor | None,
+    page: int,
+    stride: int,
     mean_value: Tensor | None,
     covariance: Tensor | None,
     covered: Tensor | None,
     strength: float,
     sinks: Tensor | None,
+    states: Tensor | None,
 ) -> Tensor:
     """FAC for one query a row, completed, beside learned sinks.
 
@@ -129,13 +120,14 @@ def attend_slots(
         value: float [B, Hkv, T, Dv], likewise.
         places: int32 [B * Hkv, K], rows of ``key`` and ``value``; -1 for none.
         slots: int32 [B * Hkv, K], their packed keys; a result of `select_slots`, as ``units`` and ``masses`` are.
-        dims: the first field of `Tip`; the arguments up to ``completes`` are the others, those after it of `Ending`.
+        dims: the first field of `Tip`; the arguments up to ``stride`` are the others, those after it of `Ending`.
 
     Returns:
         [B, Hq, 1, Dv], zeros for a head without a slot.
     """
-    tip = Tip(dims, weights, packed, scales, shift, valid, forced, sample, n_fac, how, scaling, softcap, completes)
-    ending = Ending(mean_value, covariance, covered, strength, sinks)
+    ranking = (dims, weights, packed, scales, shift, valid, forced, sample, n_fac, how, scaling, softcap, completes)
+    tip = Tip(*ranking, table, page, stride)
+    ending = Ending(mean_value, covariance, covered, strength, sinks, states)
     wanted = slots.shape[1]
     search = _Search(slots, slots, slots, slots, 0, 0, wanted, 2, power_of_two(wanted, 16), False)
     return _attend(query, key, value, places, search, units, masses, tip, ending, False, ATTEND_WARPS)
@@ -160,21 +152,26 @@ def sparse_decode(
     scaling: float,
     softcap: float | None,
     completes: bool,
+    table: Tensor | None,
+    page: int,
+    stride: int,
     mean_value: Tensor | None,
     covariance: Tensor | None,
     covered: Tensor | None,
     strength: float,
     sinks: Tensor | None,
+    states: Tensor | None,
 ) -> Tensor:
     """TIP, the selection and FAC for one query a row: `select_slots`, then `attend_slots`, with their arguments."""
-    tip = Tip(dims, weights, packed, scales, shift, valid, forced, sample, n_fac, how, scaling, softcap, completes)
-    ending = Ending(mean_value, covariance, covered, strength, sinks)
+    ranking = (dims, weights, packed, scales, shift, valid, forced, sample, n_fac, how, scaling, softcap, completes)
+    tip = Tip(*ranking, table, page, stride)
+    ending = Ending(mean_value, covariance, covered, strength, sinks, states)
     if parts_of(tip.kv_len, TILE.value) > MOST_FOCUSED:
         slots, units, masses = select_slots(query, *tip)
         return attend_slots(query, key, value, slots, slots, units, masses, *tip, *ending)
-    ranking = ranked(query, tip)
-    search = _search(ranking, tip.kv_len, n_fac)
-    units, masses = ranking.units, ranking.masses
+    found = ranked(query, tip)
+    search = _search(found, tip.kv_len, n_fac)
+    units, masses = found.units, found.masses
     return _attend(query, key, value, search.slots, search, units, masses, tip, ending, True, FOCUS_WARPS)
 
 
@@ -278,8 +275,9 @@ def _attend(
         *head_strides(key, value), tip.scaling, tip.softcap or 1.0, key.stride(2), value.stride(2),
         group, power_of_two(group, 16), dim, power_of_two(dim, 16), value_dim, power_of_two(value_dim, 16), block,
         kv_heads, tip.softcap is not None, ending.sinks is not None, *inputs, means, covariances, covered,
-        tip.packed.shape[2], units.shape[1], masses.shape[1], ending.strength, *constants, tip.completes, first_order,
-        selects, overlap, num_warps=warps, **launch,
+        query if tip.table is None else tip.table, query if ending.states is None else ending.states, tip.capacity,
+        tip.stride, units.shape[1], masses.shape[1], ending.strength, *constants, tip.completes, first_order, selects,
+        tip.page, overlap, num_warps=warps, **launch,
     )  # fmt: skip
     return out
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fasa_flex.backends.triton.kernels.launching import begin, begin_in_turn
-from fasa_flex.backends.triton.kernels.products import both_queries, capped, dot_products, logits_of
+from fasa_flex.backends.triton.kernels.products import both_queries, capped, dot_products, logits_of, packed_row
 from fasa_flex.backends.triton.kernels.scoring import MOST, unit_of
 from fasa_flex.backends.triton.kernels.selection import select_keys
 
@@ -49,20 +49,20 @@ def _queries(query, row, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.c
 
 @triton.jit
 def _remainder(
-    query, means, covariances, row, factor,
+    query, means, covariances, row, state, factor,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, FIRST_ORDER: tl.constexpr,
 ):  # fmt: skip
     """The unselected keys' estimated value, `fasa_flex.core.completion`: [GROUP_PAD, VALUE_PAD]."""
     head, value_dim = tl.arange(0, GROUP_PAD), tl.arange(0, VALUE_PAD)
-    mean = tl.load(means + row * VALUE_DIM + value_dim, mask=value_dim < VALUE_DIM, other=0).to(tl.float32)
+    mean = tl.load(means + state * VALUE_DIM + value_dim, mask=value_dim < VALUE_DIM, other=0).to(tl.float32)
     result = tl.zeros([GROUP_PAD, VALUE_PAD], tl.float32) + mean[None, :]
     if FIRST_ORDER:
         for first in tl.static_range(0, DIM_PAD, _SLICE if DIM_PAD > _SLICE else DIM_PAD):
             dim = first + tl.arange(0, _SLICE if DIM_PAD > _SLICE else DIM_PAD)
             place = query + (row * GROUP + head[:, None]) * DIM + dim[None, :]
             queries = tl.load(place, mask=(head < GROUP)[:, None] & (dim < DIM)[None, :], other=0).to(tl.float32)
-            place = covariances + (row * DIM + dim[:, None]) * VALUE_DIM + value_dim[None, :]
+            place = covariances + (state * DIM + dim[:, None]) * VALUE_DIM + value_dim[None, :]
             covariance = tl.load(place, mask=(dim < DIM)[:, None] & (value_dim < VALUE_DIM)[None, :], other=0)
             result = tl.dot((queries * factor).to(covariance.dtype), covariance, result, input_precision="ieee")
     return result
@@ -70,7 +70,7 @@ def _remainder(
 
 @triton.jit
 def _share(
-    kept, masses, covered, row, programs, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, STEP: tl.constexpr,
+    kept, masses, covered, row, state, programs, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The selected keys' share of the mass of all valid keys, as in `fasa_flex.core.completion.kept_share`."""
     head = tl.arange(0, GROUP_PAD)
@@ -82,7 +82,7 @@ def _share(
     total = tl.sum(parts, 0)
     share = kept / tl.where(total > 0.0, total, 1.0)
     share = tl.where((share > 1.0) | (total <= 0.0), 1.0, share)
-    return tl.where(tl.load(covered + row) > 0, share, 1.0)
+    return tl.where(tl.load(covered + state) > 0, share, 1.0)
 
 
 @triton.jit(do_not_specialize=["parts", "programs"])
@@ -93,23 +93,27 @@ def attend_rows(
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
     BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, CAPPED: tl.constexpr, SUNK: tl.constexpr,
-    dims, weights, packed, scales, shift, units, masses, means, covariances, covered, capacity, parts, programs,
-    strength,
+    dims, weights, packed, scales, shift, units, masses, means, covariances, covered, table, states, capacity, stride,
+    parts, programs, strength,
     WIDTH: tl.constexpr, PART: tl.constexpr, PART_PAD: tl.constexpr, PARTS_PAD: tl.constexpr, SCALED: tl.constexpr,
     WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, NATIVE: tl.constexpr, COMPLETES: tl.constexpr,
-    FIRST_ORDER: tl.constexpr, SELECTS: tl.constexpr, OVERLAP: tl.constexpr,
+    FIRST_ORDER: tl.constexpr, SELECTS: tl.constexpr, PAGE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """FAC for the query heads of one key/value head, completed, beside learned sinks.
 
     ``places`` has the rows of the selected keys and values, ``slots`` those of their packed keys; -1 for none. With
-    ``SELECTS`` the kernel is `select_keys` first, and ``places`` is ``slots``.
+    ``SELECTS`` the kernel is `select_keys` first, and ``places`` is ``slots``. With ``PAGE``, ``table`` has the blocks
+    of both (`packed_row`), which are ``stride`` rows of keys and values apart, and ``states`` the batch rows' states.
     """
     row, head = tl.program_id(0).to(tl.int64), tl.arange(0, GROUP_PAD)
+    state = row
+    if PAGE and COMPLETES:
+        state = tl.load(states + row // KV_HEADS) * KV_HEADS + row % KV_HEADS
     # all that is read before `begin_in_turn` is older than the results of the kernel before
     if COMPLETES:
         rest = _remainder(
-            query, means, covariances, row, scaling * strength, GROUP, GROUP_PAD, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD,
-            FIRST_ORDER,
+            query, means, covariances, row, state, scaling * strength, GROUP, GROUP_PAD, DIM, DIM_PAD, VALUE_DIM,
+            VALUE_PAD, FIRST_ORDER,
         )  # fmt: skip
         lower, upper = both_queries(
             query, dims, weights, row, GROUP, GROUP_PAD, 1, DIM, WIDTH, PART, PART_PAD, WEIGHTED, NATIVE, KV_HEADS
@@ -131,17 +135,21 @@ def attend_rows(
     for start in range(0, WANTED_PAD, BLOCK):
         number = start + tl.arange(0, BLOCK)
         place = tl.load(places + row * wanted + number, mask=number < wanted, other=-1).to(tl.int64)
+        if PAGE:
+            block = tl.load(table + (row // KV_HEADS) * capacity + place // PAGE, mask=place >= 0, other=0)
+            place = tl.where(place >= 0, block * stride + place % PAGE, -1)
         if COMPLETES:
             slot = tl.load(slots + row * wanted + number, mask=number < wanted, other=-1).to(tl.int64)
             real, dim = slot >= 0, tl.arange(0, PART_PAD)
+            at = packed_row(slot, table, row, capacity, PAGE, KV_HEADS)
             key = tl.load(
-                packed + (row * capacity + slot)[:, None] * PART + dim[None, :],
+                packed + at[:, None] * PART + dim[None, :],
                 mask=real[:, None] & (dim < PART)[None, :],
                 other=0,
             )
             factor, added = 1.0, 0.0
             if SCALED:
-                factor = tl.load(scales + row * capacity + slot, mask=real, other=0)
+                factor = tl.load(scales + at, mask=real, other=0)
                 factor = factor.to(tl.float32)[:, None]
             if SHIFTED:
                 added = tl.load(shift + row * GROUP + head, mask=head < GROUP, other=0.0)[None, :]
@@ -155,7 +163,7 @@ def attend_rows(
     result /= tl.where(total == 0.0, 1.0, total)[:, None]
     mass = best + tl.log(total)
     if COMPLETES:
-        share = _share(kept, masses, covered, row, programs, GROUP, GROUP_PAD, 64)
+        share = _share(kept, masses, covered, row, state, programs, GROUP, GROUP_PAD, 64)
         result = share[:, None] * result + (1.0 - share)[:, None] * rest
         mass -= tl.log(share)
     if SUNK:
