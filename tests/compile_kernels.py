@@ -28,7 +28,7 @@ POINTERS |= dict.fromkeys(("held_keys", "held_values"), "*bf16")
 POINTERS |= dict.fromkeys(
     ("order", "maxima", "tiles", "slots", "held", "held_at", "places", "absent", "scratch"), "*i32"
 )
-POINTERS |= {"dims": "*i64", "scales": "*fp16", "length": "*i64"}
+POINTERS |= {"dims": "*i64", "scales": "*fp16", "length": "*i64", "offsets": "*i64"}
 NUMBERS = {"scaling": "fp32", "softcap": "fp32", "strength": "fp32", "key_batch": "i64", "value_batch": "i64"}
 
 
@@ -78,6 +78,9 @@ def main() -> None:
         compiles(kernels.score_keys, ("keys", "*u8"), **four, **marked, **FOLDED)
         chosen = {"TILES_PAD": 128, "SEARCH": False, "COMPLETES": True, "FIRST_ORDER": True, "SUNK": False}
         compiles(kernels.attend_rows, ("packed", "*u8"), SELECTS=True, **chosen, **four)
+        compiles(kernels.write_states, ("packed", "*u8"), **four, CENTRED=True, COUNTED=True, asserts=True)
+        sizes = {"PART": 128, "PARTS": 1, "BLOCK": 64, "PAGE": page}
+        compiles(kernels.cover_rows, COVERED=64, SKIPPED=4, **sizes, warps=8)
     for search in (False, True):
         chosen = {"TILES_PAD": 1024 if search else 128, "SEARCH": search}
         compiles(kernels.select_keys, **chosen)

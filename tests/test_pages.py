@@ -19,7 +19,7 @@ from fasa_flex.core.softmax import Softmax
 from fasa_flex.hf.continuous_batching import Pages, Request
 from fasa_flex.paged.attention import attend_pages, packed_rows, whole_rows
 from fasa_flex.paged.book import Book
-from fasa_flex.paged.pages import PackedPages, States
+from fasa_flex.paged.pages import PackedPages, States, write_states
 
 PAGE, STRIDE, BLOCKS, HEADS, DIM = 16, 40, 30, 2, 16
 CPU = torch.device("cpu")
@@ -90,6 +90,50 @@ def test_the_kernels_read_pages_through_the_table(
     expected = attend_pages(call, pages, table, states, "gather")
     got = decode_pages_by_kernels(call, pages.keys, pages.values, wide, states, pages.stride)
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [None, "int8", "int4"])
+def test_a_kernel_writes_new_tokens_to_pages(
+    pages: Pages, dtype: PackedDtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="Triton is installed with CUDA builds of torch only")
+    scorer, _, _ = filled(pages, (96, 90), dtype)
+    new = torch.randn(2, 37, HEADS, DIM, generator=torch.Generator().manual_seed(2))
+    found = []
+    for serves in (False, True):
+        monkeypatch.setattr("fasa_flex.paged.pages.serves_pages", lambda *_, serves=serves: serves)
+        own = pages._replace(keys=pages.keys.clone(), values=pages.values.clone())
+        packed, plan = PackedPages(own, scorer), Book(PAGE, CPU).plan([Request("a", 0, 50, 37, 60)], pages.tables)
+        write_states(own, packed, *new, plan.new, written=False)
+        assert own.keys.ne(pages.keys).any(2).any(1).sum() == 37
+        found.append((own.keys, own.values, packed.keys.tiles, packed.keys.scales))
+    for plain, ours in zip(*found, strict=True):
+        assert (plain is ours is None) or torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+def test_a_kernel_covers_requests_in_pages(pages: Pages, first_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two requests that complete their blocks at different steps, and one whose blocks have moved."""
+    pytest.importorskip("triton", reason="Triton is installed with CUDA builds of torch only")
+    found = []
+    for serves in (False, True):
+        monkeypatch.setattr("fasa_flex.paged.pages.serves_pages", lambda *_, serves=serves: serves)
+        states, book, tables = (
+            States(pages, first_order),
+            Book(PAGE, CPU),
+            {k: list(v) for k, v in pages.tables.items()},
+        )
+        for past, new in ((0, 62), (62, 2), (64, 30)):
+            requests = [Request("b", 0, max(0, past - 10), new, 90), Request("a", 0, past, new, 90)]
+            if past == 64:
+                tables["b"][0] = 22
+            elif not past:
+                requests[0] = requests[0]._replace(new=52)
+            states.advance(pages, book.plan(requests, tables), book.slots)
+        assert states.all.covered.unique().tolist() == [64]
+        found.append(states.all.tensors)
+    for plain, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
 
 
 def test_a_request_in_turns_is_packed_and_summed_as_at_once(pages: Pages) -> None:

@@ -22,7 +22,7 @@ from fasa_flex.model.paged_parts import Group, Parts
 from fasa_flex.model.stats import tally
 from fasa_flex.paged.attention import rows_of_table
 from fasa_flex.paged.book import Book, Plan
-from fasa_flex.paged.pages import PackedPages, States
+from fasa_flex.paged.pages import PackedPages, States, write_states
 
 
 class PagedForward:
@@ -154,13 +154,11 @@ class Beside:
     packed: PackedPages | None
     states: States | None
 
-    def advance(self, pages: Pages, plan: Plan, keys: Tensor, slots: int) -> None:
-        """Pack the new ``keys`` [N, Hkv, D] and those whose packed keys are unknown, and extend the states."""
-        if self.packed is None:
-            return
-        if plan.again is not None:
+    def advance(self, pages: Pages, plan: Plan, key: Tensor, value: Tensor, written: bool, slots: int) -> None:
+        """Write the new tokens (`write_states`), pack earlier keys that are not known, and extend the states."""
+        if self.packed is not None and plan.again is not None:
             self.packed.write(pages.keys[plan.again.rows(pages.stride)], plan.again)
-        self.packed.write(keys, plan.new)
+        write_states(pages, self.packed, key, value, plan.new, written)
         if self.states is not None:
             self.states.advance(pages, plan, slots)
 

@@ -30,6 +30,7 @@ from fasa_flex.model.paged_parts import Group
 from fasa_flex.model.several_queries import in_parts, merged
 from fasa_flex.model.shared import OfOneModel, Shared
 from fasa_flex.paged.attention import attend_pages, whole_rows
+from fasa_flex.paged.pages import write_states
 
 IN_PAGES = ("auto", "fastest", "triton", "gather")
 """Backends that read packed keys and selected rows in pages; the others read all keys and values of a request."""
@@ -90,17 +91,15 @@ class PagedLayer(OfOneModel):
             self._measure(call, forward)
             return result
         pages = self._forwards.pages(forward.cache, self._number)
-        plan, count = forward.plan(pages), forward.count
-        if not is_written(options):
-            rows = plan.new.rows(pages.stride)
-            for states, new in ((pages.keys, key), (pages.values, value)):
-                states[rows] = new[0, :, :count].transpose(0, 1)
+        plan, written = forward.plan(pages), is_written(options)
+        new_key, new_value = (states[0, :, : forward.count].transpose(0, 1) for states in (key, value))
         if stays_dense or self._budget is None:
+            write_states(pages, None, new_key, new_value, plan.new, written)
             self._stats.add(self._number, forward.tally())
             return self._row(call, [(forward.every, self._short(call, forward.every, pages))]), None
         packer = scorer if self._packs and isinstance(scorer, DominantChunks) else None
         beside = self._forwards.beside(forward.cache, self._number, pages, packer, self._completing)
-        beside.advance(pages, plan, key[0, :, :count].transpose(0, 1), forward.slots(pages))
+        beside.advance(pages, plan, new_key, new_value, written, forward.slots(pages))
         parts = forward.parts(self._budget)
         self._stats.add(self._number, forward.tally(self._budget, parts.sparse))
         softmax = call.softmax(self._implementation)

@@ -55,6 +55,7 @@ class Plan(NamedTuple):
     Attributes:
         table: int64 [R, n], the blocks of each request; entries behind its last block have no meaning.
         slots: int64 [R], slot of each request's state.
+        lengths: int64 [R], number of tokens of each request.
         new: places of the new tokens, in the order of the packed row.
         again: places of earlier tokens whose packed keys are unknown; None: there are none.
         begun: int64, slots of the states that begin empty; None: there are none.
@@ -63,6 +64,7 @@ class Plan(NamedTuple):
 
     table: Tensor
     slots: Tensor
+    lengths: Tensor
     new: Places
     again: Places | None
     begun: Tensor | None
@@ -127,9 +129,11 @@ class Book:
             record.end, record.covered = request.end, target
         slots = [self._records[request.name].slot for request in requests]
         most = max(len(self._records[request.name].blocks) for request in requests)
+        slot_of, lengths = torch.tensor([slots, [request.end for request in requests]]).to(self._device)
         return Plan(
             self._blocks[slots, :most].to(self._device),
-            torch.tensor(slots).to(self._device),
+            slot_of,
+            lengths,
             self._places((slot, each.past, each.end) for slot, each in zip(slots, requests, strict=True)),
             self._places(again) if again else None,
             torch.tensor(begun).to(self._device) if begun else None,

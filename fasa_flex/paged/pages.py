@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fasa_flex.backends.triton.dispatch import serves_pages
 from fasa_flex.core.budget import SINKS
-from fasa_flex.core.completion import CompletionState
+from fasa_flex.core.completion import BLOCK, CompletionState
 from fasa_flex.core.packed_keys import PackedKeys, convert_rows
 from fasa_flex.core.scoring import DominantChunks
 from fasa_flex.hf.continuous_batching import Pages
@@ -23,11 +24,12 @@ class PackedPages:
         scorer: sets the packed dimensions and their precision.
 
     Attributes:
+        scorer: the scorer.
         keys: the packed keys of each block, in rows: [blocks, Hkv, page, P, 1].
     """
 
     def __init__(self, pages: Pages, scorer: DominantChunks) -> None:
-        self._scorer = scorer
+        self.scorer = scorer
         heads, width = scorer.dims.shape
         codes, scales = convert_rows(pages.keys.new_zeros(1, width), scorer.dtype)
         with torch.inference_mode(False):  # a manager in inference mode and one outside may follow each other
@@ -38,10 +40,30 @@ class PackedPages:
 
     def write(self, keys: Tensor, places: Places) -> None:
         """Pack keys, float [N, Hkv, D], to these places."""
-        codes, scales = convert_rows(self._scorer.pack(keys.transpose(0, 1)[None])[0], self._scorer.dtype)
+        codes, scales = convert_rows(self.scorer.pack(keys.transpose(0, 1)[None])[0], self.scorer.dtype)
         self.keys.tiles[places.blocks, :, places.offsets] = codes.transpose(0, 1)[..., None]
         if self.keys.scales is not None and scales is not None:
             self.keys.scales[places.blocks, :, places.offsets] = scales.T[..., None]
+
+
+def write_states(
+    pages: Pages, packed: PackedPages | None, key: Tensor, value: Tensor, places: Places, written: bool
+) -> None:
+    """Write new tokens: keys [N, Hkv, D] and values [N, Hkv, Dv] if they are not ``written`` yet, and packed keys."""
+    if packed is not None and serves_pages(key, value, pages.keys, pages.values):
+        from fasa_flex.backends.triton.writing import write_pages  # Triton is installed with CUDA only
+
+        scorer, scales = packed.scorer, packed.keys.scales
+        mean_key = None if scorer.mean_key is None else scorer.mean_key.contiguous()
+        codes = packed.keys.tiles.squeeze(4), None if scales is None else scales.squeeze(3)
+        rows = (key, value, pages.keys, pages.values)
+        write_pages(*rows, *codes, scorer.dims.contiguous(), mean_key, *places, pages.stride)
+        return
+    if not written:
+        rows_of = places.rows(pages.stride)
+        pages.keys[rows_of], pages.values[rows_of] = key, value
+    if packed is not None:
+        packed.write(key, places)
 
 
 class States:
@@ -75,6 +97,14 @@ class States:
         if plan.begun is not None:
             for tensor in self.all.tensors:
                 tensor.index_fill_(0, plan.begun, 0)
+        if not plan.covers:
+            return
+        if serves_pages(pages.keys, pages.values, pages.keys, pages.values):
+            from fasa_flex.backends.triton.completion import cover_pages_by_kernel  # Triton is installed with CUDA only
+
+            where = (plan.lengths, plan.table, plan.slots, pages.page, pages.stride)
+            cover_pages_by_kernel(self.all, pages.keys, pages.values, *where, BLOCK, SINKS)
+            return
         for cover in plan.covers:
             self._cover(pages, cover)
 

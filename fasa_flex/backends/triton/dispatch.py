@@ -116,6 +116,13 @@ def writes_at_once(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, pac
     return fit and here and rows and why_not_these(key, key, value) is None
 
 
+def serves_pages(key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether kernels write new tokens' ``key`` and ``value`` to pages, and extend completion states from there."""
+    pairs = (key, keys), (value, values)
+    fit = all(new.dtype == rows.dtype and new.stride(2) == rows.stride(2) == 1 for new, rows in pairs)
+    return key.is_cuda and fit and not (torch.is_grad_enabled() and (key.requires_grad or value.requires_grad))
+
+
 def decode_by_kernels(call: Call) -> Tensor:
     """Run a call of one query a row that `why_no_kernels` accepts; returns [B, Hq, 1, Dv]."""
     from fasa_flex.backends.triton.decode import (  # Triton is installed with CUDA only
