@@ -235,8 +235,10 @@ def score_keys(
             FORCED, HOW, SUMS, NATIVE, False, PAGE, KV_HEADS,
         )  # fmt: skip
         mark = following
-    number = tl.sum(seen, 0)
-    if number >= _AGAIN:
+    number, again = tl.sum(seen, 0), False
+    if WEIGHS:
+        again = number >= _AGAIN
+    if again:
         sums = tl.zeros([BLOCK // FOLD, FOLD, HEADS], tl.float32)
         for block in tl.range(begun, ended, num_stages=1):
             mark = _marks_of(valid, forced, block, kv_len, BLOCK, FORCED)
