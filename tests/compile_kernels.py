@@ -16,20 +16,20 @@ from fasa_flex.backends.triton import kernels
 TARGET = GPUTarget("cuda", 90, 32)
 SHAPE = {"GROUP": 4, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "VALUE_DIM": 128, "VALUE_PAD": 128}
 SHAPE |= {"KV_HEADS": 8, "KEY_STRIDE": 256, "VALUE_STRIDE": 256}
-SHAPE |= {"WIDTH": 32, "PART": 32, "PART_PAD": 32, "PARTS_PAD": 16, "BLOCK": 128, "OVERLAP": True}
-SHAPE |= {"WANTED_PAD": 256}
-SHAPE |= {"HEADS": 8, "FOLD": 1, "STAGES": 2, "NATIVE": False, "TILE": 16, "CHUNK": 1024}
+SHAPE |= {"WIDTH": 32, "PART": 32, "PART_PAD": 32, "PARTS_PAD": 16, "WANTED_PAD": 256, "BLOCK": 128, "OVERLAP": True}
+SHAPE |= {"HEADS": 8, "FOLD": 1, "STAGES": 2, "NATIVE": False, "TILE": 16, "CHUNK": 1024, "SEGMENTS": 16}
+SHAPE |= {"PAGE": 0, "PAGED": False}
 POINTERS = dict.fromkeys(("query", "key", "value", "keys", "values", "packed", "sinks", "out", "means"), "*bf16")
 POINTERS |= dict.fromkeys(("units", "masses", "shift", "weights", "mean_key"), "*fp32")
 POINTERS |= dict.fromkeys(("sums", "results", "key_sum", "value_sum", "product"), "*fp32")
 POINTERS |= {"mean_value": "*bf16", "covariance": "*bf16", "covariances": "*bf16", "covered": "*i64"}
 POINTERS |= {"number": "*i64", "valid": "*u8", "forced": "*u8", "sample": "*i64"}
-POINTERS |= {"first": "*i64", "mass": "*fp32"}
+POINTERS |= {"first": "*i64", "mass": "*fp32", "table": "*i64", "states": "*i64"}
 POINTERS |= dict.fromkeys(("held_keys", "held_values"), "*bf16")
 POINTERS |= dict.fromkeys(
     ("order", "maxima", "bins", "listed", "counts", "slots", "held", "held_at", "places", "absent", "scratch"), "*i32"
 )
-POINTERS |= {"dims": "*i64", "scales": "*fp16", "length": "*i64"}
+POINTERS |= {"dims": "*i64", "scales": "*fp16", "length": "*i64", "offsets": "*i64"}
 NUMBERS = {
     "scaling": "fp32",
     "softcap": "fp32",
@@ -80,9 +80,18 @@ def main() -> None:
         four = {**FOUR_BITS, "NATIVE": native}
         compiles(kernels.sum_keys, ("keys", "*u8"), SAMPLED=True, **{**plain, **four})
         compiles(kernels.score_keys, ("keys", "*u8"), **{**plain, **four}, **marked, **FOLDED)
+    for page in (20, 256):
+        four = {**plain, **FOUR_BITS, "PAGE": page}
+        compiles(kernels.sum_keys, ("keys", "*u8"), SAMPLED=True, **four)
+        compiles(kernels.score_keys, ("keys", "*u8"), **four, **marked, **FOLDED)
+        compiles(kernels.attend_rows, ("packed", "*u8"), SELECTS=True, COMPLETES=True, **four)
+        compiles(kernels.write_states, ("packed", "*u8"), **four, CENTRED=True, COUNTED=True, asserts=True)
+        sizes = {"PART": 128, "PARTS": 1, "BLOCK": 64, "PAGE": page}
+        compiles(kernels.cover_rows, COVERED=64, SKIPPED=4, **sizes, warps=8)
+    compiles(kernels.merge_parts, SUNK=False, COMPLETES=True, FIRST_ORDER=True, PAGED=True)
     compiles(kernels.score_keys, HOW="max", SUMS=False, FORCED=False, TILE=1, **plain)
     for tile in (1, 16):
-        compiles(kernels.list_keys, TILE=tile, BLOCK=4096 // tile, warps=8)
+        compiles(kernels.list_keys, TILE=tile, BLOCK=512, SOME=1024 // tile)
     compiles(kernels.select_keys, warps=8)
     for selects in (False, True):
         four = {**plain, **FOUR_BITS, "NATIVE": selects, "COMPLETES": True, "SELECTS": selects, "CAPPED": selects}

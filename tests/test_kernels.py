@@ -192,7 +192,8 @@ def test_long_lists_select_the_same(step: Step, held: bool, monkeypatch: pytest.
 
     The last step's orders span 32 bits, from keys of no use to those that are forced.
     """
-    monkeypatch.setattr(ranking, "LIST_KEYS", 32)
+    for name, value in {"LIST_TILES": 4, "LIST_KEYS": 32, "LIST_PROGRAMS": 4}.items():
+        monkeypatch.setattr(ranking, name, value)
     for module in (ops, attention):
         monkeypatch.setattr(module, "SELECT_CHUNK", 16)
     assert_equals_the_oracle(step, held)

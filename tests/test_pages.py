@@ -17,9 +17,9 @@ from fasa_flex.core.method import Call
 from fasa_flex.core.scoring import DominantChunks
 from fasa_flex.core.softmax import Softmax
 from fasa_flex.hf.continuous_batching import Pages, Request
-from fasa_flex.paged.attention import attend_pages, rows_of, whole_rows
-from fasa_flex.paged.book import Book, Places
-from fasa_flex.paged.pages import PackedPages, States
+from fasa_flex.paged.attention import attend_pages, packed_rows, whole_rows
+from fasa_flex.paged.book import Book
+from fasa_flex.paged.pages import PackedPages, States, write_states
 
 PAGE, STRIDE, BLOCKS, HEADS, DIM = 16, 40, 30, 2, 16
 CPU = torch.device("cpu")
@@ -32,13 +32,19 @@ def pages() -> Pages:
     return Pages(keys, values, PAGE, STRIDE, {"a": [7, 3, 20, 4, 9, 11], "b": [1, 2, 6, 0, 5, 8]})
 
 
-def filled(pages: Pages, lengths: tuple[int, ...], dtype: PackedDtype | None) -> tuple[DominantChunks, Call, Tensor]:
-    """One decoded token for requests of these lengths, with packed keys and states beside the pages."""
+def filled(
+    pages: Pages, lengths: tuple[int, ...], dtype: PackedDtype | None
+) -> tuple[DominantChunks, Call, tuple[Tensor, Tensor]]:
+    """One decoded token for requests of these lengths, with packed keys and states beside the pages.
+
+    Returns the scorer, the call, and the arguments of `attend_pages` behind the pages.
+    """
     generator = torch.Generator().manual_seed(1)
     dims = torch.stack([torch.randperm(DIM, generator=generator)[:8] for _ in range(HEADS)])
     scorer = DominantChunks(dims, torch.randn(HEADS, DIM, generator=generator), dtype=dtype)
     requests = [Request(name, 0, 0, n, n) for name, n in zip("ab", lengths, strict=True)]
     book, packed, states = Book(PAGE, CPU), PackedPages(pages, scorer), States(pages, first_order=True)
+    book.plan([Request("b", 0, 0, 1, 1)], pages.tables)  # its state comes first
     plan = book.plan(requests, pages.tables)
     packed.write(pages.keys[plan.new.rows(STRIDE)], plan.new)
     states.advance(pages, plan, book.slots)
@@ -46,11 +52,11 @@ def filled(pages: Pages, lengths: tuple[int, ...], dtype: PackedDtype | None) ->
     valid = (torch.arange(table.shape[1] * PAGE) < torch.tensor(lengths)[:, None])[:, None, None, None]
     query = torch.randn(2, 2 * HEADS, 1, DIM, generator=generator)
     key, value = (torch.empty(DIM).expand(2, HEADS, valid.shape[-1], -1) for _ in range(2))
-    completion = Completion(0.75, states.of(torch.tensor([plan.slots[name] for name in "ab"])))
+    completion = Completion(0.75, states.all)
     softmax = Softmax(DIM**-0.5)
-    settings = (scorer, valid, Budget(24, None, None), "softmax", softmax, packed.of(table), None, None, completion)
+    settings = (scorer, valid, Budget(24, None, None), "softmax", softmax, packed.keys, None, None, completion)
     call = Call(query, key, value, *settings)  # type: ignore[arg-type]  # the tuple's types are merged
-    return scorer, call, table
+    return scorer, call, (table, plan.slots)
 
 
 def whole(call: Call, pages: Pages, table: Tensor) -> Call:
@@ -65,24 +71,69 @@ def whole(call: Call, pages: Pages, table: Tensor) -> Call:
 def test_attention_to_pages_is_attention_to_gathered_keys(
     pages: Pages, dtype: PackedDtype | None, group_reduce: GroupReduce, lengths: tuple[int, ...]
 ) -> None:
-    _, call, table = filled(pages, lengths, dtype)
+    _, call, places = filled(pages, lengths, dtype)
     call.group_reduce = group_reduce
-    expected = sparse_attention(whole(call, pages, table), "gather")
-    torch.testing.assert_close(attend_pages(call, pages, table, "auto"), expected, atol=2e-5, rtol=1e-4)
+    expected = sparse_attention(whole(call, pages, places[0]), "gather")
+    torch.testing.assert_close(attend_pages(call, pages, *places, "auto"), expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [None, "int4"])
-@pytest.mark.parametrize("group_reduce", ["softmax", "max"])
-def test_the_kernels_read_selected_rows_in_pages(
+@pytest.mark.parametrize("group_reduce", ["softmax", "softmax_exact", "max"])
+def test_the_kernels_read_pages_through_the_table(
     pages: Pages, dtype: PackedDtype | None, group_reduce: GroupReduce
 ) -> None:
     """In Triton's interpreter; the second request has fewer keys than the budget."""
     pytest.importorskip("triton", reason="Triton is installed with CUDA builds of torch only")
-    _, call, table = filled(pages, (90, 20), dtype)
+    _, call, (table, states) = filled(pages, (90, 20), dtype)
     call.group_reduce = group_reduce
-    expected = attend_pages(call, pages, table, "gather")
-    got = decode_pages_by_kernels(call, pages.keys, pages.values, lambda slots: rows_of(slots, table, pages))
+    wide = torch.nn.functional.pad(table, (0, 3), value=-1)[:, : table.shape[1]]  # a view, as of a plan's table
+    expected = attend_pages(call, pages, table, states, "gather")
+    got = decode_pages_by_kernels(call, pages.keys, pages.values, wide, states, pages.stride)
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [None, "int8", "int4"])
+def test_a_kernel_writes_new_tokens_to_pages(
+    pages: Pages, dtype: PackedDtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="Triton is installed with CUDA builds of torch only")
+    scorer, _, _ = filled(pages, (96, 90), dtype)
+    new = torch.randn(2, 37, HEADS, DIM, generator=torch.Generator().manual_seed(2))
+    found = []
+    for serves in (False, True):
+        monkeypatch.setattr("fasa_flex.paged.pages.serves_pages", lambda *_, serves=serves: serves)
+        own = pages._replace(keys=pages.keys.clone(), values=pages.values.clone())
+        packed, plan = PackedPages(own, scorer), Book(PAGE, CPU).plan([Request("a", 0, 50, 37, 60)], pages.tables)
+        write_states(own, packed, *new, plan.new, written=False)
+        assert own.keys.ne(pages.keys).any(2).any(1).sum() == 37
+        found.append((own.keys, own.values, packed.keys.tiles, packed.keys.scales))
+    for plain, ours in zip(*found, strict=True):
+        assert (plain is ours is None) or torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+def test_a_kernel_covers_requests_in_pages(pages: Pages, first_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two requests that complete their blocks at different steps, and one whose blocks have moved."""
+    pytest.importorskip("triton", reason="Triton is installed with CUDA builds of torch only")
+    found = []
+    for serves in (False, True):
+        monkeypatch.setattr("fasa_flex.paged.pages.serves_pages", lambda *_, serves=serves: serves)
+        states, book, tables = (
+            States(pages, first_order),
+            Book(PAGE, CPU),
+            {k: list(v) for k, v in pages.tables.items()},
+        )
+        for past, new in ((0, 62), (62, 2), (64, 30)):
+            requests = [Request("b", 0, max(0, past - 10), new, 90), Request("a", 0, past, new, 90)]
+            if past == 64:
+                tables["b"][0] = 22
+            elif not past:
+                requests[0] = requests[0]._replace(new=52)
+            states.advance(pages, book.plan(requests, tables), book.slots)
+        assert states.all.covered.unique().tolist() == [64]
+        found.append(states.all.tensors)
+    for plain, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
 
 
 def test_a_request_in_turns_is_packed_and_summed_as_at_once(pages: Pages) -> None:
@@ -98,8 +149,9 @@ def test_a_request_in_turns_is_packed_and_summed_as_at_once(pages: Pages) -> Non
             states.advance(pages, plan, book.slots)
             past += new
     table = torch.tensor([pages.tables["b"]])
-    assert torch.equal(once.of(table).tiles[:, :, :90], in_turns.of(table).tiles[:, :, :90])
-    for a, b in zip(sums.of(torch.tensor([0])).tensors, in_turn.of(torch.tensor([0])).tensors, strict=True):
+    rows = [packed_rows(each.keys, table).tiles[:, :, :90] for each in (once, in_turns)]
+    assert torch.equal(*rows)
+    for a, b in zip(sums.all.tensors, in_turn.all.tensors, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
@@ -130,17 +182,28 @@ def test_slots_of_states_are_used_again() -> None:
     book, tables = Book(4, CPU), {name: [at] for at, name in enumerate("abcd")}
     slots = {}
     for name in "abc":
-        slots.update(book.plan([Request(name, 0, 0, 2, 2)], tables).slots)
+        slots[name] = book.plan([Request(name, 0, 0, 2, 2)], tables).slots.item()
     assert sorted(slots.values()) == [0, 1, 2]
     del tables["b"]
     plan = book.plan([Request("d", 0, 0, 2, 2)], tables)
-    assert plan.slots == {"d": slots["b"]}
-    assert plan.begun == [slots["b"]]
+    assert plan.slots.tolist() == [slots["b"]]
+    assert plan.begun is not None
+    assert plan.begun.tolist() == [slots["b"]]
     assert book.slots == 3
 
 
-def test_places_of_tokens() -> None:
-    places = Places.of([5, 9, 1], 6, 11, 4, CPU)
-    assert places.blocks.tolist() == [9, 9, 1, 1, 1]
-    assert places.offsets.tolist() == [2, 3, 0, 1, 2]
-    assert places.rows(10).tolist() == [92, 93, 10, 11, 12]
+def test_a_plan_of_several_requests() -> None:
+    """The second one begins in the middle of a block; states take in its tokens 4 to 63."""
+    book, tables = Book(4, CPU), {"a": [7, 1], "b": list(range(40, 20, -1))}
+    book.plan([Request("a", 0, 0, 3, 3), Request("b", 3, 0, 62, 62)], tables)
+    plan = book.plan([Request("b", 0, 62, 5, 62), Request("a", 5, 3, 2, 3)], tables)
+    assert plan.again is plan.begun is None
+    assert plan.table[:, :2].tolist() == [[40, 39], [7, 1]]
+    assert plan.table.shape == (2, 17)
+    assert plan.new.blocks.tolist() == [25, 25, 24, 24, 24, 7, 1]
+    assert plan.new.offsets.tolist() == [2, 3, 0, 1, 2, 3, 0]
+    assert plan.new.rows(10).tolist() == [252, 253, 240, 241, 242, 73, 10]
+    (cover,) = plan.covers
+    assert cover.slots.tolist() == [plan.slots[0]]
+    assert cover.covered.tolist() == [64]
+    assert cover.places.rows(4).tolist() == [4 * (40 - token // 4) + token % 4 for token in range(4, 64)]

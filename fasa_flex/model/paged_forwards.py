@@ -11,16 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.config import Prefill
 from fasa_flex.core.scoring import DominantChunks, SequenceScorer
 from fasa_flex.errors import NotSupportedError
-from fasa_flex.hf.continuous_batching import Pages, Request, requests_of_forward
+from fasa_flex.hf.continuous_batching import Pages, Request, pages_of, requests_of_forward
 from fasa_flex.model.paged_parts import Group, Parts
 from fasa_flex.model.stats import tally
+from fasa_flex.paged.attention import rows_of_table
 from fasa_flex.paged.book import Book, Plan
-from fasa_flex.paged.pages import PackedPages, States
+from fasa_flex.paged.pages import PackedPages, States, write_states
 
 
 class PagedForward:
@@ -50,13 +52,17 @@ class PagedForward:
     ) -> None:
         self._cache = weakref.ref(cache)  # a thread keeps its last forward, which must not keep the cache
         self.requests, self.count = requests, sum(each.new for each in requests)
-        self._length, self._device, self._books, self._prefill_sparse = length, device, books, prefill_sparse
-        numbers = [number for each in requests for number in range(each.past + 1, each.end + 1)]
-        self._n_valid = torch.tensor([numbers + [0] * (length - self.count)], device=device)
+        self._device, self._books = device, books
+        start, past, new, prompt = torch.tensor([each[1:] for each in requests]).unbind(1)
+        number = torch.arange(1, self.count + 1) + (past - start).repeat_interleave(new)
+        prompt = torch.zeros_like(number) if prefill_sparse else prompt.repeat_interleave(new)
+        self._number, self._prompt = (F.pad(each[None], (0, length - self.count)) for each in (number, prompt))
+        self._n_valid = self._number.to(device)
         self._plans: dict[int, Plan] = {}
         self._parts: dict[Budget, Parts] = {}
         self._tallies: dict[Budget | None, Tensor] = {}
-        self._tables: dict[tuple[int, tuple[str, ...]], Tensor] = {}
+        self._tables: dict[tuple[int, Group], Tensor] = {}
+        self._rows: dict[tuple[int, int], Tensor] = {}
 
     @property
     def cache(self) -> Any:
@@ -64,15 +70,15 @@ class PagedForward:
         return self._cache()
 
     @property
-    def longest_prompt(self) -> Request | None:
-        """The request with the longest prompt among those that end their prompt in several tokens; None: none does."""
-        ending = [each for each in self.requests if each.end == each.prompt and each.new > 1]
-        return max(ending, key=lambda each: each.end, default=None)
+    def longest_prompt(self) -> int | None:
+        """Row of the request with the longest prompt among those that end it in several tokens; None: none does."""
+        ending = [row for row, each in enumerate(self.requests) if each.end == each.prompt and each.new > 1]
+        return max(ending, key=lambda row: self.requests[row].end, default=None)
 
     @cached_property
     def every(self) -> Group:
         """All requests of a forward in which each has one new token."""
-        group = Group.of(self.requests, self._device)
+        group = Group.of(self.requests, range(len(self.requests)), self._device)
         assert group is not None
         return group
 
@@ -88,20 +94,20 @@ class PagedForward:
         """Number of states that a layer with these pages holds."""
         return self._books[id(pages.tables)].slots
 
-    def state_slots(self, pages: Pages, requests: Sequence[Request]) -> Tensor:
-        """Slots of the requests' states, int64 [B]."""
-        slots = self.plan(pages).slots
-        return torch.tensor([slots[each.name] for each in requests], device=pages.keys.device)
-
-    def table(self, pages: Pages, requests: Sequence[Request]) -> Tensor:
-        """Blocks of the requests, int64 [B, n]; shorter rows repeat their first block."""
-        key = id(pages.tables), tuple(each.name for each in requests)
+    def table(self, pages: Pages, group: Group) -> Tensor:
+        """Blocks of a group's requests, int64 [B, n], for the longest of them."""
+        key = id(pages.tables), group
         if key not in self._tables:
-            rows = [pages.tables[each.name][: -(-each.end // pages.page)] for each in requests]
-            most = max(map(len, rows))
-            padded = [row + row[:1] * (most - len(row)) for row in rows]
-            self._tables[key] = torch.tensor(padded, dtype=torch.long).to(pages.keys.device)
+            self._tables[key] = self.plan(pages).table[group.rows, : -(-group.longest // pages.page)]
         return self._tables[key]
+
+    def rows_of(self, pages: Pages, row: int) -> Tensor:
+        """Rows of all tokens of one request in `Pages.keys`, int64 [T]."""
+        key = id(pages.tables), row
+        if key not in self._rows:
+            end, table = self.requests[row].end, self.plan(pages).table[row]
+            self._rows[key] = rows_of_table(table[None, : -(-end // pages.page)], pages)[0, :end]
+        return self._rows[key]
 
     def parts(self, budget: Budget) -> Parts:
         """Sort the requests by how they attend under a budget."""
@@ -110,22 +116,22 @@ class PagedForward:
         return self._parts[budget]
 
     def _sorted(self, budget: Budget) -> Parts:
-        decoding, short, alone = [], [], []
-        mixed, sparse = [], [False] * self._length
-        for each in self.requests:
-            prompt = 0 if self._prefill_sparse else each.prompt
-            chosen = [at >= prompt and not budget.covers(at + 1) for at in range(each.past, each.end)]
-            sparse[each.tokens] = chosen
-            if each.new == 1 and chosen[0]:
-                decoding.append(each)
+        decoding, short = [], []
+        alone: dict[int, Request] = {}
+        first_sparse: dict[int, int] = {}
+        sparse = (self._number > self._prompt) & budget.exceeded(self._number)
+        chosen = sparse[0].tolist()
+        for row, each in enumerate(self.requests):
+            if each.new == 1 and chosen[each.start]:
+                decoding.append(row)
             elif each.new == 1 and budget.covers(each.end):
-                short.append(each)
+                short.append(row)
             else:
-                alone.append(each)
-                if any(chosen):
-                    mixed.append(each)
-        groups = Group.of(decoding, self._device), Group.of(short, self._device)
-        return Parts(*groups, alone, mixed, torch.tensor([sparse], device=self._device))
+                alone[row] = each
+                if any(chosen[each.tokens]):
+                    first_sparse[row] = chosen.index(True, each.start) - each.start
+        sparse_ones, short_ones = (Group.of(self.requests, rows, self._device) for rows in (decoding, short))
+        return Parts(sparse_ones, short_ones, alone, first_sparse, sparse.to(self._device))
 
     def tally(self, budget: Budget | None = None, sparse: Tensor | None = None) -> Tensor:
         """Count the forward for `FasaStats.add`."""
@@ -148,23 +154,22 @@ class Beside:
     packed: PackedPages | None
     states: States | None
 
-    def advance(self, pages: Pages, plan: Plan, keys: Tensor, slots: int) -> None:
-        """Pack the new ``keys`` [N, Hkv, D] and those whose packed keys are unknown, and extend the states."""
-        if self.packed is None:
-            return
-        if plan.again is not None:
+    def advance(self, pages: Pages, plan: Plan, key: Tensor, value: Tensor, written: bool, slots: int) -> None:
+        """Write the new tokens (`write_states`), pack earlier keys that are not known, and extend the states."""
+        if self.packed is not None and plan.again is not None:
             self.packed.write(pages.keys[plan.again.rows(pages.stride)], plan.again)
-        self.packed.write(keys, plan.new)
+        write_states(pages, self.packed, key, value, plan.new, written)
         if self.states is not None:
             self.states.advance(pages, plan, slots)
 
 
 class _OfCache:
-    """What is kept beside one cache: books of its requests, and `Beside` by layer number."""
+    """What is kept of one cache: books of its requests, and by layer number its `Pages` and what is `Beside` them."""
 
     def __init__(self, scorers: Sequence[object]) -> None:
         self.scorers = scorers
         self.books: dict[int, Book] = {}
+        self.pages: dict[int, Pages] = {}
         self.layers: dict[int, Beside] = {}
 
 
@@ -220,6 +225,13 @@ class PagedForwards:
         requests = requests_of_forward()
         self._local.now = PagedForward(cache, requests, length, device, kept.books, self._prefill == "sparse")
 
+    def pages(self, cache: Any, layer: int) -> Pages:
+        """The pages of layer number ``layer`` in a cache."""
+        pages = self._caches[cache].pages
+        if layer not in pages:
+            pages[layer] = pages_of(cache, layer)
+        return pages[layer]
+
     def beside(
         self, cache: Any, layer: int, pages: Pages, scorer: DominantChunks | None, completing: bool | None
     ) -> Beside:
@@ -243,7 +255,7 @@ class PagedForwards:
     def n_bytes(self) -> int:
         """Size of all packed pages in bytes."""
         packed = (beside.packed for kept in self._caches.values() for beside in kept.layers.values())
-        return sum(each.n_bytes for each in packed if each is not None)
+        return sum(each.keys.n_bytes for each in packed if each is not None)
 
     def clear(self) -> None:
         """Drop everything that is kept beside caches."""

@@ -22,7 +22,6 @@ from fasa_flex.hf.continuous_batching import (
     attend_alone,
     attention_now,
     is_written,
-    pages_of,
     reads_pages,
     writes_alone,
 )
@@ -31,7 +30,7 @@ from fasa_flex.model.paged_parts import Group
 from fasa_flex.model.several_queries import in_parts, merged
 from fasa_flex.model.shared import OfOneModel, Shared
 from fasa_flex.paged.attention import attend_pages, whole_rows
-from fasa_flex.paged.book import Places
+from fasa_flex.paged.pages import write_states
 
 IN_PAGES = ("auto", "fastest", "triton", "gather")
 """Backends that read packed keys and selected rows in pages; the others read all keys and values of a request."""
@@ -91,35 +90,44 @@ class PagedLayer(OfOneModel):
             self._stats.add(self._number, forward.tally())
             self._measure(call, forward)
             return result
-        pages = pages_of(forward.cache, self._number)
-        plan, count = forward.plan(pages), forward.count
-        if not is_written(options):
-            rows = plan.new.rows(pages.stride)
-            for states, new in ((pages.keys, key), (pages.values, value)):
-                states[rows] = new[0, :, :count].transpose(0, 1)
-        out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
+        pages = self._forwards.pages(forward.cache, self._number)
+        plan, written = forward.plan(pages), is_written(options)
+        new_key, new_value = (states[0, :, : forward.count].transpose(0, 1) for states in (key, value))
         if stays_dense or self._budget is None:
+            write_states(pages, None, new_key, new_value, plan.new, written)
             self._stats.add(self._number, forward.tally())
-            out[0, forward.every.tokens] = self._short(call, forward.every, pages)
-            return out, None
+            return self._row(call, [(forward.every, self._short(call, forward.every, pages))]), None
         packer = scorer if self._packs and isinstance(scorer, DominantChunks) else None
         beside = self._forwards.beside(forward.cache, self._number, pages, packer, self._completing)
-        beside.advance(pages, plan, key[0, :, :count].transpose(0, 1), forward.slots(pages))
+        beside.advance(pages, plan, new_key, new_value, written, forward.slots(pages))
         parts = forward.parts(self._budget)
         self._stats.add(self._number, forward.tally(self._budget, parts.sparse))
         softmax = call.softmax(self._implementation)
+        done: list[tuple[Group | Request, Tensor]] = []
         if parts.decoding:
-            out[0, parts.decoding.tokens] = self._decode(query, parts.decoding, pages, beside, forward, softmax)
+            done.append((parts.decoding, self._decode(query, parts.decoding, pages, beside, forward, softmax)))
         if parts.short:
-            out[0, parts.short.tokens] = self._short(call, parts.short, pages)
-        for request in parts.alone:
-            keys, values = self._states_of(request, key, value, pages)
+            done.append((parts.short, self._short(call, parts.short, pages)))
+        for row, request in parts.alone.items():
+            keys, values = self._states_of(row, key, value, pages)
             queries = query[:, :, request.tokens]
             one = attend_alone(call, queries, keys, values)
-            if request in parts.mixed:
-                one = self._mixed(queries, keys, values, one, parts.sparse[:, request.tokens], softmax)
-            out[:, request.tokens] = one
-        return out, None
+            if row in parts.first_sparse:
+                sparse, first = parts.sparse[:, request.tokens], parts.first_sparse[row]
+                one = self._mixed(queries, keys, values, one, sparse, first, softmax)
+            done.append((request, one[0]))
+        return self._row(call, done), None
+
+    @staticmethod
+    def _row(call: AttentionCall, done: list[tuple[Group | Request, Tensor]]) -> Tensor:
+        """The packed row [1, N, Hq, Dv] of the attention [.., Hq, Dv] of its requests."""
+        length = call.query.shape[2]
+        if len(done) == 1 and len(done[0][1]) == length:
+            return done[0][1][None]
+        out = call.query.new_zeros(1, length, *done[0][1].shape[1:])
+        for each, result in done:
+            out[0, each.tokens] = result
+        return out
 
     @property
     def _completing(self) -> bool | None:
@@ -128,7 +136,7 @@ class PagedLayer(OfOneModel):
 
     def _short(self, call: AttentionCall, group: Group, pages: Pages) -> Tensor:
         """Dense attention [B, Hq, Dv] of one token for each of B requests, over all of their keys."""
-        table, valid = self._forwards.now.table(pages, group.requests), group.valid()
+        table, valid = self._forwards.now.table(pages, group), group.valid()
         keys, values = (whole_rows(states, table, pages, valid) for states in (pages.keys, pages.values))
         queries = call.query[0, :, group.tokens].transpose(0, 1)[:, :, None]
         return attend_alone(call, queries, keys, values, valid[:, 0])[:, 0]
@@ -137,16 +145,16 @@ class PagedLayer(OfOneModel):
         self, query: Tensor, group: Group, pages: Pages, beside: Beside, forward: PagedForward, softmax: Softmax
     ) -> Tensor:
         """Attention [B, Hq, Dv] of one decoded token for each of B requests."""
-        table, budget = forward.table(pages, group.requests), self._budget
+        table, budget = forward.table(pages, group), self._budget
         queries = query[0, :, group.tokens].transpose(0, 1)[:, :, None]
         scorer: Any = self._scorer()
-        batch, heads = len(group.requests), pages.keys.shape[1]
+        batch, heads = len(table), pages.keys.shape[1]
         completion = self._completion(scorer)
         assert budget is not None
         if beside.packed is not None:
             if beside.states is not None:
-                completion = Completion(self._strength, beside.states.of(forward.state_slots(pages, group.requests)))
-            packed, valid = beside.packed.of(table), group.valid(table.shape[1] * pages.page)
+                completion = Completion(self._strength, beside.states.all)
+            packed, valid = beside.packed.keys, group.valid(table.shape[1] * pages.page)
             key, value = (
                 query.new_empty(states.shape[2]).expand(batch, heads, valid.shape[-1], -1)
                 for states in (pages.keys, pages.values)
@@ -159,26 +167,25 @@ class PagedLayer(OfOneModel):
         call = Call(queries, key, value, scorer, valid, *settings)
         if packed is None:
             return sparse_attention(call, self._backend)[:, :, 0]
-        return attend_pages(call, pages, table, self._backend)[:, :, 0]
+        return attend_pages(call, pages, table, forward.plan(pages).slots[group.rows], self._backend)[:, :, 0]
 
     def _completion(self, scorer: Scorer) -> Completion | None:
         """The completion of calls that read all keys and values; None: there is none."""
         return Completion(self._strength, None, scorer.completes_by_all) if self._completes else None
 
-    def _states_of(self, request: Request, key: Tensor, value: Tensor, pages: Pages) -> tuple[Tensor, Tensor]:
+    def _states_of(self, row: int, key: Tensor, value: Tensor, pages: Pages) -> tuple[Tensor, Tensor]:
         """All keys and values of one request, float [1, Hkv, T, D]."""
+        request = self._forwards.now.requests[row]
         if not request.past:
             return key[:, :, request.tokens], value[:, :, request.tokens]
-        places = Places.of(pages.tables[request.name], 0, request.end, pages.page, key.device)
-        rows = places.rows(pages.stride)
+        rows = self._forwards.now.rows_of(pages, row)
         return pages.keys[rows].transpose(0, 1)[None], pages.values[rows].transpose(0, 1)[None]
 
     def _mixed(
-        self, query: Tensor, key: Tensor, value: Tensor, dense: Tensor, sparse: Tensor, softmax: Softmax
+        self, query: Tensor, key: Tensor, value: Tensor, dense: Tensor, sparse: Tensor, first: int, softmax: Softmax
     ) -> Tensor:
         """Attention [1, Q, Hq, Dv] of one request's tokens, some of which were generated and are computed again."""
         scorer: Any = self._scorer()
-        first = int(sparse[0].int().argmax())
         valid = valid_keys(query.shape[2], key.shape[2], None, query.device)[:, :, :, first:]
         completion = self._completion(scorer)
         assert self._budget is not None
@@ -192,14 +199,14 @@ class PagedLayer(OfOneModel):
         source, query = self._source, call.query
         if source is None or source.profile is not None:
             return
-        request = forward.longest_prompt
-        if request is None:
+        row = forward.longest_prompt
+        if row is None:
             return
         if self._begins:
             source.begin()
         if not source.measures(self._number):
             return
-        pages = pages_of(forward.cache, self._number)
-        key, _ = self._states_of(request._replace(past=max(1, request.past)), query, query, pages)
+        request, pages = forward.requests[row], self._forwards.pages(forward.cache, self._number)
+        key = pages.keys[forward.rows_of(pages, row)].transpose(0, 1)[None]
         n_valid = torch.arange(request.past + 1, request.end + 1, device=query.device)[None]
         source.measure(self._number, query[:, :, request.tokens], key, None, n_valid, None, call.scaling)

@@ -13,32 +13,37 @@ from fasa_flex.core.budget import Budget
 from fasa_flex.core.selection import Marks
 from fasa_flex.hf.continuous_batching import Request
 
+Places = slice | Tensor
+"""Places in a dimension: a slice, which makes a view, or int64 [B]."""
+
 
 @dataclass(frozen=True, eq=False)
 class Group:
     """Requests with one new token each, which are computed together.
 
     Attributes:
-        requests: B requests.
-        tokens: int64 [B], the places of their tokens in the packed row.
+        rows: places of B requests in the forward.
+        tokens: places of their tokens in the packed row.
         lengths: int64 [B], number of keys of each.
         longest: number of keys of the longest.
     """
 
-    requests: Sequence[Request]
-    tokens: Tensor
+    rows: Places
+    tokens: Places
     lengths: Tensor
     longest: int
     _valid: dict[int, Tensor] = field(default_factory=dict)
     _marks: dict[tuple[int, Budget, bool], Marks] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, requests: Sequence[Request], device: torch.device) -> Group | None:
-        """Make a group; None without requests."""
-        if not requests:
+    def of(cls, requests: Sequence[Request], rows: Sequence[int], device: torch.device) -> Group | None:
+        """Make a group of the ``requests`` at these ``rows``; None: there are none."""
+        if not rows:
             return None
-        tokens, lengths = torch.tensor([[each.start, each.end] for each in requests]).to(device).unbind(1)
-        return cls(requests, tokens, lengths, max(each.end for each in requests))
+        chosen = [requests[row] for row in rows]
+        lengths = [each.end for each in chosen]
+        tokens = _places([each.start for each in chosen], device)
+        return cls(_places(rows, device), tokens, torch.tensor(lengths).to(device), max(lengths))
 
     def valid(self, kv_len: int | None = None) -> Tensor:
         """The keys of each request among the first ``kv_len``, bool [B, 1, 1, 1, T]; None: the longest's."""
@@ -56,19 +61,26 @@ class Group:
         return self._marks[key]
 
 
+def _places(numbers: Sequence[int], device: torch.device) -> Places:
+    """Ascending numbers as places: a slice if they follow each other."""
+    if numbers[-1] - numbers[0] == len(numbers) - 1:
+        return slice(numbers[0], numbers[-1] + 1)
+    return torch.tensor(numbers).to(device)
+
+
 class Parts(NamedTuple):
     """How the tokens of a forward attend under one budget.
 
     Attributes:
         decoding: requests whose one token is sparse; None: there are none.
         short: requests with one token whose keys the budget covers; None: there are none.
-        alone: other requests: parts of prompts, and generated tokens that are computed again.
-        mixed: those of ``alone`` with a sparse token.
+        alone: other requests, by their row: parts of prompts, and generated tokens that are computed again.
+        first_sparse: number of the first sparse token of those of ``alone`` that have one, by their row.
         sparse: bool [1, N], the tokens that attend to a selection.
     """
 
     decoding: Group | None
     short: Group | None
-    alone: list[Request]
-    mixed: list[Request]
+    alone: dict[int, Request]
+    first_sparse: dict[int, int]
     sparse: Tensor

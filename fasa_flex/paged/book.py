@@ -7,13 +7,14 @@ last forward. A request whose table has changed other than by its own new tokens
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fasa_flex.core.budget import SINKS
 from fasa_flex.core.completion import BLOCK
 from fasa_flex.hf.continuous_batching import Request
 
@@ -29,48 +30,45 @@ class Places(NamedTuple):
     blocks: Tensor
     offsets: Tensor
 
-    @classmethod
-    def of(cls, table: Sequence[int], first: int, last: int, page: int, device: torch.device) -> Places:
-        """Places of a request's tokens ``first`` to ``last - 1``."""
-        tokens, begin = torch.arange(first, last), first // page
-        blocks = torch.tensor(table[begin : -(-last // page)], dtype=torch.long)
-        return cls(blocks[tokens // page - begin].to(device), (tokens % page).to(device))
-
     def rows(self, stride: int) -> Tensor:
         """Rows of the tokens in `Pages.keys`, int64 [N]."""
         return self.blocks * stride + self.offsets
 
 
 class Cover(NamedTuple):
-    """Tokens that a request's completion state takes in.
+    """Tokens that completion states take in: L of each of M requests.
 
     Attributes:
-        slot: row of the request's state.
-        first: number of its tokens that the state covers already.
-        places: the next tokens, complete blocks of 64.
+        slots: int64 [M], rows of the requests' states.
+        covered: int64 [M], number of tokens up to the last of them.
+        places: of the M * L tokens, request by request.
     """
 
-    slot: int
-    first: int
+    slots: Tensor
+    covered: Tensor
     places: Places
 
 
 class Plan(NamedTuple):
-    """What one forward does in every layer of a group.
+    """What one forward does in every layer of a group; R requests have N tokens in the packed row.
 
     Attributes:
+        table: int64 [R, n], the blocks of each request; entries behind its last block have no meaning.
+        slots: int64 [R], slot of each request's state.
+        lengths: int64 [R], number of tokens of each request.
         new: places of the new tokens, in the order of the packed row.
         again: places of earlier tokens whose packed keys are unknown; None: there are none.
-        begun: slots of the states that begin empty.
-        covers: tokens that states take in.
-        slots: slot of each request's state, by its id.
+        begun: int64, slots of the states that begin empty; None: there are none.
+        covers: tokens that states take in, by their number.
     """
 
+    table: Tensor
+    slots: Tensor
+    lengths: Tensor
     new: Places
     again: Places | None
-    begun: list[int]
+    begun: Tensor | None
     covers: list[Cover]
-    slots: dict[str, int]
 
 
 @dataclass(slots=True)
@@ -88,16 +86,19 @@ class Book:
 
     Args:
         page: number of tokens in a block.
-        device: device of the places.
+        device: device of the plans.
     """
 
     def __init__(self, page: int, device: torch.device) -> None:
         self._page, self._device = page, device
         self._records: dict[str, _Record] = {}
         self._free: list[int] = []
+        self._blocks = torch.zeros(1, 1, dtype=torch.long)  # of every record, by its slot
 
     def plan(self, requests: Sequence[Request], tables: Mapping[str, list[int]]) -> Plan:
         """Compare the tables with those of the last forward, and write down those of this one.
+
+        All that layers read is copied to the device here, once.
 
         Args:
             requests: requests of the forward.
@@ -105,9 +106,9 @@ class Book:
         """
         for name in [name for name in self._records if name not in tables]:  # finished, cancelled or evicted
             self._free.append(self._records.pop(name).slot)
-        new: list[Places] = []
-        again: list[Places] = []
-        begun, covers, slots = [], [], {}
+        again: list[tuple[int, int, int]] = []
+        begun: list[int] = []
+        covers: dict[int, list[tuple[int, int, int]]] = {}
         for request in requests:
             table, used = tables[request.name], -(-request.past // self._page)
             record = self._records.get(request.name)
@@ -117,28 +118,56 @@ class Book:
             known = record.blocks if record.end == request.past else []
             if known[:used] != table[:used] or not request.past:
                 changed = [at for at in range(used) if at >= len(known) or known[at] != table[at]]
-                again.extend(self._places(table, at * self._page, self._end(at, request.past)) for at in changed)
+                again.extend((record.slot, at * self._page, min((at + 1) * self._page, request.past)) for at in changed)
                 begun.append(record.slot)
                 record.covered = 0
             target = request.end // BLOCK * BLOCK
             if target > record.covered:
-                covers.append(Cover(record.slot, record.covered, self._places(table, record.covered, target)))
-            record.blocks, record.end, record.covered = table[: -(-request.end // self._page)], request.end, target
-            new.append(self._places(table, request.past, request.end))
-            slots[request.name] = record.slot
-        return Plan(_joined(new), _joined(again) if again else None, begun, covers, slots)
+                first = record.covered or SINKS
+                covers.setdefault(target - first, []).append((record.slot, first, target))
+            self._note(record, table[: -(-request.end // self._page)])
+            record.end, record.covered = request.end, target
+        slots = [self._records[request.name].slot for request in requests]
+        most = max(len(self._records[request.name].blocks) for request in requests)
+        slot_of, lengths = torch.tensor([slots, [request.end for request in requests]]).to(self._device)
+        return Plan(
+            self._blocks[slots, :most].to(self._device),
+            slot_of,
+            lengths,
+            self._places((slot, each.past, each.end) for slot, each in zip(slots, requests, strict=True)),
+            self._places(again) if again else None,
+            torch.tensor(begun).to(self._device) if begun else None,
+            [self._cover(of_one_size) for of_one_size in covers.values()],
+        )
 
     @property
     def slots(self) -> int:
         """Number of slots that states need."""
         return len(self._records) + len(self._free)
 
-    def _end(self, block: int, past: int) -> int:
-        return min((block + 1) * self._page, past)
+    def _note(self, record: _Record, blocks: list[int]) -> None:
+        """Write down the blocks of a request."""
+        rows, width = self._blocks.shape
+        if record.slot >= rows or len(blocks) > width:
+            grown = torch.zeros(max(2 * rows, record.slot + 1), max(2 * width, len(blocks)), dtype=torch.long)
+            grown[:rows, :width] = self._blocks
+            self._blocks = grown
+        same = min(len(blocks), len(record.blocks))
+        if blocks[:same] != record.blocks[:same]:
+            same = 0
+        if len(blocks) > same:
+            self._blocks[record.slot, same : len(blocks)] = torch.tensor(blocks[same:])
+        record.blocks = blocks
 
-    def _places(self, table: Sequence[int], first: int, last: int) -> Places:
-        return Places.of(table, first, last, self._page, self._device)
+    def _cover(self, spans: Sequence[tuple[int, int, int]]) -> Cover:
+        slots, _, targets = torch.tensor(spans).to(self._device).unbind(1)
+        return Cover(slots, targets, self._places(spans))
 
-
-def _joined(places: Sequence[Places]) -> Places:
-    return Places(torch.cat([each.blocks for each in places]), torch.cat([each.offsets for each in places]))
+    def _places(self, spans: Iterable[tuple[int, int, int]]) -> Places:
+        """Places of tokens ``first`` to ``last - 1`` of the records in slots."""
+        slots, first, last = torch.tensor(list(spans)).unbind(1)
+        counts = last - first
+        ends = counts.cumsum(0)
+        token = torch.arange(int(ends[-1])) + (last - ends).repeat_interleave(counts)
+        blocks = self._blocks[slots.repeat_interleave(counts), token // self._page]
+        return Places(*torch.stack([blocks, token % self._page]).to(self._device))

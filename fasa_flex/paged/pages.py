@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasa_flex.core.completion import CompletionState
+from fasa_flex.backends.triton.dispatch import serves_pages
+from fasa_flex.core.budget import SINKS
+from fasa_flex.core.completion import BLOCK, CompletionState
 from fasa_flex.core.packed_keys import PackedKeys, convert_rows
 from fasa_flex.core.scoring import DominantChunks
 from fasa_flex.hf.continuous_batching import Pages
@@ -22,41 +24,46 @@ class PackedPages:
         scorer: sets the packed dimensions and their precision.
 
     Attributes:
-        codes: [blocks, Hkv, page, P], numbers of `PackedKeys` in rows.
-        scales: float16 [blocks, Hkv, page]; None for float codes.
+        scorer: the scorer.
+        keys: the packed keys of each block, in rows: [blocks, Hkv, page, P, 1].
     """
 
     def __init__(self, pages: Pages, scorer: DominantChunks) -> None:
-        self._scorer = scorer
+        self.scorer = scorer
         heads, width = scorer.dims.shape
         codes, scales = convert_rows(pages.keys.new_zeros(1, width), scorer.dtype)
         with torch.inference_mode(False):  # a manager in inference mode and one outside may follow each other
             shape, device = (pages.blocks, heads, pages.page), pages.keys.device
-            self.codes = torch.zeros(*shape, codes.shape[1], dtype=codes.dtype, device=device)
-            self.scales = None if scales is None else torch.zeros(shape, dtype=scales.dtype, device=device)
-
-    @property
-    def n_bytes(self) -> int:
-        """Size in bytes."""
-        return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
+            tiles = torch.zeros(*shape, codes.shape[1], 1, dtype=codes.dtype, device=device)
+            factors = None if scales is None else torch.zeros(*shape, 1, dtype=scales.dtype, device=device)
+        self.keys = PackedKeys(tiles, factors)
 
     def write(self, keys: Tensor, places: Places) -> None:
         """Pack keys, float [N, Hkv, D], to these places."""
-        codes, scales = convert_rows(self._scorer.pack(keys.transpose(0, 1)[None])[0], self._scorer.dtype)
-        self.codes[places.blocks, :, places.offsets] = codes.transpose(0, 1)
-        if self.scales is not None and scales is not None:
-            self.scales[places.blocks, :, places.offsets] = scales.T
+        codes, scales = convert_rows(self.scorer.pack(keys.transpose(0, 1)[None])[0], self.scorer.dtype)
+        self.keys.tiles[places.blocks, :, places.offsets] = codes.transpose(0, 1)[..., None]
+        if self.keys.scales is not None and scales is not None:
+            self.keys.scales[places.blocks, :, places.offsets] = scales.T[..., None]
 
-    def of(self, table: Tensor) -> PackedKeys:
-        """Gather the packed keys of requests in rows, T = n * page.
 
-        Args:
-            table: int64 [B, n], the blocks of each request.
-        """
-        (batch, count), (_, heads, page, width) = table.shape, self.codes.shape
-        index = table[:, None], torch.arange(heads, device=table.device)[:, None]
-        tiles = self.codes[index].view(batch, heads, count * page, width, 1)
-        return PackedKeys(tiles, None if self.scales is None else self.scales[index].view(batch, heads, -1, 1))
+def write_states(
+    pages: Pages, packed: PackedPages | None, key: Tensor, value: Tensor, places: Places, written: bool
+) -> None:
+    """Write new tokens: keys [N, Hkv, D] and values [N, Hkv, Dv] if they are not ``written`` yet, and packed keys."""
+    if packed is not None and serves_pages(key, value, pages.keys, pages.values):
+        from fasa_flex.backends.triton.writing import write_pages  # Triton is installed with CUDA only
+
+        scorer, scales = packed.scorer, packed.keys.scales
+        mean_key = None if scorer.mean_key is None else scorer.mean_key.contiguous()
+        codes = packed.keys.tiles.squeeze(4), None if scales is None else scales.squeeze(3)
+        rows = (key, value, pages.keys, pages.values)
+        write_pages(*rows, *codes, scorer.dims.contiguous(), mean_key, *places, pages.stride)
+        return
+    if not written:
+        rows_of = places.rows(pages.stride)
+        pages.keys[rows_of], pages.values[rows_of] = key, value
+    if packed is not None:
+        packed.write(key, places)
 
 
 class States:
@@ -65,11 +72,14 @@ class States:
     Args:
         pages: the layer's pages.
         first_order: whether the states hold the covariance.
+
+    Attributes:
+        all: the states, a row for each slot.
     """
 
     def __init__(self, pages: Pages, first_order: bool) -> None:
         self._first_order = first_order
-        self._state = self._empty(pages, 1)
+        self.all = self._empty(pages, 1)
 
     def _empty(self, pages: Pages, rows: int) -> CompletionState:
         key, value = (states[:0].transpose(0, 1).expand(rows, -1, -1, -1) for states in (pages.keys, pages.values))
@@ -78,24 +88,38 @@ class States:
 
     def advance(self, pages: Pages, plan: Plan, slots: int) -> None:
         """Begin and extend states; ``slots``: number of states to hold."""
-        have = len(self._state.covered)
+        have = len(self.all.covered)
         if slots > have:
             grown = self._empty(pages, max(slots, 2 * have))
-            for former, tensor in zip(self._state.tensors, grown.tensors, strict=True):
+            for former, tensor in zip(self.all.tensors, grown.tensors, strict=True):
                 tensor[:have] = former
-            self._state = grown
-        if plan.begun:
-            self._state.covered[plan.begun] = 0
+            self.all = grown
+        if plan.begun is not None:
+            for tensor in self.all.tensors:
+                tensor.index_fill_(0, plan.begun, 0)
+        if not plan.covers:
+            return
+        if serves_pages(pages.keys, pages.values, pages.keys, pages.values):
+            from fasa_flex.backends.triton.completion import cover_pages_by_kernel  # Triton is installed with CUDA only
+
+            where = (plan.lengths, plan.table, plan.slots, pages.page, pages.stride)
+            cover_pages_by_kernel(self.all, pages.keys, pages.values, *where, BLOCK, SINKS)
+            return
         for cover in plan.covers:
             self._cover(pages, cover)
 
     def _cover(self, pages: Pages, cover: Cover) -> None:
-        rows = cover.places.rows(pages.stride)
-        key, value = (states[rows].transpose(0, 1)[None].contiguous() for states in (pages.keys, pages.values))
-        number = torch.arange(cover.first + 1, cover.first + len(rows) + 1, device=rows.device)[None]
-        row = self._state.change(lambda tensor: tensor[cover.slot : cover.slot + 1])
-        row.advance(key, value, torch.ones_like(number, dtype=torch.bool), number, len(rows))
-
-    def of(self, slots: Tensor) -> CompletionState:
-        """Gather the states of requests; ``slots``: int64 [B]."""
-        return self._state.change(lambda tensor: tensor[slots])
+        """Take in the tokens of all requests at once, as `fasa_flex.core.completion.cover_blocks` does by row."""
+        state, at = self.all, cover.slots
+        rows = cover.places.rows(pages.stride).view(len(at), -1)
+        key, value = (states[rows].transpose(1, 2).float() for states in (pages.keys, pages.values))
+        key = key[..., : state.key_sum.shape[2]]
+        key_sum, value_sum = state.key_sum[at] + key.sum(2), state.value_sum[at] + value.sum(2)
+        with torch.autocast(key.device.type, enabled=False):  # the covariance is a difference of large sums
+            product = state.product[at] + key.mT @ value
+        count = (cover.covered - SINKS)[:, None, None]
+        mean = value_sum / count
+        covariance = (product - key_sum[..., None] * mean[:, :, None]) / count[..., None]
+        covered = cover.covered[:, None].expand(-1, key.shape[1])
+        for tensor, new in zip(state.tensors, (covered, key_sum, value_sum, product, mean, covariance), strict=True):
+            tensor[at] = new.to(tensor.dtype)

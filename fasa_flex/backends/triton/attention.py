@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from fasa_flex.backends.triton.kernels import attend_rows, merge_parts, overlapping, parts_of, power_of_two
-from fasa_flex.backends.triton.tip import Listed, Tip, completing
+from fasa_flex.backends.triton.tip import Ending, Listed, Tip, completing
 
-ATTEND_BLOCK, ATTEND_WARPS, ATTEND_PROGRAMS, MOST_PARTS, MERGE_WARPS = 128, 8, 128, 128, 4
+ATTEND_BLOCK, ATTEND_WARPS, ATTEND_PROGRAMS, MOST_PARTS, MERGE_WARPS = 128, 4, 128, 128, 4
 """Keys and warps of a program, the number of programs that attend, most parts of a row, and warps of the merge."""
+
+LEAST_SPAN = 32
+"""Least keys of a program that attends: with 16 two programs take longer than one with 32 (measured on an H200)."""
 
 SELECT_CHUNK = 1024
 """Listed keys that a program searches in registers."""
-
-
-class Ending(NamedTuple):
-    """The last arguments of `sparse_decode`: the completion and the learned sinks.
-
-    Attributes:
-        mean_value: the completion's state (`fasa_flex.core.completion`), [B, Hkv, Dv]; None: no completion.
-        covariance: [B, Hkv, D or 0, Dv], likewise.
-        covered: int64 [B, Hkv], likewise.
-        strength: factor of the first-order term; 0: the mean value alone.
-        sinks: learned sinks, float [Hq], contiguous, or None.
-    """
-
-    mean_value: Tensor | None = None
-    covariance: Tensor | None = None
-    covered: Tensor | None = None
-    strength: float = 0.0
-    sinks: Tensor | None = None
 
 
 def attended(
@@ -50,7 +33,7 @@ def attended(
     (batch, kv_heads, _, dim), value_dim = key.shape, value.shape[3]
     rows, group, value_pad = batch * kv_heads, query.shape[1] // kv_heads, power_of_two(value_dim, 16)
     parts = min(MOST_PARTS, max(1, ATTEND_PROGRAMS // rows))
-    span = parts_of(parts_of(found.width, parts), 16) * 16
+    span = parts_of(parts_of(found.width, parts), LEAST_SPAN) * LEAST_SPAN
     parts = parts_of(found.width, span)
     sums, results = (
         torch.empty(rows, parts, group, width, dtype=torch.float32, device=query.device) for width in (3, value_pad)
@@ -62,8 +45,8 @@ def attended(
         *head_strides(key, value), tip.scaling, tip.softcap or 1.0, key.stride(2), value.stride(2),
         group, power_of_two(group, 16), dim, power_of_two(dim, 16), value_dim, value_pad,
         min(ATTEND_BLOCK if key.element_size() == 2 else 32, power_of_two(span)), kv_heads, tip.softcap is not None,
-        *inputs, tip.packed.shape[2], units.shape[1], *constants, tip.completes, SELECT_CHUNK, places is None, overlap,
-        num_warps=ATTEND_WARPS, **launch,
+        *inputs, query if tip.table is None else tip.table, tip.capacity, tip.stride, units.shape[1], *constants,
+        tip.completes, SELECT_CHUNK, places is None, tip.page, overlap, num_warps=ATTEND_WARPS, **launch,
     )  # fmt: skip
     return merged(query, value, sums, results, ending, masses, tip.scaling)
 
@@ -89,16 +72,17 @@ def merged(
         scaling: factor of the logits, likewise.
     """
     (rows, parts, group, value_pad), dim, out = results.shape, query.shape[3], result_of(query, value)
-    means, covariances, covered = (query if each is None else each for each in ending[:3])
+    state = (ending.mean_value, ending.covariance, ending.covered, ending.states)
+    means, covariances, covered, states = (query if each is None else each for each in state)
     completes = ending.mean_value is not None
     first_order = completes and ending.strength != 0.0 and covariances.shape[2] > 0
     masses = query if masses is None else masses
     overlap, launch = overlapping(query.device)
     merge_parts[(rows, group)](
         sums, results, query if ending.sinks is None else ending.sinks, out, parts, query, masses, means, covariances,
-        covered, masses.shape[1], scaling * ending.strength, group, dim, power_of_two(dim, 16), value.shape[3],
+        covered, states, masses.shape[1], scaling * ending.strength, group, dim, power_of_two(dim, 16), value.shape[3],
         value_pad, power_of_two(parts), query.shape[1] // group, ending.sinks is not None, completes, first_order,
-        overlap, num_warps=MERGE_WARPS, **launch,
+        ending.states is not None, overlap, num_warps=MERGE_WARPS, **launch,
     )  # fmt: skip
     return out
 

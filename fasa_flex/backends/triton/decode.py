@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasa_flex.backends.triton.attention import SELECT_CHUNK, Ending, attended, head_strides, result_of
+from fasa_flex.backends.triton.attention import SELECT_CHUNK, attended, head_strides, result_of
 from fasa_flex.backends.triton.kernels import (
     fetch_rows,
     find_rows,
@@ -17,6 +17,7 @@ from fasa_flex.backends.triton.kernels import (
     power_of_two,
     select_keys,
 )
+from fasa_flex.backends.triton.tip import Ending as Ending
 from fasa_flex.backends.triton.tip import Listed, Tip, listed, ranked, unit_and_mass
 from fasa_flex.core.compiler import operator
 
@@ -49,6 +50,9 @@ def select_slots(
     scaling: float,
     softcap: float | None,
     completes: bool,
+    table: Tensor | None,
+    page: int,
+    stride: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """TIP and the selection for one query a row.
 
@@ -60,7 +64,7 @@ def select_slots(
         `fasa_flex.backends.triton.tip.Ranking`.
     """
     ranks = (dims, weights, packed, scales, shift, valid, forced, sample)
-    tip = Tip(*ranks, n_fac, share, how, scaling, softcap, completes)
+    tip = Tip(*ranks, n_fac, share, how, scaling, softcap, completes, table, page, stride)
     ranking = ranked(query, tip)
     found = listed(ranking, tip)
     overlap, launch = overlapping(query.device)
@@ -98,11 +102,15 @@ def attend_slots(
     scaling: float,
     softcap: float | None,
     completes: bool,
+    table: Tensor | None,
+    page: int,
+    stride: int,
     mean_value: Tensor | None,
     covariance: Tensor | None,
     covered: Tensor | None,
     strength: float,
     sinks: Tensor | None,
+    states: Tensor | None,
 ) -> Tensor:
     """FAC for one query a row, completed, beside learned sinks.
 
@@ -113,15 +121,15 @@ def attend_slots(
         value: float [B, Hkv, T, Dv], likewise.
         places: int32 [B * Hkv, K], rows of ``key`` and ``value``; -1 for none.
         slots: int32 [B * Hkv, K], their packed keys; a result of `select_slots`, as ``units`` and ``masses`` are.
-        dims: the first field of `Tip`; the arguments up to ``completes`` are the others, those after it of `Ending`.
+        dims: the first field of `Tip`; the arguments up to ``stride`` are the others, those after it of `Ending`.
 
     Returns:
         [B, Hq, 1, Dv], zeros for a head without a slot.
     """
     ranks = (dims, weights, packed, scales, shift, valid, forced, sample)
-    tip = Tip(*ranks, n_fac, share, how, scaling, softcap, completes)
-    ending = Ending(mean_value, covariance, covered, strength, sinks)
-    found = Listed(slots, slots, slots, slots, 0, 0, 0, 0, slots.shape[1])
+    tip = Tip(*ranks, n_fac, share, how, scaling, softcap, completes, table, page, stride)
+    ending = Ending(mean_value, covariance, covered, strength, sinks, states)
+    found = Listed(slots, slots, slots, slots, 0, 0, 0, 0, 0, slots.shape[1], 1)
     return attended(query, key, value, places, found, units, masses, tip, ending)
 
 
@@ -145,16 +153,20 @@ def sparse_decode(
     scaling: float,
     softcap: float | None,
     completes: bool,
+    table: Tensor | None,
+    page: int,
+    stride: int,
     mean_value: Tensor | None,
     covariance: Tensor | None,
     covered: Tensor | None,
     strength: float,
     sinks: Tensor | None,
+    states: Tensor | None,
 ) -> Tensor:
     """TIP, the selection and FAC for one query a row: `select_slots`, then `attend_slots`, with their arguments."""
     ranks = (dims, weights, packed, scales, shift, valid, forced, sample)
-    tip = Tip(*ranks, n_fac, share, how, scaling, softcap, completes)
-    ending = Ending(mean_value, covariance, covered, strength, sinks)
+    tip = Tip(*ranks, n_fac, share, how, scaling, softcap, completes, table, page, stride)
+    ending = Ending(mean_value, covariance, covered, strength, sinks, states)
     ranking = ranked(query, tip)
     return attended(query, key, value, None, listed(ranking, tip), ranking.units, ranking.masses, tip, ending)
 

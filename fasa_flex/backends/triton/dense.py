@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasa_flex.backends.triton.attention import ATTEND_BLOCK, MOST_PARTS, Ending, head_strides, merged, result_of
+from fasa_flex.backends.triton.attention import ATTEND_BLOCK, MOST_PARTS, head_strides, merged, result_of
 from fasa_flex.backends.triton.kernels import attend_part, on_their_device, overlapping, parts_of, power_of_two
+from fasa_flex.backends.triton.tip import Ending
 from fasa_flex.core.compiler import operator
 
 PROGRAMS, DENSE_WARPS = 256, 4

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +15,9 @@ from fasa_flex.core.packed_keys import PackedKeys
 from fasa_flex.core.scoring import DominantChunks
 from fasa_flex.core.softmax import Softmax
 from fasa_flex.errors import NotSupportedError
+
+if TYPE_CHECKING:
+    from fasa_flex.backends.triton.tip import Ending, Tip
 
 
 def why_no_kernels(call: Call) -> str | None:
@@ -106,6 +108,13 @@ def writes_at_once(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, pac
     return fit and here and rows and why_not_these(key, key, value) is None
 
 
+def serves_pages(key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether kernels write new tokens' ``key`` and ``value`` to pages, and extend completion states from there."""
+    pairs = (key, keys), (value, values)
+    fit = all(new.dtype == rows.dtype and new.stride(2) == rows.stride(2) == 1 for new, rows in pairs)
+    return key.is_cuda and fit and not (torch.is_grad_enabled() and (key.requires_grad or value.requires_grad))
+
+
 def decode_by_kernels(call: Call) -> Tensor:
     """Run a call of one query a row that `why_no_kernels` accepts; returns [B, Hq, 1, Dv]."""
     from fasa_flex.backends.triton.decode import (  # Triton is installed with CUDA only
@@ -115,7 +124,8 @@ def decode_by_kernels(call: Call) -> Tensor:
         sparse_decode,
     )
 
-    query, ranking, ending = _arguments_of(call)
+    query, *settings = _arguments_of(call)
+    ranking, ending = cast("list[tuple[Any, ...]]", settings)
     key, value, held = call.key, call.value, call.resident
     if held is None or held.count != call.budget.widest(call.valid.shape[-1]):
         return sparse_decode(query, key, value, *ranking, *ending)
@@ -124,28 +134,31 @@ def decode_by_kernels(call: Call) -> Tensor:
     return attend_slots(query, held.keys, held.values, places, *found, *ranking, *ending)
 
 
-def decode_pages_by_kernels(call: Call, keys: Tensor, values: Tensor, rows_of: Callable[[Tensor], Tensor]) -> Tensor:
-    """Run a call whose keys and values are in pages; returns [B, Hq, 1, Dv].
+def decode_pages_by_kernels(
+    call: Call, keys: Tensor, values: Tensor, table: Tensor, states: Tensor, stride: int
+) -> Tensor:
+    """Run a call whose keys, values and packed keys are in pages; returns [B, Hq, 1, Dv].
 
     Args:
-        call: as for `decode_by_kernels`; of its key and value only the shapes are read.
+        call: as for `decode_by_kernels`; of its key and value only the shapes are read. Its `PackedKeys` are those of
+            all blocks [blocks, Hkv, page, P, 1], and its completion's state has a row for each request of the cache.
         keys: float [R, Hkv, D], the rows of all pages.
         values: float [R, Hkv, Dv], likewise.
-        rows_of: finds the rows of selected tokens, int32 [B, Hkv * K]; -1 for none.
+        table: int64 [B, n], the blocks of each batch row.
+        states: int64 [B], rows of the completion's state.
+        stride: distance of two blocks in rows of ``keys``.
     """
-    from fasa_flex.backends.triton.decode import attend_slots, select_slots  # Triton is installed with CUDA only
+    from fasa_flex.backends.triton.decode import sparse_decode  # Triton is installed with CUDA only
 
-    query, ranking, ending = _arguments_of(call)
-    found = select_slots(query, *ranking)
-    rows = rows_of(found[0].view(len(query), -1)).view_as(found[0])
+    query, tip, ending = _arguments_of(call)
+    tip = tip._replace(table=table, page=tip.packed.shape[2], stride=stride)
     key, value = (states.transpose(0, 1)[None].expand(len(query), -1, -1, -1) for states in (keys, values))
-    return attend_slots(query, key, value, rows, *found, *ranking, *ending)
+    return sparse_decode(query, key, value, *tip, *ending._replace(states=states))
 
 
-def _arguments_of(call: Call) -> tuple[Tensor, tuple[Any, ...], tuple[Any, ...]]:
+def _arguments_of(call: Call) -> tuple[Tensor, Tip, Ending]:
     """A call's query, contiguous, and the arguments that the operators share: the fields of `Tip` and of `Ending`."""
-    from fasa_flex.backends.triton.attention import Ending  # Triton is installed with CUDA only
-    from fasa_flex.backends.triton.tip import Tip
+    from fasa_flex.backends.triton.tip import Ending, Tip  # Triton is installed with CUDA only
 
     query, scorer, packed, softmax = call.query.contiguous(), call.scorer, call.packed_keys, call.softmax
     assert isinstance(scorer, DominantChunks)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fasa_flex.backends.triton.kernels import (
     BINS,
-    SEGMENTS,
     list_keys,
     overlapping,
     parts_of,
@@ -19,14 +18,15 @@ from fasa_flex.backends.triton.kernels import (
 )
 
 SUM_BLOCK, MOST_SUMS, SUM_WARPS, SUM_STAGES = 256, 64, 4, 2
-SCORE_BLOCK, SCORE_WARPS, SCORE_STAGES, SCORE_PROGRAMS, MOST_STEPS = 256, 4, 4, 2048, 16
+SCORE_BLOCK, SCORE_WARPS, SCORE_STAGES, SCORE_PROGRAMS, MOST_STEPS = 256, 4, 4, 512, 16
 """Keys, warps and pipeline stages of a program, and limits of their numbers (`evals.bench.kernels` times others)."""
 
 SCORE_REGISTERS = 96
 """Most registers of a thread of `score_keys` on four-bit keys: a multiprocessor then runs five programs, not four."""
 
-TILE, LIST_KEYS, LIST_WARPS = 16, 4096, 8
-"""Keys of a tile, whose maximum is compared before its keys, and keys and warps of a program that lists keys."""
+TILE, LIST_TILES, LIST_KEYS, LIST_WARPS, LIST_PROGRAMS, MOST_SEGMENTS = 16, 1024, 1024, 4, 256, 16
+"""Keys of a tile, whose maximum is compared before its keys; tiles, then keys, that a program which lists keys reads at
+one time, its warps, and limits of the numbers of such programs and of a row's."""
 
 WIDE = 16384
 """Bytes of a block of packed keys from which a program takes half as many keys, in two stages."""
@@ -52,6 +52,10 @@ class Tip(NamedTuple):
         scaling: factor of the logits.
         softcap: soft cap of the scaled logits, or None.
         completes: whether to compute the mass of all valid keys.
+        table: blocks of each batch row if packed keys, keys and values are in pages, int64 [B, n]; None: they are not.
+            Packed keys are then [blocks, Hkv, page, P], their scales [blocks, Hkv, page].
+        page: number of tokens in a block; 0: no pages.
+        stride: distance of two blocks in rows of keys and values.
     """
 
     dims: Tensor
@@ -68,6 +72,14 @@ class Tip(NamedTuple):
     scaling: float
     softcap: float | None
     completes: bool
+    table: Tensor | None = None
+    page: int = 0
+    stride: int = 0
+
+    @property
+    def capacity(self) -> int:
+        """The kernels' ``capacity``: slots of a head's packed keys, or blocks of a row of the table."""
+        return self.packed.shape[2] if self.table is None else self.table.stride(0)
 
     @property
     def kv_len(self) -> int:
@@ -119,6 +131,26 @@ class Tip(NamedTuple):
         return block, blocks, min(MOST_STEPS, parts_of(blocks * rows, SCORE_PROGRAMS))
 
 
+class Ending(NamedTuple):
+    """The last arguments of `fasa_flex.backends.triton.decode.sparse_decode`: the completion and the learned sinks.
+
+    Attributes:
+        mean_value: the completion's state (`fasa_flex.core.completion`), [B, Hkv, Dv]; None: no completion.
+        covariance: [B, Hkv, D or 0, Dv], likewise.
+        covered: int64 [B, Hkv], likewise.
+        strength: factor of the first-order term; 0: the mean value alone.
+        sinks: learned sinks, float [Hq], contiguous, or None.
+        states: row of each batch row's state if keys are in pages (`Tip.table`), int64 [B]; None: its own.
+    """
+
+    mean_value: Tensor | None = None
+    covariance: Tensor | None = None
+    covered: Tensor | None = None
+    strength: float = 0.0
+    sinks: Tensor | None = None
+    states: Tensor | None = None
+
+
 class Ranking(NamedTuple):
     """TIP's ranking of every key; a row is one key/value head of one batch row.
 
@@ -141,26 +173,30 @@ class Listed(NamedTuple):
     """The first arguments of the kernel `select_keys`: keys that may be selected, and the budget.
 
     Attributes:
-        keys: int32 [B * Hkv, 2, >= T], orders and slots of these keys, in `SEGMENTS` segments of a row.
-        counts: int32 [B * Hkv, SEGMENTS + 2], numbers of them, and the bounds of the threshold.
+        keys: int32 [B * Hkv, 2 * order_stride + tiles], orders and slots of these keys, each in segments of a row.
+        counts: int32 [B * Hkv, segments + 2], numbers of them, and the bounds of the threshold.
         bins: as of `Ranking`.
         slots: empty, int32 [B * Hkv, min(n_fac, T)].
-        order_stride: places of a row.
+        stride: columns of ``keys``.
+        order_stride: columns of `Ranking.order`.
         segment: places of a segment.
         n_fac: as of `Tip`.
         share: as of `Tip`.
         width: columns of ``slots``.
+        segments: segments of a row.
     """
 
     keys: Tensor
     counts: Tensor
     bins: Tensor
     slots: Tensor
+    stride: int
     order_stride: int
     segment: int
     n_fac: int
     share: int
     width: int
+    segments: int
 
 
 def unit_and_mass(query: Tensor, tip: Tip) -> tuple[Tensor, Tensor]:
@@ -178,7 +214,7 @@ def unit_and_mass(query: Tensor, tip: Tip) -> tuple[Tensor, Tensor]:
 def ranked(query: Tensor, tip: Tip) -> Ranking:
     """Rank all keys for a query [B, Hq, 1, D], contiguous."""
     batch, query_heads, _, dim = query.shape
-    kv_heads, kv_len, packed = tip.dims.shape[0], tip.kv_len, tip.packed
+    kv_heads, kv_len, packed, capacity = tip.dims.shape[0], tip.kv_len, tip.packed, tip.capacity
     group, rows, (width, part, part_pad) = query_heads // kv_heads, batch * kv_heads, tip.layout
     units, masses = unit_and_mass(query, tip)
     block, blocks, steps = tip.scores(rows)
@@ -188,43 +224,47 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
     maxima = order if tip.tile == 1 else torch.empty(rows, blocks * block // tip.tile, **integers)
     bins = (torch.empty if parts else torch.zeros)(rows, BINS.value, **integers)  # `sum_keys` empties the bins
     overlap, launch = overlapping(query.device)
-    native, softcap = tip.native(query), tip.softcap or 1.0
+    native, softcap, table = tip.native(query), tip.softcap or 1.0, _or(tip.table, query)
     inputs = query, tip.dims, _or(tip.weights, query), packed, _or(tip.scales, query), _or(tip.shift, query)
     has = tip.scales is not None, tip.weights is not None, tip.shift is not None, tip.softcap is not None
     if parts:
         sample = _or(tip.sample, query)
         sum_keys[(parts, rows)](
-            *inputs, tip.valid, sample, units, bins, kv_len, 0 if tip.sample is None else sample.shape[1],
-            _stride(tip.valid), _stride(sample), packed.shape[2], sum_steps, tip.scaling, softcap,
+            *inputs, tip.valid, sample, units, bins, table, kv_len, 0 if tip.sample is None else sample.shape[1],
+            _stride(tip.valid), _stride(sample), capacity, sum_steps, tip.scaling, softcap,
             group, power_of_two(group, 8), dim, width, part, part_pad, SUM_BLOCK, *has, tip.sample is not None,
-            native, kv_heads, overlap, num_warps=SUM_WARPS, num_stages=SUM_STAGES, **launch,
+            native, tip.page, kv_heads, overlap, num_warps=SUM_WARPS, num_stages=SUM_STAGES, **launch,
         )  # fmt: skip
-    fold = 2 if tip.scales is not None and group <= 4 else 1  # float keys may hold NaN, which would spread
+    folds = tip.scales is not None and group <= 4 and tip.page % 2 == 0  # float keys may hold NaN, which would spread
+    fold = 2 if folds else 1
     forced, registers = _or(tip.forced, tip.valid), {"maxnreg": SCORE_REGISTERS} if native and SCORE_REGISTERS else {}
     score_keys[(parts_of(blocks, steps), rows)](
-        *inputs, tip.valid, forced, units, order, maxima, bins, masses, kv_len,
-        _stride(tip.valid), _stride(forced), packed.shape[2], blocks, steps, parts, tip.scaling, softcap,
+        *inputs, tip.valid, forced, units, order, maxima, bins, masses, table, kv_len,
+        _stride(tip.valid), _stride(forced), capacity, blocks, steps, parts, tip.scaling, softcap,
         group, power_of_two(group, 8 // fold), fold, dim, width, part, part_pad, block, tip.tile,
         power_of_two(max(1, parts)), *has, tip.forced is not None, tip.how, tip.completes, native,
-        SCORE_STAGES if block == SCORE_BLOCK else 2, kv_heads, overlap, num_warps=SCORE_WARPS, **registers, **launch,
+        SCORE_STAGES if block == SCORE_BLOCK else 2, tip.page, kv_heads, overlap, num_warps=SCORE_WARPS, **registers,
+        **launch,
     )  # fmt: skip
     return Ranking(order, maxima, bins, units, masses)
 
 
 def listed(ranking: Ranking, tip: Tip) -> Listed:
     """List the keys that may be selected."""
-    (rows, stride), tiles = ranking.order.shape, ranking.maxima.shape[1]
-    span = parts_of(tiles, SEGMENTS.value)
+    (rows, stride), tiles, tile = ranking.order.shape, ranking.maxima.shape[1], tip.tile
+    segments = min(MOST_SEGMENTS, power_of_two(parts_of(LIST_PROGRAMS, rows)))
+    span = parts_of(tiles, segments)
     keys, counts, slots = (
-        torch.empty(rows, *size, dtype=torch.int32, device=ranking.order.device)
-        for size in ((2, stride), (SEGMENTS.value + 2,), (tip.width,))
+        torch.empty(rows, columns, dtype=torch.int32, device=ranking.order.device)
+        for columns in (2 * stride + tiles, segments + 2, tip.width)
     )
     overlap, launch = overlapping(keys.device)
-    list_keys[(SEGMENTS.value, rows)](
-        *ranking[:3], keys, counts, stride, tiles, span, tip.n_fac, tip.share, tip.tile,
-        min(LIST_KEYS // tip.tile, power_of_two(span)), overlap, num_warps=LIST_WARPS, **launch,
+    list_keys[(segments, rows)](
+        *ranking[:3], keys, counts, stride, tiles, span, tip.n_fac, tip.share, tile,
+        min(LIST_TILES, power_of_two(span)), LIST_KEYS // tile, segments, overlap, num_warps=LIST_WARPS, **launch,
     )  # fmt: skip
-    return Listed(keys, counts, ranking.bins, slots, stride, span * tip.tile, tip.n_fac, tip.share, tip.width)
+    sizes = keys.shape[1], stride, span * tile, tip.n_fac, tip.share, tip.width
+    return Listed(keys, counts, ranking.bins, slots, *sizes, segments)
 
 
 def completing(query: Tensor, tip: Tip, units: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -13,12 +13,11 @@ from fasa_flex.backends.triton.kernels.launching import on_their_device, overlap
 from fasa_flex.backends.triton.kernels.orders import BINS
 from fasa_flex.backends.triton.kernels.rows import fetch_rows, find_rows
 from fasa_flex.backends.triton.kernels.scoring import score_keys, sum_keys
-from fasa_flex.backends.triton.kernels.selection import SEGMENTS, list_keys, select_keys
+from fasa_flex.backends.triton.kernels.selection import list_keys, select_keys
 from fasa_flex.backends.triton.kernels.writing import write_states
 
 __all__ = [
     "BINS",
-    "SEGMENTS",
     "attend_part",
     "attend_rows",
     "cover_rows",

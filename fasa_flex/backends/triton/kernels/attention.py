@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fasa_flex.backends.triton.kernels.launching import begin, begin_in_turn
-from fasa_flex.backends.triton.kernels.products import both_queries, capped, dot_products, logits_of
+from fasa_flex.backends.triton.kernels.products import both_queries, capped, dot_products, logits_of, packed_row
 from fasa_flex.backends.triton.kernels.scoring import MOST, unit_of
 from fasa_flex.backends.triton.kernels.selection import select_keys
 
@@ -67,20 +67,22 @@ def _store_part(
 
 @triton.jit(do_not_specialize=["segment_width", "n_fac", "share", "width", "span", "parts"])
 def attend_rows(
-    listed, counts, bins, slots, order_stride, segment_width, n_fac, share, width, span,
-    places, query, keys, values, sums, results, key_batch, key_head, value_batch, value_head, scaling, softcap,
+    listed, counts, bins, slots, listed_stride, order_stride, segment_width, n_fac, share, width,
+    SEGMENTS: tl.constexpr, span, places, query, keys, values, sums, results, key_batch, key_head, value_batch,
+    value_head, scaling, softcap,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
     BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, CAPPED: tl.constexpr,
-    dims, weights, packed, scales, shift, units, capacity, parts,
+    dims, weights, packed, scales, shift, units, table, capacity, stride, parts,
     WIDTH: tl.constexpr, PART: tl.constexpr, PART_PAD: tl.constexpr, PARTS_PAD: tl.constexpr, SCALED: tl.constexpr,
     WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, NATIVE: tl.constexpr, COMPLETES: tl.constexpr,
-    CHUNK: tl.constexpr, SELECTS: tl.constexpr, OVERLAP: tl.constexpr,
+    CHUNK: tl.constexpr, SELECTS: tl.constexpr, PAGE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """FAC over ``span`` of a key/value head's ``width`` slots; `merge_parts` merges the parts.
 
     ``places`` has the rows of the selected keys and values, ``slots`` those of their packed keys; -1 for none. With
-    ``SELECTS`` the kernel first selects its slots (`select_keys`), and ``places`` is ``slots``.
+    ``SELECTS`` the kernel first selects its slots (`select_keys`), and ``places`` is ``slots``. With ``PAGE``,
+    ``table`` has the blocks of both (`packed_row`), which are ``stride`` rows of keys and values apart.
     """
     row, part, head = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, GROUP_PAD)
     # all that is read before `begin_in_turn` is older than the results of the kernel before
@@ -95,7 +97,8 @@ def attend_rows(
     begin_in_turn(OVERLAP)
     if SELECTS:
         select_keys(
-            listed, counts, bins, slots, order_stride, segment_width, n_fac, share, width, first, last, CHUNK, False
+            listed, counts, bins, slots, listed_stride, order_stride, segment_width, n_fac, share, width, SEGMENTS,
+            first, last, CHUNK, False,
         )  # fmt: skip
         tl.debug_barrier()  # other threads read the slots
     best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
@@ -107,17 +110,21 @@ def attend_rows(
     for start in range(first, last, BLOCK):
         number = start + tl.arange(0, BLOCK)
         place = tl.load(places + row * width + number, mask=number < last, other=-1).to(tl.int64)
+        if PAGE:
+            block = tl.load(table + (row // KV_HEADS) * capacity + place // PAGE, mask=place >= 0, other=0)
+            place = tl.where(place >= 0, block * stride + place % PAGE, -1)
         if COMPLETES:
             slot = tl.load(slots + row * width + number, mask=number < last, other=-1).to(tl.int64)
             real, dim = slot >= 0, tl.arange(0, PART_PAD)
+            at = packed_row(slot, table, row, capacity, PAGE, KV_HEADS)
             key = tl.load(
-                packed + (row * capacity + slot)[:, None] * PART + dim[None, :],
+                packed + at[:, None] * PART + dim[None, :],
                 mask=real[:, None] & (dim < PART)[None, :],
                 other=0,
             )
             factor, added = 1.0, 0.0
             if SCALED:
-                factor = tl.load(scales + row * capacity + slot, mask=real, other=0)
+                factor = tl.load(scales + at, mask=real, other=0)
                 factor = factor.to(tl.float32)[:, None]
             if SHIFTED:
                 added = tl.load(shift + row * GROUP + head, mask=head < GROUP, other=0.0)[None, :]
@@ -164,17 +171,17 @@ def attend_part(
 
 @triton.jit
 def _remainder(
-    query, means, covariances, row, head, factor, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    query, means, covariances, row, state, head, factor, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, FIRST_ORDER: tl.constexpr,
 ):  # fmt: skip
     """The unselected keys' estimated value, `fasa_flex.core.completion`, for one query head: [VALUE_PAD]."""
     value_dim = tl.arange(0, VALUE_PAD)
-    result = tl.load(means + row * VALUE_DIM + value_dim, mask=value_dim < VALUE_DIM, other=0).to(tl.float32)
+    result = tl.load(means + state * VALUE_DIM + value_dim, mask=value_dim < VALUE_DIM, other=0).to(tl.float32)
     if FIRST_ORDER:
         for first in tl.static_range(0, DIM_PAD, _SLICE if DIM_PAD > _SLICE else DIM_PAD):
             dim = first + tl.arange(0, _SLICE if DIM_PAD > _SLICE else DIM_PAD)
             own = tl.load(query + (row * GROUP + head) * DIM + dim, mask=dim < DIM, other=0).to(tl.float32) * factor
-            place = covariances + (row * DIM + dim[:, None]) * VALUE_DIM + value_dim[None, :]
+            place = covariances + (state * DIM + dim[:, None]) * VALUE_DIM + value_dim[None, :]
             covariance = tl.load(place, mask=(dim < DIM)[:, None] & (value_dim < VALUE_DIM)[None, :], other=0)
             own = own.to(covariance.dtype).to(tl.float32)  # rounded as in PyTorch
             result += tl.sum(own[:, None] * covariance.to(tl.float32), 0)
@@ -183,21 +190,25 @@ def _remainder(
 
 @triton.jit(do_not_specialize=["programs"])
 def merge_parts(
-    sums, results, sinks, out, parts, query, masses, means, covariances, covered, programs, factor,
+    sums, results, sinks, out, parts, query, masses, means, covariances, covered, states, programs, factor,
     GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
     PARTS_PAD: tl.constexpr, KV_HEADS: tl.constexpr, SUNK: tl.constexpr, COMPLETES: tl.constexpr,
-    FIRST_ORDER: tl.constexpr, OVERLAP: tl.constexpr,
+    FIRST_ORDER: tl.constexpr, PAGED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Merge the parts of `attend_rows` or `attend_part` into one query head's attention, completed, beside a sink.
 
-    The selected keys' share of the mass of all valid keys is that of `fasa_flex.core.completion.kept_share`.
+    The selected keys' share of the mass of all valid keys is that of `fasa_flex.core.completion.kept_share`. With
+    ``PAGED``, ``states`` has the rows of the batch rows' completion states.
     """
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     part, value_dim = tl.arange(0, PARTS_PAD), tl.arange(0, VALUE_PAD)
     # all that is read before `begin_in_turn` is older than the results of the kernel before
     if COMPLETES:
+        state = row
+        if PAGED:
+            state = tl.load(states + row // KV_HEADS) * KV_HEADS + row % KV_HEADS
         rest = _remainder(
-            query, means, covariances, row, head, factor, GROUP, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, FIRST_ORDER
+            query, means, covariances, row, state, head, factor, GROUP, DIM, DIM_PAD, VALUE_DIM, VALUE_PAD, FIRST_ORDER
         )  # fmt: skip
         by_program = tl.zeros([_STEP], tl.float32)
         for start in range(0, programs, _STEP):
@@ -205,7 +216,7 @@ def merge_parts(
             place = masses + (row * programs + program) * GROUP + head
             by_program += tl.load(place, mask=program < programs, other=0.0)
         mass = tl.sum(by_program, 0)
-        covers = tl.load(covered + row) > 0
+        covers = tl.load(covered + state) > 0
     if SUNK:
         sink = tl.load(sinks + (row % KV_HEADS) * GROUP + head).to(tl.float32)
     begin_in_turn(OVERLAP)

@@ -21,22 +21,28 @@ def _slot_of(number, nth, kv_len):
 
 @triton.jit(do_not_specialize=["kv_len", "written"])
 def cover_rows(
-    covered, key_sum, value_sum, product, mean_value, covariance, keys, values, valid, number, key_batch, key_head,
-    value_batch, value_head, valid_row, number_row, kv_len, written,
+    covered, key_sum, value_sum, product, mean_value, covariance, keys, values, valid, number, table, states,
+    key_batch, key_head, value_batch, value_head, valid_row, number_row, kv_len, written, capacity, stride,
     COVERED: tl.constexpr, SKIPPED: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
     DIM: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`fasa_flex.core.completion.cover_blocks` of one key/value head; works only once in ``COVERED`` tokens.
 
-    Takes ``PART`` of the key's dimensions at a time, as many as have registers for their products with values.
+    Takes ``PART`` of the key's dimensions at a time, as many as have registers for their products with values. With
+    ``PAGE``, ``number`` has the number of tokens of each batch row, ``states`` the row of its state, and ``table`` its
+    blocks, ``capacity`` in a row, which are ``stride`` rows of keys and values apart.
     """
     begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // KV_HEADS, row % KV_HEADS
-    number += batch * number_row
-    valid += batch * valid_row
-    count = tl.load(number + kv_len - 1)
+    if PAGE:
+        row = tl.load(states + batch) * KV_HEADS + head
+        count = tl.load(number + batch)
+    else:
+        number += batch * number_row
+        valid += batch * valid_row
+        count = tl.load(number + kv_len - 1)
     target, done = count // COVERED * COVERED, tl.load(covered + row)
     rewound = done > count - written
     if rewound | (done != target):
@@ -46,7 +52,10 @@ def cover_rows(
             tl.where(target > 0, 1, 0),
         )  # 0 masks an empty state
         first = tl.maximum(done, SKIPPED)  # new tokens are number first + 1 to target
-        start, stop = _slot_of(number, first + 1, kv_len), _slot_of(number, target, kv_len) + 1
+        if PAGE:
+            start, stop = first.to(tl.int32), target.to(tl.int32)
+        else:
+            start, stop = _slot_of(number, first + 1, kv_len), _slot_of(number, target, kv_len) + 1
         keys += batch * key_batch + head * key_head
         values += batch * value_batch + head * value_head
         value_dim = tl.arange(0, VALUE_PAD)
@@ -62,8 +71,12 @@ def cover_rows(
             for at in range(start, stop, BLOCK):
                 slot = at + tl.arange(0, BLOCK)
                 inside = slot < stop
-                nth = tl.load(number + slot, mask=inside, other=0)
-                new = (tl.load(valid + slot, mask=inside, other=0) > 0) & (nth > first) & (nth <= target)
+                if PAGE:
+                    new, block = inside, tl.load(table + batch * capacity + slot // PAGE, mask=inside, other=0)
+                    slot = block * stride + slot % PAGE
+                else:
+                    nth = tl.load(number + slot, mask=inside, other=0)
+                    new = (tl.load(valid + slot, mask=inside, other=0) > 0) & (nth > first) & (nth <= target)
                 place = values + slot.to(tl.int64)[:, None] * VALUE_STRIDE + value_dim[None, :]
                 value = tl.load(place, mask=new[:, None] & value_real[None, :], other=0)
                 total += tl.sum(value.to(tl.float32), 0)

@@ -9,6 +9,19 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def packed_row(slot, table, row, capacity, PAGE: tl.constexpr, KV_HEADS: tl.constexpr):
+    """The row of a key/value head's packed keys in slots, in a buffer of ``capacity`` slots for each head.
+
+    With ``PAGE``, their blocks are listed in ``table``, ``capacity`` for each batch row.
+    """
+    if PAGE == 0:
+        return row * capacity + slot
+    listed = tl.minimum(tl.maximum(slot, 0) // PAGE, capacity - 1)  # what is read of other slots is masked
+    block = tl.load(table + (row // KV_HEADS) * capacity + listed)
+    return (block * KV_HEADS + row % KV_HEADS) * PAGE + slot % PAGE
+
+
+@triton.jit
 def capped(logits, softcap):
     """``softcap * tanh(logits / softcap)``."""
     return softcap * (1.0 - 2.0 / (tl.exp(2.0 * logits / softcap) + 1.0))

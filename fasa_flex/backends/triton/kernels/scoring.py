@@ -7,13 +7,17 @@ import triton.language as tl
 
 from fasa_flex.backends.triton.kernels.launching import begin_in_turn
 from fasa_flex.backends.triton.kernels.orders import BINS, FIRST, LOWEST, bin_of, order_of
-from fasa_flex.backends.triton.kernels.products import both_queries, dot_products, logits_of
+from fasa_flex.backends.triton.kernels.products import both_queries, dot_products, logits_of, packed_row
 
 _SMALL, _LARGE = tl.constexpr(8e-31), tl.constexpr(3e34)
 """Sums of weights, e^-69 and e^79, between which floats neither underflow nor overflow."""
 
 MOST = tl.constexpr(115.0)
 """Largest base-2 logarithm of a weight, relative to the sample's mass, whose sums do not overflow (e^80)."""
+
+
+_AGAIN = tl.constexpr(65536)
+"""More than the keys of a program."""
 
 
 @triton.jit
@@ -40,11 +44,12 @@ def unit_of(units, row, parts, PARTS_PAD: tl.constexpr, GROUP: tl.constexpr, HEA
 
 @triton.jit(do_not_specialize=["count", "sample_stride"])  # a growing cache would compile again
 def sum_keys(
-    query, dims, weights, keys, scales, shift, valid, sample, units, bins, kv_len, count, valid_stride, sample_stride,
-    capacity, steps, scaling, softcap,
+    query, dims, weights, keys, scales, shift, valid, sample, units, bins, table, kv_len, count, valid_stride,
+    sample_stride, capacity, steps, scaling, softcap,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
     PART_PAD: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr,
-    CAPPED: tl.constexpr, SAMPLED: tl.constexpr, NATIVE: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
+    CAPPED: tl.constexpr, SAMPLED: tl.constexpr, NATIVE: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The base-2 log-sum-exps of the logits of ``steps`` blocks of keys, for each query head of a group.
 
@@ -53,8 +58,8 @@ def sum_keys(
     """
     begin_in_turn(OVERLAP)
     row, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    if part == 0:
-        tl.store(bins + row * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+    for start in range(part * BLOCK, BINS, tl.num_programs(0) * BLOCK):
+        tl.store(bins + row * BINS + start + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.int32))
     dim, head = tl.arange(0, PART_PAD), tl.arange(0, HEADS)
     lower, upper = both_queries(
         query, dims, weights, row, GROUP, HEADS, 1, DIM, WIDTH, PART, PART_PAD, WEIGHTED, NATIVE, KV_HEADS
@@ -73,14 +78,15 @@ def sum_keys(
         else:
             slot = number
             real = tl.load(valid + (row // KV_HEADS) * valid_stride + slot, mask=slot < kv_len, other=0) != 0
+        place = packed_row(slot, table, row, capacity, PAGE, KV_HEADS)
         key = tl.load(
-            keys + (row * capacity + slot)[:, None] * PART + dim[None, :],
+            keys + place[:, None] * PART + dim[None, :],
             mask=real[:, None] & (dim < PART)[None, :],
             other=0,
         )
         factor = 1.0
         if SCALED:
-            factor = tl.load(scales + row * capacity + slot, mask=real, other=0).to(tl.float32)[:, None]
+            factor = tl.load(scales + place, mask=real, other=0).to(tl.float32)[:, None]
         score = dot_products(key, lower, upper, WIDTH, PART, NATIVE)
         logits = logits_of(score, factor, added, scaling, softcap, SCALED, SHIFTED, CAPPED)
         best, total = _add_mass(tl.where(real[:, None], logits, float("-inf")), best, total)
@@ -120,32 +126,33 @@ def _marks_of(valid, forced, block, kv_len, BLOCK: tl.constexpr, FORCED: tl.cons
 
 @triton.jit
 def _rank_block(
-    keys, scales, mark, order, maxima, bins, lower, upper, added, unit, kv_len, block, scaling, softcap, sums, seen,
+    keys, scales, table, row, capacity, mark, order, maxima, lower, upper, added, unit, kv_len, block, scaling, softcap,
+    sums, seen,
     GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
     PART_PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
     CAPPED: tl.constexpr, FORCED: tl.constexpr, HOW: tl.constexpr, SUMS: tl.constexpr, NATIVE: tl.constexpr,
-    FAR: tl.constexpr,
+    FAR: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Rank a block of keys: write their orders and the maximum of each tile, and count it; ``mark``: `_marks_of`.
+    """Rank a block of keys: write their orders and the maximum of each of its tiles; ``mark``: `_marks_of`.
 
-    Returns ``sums`` plus the weights of the valid keys [BLOCK // FOLD, FOLD, HEADS], and ``seen`` [BLOCK] plus twice
-    the number of valid keys, odd where ``FAR`` has to be set.
+    Returns ``sums`` plus the weights of the valid keys [BLOCK // FOLD, FOLD, HEADS], and ``seen`` [BLOCK] plus the
+    number of valid keys, and ``_AGAIN`` for each for which ``FAR`` has to be set.
     """
     ROWS: tl.constexpr = BLOCK // FOLD
     slot, dim = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, FOLD * PART_PAD)
-    inside, row = slot < kv_len, block * ROWS + tl.arange(0, ROWS)
+    inside, first = slot < kv_len, (block * ROWS + tl.arange(0, ROWS)) * FOLD
     at = dim if PART == PART_PAD else dim // PART_PAD * PART + dim % PART_PAD
-    there = (row * FOLD)[:, None] + (dim // PART_PAD)[None, :] < kv_len
+    there = first[:, None] + (dim // PART_PAD)[None, :] < kv_len
     if PART < PART_PAD:
         there = there & (dim % PART_PAD < PART)[None, :]
-    place = keys + row.to(tl.int64)[:, None] * (FOLD * PART) + at[None, :]
+    place = keys + packed_row(first, table, row, capacity, PAGE, KV_HEADS)[:, None] * PART + at[None, :]
     key = tl.load(place, mask=there, other=0, eviction_policy="evict_first")  # orders should stay in the cache
     factor = 1.0
     if SCALED:
-        scale = tl.load(scales + slot, mask=inside, other=0)
+        scale = tl.load(scales + packed_row(slot, table, row, capacity, PAGE, KV_HEADS), mask=inside, other=0)
         factor = tl.reshape(scale, (ROWS, FOLD)).to(tl.float32)[:, :, None]
     real = mark != 0
-    seen += tl.where(real, 2, 0)
+    seen += tl.where(real, 1, 0)
     score = tl.reshape(dot_products(key, lower, upper, WIDTH, PART, NATIVE), (ROWS, FOLD, HEADS))
     if SUMS or HOW == "softmax":
         logits = logits_of(score, factor, added, scaling, softcap, SCALED, SHIFTED, CAPPED) - unit[None, None, :]
@@ -153,7 +160,7 @@ def _rank_block(
         number = tl.reshape(number, (BLOCK,))
         if not FAR:
             near = (number < _LARGE) & ((number > _SMALL) | (HOW != "softmax"))
-            seen |= tl.where(real & ~near, 1, 0)
+            seen += tl.where(real & ~near, _AGAIN, 0)
         if SUMS:
             sums += tl.where(tl.reshape(real.to(tl.int8), (ROWS, FOLD))[:, :, None] > 0, weights, 0.0)
     if HOW == "softmax":
@@ -174,29 +181,22 @@ def _rank_block(
     if FORCED:
         bits = tl.where(mark > 1, FIRST, bits)
     bits = tl.where(real, bits, LOWEST)
-    tile, best = block * (BLOCK // TILE) + tl.arange(0, BLOCK // TILE), bits
-    if TILE > 1:
-        best = tl.max(tl.reshape(bits, (BLOCK // TILE, TILE)), 1)
-    if FAR:  # the first pass has counted this tile, too
-        before = tl.load(maxima + tile)
-        tl.atomic_add(bins + bin_of(before), -1, mask=before > LOWEST, sem="relaxed")
-        tl.debug_barrier()  # other threads write the maxima
-    tl.atomic_add(bins + bin_of(best), 1, mask=best > LOWEST, sem="relaxed")
     tl.store(order + slot, bits)
     if TILE > 1:
-        tl.store(maxima + tile, best)
+        tile = block * (BLOCK // TILE) + tl.arange(0, BLOCK // TILE)
+        tl.store(maxima + tile, tl.max(tl.reshape(bits, (BLOCK // TILE, TILE)), 1))
     return sums, seen
 
 
 @triton.jit(do_not_specialize=["blocks", "steps", "parts"])
 def score_keys(
-    query, dims, weights, keys, scales, shift, valid, forced, units, order, maxima, bins, masses, kv_len,
+    query, dims, weights, keys, scales, shift, valid, forced, units, order, maxima, bins, masses, table, kv_len,
     valid_stride, forced_stride, capacity, blocks, steps, parts, scaling, softcap,
     GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     PART: tl.constexpr, PART_PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PARTS_PAD: tl.constexpr,
     SCALED: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, CAPPED: tl.constexpr, FORCED: tl.constexpr,
-    HOW: tl.constexpr, SUMS: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr, KV_HEADS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    HOW: tl.constexpr, SUMS: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr, PAGE: tl.constexpr,
+    KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """TIP for ``steps`` blocks of keys of one key/value head, in one pass, and with ``SUMS`` the sums of their weights.
 
@@ -218,8 +218,6 @@ def score_keys(
     if WEIGHS:  # the kernel before wrote the units alone, everything else is older
         begin_in_turn(OVERLAP)
         unit = unit_of(units, row, parts, PARTS_PAD, GROUP, HEADS)
-    keys += row * capacity * PART
-    scales += row * capacity
     order += row * blocks * BLOCK
     maxima += row * blocks * (BLOCK // TILE)
     bins += row * BINS
@@ -232,25 +230,31 @@ def score_keys(
     for block in tl.range(begun, ended, num_stages=STAGES):
         following = _marks_of(valid, forced, block + 1, kv_len, BLOCK, FORCED)  # loaded while this block is scored
         sums, seen = _rank_block(
-            keys, scales, mark, order, maxima, bins, lower, upper, added, unit, kv_len, block, scaling, softcap, sums,
-            seen, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, TILE, SCALED, SHIFTED, CAPPED, FORCED, HOW, SUMS,
-            NATIVE, False,
+            keys, scales, table, row, capacity, mark, order, maxima, lower, upper, added, unit, kv_len, block, scaling,
+            softcap, sums, seen, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, TILE, SCALED, SHIFTED, CAPPED,
+            FORCED, HOW, SUMS, NATIVE, False, PAGE, KV_HEADS,
         )  # fmt: skip
         mark = following
-    tl.atomic_add(bins, tl.sum(seen >> 1, 0), sem="relaxed")
-    again = False
+    number, again = tl.sum(seen, 0), False
     if WEIGHS:
-        again = tl.max(seen & 1, 0) > 0
+        again = number >= _AGAIN
     if again:
-        tl.debug_barrier()  # other threads read the maxima
         sums = tl.zeros([BLOCK // FOLD, FOLD, HEADS], tl.float32)
         for block in tl.range(begun, ended, num_stages=1):
             mark = _marks_of(valid, forced, block, kv_len, BLOCK, FORCED)
             sums, seen = _rank_block(
-                keys, scales, mark, order, maxima, bins, lower, upper, added, unit, kv_len, block, scaling,
-                softcap, sums, seen, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, TILE, SCALED, SHIFTED, CAPPED,
-                FORCED, HOW, SUMS, NATIVE, True,
+                keys, scales, table, row, capacity, mark, order, maxima, lower, upper, added, unit, kv_len, block,
+                scaling, softcap, sums, seen, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, TILE, SCALED, SHIFTED,
+                CAPPED, FORCED, HOW, SUMS, NATIVE, True, PAGE, KV_HEADS,
             )  # fmt: skip
+    tl.debug_barrier()  # other threads read the maxima
+    for start in range(
+        begun * (BLOCK // TILE), ended * (BLOCK // TILE), BLOCK
+    ):  # in the loop above it would take longer
+        tile = start + tl.arange(0, BLOCK)
+        best = tl.load(maxima + tile, mask=tile < ended * (BLOCK // TILE), other=LOWEST)
+        tl.atomic_add(bins + bin_of(best), 1, mask=best > LOWEST, sem="relaxed")
+    tl.atomic_add(bins, number % _AGAIN, sem="relaxed")
     if SUMS:
         place = masses + (row * tl.num_programs(0) + program) * GROUP + head
         tl.store(place, tl.sum(tl.sum(sums, 0), 0), mask=head < GROUP)

@@ -13,24 +13,16 @@ import triton.language as tl
 from fasa_flex.backends.triton.kernels.launching import begin, begin_in_turn
 from fasa_flex.backends.triton.kernels.orders import BINS, LOWEST, budget_of, highest_in, lowest_in
 
-SEGMENTS = tl.constexpr(16)
-"""Programs of a row that list keys. Behind their counts a row has the bounds of the threshold."""
-
-
-@triton.jit
-def _maxima_of(maxima, start, stop, BLOCK: tl.constexpr):
-    tile = start + tl.arange(0, BLOCK)
-    return tl.load(maxima + tile, mask=tile < stop, other=LOWEST)
-
 
 @triton.jit(do_not_specialize=["span", "n_fac", "share"])
 def list_keys(
     order, maxima, bins, listed, counts, order_stride, tiles, span, n_fac, share,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, SOME: tl.constexpr, SEGMENTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """List the keys of one segment, ``span`` tiles of a row, that may be selected, in the order of their slots.
 
-    ``listed`` has a row of orders and a row of slots, in which segments have the places that they have in ``order``.
+    ``listed`` has a row of orders and a row of slots, in which segments have the places that they have in ``order``,
+    and a row of tiles. Behind the ``counts`` of segments are the bounds of the threshold.
     """
     begin_in_turn(OVERLAP)
     segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -38,27 +30,34 @@ def list_keys(
     maxima += row * tiles
     bins += row * BINS
     counts += row * (SEGMENTS + 2)
-    first = segment * span
-    stop = tl.minimum(first + span, tiles)
-    listed += row * 2 * order_stride + first * TILE
-    maximum = _maxima_of(maxima, first, stop, BLOCK)
+    begun = segment * span
+    ended = tl.minimum(begun + span, tiles)
+    listed += row * (2 * order_stride + tiles)
+    some = listed + 2 * order_stride + begun
+    listed += begun * TILE
     reached = tl.cumsum(tl.load(bins + tl.arange(0, BINS)), 0, reverse=True)  # by tiles, from the highest bin on
     wanted = budget_of(bins, n_fac, share)
     low = tl.maximum(lowest_in(tl.sum((reached >= wanted).to(tl.int32), 0) - 1), LOWEST + 1)
+    reaching = 0
+    for start in range(begun, ended, BLOCK):
+        tile = start + tl.arange(0, BLOCK)
+        taken = tl.load(maxima + tile, mask=tile < ended, other=LOWEST) >= low
+        tl.store(some + reaching + tl.cumsum(taken.to(tl.int32), 0) - 1, tile, mask=taken)
+        reaching += tl.sum(taken.to(tl.int32), 0)
+    tl.debug_barrier()  # other threads read the tiles
     found = 0
-    for start in range(first, stop, BLOCK):
-        following = _maxima_of(maxima, start + BLOCK, stop, BLOCK)
-        slot = (start + tl.arange(0, BLOCK))[:, None] * TILE + tl.arange(0, TILE)[None, :]
-        bits = tl.load(order + slot, mask=(maximum >= low)[:, None], other=LOWEST)
+    for start in range(0, reaching, SOME):
+        number = start + tl.arange(0, SOME)
+        tile = tl.load(some + number, mask=number < reaching, other=0)
+        slot = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
+        bits = tl.load(order + slot, mask=(number < reaching)[:, None], other=LOWEST)
         taken = bits >= low
         number = tl.cumsum(taken.to(tl.int32), 1)  # first within tiles, which few threads share
         by_tile = tl.sum(taken.to(tl.int32), 1)
-        through = tl.cumsum(by_tile, 0)
-        place = listed + found + (through - by_tile)[:, None] + number - 1
+        place = listed + found + (tl.cumsum(by_tile, 0) - by_tile)[:, None] + number - 1
         tl.store(place, bits, mask=taken)
         tl.store(place + order_stride, slot, mask=taken)
         found += tl.sum(by_tile, 0)
-        maximum = following
     tl.store(counts + segment, found)
     if segment == 0:
         tl.store(counts + SEGMENTS, low)
@@ -68,7 +67,7 @@ def list_keys(
 
 
 @triton.jit
-def _place_of(counts, number, width):
+def _place_of(counts, number, width, SEGMENTS: tl.constexpr):
     """Places in a row's list of its keys by ``number``, and how many there are; a segment has ``width`` places."""
     place, total = number, 0
     for segment in tl.static_range(SEGMENTS):
@@ -79,74 +78,94 @@ def _place_of(counts, number, width):
 
 
 @triton.jit
-def _reaching(bits, listed, counts, total, width, one, two, CHUNK: tl.constexpr):
-    """Numbers of listed keys that reach the orders ``one`` and ``two``; ``bits`` are the first ``CHUNK`` of them."""
-    reaching = (bits >= one).to(tl.int64) + ((bits >= two).to(tl.int64) << 32)
-    for start in range(CHUNK, total, CHUNK):
-        number = start + tl.arange(0, CHUNK)
-        more = tl.load(listed + _place_of(counts, number, width)[0], mask=number < total, other=LOWEST)
-        reaching += (more >= one).to(tl.int64) + ((more >= two).to(tl.int64) << 32)
-    both = tl.sum(reaching, 0)
-    return both.to(tl.int32), (both >> 32).to(tl.int32)
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
 
 
 @triton.jit
-def _threshold(bits, listed, counts, total, width, wanted, CHUNK: tl.constexpr):
+def _reaching(
+    bits, listed, counts, total, width, one, two, three, four, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
+    """Numbers of listed keys that reach four orders; ``bits`` are the first ``CHUNK`` of them."""
+    first = (bits >= one).to(tl.int64) + ((bits >= two).to(tl.int64) << 32)
+    second = (bits >= three).to(tl.int64) + ((bits >= four).to(tl.int64) << 32)
+    for start in range(CHUNK, total, CHUNK):
+        number = start + tl.arange(0, CHUNK)
+        more = tl.load(listed + _place_of(counts, number, width, SEGMENTS)[0], mask=number < total, other=LOWEST)
+        first += (more >= one).to(tl.int64) + ((more >= two).to(tl.int64) << 32)
+        second += (more >= three).to(tl.int64) + ((more >= four).to(tl.int64) << 32)
+    first, second = tl.reduce((first, second), 0, _add_pairs)
+    return first.to(tl.int32), (first >> 32).to(tl.int32), second.to(tl.int32), (second >> 32).to(tl.int32)
+
+
+@triton.jit
+def _narrowed(low, high, found, over, order, count, wanted):
+    """Bounds of the threshold, and numbers of keys at and above them, where ``count`` keys reach an ``order``."""
+    lower, upper = (count >= wanted) & (order > low), (count < wanted) & (order <= high)
+    return (
+        tl.where(lower, order, low), tl.where(upper, order - 1, high),
+        tl.where(lower, count, found), tl.where(upper, count, over),
+    )  # fmt: skip
+
+
+@triton.jit
+def _threshold(bits, listed, counts, total, width, wanted, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr):
     """The highest order that at least ``wanted`` of a row's listed keys reach, or one between it and the next key's.
 
-    Also returns how many of the keys of just this order are selected. A round counts the keys that reach two orders in
-    (low, high]; one sum over the threads, the slow part, serves both. In turn they bracket the threshold that a
-    geometric fall of the counts predicts, and are at a quarter and a half of the interval, since counts fall fast.
+    Also returns how many of the keys of just this order are selected. A round counts the keys that reach four orders in
+    (low, high]; one sum over the threads, the slow part, serves all. Two bracket the threshold that a geometric fall of
+    the counts predicts, two are at a quarter and a half of the interval, since counts fall fast: four rounds are usual.
     """
     low, high = tl.load(counts + SEGMENTS), tl.load(counts + SEGMENTS + 1)
-    found, over, guessed = total, 0, 0
+    found, over = total, 0
     while (low < high) & (found != wanted):
         gap = (high - low).to(tl.uint32, bitcast=True)  # up to 2**32 - 1
-        first, second = (gap >> 2) + 1, (gap >> 1) + 1
-        guessed = 1 - guessed
-        if guessed == 1:
-            count = found.to(tl.float32)
-            guess = gap.to(tl.float32) * (tl.log2(count / wanted) / tl.log2(count / (over + 0.5)))
-            first, second = (guess * 0.85).to(tl.uint32), tl.minimum(guess * 1.15, 4e9).to(tl.uint32) + 1
-        second = tl.minimum(second, gap)
-        first = tl.minimum(tl.maximum(first, 1), second)
-        one, two = low + first.to(tl.int32, bitcast=True), low + second.to(tl.int32, bitcast=True)
-        over_one, over_two = _reaching(bits, listed, counts, total, width, one, two, CHUNK)
-        if over_two >= wanted:
-            low, found = two, over_two
-        elif over_one >= wanted:
-            low, high, found, over = one, two - 1, over_one, over_two
-        else:
-            high, over = one - 1, over_one
+        count = found.to(tl.float32)
+        guess = gap.to(tl.float32) * (tl.log2(count / wanted) / tl.log2(count / (over + 0.5)))
+        one, two = (guess * 0.85).to(tl.uint32), tl.minimum(guess * 1.15, 4e9).to(tl.uint32) + 1
+        one, two = tl.minimum(tl.maximum(one, 1), gap), tl.minimum(two, gap)
+        one, two = low + one.to(tl.int32, bitcast=True), low + two.to(tl.int32, bitcast=True)
+        three = low + ((gap >> 2) + 1).to(tl.int32, bitcast=True)
+        four = low + tl.minimum((gap >> 1) + 1, gap).to(tl.int32, bitcast=True)
+        by_one, by_two, by_three, by_four = _reaching(
+            bits, listed, counts, total, width, one, two, three, four, CHUNK, SEGMENTS
+        )  # fmt: skip
+        low, high, found, over = _narrowed(low, high, found, over, one, by_one, wanted)
+        low, high, found, over = _narrowed(low, high, found, over, two, by_two, wanted)
+        low, high, found, over = _narrowed(low, high, found, over, three, by_three, wanted)
+        low, high, found, over = _narrowed(low, high, found, over, four, by_four, wanted)
     equal = total
     if found > wanted:
-        above, _ = _reaching(bits, listed, counts, total, width, low + 1, low + 1, CHUNK)
-        equal = wanted - above
+        above = low + 1
+        count, _, _, _ = _reaching(
+            bits, listed, counts, total, width, above, above, above, above, CHUNK, SEGMENTS
+        )  # fmt: skip
+        equal = wanted - count
     return low, equal
 
 
 @triton.jit(do_not_specialize=["n_fac", "share", "segment_width", "begun", "ended"])
 def select_keys(
-    listed, counts, bins, slots, order_stride, segment_width, n_fac, share, slots_stride, begun, ended,
-    CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
+    listed, counts, bins, slots, listed_stride, order_stride, segment_width, n_fac, share, slots_stride,
+    SEGMENTS: tl.constexpr, begun, ended, CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write the slots number ``begun`` to ``ended`` that a key/value head selects, ascending; -1 if there are fewer."""
     begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
-    listed += row * 2 * order_stride
+    listed += row * listed_stride
     counts += row * (SEGMENTS + 2)
     slots += row * slots_stride
     number = tl.arange(0, CHUNK)
-    place, total = _place_of(counts, number, segment_width)
+    place, total = _place_of(counts, number, segment_width, SEGMENTS)
     bits = tl.load(listed + place, mask=number < total, other=LOWEST)
     slot = tl.load(listed + order_stride + place, mask=number < total, other=-1)
     wanted = budget_of(bins + row * BINS, n_fac, share)
-    low, equal = _threshold(bits, listed, counts, total, segment_width, wanted, CHUNK)
+    low, equal = _threshold(bits, listed, counts, total, segment_width, wanted, CHUNK, SEGMENTS)
     selected, equals = 0, 0
     for start in range(0, total, CHUNK):
         if start > 0:
             number = start + tl.arange(0, CHUNK)
-            place, _ = _place_of(counts, number, segment_width)
+            place, _ = _place_of(counts, number, segment_width, SEGMENTS)
             bits = tl.load(listed + place, mask=number < total, other=LOWEST)
             slot = tl.load(listed + order_stride + place, mask=number < total, other=-1)
         taken = bits >= low

@@ -1,4 +1,4 @@
-"""The kernel that writes a decoded token's key, value and packed key into a cache."""
+"""The kernel that writes a decoded token's key, value and packed key into a cache, or new tokens' into pages."""
 
 from __future__ import annotations
 
@@ -42,22 +42,30 @@ def _coded(scored, scale, LEVELS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length"])
 def write_states(
-    key, value, keys, values, packed, scales, dims, mean_key, length, key_batch, key_head, value_batch, value_head,
-    keys_batch, keys_head, values_batch, values_head, capacity,
+    key, value, keys, values, packed, scales, dims, mean_key, length, offsets,
+    key_batch, key_head, value_batch, value_head, keys_batch, keys_head, values_batch, values_head, capacity, stride,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, PART_PAD: tl.constexpr,
-    SCALED: tl.constexpr, CENTRED: tl.constexpr, COUNTED: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
+    SCALED: tl.constexpr, CENTRED: tl.constexpr, COUNTED: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write one key/value head's key, value and packed key after the cache's ``length`` tokens.
 
     Integers are converted as in `fasa_flex.core.packed_keys`. A packed key of ``WIDTH`` dimensions has ``PART``
-    elements, half as many with four bits. With ``COUNTED``, ``length`` is a pointer to a number on the device.
+    elements, half as many with four bits. With ``COUNTED``, ``length`` is a pointer to a number on the device. With
+    ``PAGE`` it points to the block of each batch row's token, ``offsets`` to its place in this; blocks are ``stride``
+    rows of keys and values apart.
     """
     begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(length) if COUNTED else tl.cast(length, tl.int64)
-    tl.device_assert(slot < capacity, "a static cache is full")
     batch, head = row // KV_HEADS, row % KV_HEADS
+    if PAGE:
+        block, offset = tl.load(length + batch), tl.load(offsets + batch)
+        slot, at = block * stride + offset, (block * KV_HEADS + head) * PAGE + offset
+    else:
+        slot = tl.load(length) if COUNTED else tl.cast(length, tl.int64)
+        at = row * capacity + slot
+    tl.device_assert(slot < capacity, "a static cache is full")
     inside = tl.where(slot < capacity, 1, 0)  # 0 masks all writes beyond the end, also without device assertions
     key += batch * key_batch + head * key_head
     dim, value_dim, place = tl.arange(0, DIM_PAD), tl.arange(0, VALUE_PAD), tl.arange(0, PART_PAD)
@@ -68,9 +76,7 @@ def write_states(
     values += batch * values_batch + head * values_head + slot * VALUE_STRIDE
     new = tl.load(value + batch * value_batch + head * value_head + value_dim, mask=real)
     tl.store(values + value_dim, new, mask=real)
-    at, scored = row * capacity + slot, _scored(
-        key, dims, mean_key, head, 0, PART, PART_PAD, DIM, WIDTH, CENTRED, inside
-    )  # fmt: skip
+    scored = _scored(key, dims, mean_key, head, 0, PART, PART_PAD, DIM, WIDTH, CENTRED, inside)
     if SCALED:
         LEVELS: tl.constexpr = 127.0 if PART == WIDTH else 7.0
         most = tl.max(tl.abs(scored.to(tl.float32)), 0)
