@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 def pages() -> Pages:
     generator = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, BLOCKS * STRIDE, HEADS, DIM, generator=generator)
-    return Pages(keys, values, PAGE, STRIDE, {"a": [7, 3, 20, 4, 9, 11], "b": [1, 2, 6, 0, 5, 8]})
+    return Pages(keys, values, PAGE, STRIDE, {"a": [7, 3, 20, 4, 9, 11], "b": [1, 2, 6, 0, 5, 8]}, BLOCKS - 1)
 
 
 def filled(
@@ -47,7 +47,8 @@ def filled(
     book.plan([Request("b", 0, 0, 1, 1)], pages.tables)  # its state comes first
     plan = book.plan(requests, pages.tables)
     packed.write(pages.keys[plan.new.rows(STRIDE)], plan.new)
-    states.advance(pages, plan, book.slots)
+    states.begin(pages, plan, book.slots)
+    states.advance(pages, plan)
     table = torch.tensor([pages.tables[name] for name in "ab"])
     valid = (torch.arange(table.shape[1] * PAGE) < torch.tensor(lengths)[:, None])[:, None, None, None]
     query = torch.randn(2, 2 * HEADS, 1, DIM, generator=generator)
@@ -129,8 +130,10 @@ def test_a_kernel_covers_requests_in_pages(pages: Pages, first_order: bool, monk
                 tables["b"][0] = 22
             elif not past:
                 requests[0] = requests[0]._replace(new=52)
-            states.advance(pages, book.plan(requests, tables), book.slots)
-        assert states.all.covered.unique().tolist() == [64]
+            plan = book.plan(requests, tables)
+            states.begin(pages, plan, book.slots)
+            states.advance(pages, plan)
+        assert states.all.covered[1:3].unique().tolist() == [64]
         found.append(states.all.tensors)
     for plain, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
@@ -146,7 +149,8 @@ def test_a_request_in_turns_is_packed_and_summed_as_at_once(pages: Pages) -> Non
             plan = book.plan([Request("b", 0, past, new, 90)], pages.tables)
             assert plan.again is None
             packed.write(pages.keys[plan.new.rows(STRIDE)], plan.new)
-            states.advance(pages, plan, book.slots)
+            states.begin(pages, plan, book.slots)
+            states.advance(pages, plan)
             past += new
     table = torch.tensor([pages.tables["b"]])
     rows = [packed_rows(each.keys, table).tiles[:, :, :90] for each in (once, in_turns)]
@@ -183,13 +187,13 @@ def test_slots_of_states_are_used_again() -> None:
     slots = {}
     for name in "abc":
         slots[name] = book.plan([Request(name, 0, 0, 2, 2)], tables).slots.item()
-    assert sorted(slots.values()) == [0, 1, 2]
+    assert sorted(slots.values()) == [1, 2, 3]
     del tables["b"]
     plan = book.plan([Request("d", 0, 0, 2, 2)], tables)
     assert plan.slots.tolist() == [slots["b"]]
     assert plan.begun is not None
     assert plan.begun.tolist() == [slots["b"]]
-    assert book.slots == 3
+    assert book.slots == 4
 
 
 def test_a_plan_of_several_requests() -> None:

@@ -27,6 +27,9 @@ from fasa_flex.model.enable import enable
 ROUNDS = 3
 """Most rounds of a row."""
 
+IN_GRAPHS = "FASA, CUDA graphs"
+"""Name of the way whose steps of decoding are CUDA graphs; the row's speedups are its, where it runs."""
+
 _WAIT = 1800.0  # seconds for one request
 
 
@@ -80,22 +83,26 @@ def measure(
         "dense": nullcontext,
         "FASA": lambda: enable(model, profile, config),
     }
+    if settings.device.type == "cuda":
+        ways[IN_GRAPHS] = ways["FASA"]
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
-    for way in ways.values():  # warms up, and compiles the kernels
+    for name, way in ways.items():  # warms up, and compiles the kernels
         with way() as handle:
-            _answer(model, [(asked[-1][0], 3)], page, blocks, settings.device, tables=handle is not None)
+            how = {"tables": handle is not None, "graphs": name == IN_GRAPHS}
+            _answer(model, [(asked[-1][0], 3)], page, blocks, settings.device, **how)
     begun = time.monotonic()
     for turn in range(min(ROUNDS, settings.repeats)):
         for name in sorted(ways, reverse=bool(turn % 2)):
             with ways[name]() as handle:
-                run = _answer(model, asked, page, blocks, settings.device, tables=handle is not None)
+                how = {"tables": handle is not None, "graphs": name == IN_GRAPHS}
+                run = _answer(model, asked, page, blocks, settings.device, **how)
                 if handle is not None:
                     run |= {"sparse_queries": handle.stats.sparse_queries, "dense_queries": handle.stats.dense_queries}
             runs[name].append(run)
         if time.monotonic() - begun > settings.seconds:
             break
     rivals = [{"name": name, **_summary(runs[name])} for name in ways]
-    dense, fasa = rivals
+    dense, fasa = rivals[0], rivals[-1]
     return {
         "shape": shape.name,
         "batch": requests,
@@ -120,6 +127,7 @@ def _answer(
     blocks: int,
     device: torch.device,
     tables: bool = False,
+    graphs: bool = False,
 ) -> dict[str, Any]:
     """Answer all requests by one manager; returns what `_summary` summarises.
 
@@ -130,13 +138,14 @@ def _answer(
         blocks: blocks of the cache.
         device: the model's.
         tables: whether decoding reads tables of blocks instead of an index for every cached token.
+        graphs: whether steps of decoding with tables are CUDA graphs.
 
     Raises:
         RuntimeError: a request failed.
     """
     parameters = inspect.signature(ContinuousBatchingConfig).parameters
     sizes: dict[str, Any] = {"page_size" if "page_size" in parameters else "block_size": page, "num_blocks": blocks}
-    batching = ContinuousBatchingConfig(**sizes, max_batch_tokens=2048, use_cuda_graph=False)
+    batching = ContinuousBatchingConfig(**sizes, max_batch_tokens=2048, use_cuda_graph=(False, graphs))
     generation = GenerationConfig(do_sample=False, eos_token_id=-1)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

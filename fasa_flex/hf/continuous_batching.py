@@ -7,8 +7,9 @@ cache rows to the attention function, but neither the requests nor the lengths o
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,9 @@ from fasa_flex.hf.model_structure import attention_lookup, own_config
 
 PAGED = "write_index"
 """Keyword argument that attention receives in every forward of continuous batching, and in no other."""
+
+_MADE_UP = "__warmup_"
+"""Begin of the ids of requests that no user sent."""
 
 _PASSED_ON = ("dropout", "scaling", "softcap", "s_aux", "sliding_window")
 """Keyword arguments of attention that do not depend on the cache."""
@@ -54,8 +58,11 @@ class Request(NamedTuple):
         return slice(self.start, self.start + self.new)
 
 
-def requests_of_forward() -> list[Request]:
+def requests_of_forward(real: bool = False) -> list[Request]:
     """Find the requests of the calling forward, in the order of the packed row.
+
+    Args:
+        real: whether to leave out those that a manager makes up to capture graphs before its first request.
 
     Raises:
         ValueError: the forward was not started by a manager of continuous batching.
@@ -73,9 +80,36 @@ def requests_of_forward() -> list[Request]:
     for future in inputs.requests_in_batch:
         state, new = future.state, future.query_length
         prompt = state._true_initial_tokens or len(state.initial_tokens)
+        if real and state.request_id.startswith(_MADE_UP):
+            continue
         requests.append(Request(state.request_id, start, state.position_offset - new, new, prompt))
         start += new
     return requests
+
+
+class Capture(NamedTuple):
+    """How a manager captures the calling forward in a CUDA graph: it runs it once, then again for the graph.
+
+    Attributes:
+        graph: the graph; None in the first run, which computes the result.
+        run: runs the model on the manager's current batch.
+        again: runs and captures it, and keeps the graph in place of an earlier one.
+    """
+
+    graph: Any
+    run: Callable[[], None]
+    again: Callable[[], None]
+
+
+def capture_of_forward() -> Capture | None:
+    """Find the capture that the calling forward belongs to; None: there is none."""
+    frame = find_frame(sys._getframe(1), ModelRunner._capture_graph.__code__)
+    if frame is None:
+        return None
+    names = frame.f_locals
+    forward, arguments = names["forward_fn"], names["args"]
+    again = functools.partial(names["self"]._capture_graph, forward, names["compute_stream"], *arguments)
+    return Capture(names.get("graph"), functools.partial(forward, *arguments), again)
 
 
 class Pages(NamedTuple):
@@ -89,6 +123,7 @@ class Pages(NamedTuple):
         page: number of tokens in a block.
         stride: distance of two blocks in rows.
         tables: the blocks of every request, by its id; shared by the layers of a group.
+        trash: a block that is written, but never read.
     """
 
     keys: Tensor
@@ -96,6 +131,7 @@ class Pages(NamedTuple):
     page: int
     stride: int
     tables: Mapping[str, list[int]]
+    trash: int
 
     @property
     def blocks(self) -> int:
@@ -108,10 +144,13 @@ def pages_of(cache: Any, layer: int) -> Pages:
     if hasattr(cache, "layer_to_allocator"):
         allocator = cache.layer_to_allocator[layer]
         keys, values = (pages.flatten(0, 1) for pages in allocator.get_cache_for_block_table(layer))
-        return Pages(keys, values, allocator.tokens_per_page, allocator.block_physical_stride, allocator.block_table)
+        stride = allocator.block_physical_stride
+        trash = allocator.write_trash_index // stride
+        return Pages(keys, values, allocator.tokens_per_page, stride, allocator.block_table, trash)
     group, index = cache.layer_index_to_group_indices[layer]  # transformers 5.17
     tables = cache.group_cache_managers[group].block_table
-    return Pages(cache.key_cache[index], cache.value_cache[index], cache.block_size, cache.block_size, tables)
+    page, trash = cache.block_size, cache.write_trash_index // cache.block_size
+    return Pages(cache.key_cache[index], cache.value_cache[index], page, page, tables, trash)
 
 
 def writes_alone(options: dict[str, Any]) -> dict[str, Any]:
@@ -142,6 +181,12 @@ def attention_now(module: nn.Module) -> DenseAttention:
     return function
 
 
+def needs_mask(module: nn.Module, q_len: int, kv_len: int) -> bool:
+    """Whether `attend_alone` needs the mask of a request's last ``q_len`` tokens among ``kv_len``."""
+    name = own_config(module)._attn_implementation
+    return "flash" not in name and q_len > 1 and (kv_len > q_len or "eager" in name)
+
+
 def attend_alone(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None = None) -> Tensor:
     """Compute dense attention of requests without the paged cache, each row a request: [B, Q, Hq, Dv].
 
@@ -150,14 +195,13 @@ def attend_alone(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor,
         query: float [B, Hq, Q, D], the last Q tokens of each request.
         key: float [B, Hkv, T, D].
         value: float [B, Hkv, T, Dv].
-        valid: bool [B, 1, 1, T], the keys of requests that differ in length, for one query each; None: all.
+        valid: bool [B, 1, Q, T], the keys of each query if requests differ in length, or as `needs_mask` says; None:
+            those up to the query's own.
     """
-    q_len, kv_len, name = query.shape[2], key.shape[2], own_config(call.module)._attn_implementation
+    name = own_config(call.module)._attn_implementation
     dense = call.dense
     if "flash" in name and valid is None:  # its mask is causal from the last key on
         dense = attention_now(call.module)
-    elif valid is None and q_len > 1 and (kv_len > q_len or "eager" in name):
-        valid = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril(kv_len - q_len)[None, None]
     mask = valid
     if mask is not None and "eager" in name:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)

@@ -1,143 +1,25 @@
-"""State of a forward of continuous batching, which all layers share, and what is kept beside each paged cache."""
+"""Forwards of continuous batching, eager or captured in CUDA graphs, and what is kept beside each paged cache."""
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fasa_flex.core.budget import Budget
+from fasa_flex.core.completion import CompletionState
 from fasa_flex.core.config import Prefill
 from fasa_flex.core.scoring import DominantChunks, SequenceScorer
 from fasa_flex.errors import NotSupportedError
-from fasa_flex.hf.continuous_batching import Pages, Request, pages_of, requests_of_forward
-from fasa_flex.model.paged_parts import Group, Parts
-from fasa_flex.model.stats import tally
-from fasa_flex.paged.attention import rows_of_table
-from fasa_flex.paged.book import Book, Plan
+from fasa_flex.hf.continuous_batching import Capture, Pages, capture_of_forward, pages_of, requests_of_forward
+from fasa_flex.model.paged_forward import PagedForward
+from fasa_flex.paged.book import Book, Plan, Room
 from fasa_flex.paged.pages import PackedPages, States, write_states
-
-
-class PagedForward:
-    """One forward of continuous batching.
-
-    Attributes:
-        requests: its requests, in the order of the packed row.
-        count: number of new tokens; the packed row may be padded behind them.
-
-    Args:
-        cache: the paged cache.
-        requests: its requests.
-        length: N, tokens of the packed row with padding.
-        device: device of the model's first layer.
-        books: books of the cache, by the id of a group's tables.
-        prefill_sparse: whether prompt tokens are sparse, too.
-    """
-
-    def __init__(
-        self,
-        cache: Any,
-        requests: list[Request],
-        length: int,
-        device: torch.device,
-        books: dict[int, Book],
-        prefill_sparse: bool,
-    ) -> None:
-        self._cache = weakref.ref(cache)  # a thread keeps its last forward, which must not keep the cache
-        self.requests, self.count = requests, sum(each.new for each in requests)
-        self._device, self._books = device, books
-        start, past, new, prompt = torch.tensor([each[1:] for each in requests]).unbind(1)
-        number = torch.arange(1, self.count + 1) + (past - start).repeat_interleave(new)
-        prompt = torch.zeros_like(number) if prefill_sparse else prompt.repeat_interleave(new)
-        self._number, self._prompt = (F.pad(each[None], (0, length - self.count)) for each in (number, prompt))
-        self._n_valid = self._number.to(device)
-        self._plans: dict[int, Plan] = {}
-        self._parts: dict[Budget, Parts] = {}
-        self._tallies: dict[Budget | None, Tensor] = {}
-        self._tables: dict[tuple[int, Group], Tensor] = {}
-        self._rows: dict[tuple[int, int], Tensor] = {}
-
-    @property
-    def cache(self) -> Any:
-        """The paged cache, while the forward runs."""
-        return self._cache()
-
-    @property
-    def longest_prompt(self) -> int | None:
-        """Row of the request with the longest prompt among those that end it in several tokens; None: none does."""
-        ending = [row for row, each in enumerate(self.requests) if each.end == each.prompt and each.new > 1]
-        return max(ending, key=lambda row: self.requests[row].end, default=None)
-
-    @cached_property
-    def every(self) -> Group:
-        """All requests of a forward in which each has one new token."""
-        group = Group.of(self.requests, range(len(self.requests)), self._device)
-        assert group is not None
-        return group
-
-    def plan(self, pages: Pages) -> Plan:
-        """What the forward does beside these pages; the layers of a group share it."""
-        group = id(pages.tables)
-        if group not in self._plans:
-            book = self._books.setdefault(group, Book(pages.page, pages.keys.device))
-            self._plans[group] = book.plan(self.requests, pages.tables)
-        return self._plans[group]
-
-    def slots(self, pages: Pages) -> int:
-        """Number of states that a layer with these pages holds."""
-        return self._books[id(pages.tables)].slots
-
-    def table(self, pages: Pages, group: Group) -> Tensor:
-        """Blocks of a group's requests, int64 [B, n], for the longest of them."""
-        key = id(pages.tables), group
-        if key not in self._tables:
-            self._tables[key] = self.plan(pages).table[group.rows, : -(-group.longest // pages.page)]
-        return self._tables[key]
-
-    def rows_of(self, pages: Pages, row: int) -> Tensor:
-        """Rows of all tokens of one request in `Pages.keys`, int64 [T]."""
-        key = id(pages.tables), row
-        if key not in self._rows:
-            end, table = self.requests[row].end, self.plan(pages).table[row]
-            self._rows[key] = rows_of_table(table[None, : -(-end // pages.page)], pages)[0, :end]
-        return self._rows[key]
-
-    def parts(self, budget: Budget) -> Parts:
-        """Sort the requests by how they attend under a budget."""
-        if budget not in self._parts:
-            self._parts[budget] = self._sorted(budget)
-        return self._parts[budget]
-
-    def _sorted(self, budget: Budget) -> Parts:
-        decoding, short = [], []
-        alone: dict[int, Request] = {}
-        first_sparse: dict[int, int] = {}
-        sparse = (self._number > self._prompt) & budget.exceeded(self._number)
-        chosen = sparse[0].tolist()
-        for row, each in enumerate(self.requests):
-            if each.new == 1 and chosen[each.start]:
-                decoding.append(row)
-            elif each.new == 1 and budget.covers(each.end):
-                short.append(row)
-            else:
-                alone[row] = each
-                if any(chosen[each.tokens]):
-                    first_sparse[row] = chosen.index(True, each.start) - each.start
-        sparse_ones, short_ones = (Group.of(self.requests, rows, self._device) for rows in (decoding, short))
-        return Parts(sparse_ones, short_ones, alone, first_sparse, sparse.to(self._device))
-
-    def tally(self, budget: Budget | None = None, sparse: Tensor | None = None) -> Tensor:
-        """Count the forward for `FasaStats.add`."""
-        if budget not in self._tallies:
-            self._tallies[budget] = tally(self._n_valid, sparse, budget)
-        return self._tallies[budget]
 
 
 @dataclass(slots=True)
@@ -154,13 +36,22 @@ class Beside:
     packed: PackedPages | None
     states: States | None
 
-    def advance(self, pages: Pages, plan: Plan, key: Tensor, value: Tensor, written: bool, slots: int) -> None:
-        """Write the new tokens (`write_states`), pack earlier keys that are not known, and extend the states."""
+    def holds(self, slots: int, state: CompletionState | None) -> bool:
+        """Whether ``state`` is that of the layer still, with room for so many requests."""
+        return self.states is None or (state is self.states.all and slots <= len(state.covered))
+
+    def begin(self, pages: Pages, plan: Plan, slots: int) -> None:
+        """Pack earlier keys whose packed keys are not known, and begin states."""
         if self.packed is not None and plan.again is not None:
             self.packed.write(pages.keys[plan.again.rows(pages.stride)], plan.again)
+        if self.states is not None:
+            self.states.begin(pages, plan, slots)
+
+    def advance(self, pages: Pages, plan: Plan, key: Tensor, value: Tensor, written: bool) -> None:
+        """Write the new tokens (`write_states`), and extend the states."""
         write_states(pages, self.packed, key, value, plan.new, written)
         if self.states is not None:
-            self.states.advance(pages, plan, slots)
+            self.states.advance(pages, plan)
 
 
 class _OfCache:
@@ -192,22 +83,30 @@ class PagedForwards:
         forward: PagedForward = self._local.now
         return forward
 
-    def begin(self, cache: Any, length: int, device: torch.device) -> None:
+    def begin(self, cache: Any, layer: int, length: int, device: torch.device, table: Tensor | None) -> None:
         """Begin a forward; with other scorers than in the cache's last forward all keys are packed again.
 
         Args:
             cache: the paged cache.
+            layer: number of the model's first attention layer.
             length: N, tokens of the packed row with padding.
-            device: device of the model's first layer.
+            device: that layer's.
+            table: the manager's table of blocks, [.., n], of a forward in which each request has one new token; None:
+                it has none.
 
         Raises:
-            NotImplementedError: the forward is captured in a CUDA graph, which would replay without this call, or a
-                scorer or the prefill needs a sequence by itself.
+            NotImplementedError: the forward is captured in a CUDA graph, but not as a step of decoding, or a scorer or
+                the prefill needs a sequence by itself.
         """
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        capture = capture_of_forward()
+        if capture is None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise NotSupportedError(
-                "FASA attends to a paged cache outside of CUDA graphs only; pass "
-                "ContinuousBatchingConfig(use_cuda_graph=False)."
+                "FASA attends to a paged cache in a manager's own CUDA graphs only; capture no others."
+            )
+        if capture is not None and table is None:
+            raise NotSupportedError(
+                "FASA serves CUDA graphs of steps of decoding with a table of blocks, and this one has prompts or no "
+                "table; pass ContinuousBatchingConfig(use_cuda_graph=(False, True))."
             )
         if self._prefill == "blocks":
             raise NotSupportedError(
@@ -220,10 +119,79 @@ class PagedForwards:
                 f"{follower.name} follows one sequence from forward to forward, and continuous batching "
                 "mixes several; use generate, or a Scorer."
             )
-        if kept is None or any(a is not b for a, b in zip(kept.scorers, used, strict=True)):
+        if kept is None or not self._serves(kept):
             kept = self._caches[cache] = _OfCache(used)
-        requests = requests_of_forward()
-        self._local.now = PagedForward(cache, requests, length, device, kept.books, self._prefill == "sparse")
+        if capture is not None and capture.graph is not None:
+            self._keep(cache, kept, capture)
+            return
+        shaping = capture is not None and getattr(self._local, "shaping", False)
+        requests = [] if shaping else requests_of_forward(real=capture is not None)
+        if capture is not None and requests:  # the graph's forward runs first, by itself, and then theirs
+            self._local.shaping = True
+            try:
+                capture.run()
+            finally:
+                self._local.shaping = False
+        room = None
+        if table is not None and not requests:
+            pages = self.pages(cache, layer)
+            room = Room(length, table.shape[-1] * pages.page, pages.trash)
+        forward = PagedForward(cache, requests, length, device, kept.books, self._prefill == "sparse", room)
+        self._local.now = forward
+        if room is not None:
+            self._local.shaped = forward
+
+    def _serves(self, kept: _OfCache) -> bool:
+        """Whether the layers have the scorers still that packed the keys."""
+        return all(a is b for a, b in zip(kept.scorers, self._scorers(), strict=True))
+
+    def _keep(self, cache: Any, kept: _OfCache, capture: Capture) -> None:
+        """Go through the layers for a graph, which from now on asks `_replay` before it replays.
+
+        Its forward is one of no requests, which ran before: its tensors are there, and the kernels are compiled.
+        """
+        forward: PagedForward = self._local.shaped
+        forward.captured()
+        self._local.now = forward
+        states = {layer: None if each.states is None else each.states.all for layer, each in kept.layers.items()}
+        former = capture._replace(graph=capture.graph.replay)
+        capture.graph.replay = functools.partial(self._replay, weakref.ref(cache), kept, states, forward, former)
+
+    def _replay(
+        self,
+        cache: Callable[[], Any],
+        kept: _OfCache,
+        states: dict[int, CompletionState | None],
+        forward: PagedForward,
+        capture: Capture,
+    ) -> None:
+        """Replay a graph for the manager's current batch.
+
+        A batch with the last token of a prompt, which is dense, runs without a graph. A graph that reads what is there
+        no more is captured again.
+
+        Args:
+            cache: returns the paged cache.
+            kept: what was kept of it when the graph was captured.
+            states: the completion states of its layers then, which move when they grow.
+            forward: the captured forward.
+            capture: how it was captured; its ``graph`` replays it.
+        """
+        if self._caches.get(cache()) is not kept or not self._serves(kept):
+            capture.again()
+            return
+        requests = requests_of_forward(real=True)
+        if self._prefill == "dense" and any(each.past < each.prompt for each in requests):
+            capture.run()
+            return
+        forward.renew(requests)
+        layers = [(kept.pages[layer], states[layer], beside) for layer, beside in kept.layers.items()]
+        if not all(beside.holds(forward.slots(pages), state) for pages, state, beside in layers):
+            capture.again()
+            return
+        for pages, _, beside in layers:
+            beside.begin(pages, forward.plan(pages), 0)
+        capture.graph()
 
     def pages(self, cache: Any, layer: int) -> Pages:
         """The pages of layer number ``layer`` in a cache."""

@@ -15,6 +15,7 @@ from fasa_flex.core.method import Call
 from fasa_flex.core.scoring import DominantChunks, Scorer
 from fasa_flex.core.selection import valid_keys
 from fasa_flex.core.softmax import Softmax
+from fasa_flex.errors import NotSupportedError
 from fasa_flex.hf.attention_call import AttentionCall, AttentionResult
 from fasa_flex.hf.continuous_batching import (
     Pages,
@@ -22,10 +23,12 @@ from fasa_flex.hf.continuous_batching import (
     attend_alone,
     attention_now,
     is_written,
+    needs_mask,
     reads_pages,
     writes_alone,
 )
-from fasa_flex.model.paged_forwards import Beside, PagedForward, PagedForwards
+from fasa_flex.model.paged_forward import PagedForward
+from fasa_flex.model.paged_forwards import Beside, PagedForwards
 from fasa_flex.model.paged_parts import Group
 from fasa_flex.model.several_queries import in_parts, merged
 from fasa_flex.model.shared import OfOneModel, Shared
@@ -73,7 +76,8 @@ class PagedLayer(OfOneModel):
         """
         if self._begins:
             states: Tensor = args[0] if args else kwargs["hidden_states"]
-            self._forwards.begin(kwargs["cache"], states.shape[1], states.device)
+            table = kwargs.get("block_table")
+            self._forwards.begin(kwargs["cache"], self._number, states.shape[1], states.device, table)
         return None if self._budget is None or self._scorer() is None else (args, writes_alone(kwargs))
 
     def attend(self, call: AttentionCall) -> AttentionResult:
@@ -99,9 +103,10 @@ class PagedLayer(OfOneModel):
             return self._row(call, [(forward.every, self._short(call, forward.every, pages))]), None
         packer = scorer if self._packs and isinstance(scorer, DominantChunks) else None
         beside = self._forwards.beside(forward.cache, self._number, pages, packer, self._completing)
-        beside.advance(pages, plan, new_key, new_value, written, forward.slots(pages))
+        beside.begin(pages, plan, forward.slots(pages))
+        beside.advance(pages, plan, new_key, new_value, written)
         parts = forward.parts(self._budget)
-        self._stats.add(self._number, forward.tally(self._budget, parts.sparse))
+        self._stats.add(self._number, forward.tally(self._budget))
         softmax = call.softmax(self._implementation)
         done: list[tuple[Group | Request, Tensor]] = []
         if parts.decoding:
@@ -111,9 +116,10 @@ class PagedLayer(OfOneModel):
         for row, request in parts.alone.items():
             keys, values = self._states_of(row, key, value, pages)
             queries = query[:, :, request.tokens]
-            one = attend_alone(call, queries, keys, values)
+            masked = needs_mask(call.module, request.new, request.end)
+            one = attend_alone(call, queries, keys, values, forward.causal(row) if masked else None)
             if row in parts.first_sparse:
-                sparse, first = parts.sparse[:, request.tokens], parts.first_sparse[row]
+                sparse, first = parts.sparse[:, request.tokens].to(query.device), parts.first_sparse[row]
                 one = self._mixed(queries, keys, values, one, sparse, first, softmax)
             done.append((request, one[0]))
         return self._row(call, done), None
@@ -166,6 +172,11 @@ class PagedLayer(OfOneModel):
         settings = (budget, self._group_reduce, softmax, packed, None, marks, completion)
         call = Call(queries, key, value, scorer, valid, *settings)
         if packed is None:
+            if forward.room is not None:
+                raise NotSupportedError(
+                    f"a CUDA graph needs packed keys in pages, which {type(scorer).__name__} under backend="
+                    f"{self._backend!r} does not read; pass ContinuousBatchingConfig(use_cuda_graph=False)."
+                )
             return sparse_attention(call, self._backend)[:, :, 0]
         return attend_pages(call, pages, table, forward.plan(pages).slots[group.rows], self._backend)[:, :, 0]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.selection import Marks
 from fasa_flex.hf.continuous_batching import Request
+from fasa_flex.paged.book import on_device
 
 Places = slice | Tensor
 """Places in a dimension: a slice, which makes a view, or int64 [B]."""
@@ -36,14 +37,19 @@ class Group:
     _marks: dict[tuple[int, Budget, bool], Marks] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, requests: Sequence[Request], rows: Sequence[int], device: torch.device) -> Group | None:
-        """Make a group of the ``requests`` at these ``rows``; None: there are none."""
+    def of(cls, requests: Sequence[Request], rows: Sequence[int], lengths: Tensor) -> Group | None:
+        """Make a group of the ``requests`` at these ``rows``; None: there are none.
+
+        Args:
+            requests: requests of the forward.
+            rows: places in it, ascending.
+            lengths: int64 [R], number of keys of every request.
+        """
         if not rows:
             return None
         chosen = [requests[row] for row in rows]
-        lengths = [each.end for each in chosen]
-        tokens = _places([each.start for each in chosen], device)
-        return cls(_places(rows, device), tokens, torch.tensor(lengths).to(device), max(lengths))
+        places, tokens = (_places(each, lengths.device) for each in (rows, [each.start for each in chosen]))
+        return cls(places, tokens, lengths[places], max(each.end for each in chosen))
 
     def valid(self, kv_len: int | None = None) -> Tensor:
         """The keys of each request among the first ``kv_len``, bool [B, 1, 1, 1, T]; None: the longest's."""
@@ -65,7 +71,7 @@ def _places(numbers: Sequence[int], device: torch.device) -> Places:
     """Ascending numbers as places: a slice if they follow each other."""
     if numbers[-1] - numbers[0] == len(numbers) - 1:
         return slice(numbers[0], numbers[-1] + 1)
-    return torch.tensor(numbers).to(device)
+    return on_device(torch.tensor(numbers), device)
 
 
 class Parts(NamedTuple):
@@ -76,7 +82,7 @@ class Parts(NamedTuple):
         short: requests with one token whose keys the budget covers; None: there are none.
         alone: other requests, by their row: parts of prompts, and generated tokens that are computed again.
         first_sparse: number of the first sparse token of those of ``alone`` that have one, by their row.
-        sparse: bool [1, N], the tokens that attend to a selection.
+        sparse: bool [1, N] on the host, the tokens that attend to a selection.
     """
 
     decoding: Group | None

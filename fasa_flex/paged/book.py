@@ -7,12 +7,14 @@ last forward. A request whose table has changed other than by its own new tokens
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fasa_flex.core.budget import SINKS
 from fasa_flex.core.completion import BLOCK
@@ -49,7 +51,8 @@ class Cover(NamedTuple):
     places: Places
 
 
-class Plan(NamedTuple):
+@dataclass(eq=False)
+class Plan:
     """What one forward does in every layer of a group; R requests have N tokens in the packed row.
 
     Attributes:
@@ -59,7 +62,8 @@ class Plan(NamedTuple):
         new: places of the new tokens, in the order of the packed row.
         again: places of earlier tokens whose packed keys are unknown; None: there are none.
         begun: int64, slots of the states that begin empty; None: there are none.
-        covers: tokens that states take in, by their number.
+        covering: returns `covers`; None: states take in no tokens.
+        room: the shapes that the tensors are padded to; None: they are not.
     """
 
     table: Tensor
@@ -68,7 +72,38 @@ class Plan(NamedTuple):
     new: Places
     again: Places | None
     begun: Tensor | None
-    covers: list[Cover]
+    covering: Callable[[], list[Cover]] | None
+    room: Room | None = None
+
+    @cached_property
+    def covers(self) -> list[Cover]:
+        """The tokens that states take in, by their number."""
+        return self.covering() if self.covering else []
+
+    def renew(self, other: Plan) -> None:
+        """Become another plan of the same room, in the same tensors."""
+        for mine, its in zip((self.table, self.slots, self.lengths, *self.new), other.tensors, strict=True):
+            mine.copy_(its)
+        self.again, self.begun = other.again, other.begun
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that every plan has."""
+        return self.table, self.slots, self.lengths, *self.new
+
+
+class Room(NamedTuple):
+    """Shapes of a forward that a CUDA graph replays for other requests.
+
+    Attributes:
+        rows: number of requests, and of their tokens.
+        tokens: most tokens of a request.
+        trash: block that tokens of no request are written to.
+    """
+
+    rows: int
+    tokens: int
+    trash: int
 
 
 @dataclass(slots=True)
@@ -93,9 +128,9 @@ class Book:
         self._page, self._device = page, device
         self._records: dict[str, _Record] = {}
         self._free: list[int] = []
-        self._blocks = torch.zeros(1, 1, dtype=torch.long)  # of every record, by its slot
+        self._blocks = torch.zeros(1, 1, dtype=torch.long)  # of every record, by its slot; slot 0 is of no request
 
-    def plan(self, requests: Sequence[Request], tables: Mapping[str, list[int]]) -> Plan:
+    def plan(self, requests: Sequence[Request], tables: Mapping[str, list[int]], room: Room | None = None) -> Plan:
         """Compare the tables with those of the last forward, and write down those of this one.
 
         All that layers read is copied to the device here, once.
@@ -103,6 +138,7 @@ class Book:
         Args:
             requests: requests of the forward.
             tables: blocks of every request in the cache.
+            room: shapes to pad the tensors to; None: they are as large as the forward needs.
         """
         for name in [name for name in self._records if name not in tables]:  # finished, cancelled or evicted
             self._free.append(self._records.pop(name).slot)
@@ -113,7 +149,7 @@ class Book:
             table, used = tables[request.name], -(-request.past // self._page)
             record = self._records.get(request.name)
             if record is None:
-                slot = self._free.pop() if self._free else len(self._records)
+                slot = self._free.pop() if self._free else len(self._records) + 1
                 record = self._records[request.name] = _Record([], -1, slot, 0)
             known = record.blocks if record.end == request.past else []
             if known[:used] != table[:used] or not request.past:
@@ -128,30 +164,39 @@ class Book:
             self._note(record, table[: -(-request.end // self._page)])
             record.end, record.covered = request.end, target
         slots = [self._records[request.name].slot for request in requests]
-        most = max(len(self._records[request.name].blocks) for request in requests)
-        slot_of, lengths = torch.tensor([slots, [request.end for request in requests]]).to(self._device)
+        spans = [(slot, each.past, each.end) for slot, each in zip(slots, requests, strict=True)]
+        lengths = [each.end for each in requests]
+        width = -(-(room.tokens if room else max(lengths)) // self._page)
+        self._grow(0, width)
+        none = [0] * (room.rows - len(slots) if room else 0)
+        slot_of, length_of = on_device(torch.tensor([slots + none, lengths + none]), self._device)
         return Plan(
-            self._blocks[slots, :most].to(self._device),
+            on_device(self._blocks[slots + none, :width], self._device),
             slot_of,
-            lengths,
-            self._places((slot, each.past, each.end) for slot, each in zip(slots, requests, strict=True)),
+            length_of,
+            self._places(spans, (len(none), room.trash) if room else (0, 0)),
             self._places(again) if again else None,
-            torch.tensor(begun).to(self._device) if begun else None,
-            [self._cover(of_one_size) for of_one_size in covers.values()],
+            on_device(torch.tensor(begun), self._device) if begun else None,
+            (lambda: [self._cover(of_one_size) for of_one_size in covers.values()]) if covers else None,
+            room,
         )
 
     @property
     def slots(self) -> int:
         """Number of slots that states need."""
-        return len(self._records) + len(self._free)
+        return len(self._records) + len(self._free) + 1
+
+    def _grow(self, slot: int, width: int) -> None:
+        """Make room for the blocks of a slot."""
+        rows, columns = self._blocks.shape
+        if slot >= rows or width > columns:
+            grown = torch.zeros(max(2 * rows, slot + 1), max(2 * columns, width), dtype=torch.long)
+            grown[:rows, :columns] = self._blocks
+            self._blocks = grown
 
     def _note(self, record: _Record, blocks: list[int]) -> None:
         """Write down the blocks of a request."""
-        rows, width = self._blocks.shape
-        if record.slot >= rows or len(blocks) > width:
-            grown = torch.zeros(max(2 * rows, record.slot + 1), max(2 * width, len(blocks)), dtype=torch.long)
-            grown[:rows, :width] = self._blocks
-            self._blocks = grown
+        self._grow(record.slot, len(blocks))
         same = min(len(blocks), len(record.blocks))
         if blocks[:same] != record.blocks[:same]:
             same = 0
@@ -160,14 +205,20 @@ class Book:
         record.blocks = blocks
 
     def _cover(self, spans: Sequence[tuple[int, int, int]]) -> Cover:
-        slots, _, targets = torch.tensor(spans).to(self._device).unbind(1)
+        slots, _, targets = on_device(torch.tensor(spans), self._device).unbind(1)
         return Cover(slots, targets, self._places(spans))
 
-    def _places(self, spans: Iterable[tuple[int, int, int]]) -> Places:
-        """Places of tokens ``first`` to ``last - 1`` of the records in slots."""
-        slots, first, last = torch.tensor(list(spans)).unbind(1)
+    def _places(self, spans: Sequence[tuple[int, int, int]], more: tuple[int, int] = (0, 0)) -> Places:
+        """Places of tokens ``first`` to ``last - 1`` of the records in slots, and of ``more`` in a block."""
+        slots, first, last = torch.tensor(spans, dtype=torch.long).view(-1, 3).unbind(1)
         counts = last - first
-        ends = counts.cumsum(0)
-        token = torch.arange(int(ends[-1])) + (last - ends).repeat_interleave(counts)
+        token = torch.arange(int(counts.sum())) + (last - counts.cumsum(0)).repeat_interleave(counts)
         blocks = self._blocks[slots.repeat_interleave(counts), token // self._page]
-        return Places(*torch.stack([blocks, token % self._page]).to(self._device))
+        number, trash = more
+        blocks, offsets = F.pad(blocks, (0, number), value=trash), F.pad(token % self._page, (0, number))
+        return Places(*on_device(torch.stack([blocks, offsets]), self._device))
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to a device; on a GPU without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -10,6 +10,7 @@ from fasa_flex.core.budget import SINKS
 from fasa_flex.core.completion import BLOCK, CompletionState
 from fasa_flex.core.packed_keys import PackedKeys, convert_rows
 from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.errors import NotSupportedError
 from fasa_flex.hf.continuous_batching import Pages
 from fasa_flex.paged.book import Cover, Places, Plan
 
@@ -86,8 +87,8 @@ class States:
         with torch.inference_mode(False):
             return CompletionState.empty(key, value, self._first_order)
 
-    def advance(self, pages: Pages, plan: Plan, slots: int) -> None:
-        """Begin and extend states; ``slots``: number of states to hold."""
+    def begin(self, pages: Pages, plan: Plan, slots: int) -> None:
+        """Begin a plan's new states; ``slots``: number of states to hold."""
         have = len(self.all.covered)
         if slots > have:
             grown = self._empty(pages, max(slots, 2 * have))
@@ -97,7 +98,14 @@ class States:
         if plan.begun is not None:
             for tensor in self.all.tensors:
                 tensor.index_fill_(0, plan.begun, 0)
-        if not plan.covers:
+
+    def advance(self, pages: Pages, plan: Plan) -> None:
+        """Extend states by a plan's tokens. A kernel finds them itself, so that a CUDA graph can replay it.
+
+        Raises:
+            NotImplementedError: the kernel cannot read the pages, in a CUDA graph.
+        """
+        if plan.covering is None and plan.room is None:
             return
         if serves_pages(pages.keys, pages.values, pages.keys, pages.values):
             from fasa_flex.backends.triton.completion import cover_pages_by_kernel  # Triton is installed with CUDA only
@@ -105,6 +113,11 @@ class States:
             where = (plan.lengths, plan.table, plan.slots, pages.page, pages.stride)
             cover_pages_by_kernel(self.all, pages.keys, pages.values, *where, BLOCK, SINKS)
             return
+        if plan.room is not None:
+            raise NotSupportedError(
+                f"a CUDA graph needs the kernel of the completion, which cannot read a cache on {pages.keys.device}; "
+                "pass ContinuousBatchingConfig(use_cuda_graph=False)."
+            )
         for cover in plan.covers:
             self._cover(pages, cover)
 
