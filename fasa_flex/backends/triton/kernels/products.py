@@ -14,11 +14,12 @@ def packed_row(slot, table, row, capacity, PAGE: tl.constexpr, KV_HEADS: tl.cons
 
     With ``PAGE``, their blocks are listed in ``table``, ``capacity`` for each batch row.
     """
-    if PAGE == 0:
-        return row * capacity + slot
-    listed = tl.minimum(tl.maximum(slot, 0) // PAGE, capacity - 1)  # what is read of other slots is masked
-    block = tl.load(table + (row // KV_HEADS) * capacity + listed)
-    return (block * KV_HEADS + row % KV_HEADS) * PAGE + slot % PAGE
+    place = row * capacity + slot
+    if PAGE > 0:  # Triton 3.6 compiles what follows a return in such a branch
+        listed = tl.minimum(tl.maximum(slot, 0) // PAGE, capacity - 1)  # what is read of other slots is masked
+        block = tl.load(table + (row // KV_HEADS) * capacity + listed)
+        place = (block * KV_HEADS + row % KV_HEADS) * PAGE + slot % PAGE
+    return place
 
 
 @triton.jit
