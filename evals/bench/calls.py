@@ -28,6 +28,8 @@ TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 """Largest error of a head's output, relative to its norm."""
 MARGIN = 1e-4
 """Least difference of two scores, as a share of the row's range, that float32 certainly ranks alike."""
+MANY, SWAPPED = 1024, 4.0
+"""Above this budget unclear heads are compared, too, and may be off by this number over the root of the budget."""
 LEVELS = {"int8": 127, "int4": 7}
 FIRST, LAST = 4, 32
 """Numbers of first and last tokens that the defaults always select."""
@@ -130,7 +132,7 @@ def reference(
 
 
 def check(case: Case, device: torch.device) -> dict[str, Any]:
-    """Check one case; the result has the largest relative error over the compared heads."""
+    """Check one case; the result has the largest relative error over the compared heads, scaled to what is allowed."""
     generator = torch.Generator(device).manual_seed(case.context + case.group)
     dtype = getattr(torch, case.dtype)
 
@@ -178,11 +180,16 @@ def check(case: Case, device: torch.device) -> dict[str, Any]:
         )[:, :, 0].double()
     clear = (margins > MARGIN).to(device).repeat_interleave(case.group, dim=1)
     errors = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
-    worst = float(torch.where(clear, errors, 0.0).amax())
-    if errors[clear].isnan().any():
+    budget, tolerance = case.n_fac if isinstance(case.n_fac, int) else int(case.n_fac * case.context), TOLERANCE[dtype]
+    compared, unclear = clear, 0.0
+    if budget > MANY:  # scores lie too close; a key that is swapped for the next one moves the result by 1.4 / sqrt(K)
+        compared, unclear = torch.ones_like(clear), SWAPPED / math.sqrt(budget)
+    allowed = torch.where(clear, tolerance, tolerance + unclear)
+    worst = float(torch.where(compared, errors * tolerance / allowed, 0.0).amax())
+    if errors[compared].isnan().any():
         worst = float("nan")
-    compared = float(clear.float().mean())
-    return {"error": worst, "compared": compared, "ok": worst <= TOLERANCE[dtype] and compared >= 0.5}
+    share = float(compared.float().mean())
+    return {"error": worst, "compared": share, "ok": worst <= tolerance and share >= 0.5}
 
 
 def cases(small: bool, kernels: bool) -> Iterator[Case]:
