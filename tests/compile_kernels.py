@@ -40,6 +40,9 @@ NUMBERS = {
 }
 
 
+ABSENT = {"table": "PAGE", "states": "PAGED", "weights": "WEIGHTED", "shift": "SHIFTED", "scales": "SCALED"}
+"""Tensors in whose place the query is passed if the constant says that there is none."""
+
 FOUR_BITS = {"PART": 16, "PART_PAD": 16, "SCALED": True}
 FOLDED = {"FOLD": 2, "HEADS": 4, "STAGES": 4, "BLOCK": 256}
 
@@ -58,6 +61,7 @@ def compiles(
     """
     chosen = {name: value for name, value in {**SHAPE, **constants}.items() if name in kernel.arg_names}
     others = {other[0]: other[1], number: "i32"}
+    others |= {name: "*fp32" for name, present in ABSENT.items() if not chosen.get(present, True)}
     types = {**dict.fromkeys(kernel.arg_names, "i32"), **NUMBERS, **POINTERS, **others}
     signature = {name: "constexpr" if name in chosen else types[name] for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in chosen.items()}
