@@ -16,11 +16,12 @@ from torch import Tensor
 
 from fasa_flex import RotaryLayout
 from fasa_flex.baselines import H2O
+from fasa_flex.core.adapted_scorers import as_scorer
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.bytes_read import ReadShare
 from fasa_flex.core.group_reduce import attention_weights, reduce_group
 from fasa_flex.core.packed_keys import PackedDtype, PackedKeys
-from fasa_flex.core.scoring import DominantChunks, Scorer, SequenceScorer, as_scorer
+from fasa_flex.core.scoring import DominantChunks, Scorer, SequenceScorer
 from fasa_flex.core.selection import Marks, valid_keys
 from fasa_flex.core.softmax import Softmax
 
@@ -196,6 +197,8 @@ def test_a_scorer_of_another_class_keeps_its_members() -> None:
     assert (scorer.shard(1, 2).score(query, key) - scorer.score(query, key)).unique().tolist() == [2.0]
     assert getattr(scorer, "attend", None) is None
     plain = as_scorer(Ducks().__call__)
+    assert plain.name == "__call__"
+    assert scorer.signature != plain.signature
     assert plain.reads(4, 2, 2) is None
     assert plain.shard(1, 2) is plain
     assert torch.equal(plain(query, key), Norms()(query, key))
