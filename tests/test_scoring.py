@@ -225,10 +225,31 @@ def test_subclasses_may_use_former_names() -> None:
         def __call__(self, query: Tensor, key: Tensor, packed_keys: object = None) -> Tensor:
             return -super().__call__(query, key)
 
+    class StillNegative(Negative):
+        """Defines neither name."""
+
     query, key = torch.ones(2, 1, 2, 3, 4)
     assert (Former().stateful, Negative().stateful) == (True, False)
+    assert StillNegative()(query, key).unique().tolist() == [-2.0]
     assert Former()(query, key).unique().tolist() == Former().score(query, key).unique().tolist() == [2.0]
     assert Negative()(query, key).unique().tolist() == [-2.0]
+
+
+def test_a_call_is_the_score_of_the_nearest_class() -> None:
+    class Zeros:
+        def score(self, query: Tensor, key: Tensor, packed_keys: object = None) -> Tensor:
+            return torch.zeros(1)
+
+    class Mixed(Zeros, Norms):
+        pass
+
+    class Twice(Norms):
+        def score(self, query: Tensor, key: Tensor, packed_keys: object = None) -> Tensor:
+            return 2 * super().score(query, key)
+
+    query, key = torch.ones(2, 1, 2, 3, 4)
+    assert Mixed()(query, key).tolist() == [0.0]
+    assert Twice()(query, key).unique().tolist() == [4.0]
 
 
 # Two heads of a group, three keys, the last one not valid; written out.

@@ -46,8 +46,9 @@ class Scorer(ABC):
         own: Any = vars(cls)
         if "__call__" in own and cls.score is Scorer.score:
             cls.score = own["__call__"]  # type: ignore[method-assign]
-        elif "score" in own and "__call__" not in own:  # a decoded token passes one function less
-            cls.__call__ = own["score"]  # type: ignore[method-assign]
+        nearest = next(base for base in cls.__mro__ if {"score", "__call__"} & vars(base).keys())
+        if "__call__" not in vars(nearest):  # a decoded token passes one function less
+            cls.__call__ = cls.score  # type: ignore[method-assign]
         if "remembers" in own:
             cls.stateful = own["remembers"]
 
