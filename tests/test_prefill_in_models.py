@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from fasa_flex import FasaCache, FasaConfig, enable
 from fasa_flex.baselines import AllDimensions
+from fasa_flex.prefill.attention import block_sparse_attention
 from fasa_flex.prefill.estimators import Blocks, oracle
 from fasa_flex.prefill.grid import BLOCK
 from fasa_flex.prefill.selection import BlockBudget
@@ -184,6 +185,21 @@ def test_attention_weights_are_of_the_selected_blocks(ids: Ids) -> None:
 
 
 @torch.no_grad()
+def test_means_complete_the_prefill_of_every_layer(
+    long_llama: PreTrainedModel, ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, profile = ids(LENGTH, rows=1), profile_of(long_llama)
+    with enable(long_llama, profile, blocks(prefill_completion="mean")):
+        completed = long_llama(prompt).logits
+    with enable(long_llama, profile, blocks()):
+        assert not torch.allclose(long_llama(prompt).logits, completed)
+    path = "fasa_flex.model.block_prefill.block_sparse_attention"
+    monkeypatch.setattr(path, lambda *given: block_sparse_attention(*given[:-1], completes=True))
+    with enable(long_llama, profile, blocks()):
+        close(long_llama(prompt).logits, completed)
+
+
+@torch.no_grad()
 def test_an_estimator_of_ones_own(long_llama: PreTrainedModel, ids: Ids) -> None:
     """The one of the module's docstring; and the oracle, which another estimate does not equal."""
 
@@ -219,6 +235,10 @@ def test_what_has_no_chunks_or_no_backend_is_refused(long_llama: PreTrainedModel
     for name, value in (("prefill_share", 0.0), ("prefill_share", 1.5), ("prefill_mass", 0), ("prefill_mass", True)):
         with raises_sentence(ValueError, f"{name} must be a share in"):
             blocks(**{name: value})
+    for unread in ({"prefill_mass": 0.9}, {"prefill_completion": "mean"}):
+        for prefill in ("dense", "sparse"):
+            with raises_sentence(ValueError, f"is for prefill='blocks', and prefill is '{prefill}'"):
+                FasaConfig(prefill=prefill, **unread)
 
 
 @torch.no_grad()

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from fasa_flex import RotaryLayout
 from fasa_flex.baselines import H2O
+from fasa_flex.core.adapted_scorers import as_scorer
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.bytes_read import ReadShare
 from fasa_flex.core.group_reduce import attention_weights, reduce_group
 from fasa_flex.core.packed_keys import PackedDtype, PackedKeys
-from fasa_flex.core.scoring import DominantChunks, Scorer, SequenceScorer, as_scorer
+from fasa_flex.core.scoring import DominantChunks, Scorer, SequenceScorer
 from fasa_flex.core.selection import Marks, valid_keys
 from fasa_flex.core.softmax import Softmax
 
@@ -196,6 +197,8 @@ def test_a_scorer_of_another_class_keeps_its_members() -> None:
     assert (scorer.shard(1, 2).score(query, key) - scorer.score(query, key)).unique().tolist() == [2.0]
     assert getattr(scorer, "attend", None) is None
     plain = as_scorer(Ducks().__call__)
+    assert plain.name == "__call__"
+    assert scorer.signature != plain.signature
     assert plain.reads(4, 2, 2) is None
     assert plain.shard(1, 2) is plain
     assert torch.equal(plain(query, key), Norms()(query, key))
@@ -222,10 +225,31 @@ def test_subclasses_may_use_former_names() -> None:
         def __call__(self, query: Tensor, key: Tensor, packed_keys: object = None) -> Tensor:
             return -super().__call__(query, key)
 
+    class StillNegative(Negative):
+        """Defines neither name."""
+
     query, key = torch.ones(2, 1, 2, 3, 4)
     assert (Former().stateful, Negative().stateful) == (True, False)
+    assert StillNegative()(query, key).unique().tolist() == [-2.0]
     assert Former()(query, key).unique().tolist() == Former().score(query, key).unique().tolist() == [2.0]
     assert Negative()(query, key).unique().tolist() == [-2.0]
+
+
+def test_a_call_is_the_score_of_the_nearest_class() -> None:
+    class Zeros:
+        def score(self, query: Tensor, key: Tensor, packed_keys: object = None) -> Tensor:
+            return torch.zeros(1)
+
+    class Mixed(Zeros, Norms):
+        pass
+
+    class Twice(Norms):
+        def score(self, query: Tensor, key: Tensor, packed_keys: object = None) -> Tensor:
+            return 2 * super().score(query, key)
+
+    query, key = torch.ones(2, 1, 2, 3, 4)
+    assert Mixed()(query, key).tolist() == [0.0]
+    assert Twice()(query, key).unique().tolist() == [4.0]
 
 
 # Two heads of a group, three keys, the last one not valid; written out.

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fasa_flex.backends.gather import gather_focused
+from fasa_flex.core.adapted_scorers import as_scorer
 from fasa_flex.core.bytes_read import ReadShare
 from fasa_flex.core.packed_keys import PackedKeys
 from fasa_flex.core.ranking import INVALID, is_first
-from fasa_flex.core.scoring import Scorer, as_scorer
+from fasa_flex.core.scoring import Scorer
 from fasa_flex.core.selection import Selection
 from fasa_flex.core.softmax import Softmax
 

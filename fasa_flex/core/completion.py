@@ -145,8 +145,7 @@ def cover_blocks(
         state = (covered, key_sum, value_sum, product, mean_value, covariance)
         faster(*state, key, value, valid, number, written, BLOCK, SINKS)
         return
-    dim, rows = key_sum.shape[2], len(covered)
-    counts = number[:, -1].expand(rows).tolist()
+    dim, counts = key_sum.shape[2], number[:, -1].expand(len(covered)).tolist()
     for row, (done, count) in enumerate(zip(covered[:, 0].tolist(), counts, strict=True)):
         target = count // BLOCK * BLOCK
         if done == target and done <= count - written:
@@ -157,9 +156,8 @@ def cover_blocks(
                 total[row] = 0
         if not target:
             continue
-        of_row = row if len(number) > 1 else 0
-        numbers = number[of_row]
-        slots = (valid[of_row] & (numbers > max(done, SINKS)) & (numbers <= target)).nonzero().flatten()
+        real, numbers = (each[row if len(number) > 1 else 0] for each in (valid, number))
+        slots = (real & (numbers > max(done, SINKS)) & (numbers <= target)).nonzero().flatten()
         for piece in slots.split(rows_that_fit(4 * key_sum[row].numel() + 4 * value_sum[row].numel())):
             keys = key[row, :, :, :dim].index_select(1, piece.to(key.device)).to(covered.device).float()
             values = value[row].index_select(1, piece.to(value.device)).to(covered.device).float()

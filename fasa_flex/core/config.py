@@ -132,6 +132,10 @@ class FasaConfig:
                 continue
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share <= 1.0:
                 raise ValueError(f"{name} must be a share in (0, 1], got {share!r}.")
+        for name, unset in (("prefill_mass", None), ("prefill_completion", "none")):
+            if self.prefill != "blocks" and getattr(self, name) != unset:
+                given = f"{name}={getattr(self, name)!r}"
+                raise ValueError(f"{given} is for prefill='blocks', and prefill is {self.prefill!r}; leave one out.")
         if self.prefill == "blocks" and self.backend in ("triton", "reference"):
             raise ValueError(f"prefill='blocks' runs on flex or gather, not {self.backend!r}; use backend='auto'.")
 

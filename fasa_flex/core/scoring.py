@@ -20,7 +20,6 @@ from fasa_flex.core.packed_keys import PackedDtype, PackedKeys, as_packed, dot_p
 from fasa_flex.errors import NotSupportedError
 
 _S = TypeVar("_S", bound="Scorer")
-_A = TypeVar("_A", bound="_Adapted")
 
 
 class Scorer(ABC):
@@ -47,6 +46,9 @@ class Scorer(ABC):
         own: Any = vars(cls)
         if "__call__" in own and cls.score is Scorer.score:
             cls.score = own["__call__"]  # type: ignore[method-assign]
+        nearest = next(base for base in cls.__mro__ if {"score", "__call__"} & vars(base).keys())
+        if "__call__" not in vars(nearest):  # a decoded token passes one function less
+            cls.__call__ = cls.score  # type: ignore[method-assign]
         if "remembers" in own:
             cls.stateful = own["remembers"]
 
@@ -275,55 +277,6 @@ class DominantChunks(Scorer):
     def reads_packed(self, head_dim: int, dtype: torch.dtype) -> float:
         """As `Scorer`."""
         return packed_bytes(self.dims.shape[1], self.dtype, dtype) / (2 * head_dim * dtype.itemsize)
-
-
-class _Adapted(Scorer):
-    """A callable as a `Scorer`, with the members that it has."""
-
-    def __init__(self, given: Any) -> None:
-        self._given = given
-        stated = ("reads", "attend", "estimates_logits", "completes_by_all", "stateful")
-        vars(self).update({name: getattr(given, name) for name in stated if hasattr(given, name)})
-
-    @property
-    def name(self) -> str:
-        return type(self._given).__name__
-
-    def score(self, query: Tensor, key: Tensor, packed_keys: PackedKeys | Tensor | None = None) -> Tensor:
-        scores: Tensor = self._given(query, key, packed_keys)
-        return scores
-
-    def shard(self: _A, rank: int, ranks: int) -> _A:
-        return type(self)(self._given.shard(rank, ranks)) if hasattr(self._given, "shard") else self
-
-
-class _AdaptedSequence(_Adapted, SequenceScorer):
-    """An object with `follow` as a `SequenceScorer`."""
-
-    def __init__(self, given: Any) -> None:
-        super().__init__(given)
-        if hasattr(given, "remembers"):
-            self.stateful = given.remembers
-
-    def follow(self, forward: Forward) -> Tensor:
-        scores: Tensor = self._given.follow(forward)
-        return scores
-
-
-def as_scorer(given: object, layer: int | None = None) -> Scorer:
-    """Return ``given`` as a `Scorer`: itself, or adapted if it is a callable, or has `follow`, and is of another class.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    if isinstance(given, Scorer):
-        return given
-    if hasattr(given, "follow"):
-        return _AdaptedSequence(given)
-    if not callable(given):
-        of_layer = "" if layer is None else f" of layer {layer}"
-        raise ValueError(f"the scorer{of_layer} is {given!r}, no Scorer or SequenceScorer; return one.")
-    return _Adapted(given)
 
 
 def _take_dims(states: Tensor, dims: Tensor) -> Tensor:

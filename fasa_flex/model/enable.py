@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from fasa_flex.calibration.from_prompt import PromptCalibration
 from fasa_flex.calibration.profile import FasaProfile, check_kinds
 from fasa_flex.calibration.profile_scorers import dominant_chunks
+from fasa_flex.core.adapted_scorers import as_scorer
 from fasa_flex.core.config import FasaConfig
-from fasa_flex.core.scoring import DominantChunks, Scorer, as_scorer
+from fasa_flex.core.scoring import DominantChunks, Scorer
 from fasa_flex.hf.head_shard import HeadShard
 from fasa_flex.hf.model_structure import attention_modules, check_supported, dense_layers, device_of
 from fasa_flex.hf.probe import check_attention

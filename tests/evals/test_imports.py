@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,8 @@ def test_names_that_scripts_import_exist(folder: str) -> None:
     assert wanted
     missing = []
     for module, name in sorted(wanted):
-        if "triton" in module:
-            pytest.importorskip("triton")
+        if "triton" in module and find_spec("triton") is None:
+            continue  # it is installed with CUDA builds of torch only
         if not hasattr(importlib.import_module(module), name):
             try:
                 importlib.import_module(f"{module}.{name}")
