@@ -8,6 +8,7 @@ from torch import Tensor
 from fasa_flex.caches.capacity import CountedStaticLayer
 from fasa_flex.caches.keeps_packed_keys import KeepsPackedKeys, writable, write_token
 from fasa_flex.caches.write_tracking import counting
+from fasa_flex.core.compiler import keep_rounding
 from fasa_flex.core.scoring import DominantChunks
 
 
@@ -64,7 +65,7 @@ class StaticPackedLayer(KeepsPackedKeys, CountedStaticLayer):
         slots, length = written.view(1), key_states.shape[2]
         if length > 1:
             slots = slots + torch.arange(length, device=self.device)
-        packed.write(self.scorer.pack(key_states), slots)
+        packed.write(self.scorer.pack(keep_rounding(key_states)), slots)  # the keys that are cached
         return self._write_states(key_states, value_states)
 
     def _write_states(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
