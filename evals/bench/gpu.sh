@@ -39,7 +39,7 @@ status=0
 
 check() {
     part 150 "$python" -m evals.bench.check_cuda --out "$out" --seconds 120 || status=1
-    part 150 "$python" -m evals.bench.check_generate || status=1
+    part 200 "$python" -m evals.bench.check_generate || status=1
 }
 
 # one attention call: with every rival; then the cheaper ranking, with the kernels alone

@@ -47,7 +47,7 @@ class StaticPackedLayer(KeepsPackedKeys, CountedStaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if torch.compiler.is_compiling():
-            return self._write_all(key_states, value_states)
+            return self._write_all(keep_rounding(key_states), value_states)
         if not self._written.knows(self.keys):  # written by user code or compiled steps
             self.repack(self.scorer)
         states = self._write_all(key_states, value_states)
@@ -65,7 +65,7 @@ class StaticPackedLayer(KeepsPackedKeys, CountedStaticLayer):
         slots, length = written.view(1), key_states.shape[2]
         if length > 1:
             slots = slots + torch.arange(length, device=self.device)
-        packed.write(self.scorer.pack(keep_rounding(key_states)), slots)  # the keys that are cached
+        packed.write(self.scorer.pack(key_states), slots)
         return self._write_states(key_states, value_states)
 
     def _write_states(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:

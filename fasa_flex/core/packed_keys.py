@@ -211,8 +211,11 @@ def convert_rows(rows: Tensor, dtype: PackedDtype | None) -> tuple[Tensor, Tenso
         return rows, None
     if dtype not in _LEVELS:
         return rows.to(getattr(torch, dtype)), None
-    rows, most = keep_rounding(rows).float(), _LEVELS[dtype]
-    scales = keep_rounding((rows.abs().amax(-1) / most).clamp(min=torch.finfo(torch.float16).tiny).to(torch.float16))
+    compiling, most = torch.compiler.is_compiling(), _LEVELS[dtype]
+    rows = (keep_rounding(rows) if compiling else rows).float()
+    scales = (rows.abs().amax(-1) / most).clamp(min=torch.finfo(torch.float16).tiny).to(torch.float16)
+    if compiling:
+        scales = keep_rounding(scales)
     codes = (rows / scales.float()[..., None]).round().clamp(-most, most).to(torch.int8)
     if dtype == "int8":
         return codes, scales

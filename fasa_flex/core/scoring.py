@@ -234,7 +234,8 @@ class DominantChunks(Scorer):
         rows = _take_dims(key, self.dims)
         if self.mean_key is None:
             return rows
-        return rows - keep_rounding(self.mean_key.gather(-1, self.dims).to(rows))[:, None]
+        mean = self.mean_key.gather(-1, self.dims).to(rows)
+        return rows - (keep_rounding(mean) if torch.compiler.is_compiling() else mean)[:, None]
 
     def of_query(self, query: Tensor) -> Tensor:
         """Take ``query`` [B, Hq, Q, D] at ``dims``, times ``weights``: [B, Hkv, G * Q, 2 * n_tip]."""
