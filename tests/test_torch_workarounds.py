@@ -18,7 +18,7 @@ from torch.backends import cuda
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from fasa_flex.core.compiler import realize
+from fasa_flex.core.compiler import keep_rounding, realize
 
 KEYS, BLOCK = 64, 16
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -57,6 +57,24 @@ def test_a_mask_function_may_not_read_what_its_graph_computes() -> None:
     torch.testing.assert_close(torch.compile(mended, fullgraph=True)(*given), plain(*given))
     with pytest.raises(InductorError, match="NoValidChoicesError"):
         torch.compile(plain, fullgraph=True)(*given)
+
+
+def test_a_fused_cast_to_16_bits_does_not_round() -> None:
+    """Works around it: `fasa_flex.core.compiler.keep_rounding`, whose two views alone would cancel."""
+
+    def plain(numbers: Tensor) -> Tensor:
+        return (numbers * 1.37).to(torch.float16).float() * 3.0
+
+    def viewed(numbers: Tensor) -> Tensor:
+        return (numbers * 1.37).to(torch.float16).view(torch.int16).view(torch.float16).float() * 3.0
+
+    def mended(numbers: Tensor) -> Tensor:
+        return keep_rounding((numbers * 1.37).to(torch.float16)).float() * 3.0
+
+    numbers = torch.randn(64, 64)
+    assert torch.compile(mended, fullgraph=True)(numbers).equal(plain(numbers))
+    assert not torch.compile(plain, fullgraph=True)(numbers).equal(plain(numbers))
+    assert not torch.compile(viewed, fullgraph=True)(numbers).equal(plain(numbers))
 
 
 def test_nothing_may_follow_attention_in_its_graph() -> None:

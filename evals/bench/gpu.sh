@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything there is to measure on one GPU, in ten minutes: first whether results are right, then how fast they come.
+# Everything there is to measure on one GPU, in twelve minutes: first whether results are right, then how fast they come.
 #
 #   evals/bench/gpu.sh [FOLDER [PART...]]
 #
@@ -39,6 +39,7 @@ status=0
 
 check() {
     part 150 "$python" -m evals.bench.check_cuda --out "$out" --seconds 120 || status=1
+    part 200 "$python" -m evals.bench.check_generate || status=1
 }
 
 # one attention call: with every rival; then the cheaper ranking, with the kernels alone

@@ -8,6 +8,7 @@ from torch import Tensor
 from fasa_flex.caches.capacity import CountedStaticLayer
 from fasa_flex.caches.keeps_packed_keys import KeepsPackedKeys, writable, write_token
 from fasa_flex.caches.write_tracking import counting
+from fasa_flex.core.compiler import keep_rounding
 from fasa_flex.core.scoring import DominantChunks
 
 
@@ -46,7 +47,7 @@ class StaticPackedLayer(KeepsPackedKeys, CountedStaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if torch.compiler.is_compiling():
-            return self._write_all(key_states, value_states)
+            return self._write_all(keep_rounding(key_states), value_states)
         if not self._written.knows(self.keys):  # written by user code or compiled steps
             self.repack(self.scorer)
         states = self._write_all(key_states, value_states)

@@ -53,6 +53,17 @@ def read_as_floats(mask: Tensor) -> Tensor:
     return mask
 
 
+def keep_rounding(tensor: Tensor) -> Tensor:
+    """Return numbers of 16 bits as they are stored, in a graph; unchanged others and those that need a gradient.
+
+    Inductor computes in float32 and drops the casts to 16 bits that it fuses, but not those whose bits a graph reads;
+    two views alone would cancel (torch 2.13).
+    """
+    if tensor.itemsize == 2 and not tensor.requires_grad:
+        return tensor.view(torch.int16).bitwise_or(0).view(tensor.dtype)
+    return tensor
+
+
 def operator(
     name: str, fake: Callable[..., Any], devices: str = "default", mutates: tuple[str, ...] = ()
 ) -> Callable[[_Function], _Function]:

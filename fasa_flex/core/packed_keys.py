@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasa_flex.core.compiler import compute_once
+from fasa_flex.core.compiler import compute_once, keep_rounding
 from fasa_flex.core.option_types import PackedDtype as PackedDtype
 
 _LEVELS = {"int8": 127, "int4": 7}
@@ -211,8 +211,11 @@ def convert_rows(rows: Tensor, dtype: PackedDtype | None) -> tuple[Tensor, Tenso
         return rows, None
     if dtype not in _LEVELS:
         return rows.to(getattr(torch, dtype)), None
-    rows, most = rows.float(), _LEVELS[dtype]
+    compiling, most = torch.compiler.is_compiling(), _LEVELS[dtype]
+    rows = (keep_rounding(rows) if compiling else rows).float()
     scales = (rows.abs().amax(-1) / most).clamp(min=torch.finfo(torch.float16).tiny).to(torch.float16)
+    if compiling:
+        scales = keep_rounding(scales)
     codes = (rows / scales.float()[..., None]).round().clamp(-most, most).to(torch.int8)
     if dtype == "int8":
         return codes, scales

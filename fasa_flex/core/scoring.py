@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.bytes_read import ReadShare
+from fasa_flex.core.compiler import keep_rounding
 from fasa_flex.core.packed_keys import PackedDtype, PackedKeys, as_packed, dot_products, packed_bytes
 from fasa_flex.errors import NotSupportedError
 
@@ -235,7 +236,8 @@ class DominantChunks(Scorer):
         rows = _take_dims(key, self.dims)
         if self.mean_key is None:
             return rows
-        return rows - self.mean_key.gather(-1, self.dims).to(rows)[:, None]
+        mean = self.mean_key.gather(-1, self.dims).to(rows)
+        return rows - (keep_rounding(mean) if torch.compiler.is_compiling() else mean)[:, None]
 
     def of_query(self, query: Tensor) -> Tensor:
         """Take ``query`` [B, Hq, Q, D] at ``dims``, times ``weights``: [B, Hkv, G * Q, 2 * n_tip]."""

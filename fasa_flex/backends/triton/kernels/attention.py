@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fasa_flex.backends.triton.kernels.launching import begin, begin_in_turn
+from fasa_flex.backends.triton.kernels.launching import begin_in_turn
 from fasa_flex.backends.triton.kernels.products import both_queries, capped, dot_products, logits_of, packed_row
 from fasa_flex.backends.triton.kernels.scoring import MOST, unit_of
 from fasa_flex.backends.triton.kernels.selection import select_keys
@@ -149,7 +149,7 @@ def attend_part(
     KV_HEADS: tl.constexpr, CAPPED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Dense attention of a group over one part of ``span`` keys; `merge_parts` merges the parts."""
-    begin(OVERLAP)
+    begin_in_turn(OVERLAP)  # `merge_parts` reads sinks before it waits
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     queries = _queries(query, row, GROUP, GROUP_PAD, DIM, DIM_PAD)
     best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
