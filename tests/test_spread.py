@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from fasa_flex import FasaConfig, enable
 from fasa_flex.backends.table import sparse_attention
-from fasa_flex.backends.triton.dispatch import MOST_SELECTED, why_no_kernels
+from fasa_flex.backends.triton.dispatch import why_no_kernels
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.config import Backend
 from fasa_flex.core.layer_budgets import check_layer_budgets, spread_budget
@@ -212,7 +212,7 @@ def test_the_kernels_refuse_budgets_of_heads_and_auto_does_without_them() -> Non
     packed = PackedKeys.of(torch.zeros(1, 2, 40, 4))
     call = Call(query, mock.Mock(), mock.Mock(), scorer, mock.Mock(), Budget((5, 20)), "max", mock.Mock(), packed)
     reason = why_no_kernels(call)
-    assert reason == f"n_fac must be an int of at most {MOST_SELECTED}, got (5, 20)"
+    assert reason == "n_fac must be one count or share for all heads, got (5, 20)"
     torch.testing.assert_close(attend("auto", 40), attend("reference", 40))
     with pytest.raises(ValueError, match="backend 'triton' cannot serve this call"):
         attend("triton", 40)
