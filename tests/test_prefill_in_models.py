@@ -19,7 +19,7 @@ from fasa_flex.baselines import AllDimensions
 from fasa_flex.prefill.attention import block_sparse_attention
 from fasa_flex.prefill.estimators import Blocks, oracle
 from fasa_flex.prefill.grid import BLOCK
-from fasa_flex.prefill.selection import BlockBudget
+from fasa_flex.prefill.selection import BlockBudget, BlockLists
 
 POSITIONS, LENGTH = 2048, 700
 
@@ -182,6 +182,28 @@ def test_attention_weights_are_of_the_selected_blocks(ids: Ids) -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)))
     by_block = F.pad(weights, (0, 12, 0, 12)).unflatten(3, (4, BLOCK)).unflatten(2, (4, BLOCK)).sum((3, 5))
     assert (by_block > 0).sum(-1).tolist() == [[[1, 2, 3, 3]] * 4]
+
+
+@torch.no_grad()
+def test_attention_weights_of_a_completed_prefill_are_those_of_its_output(
+    ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mean that stands for a block's tokens gives each of them its part of the weight."""
+    model = tiny("Llama", max_position_embeddings=POSITIONS)
+    model.set_attn_implementation("eager")
+    outs: list[tuple[Tensor, Tensor]] = []
+
+    def noted(given: Blocks, value: Tensor, *rest: Any) -> tuple[Tensor, BlockLists]:
+        out, lists = block_sparse_attention(given, value, *rest)
+        outs.append((out, value))
+        return out, lists
+
+    monkeypatch.setattr("fasa_flex.model.block_prefill.block_sparse_attention", noted)
+    with enable(model, profile_of(model), blocks(prefill_completion="mean")):
+        weights = model(ids(500, rows=1), output_attentions=True).attentions[-1]
+    out, value = outs[-1]
+    repeated = value.repeat_interleave(out.shape[1] // value.shape[1], dim=1)
+    torch.testing.assert_close(weights @ repeated, out, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()

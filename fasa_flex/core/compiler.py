@@ -54,10 +54,10 @@ def read_as_floats(mask: Tensor) -> Tensor:
 
 
 def keep_rounding(tensor: Tensor) -> Tensor:
-    """Return numbers of 16 bits as they are stored, in a graph; unchanged others and those that need a gradient.
+    """Keep the rounding of 16-bit numbers in a compiled graph; others, and those with a gradient, are left alone.
 
-    Inductor computes in float32 and drops the casts to 16 bits that it fuses, but not those whose bits a graph reads;
-    two views alone would cancel (torch 2.13).
+    Inductor computes them in float32 and drops the casts that it fuses. It keeps a cast whose bits the graph reads; two
+    views alone would cancel (torch 2.13).
     """
     if tensor.itemsize == 2 and not tensor.requires_grad:
         return tensor.view(torch.int16).bitwise_or(0).view(tensor.dtype)

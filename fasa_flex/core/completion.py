@@ -136,8 +136,8 @@ def cover_blocks(
 ) -> None:
     """Compute `CompletionState.advance` with the kernel in `cover_on` if it can read the cache, else row by row.
 
-    A prompt on the device goes row by row, too: one program for each head would read it for 40 ms a layer (131072
-    tokens, H200).
+    A prompt on the device goes row by row, too: the kernel has one program for each head, matrix products use all of
+    the GPU.
     """
     faster = cover_on.get(covered.device.type)
     long = written > MOST_BY_KERNEL and key.device == covered.device

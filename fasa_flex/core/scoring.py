@@ -46,10 +46,10 @@ class Scorer(ABC):
         super().__init_subclass__(**kwargs)
         own: Any = vars(cls)
         if "__call__" in own and cls.score is Scorer.score:
-            cls.score = own["__call__"]  # type: ignore[method-assign]
+            cls.score = own["__call__"]  # type: ignore[method-assign]  # the class's own method by its former name
         nearest = next(base for base in cls.__mro__ if {"score", "__call__"} & vars(base).keys())
-        if "__call__" not in vars(nearest):  # a decoded token passes one function less
-            cls.__call__ = cls.score  # type: ignore[method-assign]
+        if "__call__" not in vars(nearest):
+            cls.__call__ = cls.score  # type: ignore[method-assign]  # so a decoded token passes one function less
         if "remembers" in own:
             cls.stateful = own["remembers"]
 

@@ -86,7 +86,7 @@ class BlockPrefill:
         weights = None
         if call.options.get("output_attentions") and self._returns_weights:
             ones = torch.eye(key.shape[2], dtype=key.dtype, device=key.device).expand(*key.shape[:2], -1, -1)
-            weights = torch.stack([attend_to_blocks(*part, ones, "gather") for part in parts]).sum(0)
+            weights = torch.stack([attend_to_blocks(*part, ones, "gather", self._completes) for part in parts]).sum(0)
         return out.transpose(1, 2).contiguous(), weights
 
     def _grid(self, visible: Visible, first_slot: int) -> Grid | None:

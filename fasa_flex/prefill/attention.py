@@ -153,11 +153,9 @@ def _by_gather(
             keys, values, mask = _with_means(means, m, keys, values, mask)
         if softmax.plain:
             out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=softmax.scaling)
-        elif means is None:
-            logits = softmax.logits(dot_rows(grouped, keys)).masked_fill(~mask, -torch.inf)
         else:
-            logits = softmax.logits(dot_rows(grouped, keys)) + mask
-        if not softmax.plain:
+            logits = softmax.logits(dot_rows(grouped, keys))
+            logits = logits.masked_fill(~mask, -torch.inf) if means is None else logits + mask
             out = (logits.softmax(-1).to(values.dtype)) @ values
         out = out.unflatten(2, (members, -1)).flatten(1, 2)
         if softmax.sinks is not None:
@@ -195,8 +193,6 @@ def _by_flex(
 
     count, listed = by_head(lists.count).contiguous(), by_head(lists.listed)
     diagonal = lists.diagonal.unsqueeze(1).unsqueeze(3).expand(batch, query_heads, -1, 1)
-    # both lists are equally wide: a GPU's kernel finds full blocks by the strides of the partial ones (torch 2.11), and
-    # the CPU's needs an entry for each block of keys
     start = (BLOCK * grid.first).int().expand(batch).contiguous()
     partial, n_partial, read, begin, n_keys = diagonal, torch.ones_like(count), None, None, grid.n_keys
     if means is not None:  # blocks of means follow the blocks of keys
@@ -211,6 +207,8 @@ def _by_flex(
         partial = torch.cat([diagonal, behind.expand(*diagonal.shape[:3], -1)], dim=3)
         n_partial = n_partial + (lists.diagonal[:, None].expand_as(count) + BLOCK - 1) // BLOCK
         n_keys += blocks
+    # both lists are equally wide: a GPU's kernel finds full blocks by the strides of the partial ones (torch 2.11), and
+    # the CPU's needs an entry for each block of keys
     width = max(listed.shape[3], partial.shape[3]) if query.is_cuda else n_keys
     listed, partial = (F.pad(each, (0, width - each.shape[3])).contiguous() for each in (listed, partial))
     masked = (n_partial.contiguous(), partial, count, listed, start, read, begin)
