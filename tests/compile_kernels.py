@@ -17,8 +17,8 @@ TARGET = GPUTarget("cuda", 90, 32)
 SHAPE = {"GROUP": 4, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "VALUE_DIM": 128, "VALUE_PAD": 128}
 SHAPE |= {"KV_HEADS": 8, "KEY_STRIDE": 256, "VALUE_STRIDE": 256}
 SHAPE |= {"WIDTH": 32, "PART": 32, "PART_PAD": 32, "PARTS_PAD": 16, "WANTED_PAD": 256, "BLOCK": 128, "OVERLAP": True}
-SHAPE |= {"HEADS": 8, "FOLD": 1, "STAGES": 2, "NATIVE": False, "TILE": 16, "CHUNK": 1024, "SEGMENTS": 16}
-SHAPE |= {"PAGE": 0, "PAGED": False}
+SHAPE |= {"HEADS": 8, "FOLD": 1, "STAGES": 2, "INTEGER": False, "NATIVE": False, "TILE": 16}
+SHAPE |= {"CHUNK": 1024, "SEGMENTS": 16, "PAGE": 0, "PAGED": False}
 POINTERS = dict.fromkeys(("query", "key", "value", "keys", "values", "packed", "sinks", "out", "means"), "*bf16")
 POINTERS |= dict.fromkeys(("units", "masses", "shift", "weights", "mean_key"), "*fp32")
 POINTERS |= dict.fromkeys(("sums", "results", "key_sum", "value_sum", "product"), "*fp32")
@@ -44,7 +44,8 @@ ABSENT = {"table": "PAGE", "states": "PAGED", "weights": "WEIGHTED", "shift": "S
 """Tensors in whose place the query is passed if the constant says that there is none."""
 
 FOUR_BITS = {"PART": 16, "PART_PAD": 16, "SCALED": True}
-FOLDED = {"FOLD": 2, "HEADS": 4, "STAGES": 4, "BLOCK": 256}
+WHOLE = {**FOUR_BITS, "PART_PAD": 32, "INTEGER": True}
+FOLDED = {"FOLD": 4, "HEADS": 4, "STAGES": 4, "BLOCK": 256}
 
 
 def compiles(
@@ -75,19 +76,20 @@ def main() -> None:
     plain = {"SCALED": False, "WEIGHTED": False, "SHIFTED": False, "CAPPED": False}
     all_of_it = {"WEIGHTED": True, "SHIFTED": True, "CAPPED": True}
     compiles(kernels.sum_keys, SAMPLED=False, **plain)
-    compiles(kernels.sum_keys, ("keys", "*i8"), SAMPLED=True, SCALED=True, **all_of_it)
+    compiles(kernels.sum_keys, ("keys", "*i8"), SAMPLED=True, SCALED=True, INTEGER=True, **all_of_it)
     for how, sums in (("softmax", False), ("softmax", True), ("max", False), ("mean", True)):
         compiles(kernels.score_keys, HOW=how, SUMS=sums, FORCED=False, **plain)
     marked = {"FORCED": True, "HOW": "softmax", "SUMS": True}
-    compiles(kernels.score_keys, ("keys", "*i8"), SCALED=True, **all_of_it, **marked, **FOLDED)
-    for native in (False, True):
-        four = {**FOUR_BITS, "NATIVE": native}
+    compiles(kernels.score_keys, ("keys", "*i8"), SCALED=True, INTEGER=True, **all_of_it, **marked, **FOLDED)
+    for four in (FOUR_BITS, WHOLE, {**WHOLE, "NATIVE": True}):
         compiles(kernels.sum_keys, ("keys", "*u8"), SAMPLED=True, **{**plain, **four})
-        compiles(kernels.score_keys, ("keys", "*u8"), **{**plain, **four}, **marked, **FOLDED)
+        compiles(kernels.score_keys, ("keys", "*u8"), **{**plain, **four}, **marked)
+        if "INTEGER" in four:
+            compiles(kernels.score_keys, ("keys", "*u8"), **{**plain, **four}, **marked, **FOLDED)
     for page in (20, 256):
-        four = {**plain, **FOUR_BITS, "PAGE": page}
+        four = {**plain, **WHOLE, "PAGE": page}
         compiles(kernels.sum_keys, ("keys", "*u8"), SAMPLED=True, **four)
-        compiles(kernels.score_keys, ("keys", "*u8"), **four, **marked, **FOLDED)
+        compiles(kernels.score_keys, ("keys", "*u8"), **{**four, **FOLDED}, **marked)
         compiles(kernels.attend_rows, ("packed", "*u8"), SELECTS=True, COMPLETES=True, **four)
         compiles(kernels.write_states, ("packed", "*u8"), **four, CENTRED=True, COUNTED=True, asserts=True)
         sizes = {"PART": 128, "PARTS": 1, "BLOCK": 64, "PAGE": page}
@@ -98,7 +100,8 @@ def main() -> None:
         compiles(kernels.list_keys, TILE=tile, BLOCK=512, SOME=1024 // tile)
     compiles(kernels.select_keys, warps=8)
     for selects in (False, True):
-        four = {**plain, **FOUR_BITS, "NATIVE": selects, "COMPLETES": True, "SELECTS": selects, "CAPPED": selects}
+        four = {**plain, **(WHOLE if selects else FOUR_BITS), "NATIVE": selects}
+        four |= {"COMPLETES": True, "SELECTS": selects, "CAPPED": selects}
         compiles(kernels.attend_rows, ("packed", "*u8"), BLOCK=16, **four)
         compiles(kernels.attend_rows, COMPLETES=False, SELECTS=selects, warps=8, **plain)
     for sunk, capped in ((False, False), (True, True)):

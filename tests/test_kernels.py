@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from fasa_flex import FasaCache, FasaConfig, enable, fasa_attention
 from fasa_flex.backends.table import BACKENDS, ORDER
+from fasa_flex.backends.triton import dispatch
 from fasa_flex.backends.triton.dispatch import decode_by_kernels, in_rows
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.completion import Completion, CompletionState
@@ -127,11 +128,12 @@ def rows_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fasa_flex.core.packed_keys.tile_of", lambda device: 1)
 
 
-def assert_equals_the_oracle(step: Step, held: bool) -> None:
+def assert_equals_the_oracle(step: Step, held: bool, dtype: torch.dtype = torch.float32) -> None:
     heads = step.kv_heads * step.group
     q = step.sharp * integers(step.batch, heads, 1, step.dim, seed=1, limit=step.limit)
     k = integers(step.batch, step.kv_heads, step.length, step.dim, seed=2, limit=step.limit)
     v = torch.randn(step.batch, step.kv_heads, step.length, step.dim, generator=generator(3))
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     chunks = pick_chunks(step.kv_heads, step.n_tip, dim=step.dim)
     sinks = torch.randn(heads, generator=generator(4)) if step.sinks else None
     real = torch.rand(step.batch, step.length, generator=generator(5)) >= step.masked
@@ -166,7 +168,8 @@ def assert_equals_the_oracle(step: Step, held: bool) -> None:
         bits={"int4": 4, "int8": 8}.get(step.packed),
         strength=step.strength,
     )
-    np.testing.assert_allclose(out.numpy(), expected.out, atol=1e-5, rtol=1e-6 * step.sharp)
+    atol = 1e-5 if dtype == torch.float32 else 4e-3
+    np.testing.assert_allclose(out.numpy(), expected.out, atol=atol, rtol=1e-6 * step.sharp)
 
 
 @pytest.mark.parametrize("held", [False, True], ids=["at once", "FASA-M"])
@@ -214,6 +217,43 @@ def test_programs_of_several_blocks_rank_the_same(step: Step, monkeypatch: pytes
     for name, value in {"SCORE_PROGRAMS": 3, "SUM_BLOCK": 32, "MOST_SUMS": 3}.items():
         monkeypatch.setattr(ranking, name, value)
     assert_equals_the_oracle(step, held=False)
+
+
+HALF: dict[str, Any] = {**FULL, "mean": False}  # less a mean key, codes would be those of rounded numbers
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        Step(301, batch=2, group=3, n_fac=24, forced=3, masked=0.3, **HALF),
+        Step(1027, group=4, n_fac=16, how="mean", packed="int4"),
+        Step(99, group=1, dim=24, n_tip=3, packed="int4"),
+        Step(301, group=7, n_fac=0.1, how="softmax_exact", packed="int4"),
+        Step(200, group=8, sinks=True, softcap=1.5, weighted=True, how="softmax", packed="int8", strength=0.75),
+        Step(300, group=3, n_fac=24, masked=0.1, sharp=60.0, **{**HALF, "packed": "int8"}),
+    ],
+    ids=str,
+)
+def test_half_precision_multiplies_integers(step: Step) -> None:
+    """Ties stay ties: the queries are powers of two times their largest number."""
+    assert_equals_the_oracle(step, held=False, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [1, 4, 6])
+def test_integer_products_rank_as_exact_ones_but_for_near_ties(bits: int, group: int) -> None:
+    """A query's numbers are rounded to a 65000th of its largest one."""
+    draw = generator(bits + group)
+    q, k = (torch.randn(1, heads, length, 128, generator=draw).half() for heads, length in ((group, 1), (1, 3000)))
+    scorer = DominantChunks(pick_chunks(1, 32, dim=128).flatten(1), dtype=f"int{bits}")  # type: ignore[arg-type]
+    packed, everyone = PackedKeys.of(scorer.pack(k), scorer.dtype), torch.ones(1, 1, 1, 1, 3000, dtype=torch.bool)
+    call = Call(q, k, k, scorer, everyone, Budget(100), "max", Softmax(0.1), packed, None, Marks(None, None), None)
+    query, fields, _ = dispatch._arguments_of(call)
+    chosen = ops.select_slots(query, *fields)[0][0].long()
+    exact = (scorer.of_query(q)[0].double() @ packed.rows(3000)[0].double().mT).amax(-2)[0]
+    others = exact.clone()
+    others[chosen] = -torch.inf
+    assert exact[chosen].min() > others.max() - 1e-4 * exact.std()
 
 
 def test_int8_keys_are_scored_with_their_scales() -> None:

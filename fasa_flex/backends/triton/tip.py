@@ -21,8 +21,8 @@ SUM_BLOCK, MOST_SUMS, SUM_WARPS, SUM_STAGES = 256, 64, 4, 2
 SCORE_BLOCK, SCORE_WARPS, SCORE_STAGES, SCORE_PROGRAMS, MOST_STEPS = 256, 4, 4, 512, 16
 """Keys, warps and pipeline stages of a program, and limits of their numbers (`evals.bench.kernels` times others)."""
 
-SCORE_REGISTERS = 96
-"""Most registers of a thread of `score_keys` on four-bit keys: a multiprocessor then runs five programs, not four."""
+FOLD = 4
+"""Four-bit or eight-bit keys in a row of a matrix product."""
 
 TILE, LIST_TILES, LIST_KEYS, LIST_WARPS, LIST_PROGRAMS, MOST_SEGMENTS = 16, 1024, 1024, 4, 256, 16
 """Keys of a tile, whose maximum is compared before its keys; tiles, then keys, that a program which lists keys reads at
@@ -101,15 +101,16 @@ class Tip(NamedTuple):
         """Whether weights are computed, relative to the mass of `sample`."""
         return self.how == "softmax" or self.completes
 
-    @property
-    def layout(self) -> tuple[int, int, int]:
-        """WIDTH, PART and PART_PAD of the kernels: dimensions of a packed key, its elements, and these padded."""
-        return self.dims.shape[1], self.packed.shape[3], power_of_two(self.packed.shape[3], 16)
+    def layout(self, query: Tensor) -> tuple[int, int, int, bool, bool]:
+        """WIDTH, PART, PART_PAD, INTEGER and NATIVE of the kernels.
 
-    def native(self, query: Tensor) -> bool:
-        """Whether the kernels unpack four-bit codes by NVIDIA's instructions, for queries in half precision."""
-        here = query.is_cuda and torch.version.hip is None and query.element_size() == 2
-        return here and self.packed.dtype == torch.uint8
+        These are dimensions of a packed key, its elements, and these padded; whether products are of integers, as they
+        are for queries in half precision; and whether codes are unpacked by NVIDIA's instructions.
+        """
+        integer = self.scales is not None and query.element_size() == 2
+        native = integer and query.is_cuda and torch.version.hip is None
+        part = self.packed.shape[3]
+        return self.dims.shape[1], part, power_of_two(part, 32 if integer else 16), integer, native
 
     @property
     def sums(self) -> tuple[int, int]:
@@ -215,7 +216,7 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
     """Rank all keys for a query [B, Hq, 1, D], contiguous."""
     batch, query_heads, _, dim = query.shape
     kv_heads, kv_len, packed, capacity = tip.dims.shape[0], tip.kv_len, tip.packed, tip.capacity
-    group, rows, (width, part, part_pad) = query_heads // kv_heads, batch * kv_heads, tip.layout
+    group, rows, (width, part, part_pad, integer, native) = query_heads // kv_heads, batch * kv_heads, tip.layout(query)
     units, masses = unit_and_mass(query, tip)
     block, blocks, steps = tip.scores(rows)
     parts, sum_steps = tip.sums
@@ -224,7 +225,7 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
     maxima = order if tip.tile == 1 else torch.empty(rows, blocks * block // tip.tile, **integers)
     bins = (torch.empty if parts else torch.zeros)(rows, BINS.value, **integers)  # `sum_keys` empties the bins
     overlap, launch = overlapping(query.device)
-    native, softcap, table = tip.native(query), tip.softcap or 1.0, _or(tip.table, query)
+    softcap, table = tip.softcap or 1.0, _or(tip.table, query)
     inputs = query, tip.dims, _or(tip.weights, query), packed, _or(tip.scales, query), _or(tip.shift, query)
     has = tip.scales is not None, tip.weights is not None, tip.shift is not None, tip.softcap is not None
     if parts:
@@ -233,18 +234,15 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
             *inputs, tip.valid, sample, units, bins, table, kv_len, 0 if tip.sample is None else sample.shape[1],
             _stride(tip.valid), _stride(sample), capacity, sum_steps, tip.scaling, softcap,
             group, power_of_two(group, 8), dim, width, part, part_pad, SUM_BLOCK, *has, tip.sample is not None,
-            native, tip.page, kv_heads, overlap, num_warps=SUM_WARPS, num_stages=SUM_STAGES, **launch,
+            integer, native, tip.page, kv_heads, overlap, num_warps=SUM_WARPS, num_stages=SUM_STAGES, **launch,
         )  # fmt: skip
-    folds = tip.scales is not None and group <= 4 and tip.page % 2 == 0  # float keys may hold NaN, which would spread
-    fold = 2 if folds else 1
-    forced, registers = _or(tip.forced, tip.valid), {"maxnreg": SCORE_REGISTERS} if native and SCORE_REGISTERS else {}
+    forced, fold = _or(tip.forced, tip.valid), FOLD if integer and group <= 4 and tip.page % FOLD == 0 else 1
     score_keys[(parts_of(blocks, steps), rows)](
         *inputs, tip.valid, forced, units, order, maxima, bins, masses, table, kv_len,
         _stride(tip.valid), _stride(forced), capacity, blocks, steps, parts, tip.scaling, softcap,
-        group, power_of_two(group, 8 // fold), fold, dim, width, part, part_pad, block, tip.tile,
-        power_of_two(max(1, parts)), *has, tip.forced is not None, tip.how, tip.completes, native,
-        SCORE_STAGES if block == SCORE_BLOCK else 2, tip.page, kv_heads, overlap, num_warps=SCORE_WARPS, **registers,
-        **launch,
+        group, power_of_two(group, 4 if integer else 8), fold, dim, width, part, part_pad, block, tip.tile,
+        power_of_two(max(1, parts)), *has, tip.forced is not None, tip.how, tip.completes, integer, native,
+        SCORE_STAGES if block == SCORE_BLOCK else 2, tip.page, kv_heads, overlap, num_warps=SCORE_WARPS, **launch,
     )  # fmt: skip
     return Ranking(order, maxima, bins, units, masses)
 
@@ -270,8 +268,9 @@ def listed(ranking: Ranking, tip: Tip) -> Listed:
 def completing(query: Tensor, tip: Tip, units: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The arguments of the kernel `attend_rows` that score the selected keys again: its tensors, and its constants."""
     inputs = tip.dims, _or(tip.weights, query), tip.packed, _or(tip.scales, query), _or(tip.shift, query)
-    has = tip.scales is not None, tip.weights is not None, tip.shift is not None, tip.native(query)
-    return (*inputs, units), (*tip.layout, power_of_two(max(1, units.shape[1])), *has)
+    has = tip.scales is not None, tip.weights is not None, tip.shift is not None
+    *sizes, integer, native = tip.layout(query)
+    return (*inputs, units), (*sizes, power_of_two(max(1, units.shape[1])), *has, integer, native)
 
 
 def _stride(rows: Tensor) -> int:

@@ -6,7 +6,14 @@ import triton
 import triton.language as tl
 
 from fasa_flex.backends.triton.kernels.launching import begin_in_turn
-from fasa_flex.backends.triton.kernels.products import both_queries, capped, dot_products, logits_of, packed_row
+from fasa_flex.backends.triton.kernels.products import (
+    both_queries,
+    capped,
+    dot_products,
+    first_row,
+    logits_of,
+    packed_row,
+)
 from fasa_flex.backends.triton.kernels.scoring import MOST, unit_of
 from fasa_flex.backends.triton.kernels.selection import select_keys
 
@@ -75,8 +82,8 @@ def attend_rows(
     BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, CAPPED: tl.constexpr,
     dims, weights, packed, scales, shift, units, table, capacity, stride, parts,
     WIDTH: tl.constexpr, PART: tl.constexpr, PART_PAD: tl.constexpr, PARTS_PAD: tl.constexpr, SCALED: tl.constexpr,
-    WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, NATIVE: tl.constexpr, COMPLETES: tl.constexpr,
-    CHUNK: tl.constexpr, SELECTS: tl.constexpr, PAGE: tl.constexpr, OVERLAP: tl.constexpr,
+    WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, INTEGER: tl.constexpr, NATIVE: tl.constexpr,
+    COMPLETES: tl.constexpr, CHUNK: tl.constexpr, SELECTS: tl.constexpr, PAGE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """FAC over ``span`` of a key/value head's ``width`` slots; `merge_parts` merges the parts.
 
@@ -87,8 +94,8 @@ def attend_rows(
     row, part, head = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, GROUP_PAD)
     # all that is read before `begin_in_turn` is older than the results of the kernel before
     if COMPLETES:
-        lower, upper = both_queries(
-            query, dims, weights, row, GROUP, GROUP_PAD, 1, DIM, WIDTH, PART, PART_PAD, WEIGHTED, NATIVE, KV_HEADS
+        lower, upper, step = both_queries(
+            query, dims, weights, row, GROUP, GROUP_PAD, 1, DIM, WIDTH, PART, PART_PAD, WEIGHTED, INTEGER, KV_HEADS
         )  # fmt: skip
         unit = unit_of(units, row, parts, PARTS_PAD, GROUP, GROUP_PAD)
     queries = _queries(query, row, GROUP, GROUP_PAD, DIM, DIM_PAD)
@@ -101,6 +108,9 @@ def attend_rows(
             first, last, CHUNK, False,
         )  # fmt: skip
         tl.debug_barrier()  # other threads read the slots
+    if COMPLETES:
+        begun = first_row(row, capacity, PAGE)
+        packed, scales = packed + begun * PART, scales + begun
     best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
     kept = tl.zeros([GROUP_PAD], tl.float32)
@@ -128,7 +138,8 @@ def attend_rows(
                 factor = factor.to(tl.float32)[:, None]
             if SHIFTED:
                 added = tl.load(shift + row * GROUP + head, mask=head < GROUP, other=0.0)[None, :]
-            logits = dot_products(key, lower, upper, WIDTH, PART, NATIVE)
+            logits = dot_products(key, lower, upper, step, WIDTH, PART, GROUP_PAD, 1, INTEGER, NATIVE)
+            logits = tl.reshape(logits, (BLOCK, GROUP_PAD))
             logits = logits_of(logits, factor, added, scaling, softcap, SCALED, SHIFTED, CAPPED) - unit[None, :]
             kept += tl.sum(tl.where(real[:, None], tl.exp2(tl.minimum(logits, MOST)), 0.0), 0)
         best, total, result = _attend_block(

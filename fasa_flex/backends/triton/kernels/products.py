@@ -7,14 +7,23 @@ import triton.language as tl
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
+_LEAST = tl.constexpr(1e-30)
+"""Less than the largest number of a query that matters."""
+
+
+@triton.jit
+def first_row(row, capacity, PAGE: tl.constexpr):
+    """The row of packed keys from which `packed_row` counts, in a buffer of ``capacity`` slots for each head."""
+    return 0 if PAGE > 0 else row * capacity
+
 
 @triton.jit
 def packed_row(slot, table, row, capacity, PAGE: tl.constexpr, KV_HEADS: tl.constexpr):
-    """The row of a key/value head's packed keys in slots, in a buffer of ``capacity`` slots for each head.
+    """The row of a key/value head's packed keys in slots, from `first_row` on.
 
     With ``PAGE``, their blocks are listed in ``table``, ``capacity`` for each batch row.
     """
-    place = row * capacity + slot
+    place = slot
     if PAGE > 0:  # Triton 3.6 compiles what follows a return in such a branch
         listed = tl.minimum(tl.maximum(slot, 0) // PAGE, capacity - 1)  # what is read of other slots is masked
         block = tl.load(table + (row // KV_HEADS) * capacity + listed)
@@ -29,22 +38,16 @@ def capped(logits, softcap):
 
 
 @triton.jit
-def scoring_queries(
+def _scoring_queries(
     query, dims, weights, row, FROM: tl.constexpr,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    PART: tl.constexpr, PART_PAD: tl.constexpr, WEIGHTED: tl.constexpr, KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
+    PART_PAD: tl.constexpr, WEIGHTED: tl.constexpr, KV_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """A group's weighted queries in ``PART`` of the scored dimensions: [FOLD * PART_PAD, FOLD * HEADS].
-
-    ``FOLD`` keys are one row of a matrix product, so that the tensor cores compute no scores of padding heads: each key
-    has its own rows and columns here, and the others are 0.
-    """
-    at, column = tl.arange(0, FOLD * PART_PAD), tl.arange(0, FOLD * HEADS)
-    dim, head = at % PART_PAD, column % HEADS
-    own = (at // PART_PAD)[:, None] == (column // HEADS)[None, :]
+    """A group's weighted queries in ``PART`` of the scored dimensions: [PART_PAD, HEADS]."""
+    dim, head = tl.arange(0, PART_PAD), tl.arange(0, HEADS)
     place, real = (row % KV_HEADS) * WIDTH + FROM + dim, dim < PART
     place_of = query + (row * GROUP + head[None, :]) * DIM + tl.load(dims + place, mask=real, other=0)[:, None]
-    queries = tl.load(place_of, mask=own & (head < GROUP)[None, :] & real[:, None], other=0)
+    queries = tl.load(place_of, mask=(head < GROUP)[None, :] & real[:, None], other=0)
     if WEIGHTED:  # rounded as in PyTorch
         weight = tl.load(weights + place, mask=real, other=0).to(queries.dtype)
         queries = (queries.to(tl.float32) * weight.to(tl.float32)[:, None]).to(queries.dtype)
@@ -52,23 +55,52 @@ def scoring_queries(
 
 
 @triton.jit
+def _digits(queries, step, FOLD: tl.constexpr):
+    """Queries [K, HEADS] in units of ``step`` as integers of two digits to the base 256, the higher ones first.
+
+    ``FOLD`` keys are one row of a matrix product. Each has its own rows and columns in the result [FOLD * K, HEADS *
+    FOLD * 2], and the others are 0, so that a thread of the tensor cores' result has all heads of a key.
+    """
+    scaled = queries.to(tl.float32) / step[None, :]
+    number = (scaled + tl.where(scaled < 0, -0.5, 0.5)).to(tl.int32)
+    higher = (number + 128) >> 8
+    digits = tl.join(higher, number - (higher << 8)).to(tl.int16)
+    SIZE: tl.constexpr = queries.shape[0]
+    HEADS: tl.constexpr = queries.shape[1]
+    if FOLD > 1:
+        own = tl.arange(0, FOLD)[:, None] == tl.arange(0, FOLD)[None, :]
+        own = tl.reshape(own.to(tl.int16), (FOLD, 1, 1, FOLD, 1))
+        digits = tl.reshape(digits, (1, SIZE, HEADS, 1, 2)) * own
+    digits = tl.reshape(digits, (FOLD * SIZE, HEADS * FOLD * 2))
+    return digits.to(tl.int8)  # of a reshaped operand of a product Triton 3.7 makes an illegal shared layout
+
+
+@triton.jit
 def both_queries(
     query, dims, weights, row,
     GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    PART: tl.constexpr, PART_PAD: tl.constexpr, WEIGHTED: tl.constexpr, NATIVE: tl.constexpr, KV_HEADS: tl.constexpr,
+    PART: tl.constexpr, PART_PAD: tl.constexpr, WEIGHTED: tl.constexpr, INTEGER: tl.constexpr, KV_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """`scoring_queries` for the low and for the high bits of a packed byte; equal if a byte is one number."""
-    lower = scoring_queries(
-        query, dims, weights, row, 0, GROUP, HEADS, FOLD, DIM, WIDTH, PART, PART_PAD, WEIGHTED, KV_HEADS
+    """A group's queries for the low and for the high bits of a packed byte, and a factor of products [1, HEADS, 1].
+
+    Both are equal if a byte is one number. With ``INTEGER`` they are `_digits`, as fine as a head's largest number is.
+    """
+    lower = _scoring_queries(
+        query, dims, weights, row, 0, GROUP, HEADS, DIM, WIDTH, PART, PART_PAD, WEIGHTED, KV_HEADS
     )  # fmt: skip
     upper = lower
     if PART < WIDTH:
-        upper = scoring_queries(
-            query, dims, weights, row, PART, GROUP, HEADS, FOLD, DIM, WIDTH, PART, PART_PAD, WEIGHTED, KV_HEADS
+        upper = _scoring_queries(
+            query, dims, weights, row, PART, GROUP, HEADS, DIM, WIDTH, PART, PART_PAD, WEIGHTED, KV_HEADS
         )  # fmt: skip
-        if NATIVE:  # the high code is unpacked times 16
-            lower, upper = lower.to(tl.float16), (upper.to(tl.float32) * 0.0625).to(tl.float16)
-    return lower, upper
+    factor = tl.full([HEADS], 1.0, tl.float32)
+    if INTEGER:
+        most = tl.maximum(tl.max(tl.abs(lower.to(tl.float32)), 0), tl.max(tl.abs(upper.to(tl.float32)), 0))
+        factor = tl.maximum(most, _LEAST) / 32512  # 127 * 256
+        lower, upper = _digits(lower, factor, FOLD), _digits(upper, factor, FOLD)
+        if PART < WIDTH:  # codes are unpacked times 16
+            factor *= 0.0625
+    return lower, upper, factor[None, :, None]
 
 
 @triton.jit
@@ -79,43 +111,49 @@ def _unpacked(key, dtype: tl.constexpr):
 
 @triton.jit
 def _unpacked_natively(key):
-    """`_unpacked` to float16, the high code times 16, four bytes at once.
-
-    The bits of a code become the last bits of a float16 number from 1024 on, from which that offset is subtracted.
-    """
+    """`_unpacked` to int8, times 16, four bytes at once: with its first bit flipped a code is a signed number."""
     return tl.inline_asm_elementwise(
         """{
-        .reg .b32 first, second, low, high;
-        prmt.b32 first, $4, 0, 0x4140;
-        prmt.b32 second, $4, 0, 0x4342;
-        mov.b32 low, 0x64086408;
-        mov.b32 high, 0x64806480;
-        lop3.b32 $0, first, 0x000f000f, 0x64006400, 0xea;
-        lop3.b32 $1, second, 0x000f000f, 0x64006400, 0xea;
-        lop3.b32 $2, first, 0x00f000f0, 0x64006400, 0xea;
-        lop3.b32 $3, second, 0x00f000f0, 0x64006400, 0xea;
-        sub.f16x2 $0, $0, low;
-        sub.f16x2 $1, $1, low;
-        sub.f16x2 $2, $2, high;
-        sub.f16x2 $3, $3, high;
+        .reg .b32 low;
+        shl.b32 low, $2, 4;
+        lop3.b32 $0, low, 0xf0f0f0f0, 0x80808080, 0x6a;
+        lop3.b32 $1, $2, 0xf0f0f0f0, 0x80808080, 0x6a;
         }""",
-        "=&r,=&r,=&r,=&r,r",
+        "=r,=r,r",
         [key],
-        dtype=(tl.float16, tl.float16),
+        dtype=(tl.int8, tl.int8),
         is_pure=True,
         pack=4,
     )
 
 
 @triton.jit
-def dot_products(key, lower, upper, WIDTH: tl.constexpr, PART: tl.constexpr, NATIVE: tl.constexpr):
-    """Scores of packed keys before scale and shift: [N, M] of keys [N, K] and `both_queries` [K, M]."""
-    if PART == WIDTH:
-        score = tl.dot(key.to(lower.dtype), lower, input_precision="ieee")
+def dot_products(
+    key, lower, upper, factor, WIDTH: tl.constexpr, PART: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr,
+    INTEGER: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Scores of packed keys before scale and shift: [N, HEADS, FOLD] of keys [N, K] and `both_queries`."""
+    if INTEGER:
+        if PART == WIDTH:
+            digits = tl.dot(key, lower, out_dtype=tl.int32)
+        else:
+            if NATIVE:
+                low, high = _unpacked_natively(key)
+            else:
+                low, high = _unpacked(key, tl.int8)
+                low, high = low * 16, high * 16
+            digits = tl.dot(low, lower, out_dtype=tl.int32)
+            digits = tl.dot(high, upper, digits, out_dtype=tl.int32)
+        first, second = tl.split(tl.reshape(digits, (key.shape[0], HEADS, FOLD, 2)))
+        score = (first * 256 + second).to(tl.float32) * factor
     else:
-        low, high = _unpacked_natively(key) if NATIVE else _unpacked(key, lower.dtype)
-        score = tl.dot(low, lower, input_precision="ieee")
-        score = tl.dot(high, upper, score, input_precision="ieee")
+        if PART == WIDTH:
+            score = tl.dot(key.to(lower.dtype), lower, input_precision="ieee")
+        else:
+            low, high = _unpacked(key, lower.dtype)
+            score = tl.dot(low, lower, input_precision="ieee")
+            score = tl.dot(high, upper, score, input_precision="ieee")
+        score = tl.reshape(score, (key.shape[0], HEADS, FOLD))
     return score
 
 

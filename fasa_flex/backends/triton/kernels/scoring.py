@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fasa_flex.backends.triton.kernels.launching import begin_in_turn
 from fasa_flex.backends.triton.kernels.orders import BINS, FIRST, LOWEST, bin_of, order_of
-from fasa_flex.backends.triton.kernels.products import both_queries, dot_products, logits_of, packed_row
+from fasa_flex.backends.triton.kernels.products import both_queries, dot_products, first_row, logits_of, packed_row
 
 _SMALL, _LARGE = tl.constexpr(8e-31), tl.constexpr(3e34)
 """Sums of weights, e^-69 and e^79, between which floats neither underflow nor overflow."""
@@ -48,8 +48,8 @@ def sum_keys(
     sample_stride, capacity, steps, scaling, softcap,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
     PART_PAD: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr,
-    CAPPED: tl.constexpr, SAMPLED: tl.constexpr, NATIVE: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    CAPPED: tl.constexpr, SAMPLED: tl.constexpr, INTEGER: tl.constexpr, NATIVE: tl.constexpr, PAGE: tl.constexpr,
+    KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The base-2 log-sum-exps of the logits of ``steps`` blocks of keys, for each query head of a group.
 
@@ -61,12 +61,14 @@ def sum_keys(
     for start in range(part * BLOCK, BINS, tl.num_programs(0) * BLOCK):
         tl.store(bins + row * BINS + start + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.int32))
     dim, head = tl.arange(0, PART_PAD), tl.arange(0, HEADS)
-    lower, upper = both_queries(
-        query, dims, weights, row, GROUP, HEADS, 1, DIM, WIDTH, PART, PART_PAD, WEIGHTED, NATIVE, KV_HEADS
+    lower, upper, unit = both_queries(
+        query, dims, weights, row, GROUP, HEADS, 1, DIM, WIDTH, PART, PART_PAD, WEIGHTED, INTEGER, KV_HEADS
     )  # fmt: skip
     added = 0.0
     if SHIFTED:
         added = tl.load(shift + row * GROUP + head, mask=head < GROUP, other=0.0)[None, :]
+    begun = first_row(row, capacity, PAGE)
+    keys, scales = keys + begun * PART, scales + begun
     best = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     for step in range(steps):
@@ -87,7 +89,8 @@ def sum_keys(
         factor = 1.0
         if SCALED:
             factor = tl.load(scales + place, mask=real, other=0).to(tl.float32)[:, None]
-        score = dot_products(key, lower, upper, WIDTH, PART, NATIVE)
+        score = dot_products(key, lower, upper, unit, WIDTH, PART, HEADS, 1, INTEGER, NATIVE)
+        score = tl.reshape(score, (BLOCK, HEADS))
         logits = logits_of(score, factor, added, scaling, softcap, SCALED, SHIFTED, CAPPED)
         best, total = _add_mass(tl.where(real[:, None], logits, float("-inf")), best, total)
     place = units + (row * tl.num_programs(0) + part) * GROUP + head
@@ -96,21 +99,21 @@ def sum_keys(
 
 @triton.jit
 def _mixed(logits, FAR: tl.constexpr):
-    """Weights of base-2 logits [N, FOLD, HEADS], and a number [N, FOLD] in the order of their sum over the heads.
+    """Weights of base-2 logits [N, HEADS, FOLD], and a number [N, FOLD] in the order of their sum over the heads.
 
     Only with ``FAR`` a sum may lie beyond ``_SMALL`` and ``_LARGE``: weights are then limited to 2^115, and a number
     beyond the limits is the sum's logarithm, scaled to stay in order.
     """
     if FAR:
-        best = tl.max(logits, 2)
+        best = tl.max(logits, 1)
         beyond = best - tl.minimum(tl.maximum(best, -MOST), MOST)
         weights = tl.exp2(tl.minimum(logits, MOST))
-        total = tl.sum(tl.exp2(logits - beyond[:, :, None]), 2)
+        total = tl.sum(tl.exp2(logits - beyond[:, None, :]), 1)
         log = beyond + tl.log2(total)
         number = tl.where(log < 8.0 - MOST, log, tl.where(log > MOST, log * 1e33, total))
     else:
         weights = tl.exp2(logits)
-        number = tl.sum(weights, 2)
+        number = tl.sum(weights, 1)
     return weights, number
 
 
@@ -126,16 +129,16 @@ def _marks_of(valid, forced, block, kv_len, BLOCK: tl.constexpr, FORCED: tl.cons
 
 @triton.jit
 def _rank_block(
-    keys, scales, table, row, capacity, mark, order, maxima, lower, upper, added, unit, kv_len, block, scaling, softcap,
-    sums, seen,
+    keys, scales, table, row, capacity, mark, order, maxima, lower, upper, unit, added, mass, kv_len, block, scaling,
+    softcap, sums, seen,
     GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
     PART_PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
-    CAPPED: tl.constexpr, FORCED: tl.constexpr, HOW: tl.constexpr, SUMS: tl.constexpr, NATIVE: tl.constexpr,
-    FAR: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr,
+    CAPPED: tl.constexpr, FORCED: tl.constexpr, HOW: tl.constexpr, SUMS: tl.constexpr, INTEGER: tl.constexpr,
+    NATIVE: tl.constexpr, FAR: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Rank a block of keys: write their orders and the maximum of each of its tiles; ``mark``: `_marks_of`.
 
-    Returns ``sums`` plus the weights of the valid keys [BLOCK // FOLD, FOLD, HEADS], and ``seen`` [BLOCK] plus the
+    Returns ``sums`` plus the weights of the valid keys [BLOCK // FOLD, HEADS, FOLD], and ``seen`` [BLOCK] plus the
     number of valid keys, and ``_AGAIN`` for each for which ``FAR`` has to be set.
     """
     ROWS: tl.constexpr = BLOCK // FOLD
@@ -150,19 +153,19 @@ def _rank_block(
     factor = 1.0
     if SCALED:
         scale = tl.load(scales + packed_row(slot, table, row, capacity, PAGE, KV_HEADS), mask=inside, other=0)
-        factor = tl.reshape(scale, (ROWS, FOLD)).to(tl.float32)[:, :, None]
+        factor = tl.reshape(scale, (ROWS, 1, FOLD)).to(tl.float32)
     real = mark != 0
     seen += tl.where(real, 1, 0)
-    score = tl.reshape(dot_products(key, lower, upper, WIDTH, PART, NATIVE), (ROWS, FOLD, HEADS))
+    score = dot_products(key, lower, upper, unit, WIDTH, PART, HEADS, FOLD, INTEGER, NATIVE)
     if SUMS or HOW == "softmax":
-        logits = logits_of(score, factor, added, scaling, softcap, SCALED, SHIFTED, CAPPED) - unit[None, None, :]
+        logits = logits_of(score, factor, added, scaling, softcap, SCALED, SHIFTED, CAPPED) - mass[None, :, None]
         weights, number = _mixed(logits, FAR)
         number = tl.reshape(number, (BLOCK,))
         if not FAR:
             near = (number < _LARGE) & ((number > _SMALL) | (HOW != "softmax"))
             seen += tl.where(real & ~near, _AGAIN, 0)
         if SUMS:
-            sums += tl.where(tl.reshape(real.to(tl.int8), (ROWS, FOLD))[:, :, None] > 0, weights, 0.0)
+            sums += tl.where(tl.reshape(real.to(tl.int8), (ROWS, 1, FOLD)) > 0, weights, 0.0)
     if HOW == "softmax":
         bits = order_of(number) if FAR else number.to(tl.int32, bitcast=True)
     else:
@@ -170,12 +173,12 @@ def _rank_block(
             score *= factor
         if SHIFTED:
             score += added
-        member = (tl.arange(0, HEADS) < GROUP)[None, None, :]
+        member = (tl.arange(0, HEADS) < GROUP)[None, :, None]
         if HOW == "mean":
-            number = tl.sum(tl.where(member, score, 0.0), 2) / GROUP
+            number = tl.sum(tl.where(member, score, 0.0), 1) / GROUP
         else:
-            number = tl.max(tl.where(member, score, float("-inf")), 2)
-            odd = tl.max((member & (score != score)).to(tl.int32), 2) > 0  # tl.max skips NaN, which has to rank first
+            number = tl.max(tl.where(member, score, float("-inf")), 1)
+            odd = tl.max((member & (score != score)).to(tl.int32), 1) > 0  # tl.max skips NaN, which has to rank first
             number = tl.where(odd, float("nan"), number)
         bits = order_of(tl.reshape(number, (BLOCK,)))
     if FORCED:
@@ -195,8 +198,8 @@ def score_keys(
     GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     PART: tl.constexpr, PART_PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PARTS_PAD: tl.constexpr,
     SCALED: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, CAPPED: tl.constexpr, FORCED: tl.constexpr,
-    HOW: tl.constexpr, SUMS: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr, PAGE: tl.constexpr,
-    KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
+    HOW: tl.constexpr, SUMS: tl.constexpr, INTEGER: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr,
+    PAGE: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """TIP for ``steps`` blocks of keys of one key/value head, in one pass, and with ``SUMS`` the sums of their weights.
 
@@ -208,44 +211,46 @@ def score_keys(
     if not WEIGHS:
         begin_in_turn(OVERLAP)
     row, program, head = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.arange(0, HEADS)
-    lower, upper = both_queries(
-        query, dims, weights, row, GROUP, HEADS, FOLD, DIM, WIDTH, PART, PART_PAD, WEIGHTED, NATIVE, KV_HEADS
+    lower, upper, unit = both_queries(
+        query, dims, weights, row, GROUP, HEADS, FOLD, DIM, WIDTH, PART, PART_PAD, WEIGHTED, INTEGER, KV_HEADS
     )  # fmt: skip
     added = 0.0
     if SHIFTED:
-        added = tl.load(shift + row * GROUP + head, mask=head < GROUP, other=0.0)[None, None, :]
-    unit = tl.zeros([HEADS], tl.float32)
+        added = tl.load(shift + row * GROUP + head, mask=head < GROUP, other=0.0)[None, :, None]
+    mass = tl.zeros([HEADS], tl.float32)
     if WEIGHS:  # the kernel before wrote the units alone, everything else is older
         begin_in_turn(OVERLAP)
-        unit = unit_of(units, row, parts, PARTS_PAD, GROUP, HEADS)
+        mass = unit_of(units, row, parts, PARTS_PAD, GROUP, HEADS)
+    begun = first_row(row, capacity, PAGE)
+    keys, scales = keys + begun * PART, scales + begun
     order += row * blocks * BLOCK
     maxima += row * blocks * (BLOCK // TILE)
     bins += row * BINS
     valid += (row // KV_HEADS) * valid_stride
     forced += (row // KV_HEADS) * forced_stride
-    sums = tl.zeros([BLOCK // FOLD, FOLD, HEADS], tl.float32)
+    sums = tl.zeros([BLOCK // FOLD, HEADS, FOLD], tl.float32)
     seen = tl.zeros([BLOCK], tl.int32)
     begun, ended = program * steps, tl.minimum(program * steps + steps, blocks)
     mark = _marks_of(valid, forced, begun, kv_len, BLOCK, FORCED)
     for block in tl.range(begun, ended, num_stages=STAGES):
         following = _marks_of(valid, forced, block + 1, kv_len, BLOCK, FORCED)  # loaded while this block is scored
         sums, seen = _rank_block(
-            keys, scales, table, row, capacity, mark, order, maxima, lower, upper, added, unit, kv_len, block, scaling,
-            softcap, sums, seen, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, TILE, SCALED, SHIFTED, CAPPED,
-            FORCED, HOW, SUMS, NATIVE, False, PAGE, KV_HEADS,
+            keys, scales, table, row, capacity, mark, order, maxima, lower, upper, unit, added, mass, kv_len, block,
+            scaling, softcap, sums, seen, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, TILE, SCALED, SHIFTED,
+            CAPPED, FORCED, HOW, SUMS, INTEGER, NATIVE, False, PAGE, KV_HEADS,
         )  # fmt: skip
         mark = following
     number, again = tl.sum(seen, 0), False
     if WEIGHS:
         again = number >= _AGAIN
     if again:
-        sums = tl.zeros([BLOCK // FOLD, FOLD, HEADS], tl.float32)
+        sums = tl.zeros([BLOCK // FOLD, HEADS, FOLD], tl.float32)
         for block in tl.range(begun, ended, num_stages=1):
             mark = _marks_of(valid, forced, block, kv_len, BLOCK, FORCED)
             sums, seen = _rank_block(
-                keys, scales, table, row, capacity, mark, order, maxima, lower, upper, added, unit, kv_len, block,
+                keys, scales, table, row, capacity, mark, order, maxima, lower, upper, unit, added, mass, kv_len, block,
                 scaling, softcap, sums, seen, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, TILE, SCALED, SHIFTED,
-                CAPPED, FORCED, HOW, SUMS, NATIVE, True, PAGE, KV_HEADS,
+                CAPPED, FORCED, HOW, SUMS, INTEGER, NATIVE, True, PAGE, KV_HEADS,
             )  # fmt: skip
     tl.debug_barrier()  # other threads read the maxima
     for start in range(
@@ -257,4 +262,4 @@ def score_keys(
     tl.atomic_add(bins, number % _AGAIN, sem="relaxed")
     if SUMS:
         place = masses + (row * tl.num_programs(0) + program) * GROUP + head
-        tl.store(place, tl.sum(tl.sum(sums, 0), 0), mask=head < GROUP)
+        tl.store(place, tl.sum(tl.sum(sums, 2), 0), mask=head < GROUP)
