@@ -228,19 +228,20 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
     softcap, table = tip.softcap or 1.0, _or(tip.table, query)
     inputs = query, tip.dims, _or(tip.weights, query), packed, _or(tip.scales, query), _or(tip.shift, query)
     has = tip.scales is not None, tip.weights is not None, tip.shift is not None, tip.softcap is not None
+    heads = power_of_two(group, 4 if integer else 8)
     if parts:
         sample = _or(tip.sample, query)
         sum_keys[(parts, rows)](
             *inputs, tip.valid, sample, units, bins, table, kv_len, 0 if tip.sample is None else sample.shape[1],
             _stride(tip.valid), _stride(sample), capacity, sum_steps, tip.scaling, softcap,
-            group, power_of_two(group, 8), dim, width, part, part_pad, SUM_BLOCK, *has, tip.sample is not None,
+            group, heads, dim, width, part, part_pad, SUM_BLOCK, *has, tip.sample is not None,
             integer, native, tip.page, kv_heads, overlap, num_warps=SUM_WARPS, num_stages=SUM_STAGES, **launch,
         )  # fmt: skip
     forced, fold = _or(tip.forced, tip.valid), FOLD if integer and group <= 4 and tip.page % FOLD == 0 else 1
     score_keys[(parts_of(blocks, steps), rows)](
         *inputs, tip.valid, forced, units, order, maxima, bins, masses, table, kv_len,
         _stride(tip.valid), _stride(forced), capacity, blocks, steps, parts, tip.scaling, softcap,
-        group, power_of_two(group, 4 if integer else 8), fold, dim, width, part, part_pad, block, tip.tile,
+        group, heads, fold, dim, width, part, part_pad, block, tip.tile,
         power_of_two(max(1, parts)), *has, tip.forced is not None, tip.how, tip.completes, integer, native,
         SCORE_STAGES if block == SCORE_BLOCK else 2, tip.page, kv_heads, overlap, num_warps=SCORE_WARPS, **launch,
     )  # fmt: skip
