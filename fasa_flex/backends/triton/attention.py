@@ -8,11 +8,14 @@ from torch import Tensor
 from fasa_flex.backends.triton.kernels import attend_rows, merge_parts, overlapping, parts_of, power_of_two
 from fasa_flex.backends.triton.tip import Ending, Listed, Tip, completing
 
-ATTEND_BLOCK, ATTEND_WARPS, ATTEND_PROGRAMS, MOST_PARTS, MERGE_WARPS = 128, 4, 128, 128, 4
+ATTEND_BLOCK, ATTEND_WARPS, ATTEND_PROGRAMS, MOST_PARTS, MERGE_WARPS = 64, 4, 128, 128, 4
 """Keys and warps of a program, the number of programs that attend, most parts of a row, and warps of the merge."""
 
 LEAST_SPAN = 32
 """Least keys of a program that attends: with 16 two programs take longer than one with 32 (measured on an H200)."""
+
+FEW_PARTS = 8
+"""Parts of a row that all merges of fewer are compiled for."""
 
 SELECT_CHUNK = 1024
 """Listed keys that a program searches in registers."""
@@ -81,8 +84,8 @@ def merged(
     merge_parts[(rows, group)](
         sums, results, query if ending.sinks is None else ending.sinks, out, parts, query, masses, means, covariances,
         covered, states, masses.shape[1], scaling * ending.strength, group, dim, power_of_two(dim, 16), value.shape[3],
-        value_pad, power_of_two(parts), query.shape[1] // group, ending.sinks is not None, completes, first_order,
-        ending.states is not None, overlap, num_warps=MERGE_WARPS, **launch,
+        value_pad, power_of_two(parts, FEW_PARTS), query.shape[1] // group, ending.sinks is not None, completes,
+        first_order, ending.states is not None, overlap, num_warps=MERGE_WARPS, **launch,
     )  # fmt: skip
     return out
 

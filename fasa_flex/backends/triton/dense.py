@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasa_flex.backends.triton.attention import ATTEND_BLOCK, MOST_PARTS, head_strides, merged, result_of
+from fasa_flex.backends.triton.attention import MOST_PARTS, head_strides, merged, result_of
 from fasa_flex.backends.triton.kernels import attend_part, on_their_device, overlapping, parts_of, power_of_two
 from fasa_flex.backends.triton.tip import Ending
 from fasa_flex.core.compiler import operator
 
-PROGRAMS, DENSE_WARPS = 256, 4
-"""Programs of a dense layer's attention (two a multiprocessor), and warps of one."""
+BLOCK, PROGRAMS, DENSE_WARPS = 128, 256, 4
+"""Keys, programs and warps of a dense layer's attention: two programs a multiprocessor."""
 
 
 @operator("dense_decode", lambda query, key, value, *_: result_of(query, value))
@@ -42,7 +42,7 @@ def dense_decode(
     batch, kv_heads, kv_len, dim = key.shape
     rows, group, value_dim = batch * kv_heads, query.shape[1] // kv_heads, value.shape[-1]
     group_pad, value_pad = power_of_two(group, 16), power_of_two(value_dim, 16)
-    block = ATTEND_BLOCK if key.element_size() == 2 else 32
+    block = BLOCK if key.element_size() == 2 else 32
     span = parts_of(parts_of(kv_len, min(MOST_PARTS, max(1, PROGRAMS // rows))), block) * block
     parts = parts_of(kv_len, span)
     overlap, launch = overlapping(query.device)

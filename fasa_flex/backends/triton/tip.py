@@ -17,16 +17,20 @@ from fasa_flex.backends.triton.kernels import (
     sum_keys,
 )
 
-SUM_BLOCK, MOST_SUMS, SUM_WARPS, SUM_STAGES = 256, 64, 4, 2
-SCORE_BLOCK, SCORE_WARPS, SCORE_STAGES, SCORE_PROGRAMS, MOST_STEPS = 256, 4, 4, 512, 16
+LEAST_SUM, SUM_BLOCK, MOST_SUMS, SUM_WARPS, SUM_STAGES = 64, 256, 32, 4, 2
+SCORE_BLOCK, SCORE_WARPS, SCORE_STAGES, SCORE_PROGRAMS, MOST_STEPS = 256, 4, 3, 512, 64
 """Keys, warps and pipeline stages of a program, and limits of their numbers (`evals.bench.kernels` times others)."""
 
+SCORE_REGISTERS = 0
 FOLD = 4
 """Four-bit or eight-bit keys in a row of a matrix product."""
 
-TILE, LIST_TILES, LIST_KEYS, LIST_WARPS, LIST_PROGRAMS, MOST_SEGMENTS = 16, 1024, 1024, 4, 256, 16
-"""Keys of a tile, whose maximum is compared before its keys; tiles, then keys, that a program which lists keys reads at
-one time, its warps, and limits of the numbers of such programs and of a row's."""
+TILE, FEW_TILES, LIST_TILES, LIST_KEYS, LIST_WARPS, LIST_PROGRAMS = 16, 128, 1024, 1024, 4, 256
+"""Keys of a tile, whose maximum is compared before its keys; tiles, few or many, then keys, that a program which lists
+keys reads at one time, its warps, and about the number of such programs."""
+
+SEGMENTS, FEW_SEGMENTS = 16, 4
+"""Segments of a row, each of which a program lists, and those of one of many rows; two numbers compile few kernels."""
 
 WIDE = 16384
 """Bytes of a block of packed keys from which a program takes half as many keys, in two stages."""
@@ -113,15 +117,18 @@ class Tip(NamedTuple):
         return self.dims.shape[1], part, power_of_two(part, 32 if integer else 16), integer, native
 
     @property
-    def sums(self) -> tuple[int, int]:
-        """Parts of a row whose masses `sum_keys` computes, and blocks of a part; no parts if nothing is weighed."""
-        if not self.weighs:
-            return 0, 1
-        if self.sample is not None:
-            return parts_of(self.sample.shape[1], SUM_BLOCK), 1
-        blocks = parts_of(self.kv_len, SUM_BLOCK)
+    def sums(self) -> tuple[int, int, int]:
+        """Keys of a block of `sum_keys`, parts of a row, and blocks of a part; no parts if nothing is weighed."""
+        count = self.kv_len if self.sample is None else self.sample.shape[1]
+        block = min(SUM_BLOCK, power_of_two(parts_of(count, MOST_SUMS), LEAST_SUM))
+        blocks = parts_of(count, block)
         steps = parts_of(blocks, MOST_SUMS)
-        return parts_of(blocks, steps), steps
+        return block, parts_of(blocks, steps) if self.weighs else 0, steps
+
+    @property
+    def sums_pad(self) -> int:
+        """PARTS_PAD of the kernels, the same for all lengths, so that they compile once."""
+        return power_of_two(MOST_SUMS)
 
     def scores(self, rows: int) -> tuple[int, int, int]:
         """Keys of a block of `score_keys`, blocks of a row, and blocks of a program."""
@@ -207,7 +214,7 @@ def unit_and_mass(query: Tensor, tip: Tip) -> tuple[Tensor, Tensor]:
     _, blocks, steps = tip.scores(rows)
     programs = parts_of(blocks, steps) if tip.completes else 0
     units, masses = (
-        torch.empty(rows, parts, group, dtype=torch.float32, device=query.device) for parts in (tip.sums[0], programs)
+        torch.empty(rows, parts, group, dtype=torch.float32, device=query.device) for parts in (tip.sums[1], programs)
     )
     return units, masses
 
@@ -219,7 +226,7 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
     group, rows, (width, part, part_pad, integer, native) = query_heads // kv_heads, batch * kv_heads, tip.layout(query)
     units, masses = unit_and_mass(query, tip)
     block, blocks, steps = tip.scores(rows)
-    parts, sum_steps = tip.sums
+    sum_block, parts, sum_steps = tip.sums
     integers: dict[str, Any] = {"dtype": torch.int32, "device": query.device}
     order = torch.empty(rows, blocks * block, **integers)
     maxima = order if tip.tile == 1 else torch.empty(rows, blocks * block // tip.tile, **integers)
@@ -234,16 +241,18 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
         sum_keys[(parts, rows)](
             *inputs, tip.valid, sample, units, bins, table, kv_len, 0 if tip.sample is None else sample.shape[1],
             _stride(tip.valid), _stride(sample), capacity, sum_steps, tip.scaling, softcap,
-            group, heads, dim, width, part, part_pad, SUM_BLOCK, *has, tip.sample is not None,
+            group, heads, dim, width, part, part_pad, sum_block, *has, tip.sample is not None,
             integer, native, tip.page, kv_heads, overlap, num_warps=SUM_WARPS, num_stages=SUM_STAGES, **launch,
         )  # fmt: skip
+    registers = {"maxnreg": SCORE_REGISTERS} if SCORE_REGISTERS else {}
     forced, fold = _or(tip.forced, tip.valid), FOLD if integer and group <= 4 and tip.page % FOLD == 0 else 1
     score_keys[(parts_of(blocks, steps), rows)](
         *inputs, tip.valid, forced, units, order, maxima, bins, masses, table, kv_len,
         _stride(tip.valid), _stride(forced), capacity, blocks, steps, parts, tip.scaling, softcap,
         group, heads, fold, dim, width, part, part_pad, block, tip.tile,
-        power_of_two(max(1, parts)), *has, tip.forced is not None, tip.how, tip.completes, integer, native,
-        SCORE_STAGES if block == SCORE_BLOCK else 2, tip.page, kv_heads, overlap, num_warps=SCORE_WARPS, **launch,
+        tip.sums_pad, *has, tip.forced is not None, tip.how, tip.completes, integer, native,
+        SCORE_STAGES if block == SCORE_BLOCK else 2, tip.page, kv_heads, overlap, num_warps=SCORE_WARPS, **registers,
+        **launch,
     )  # fmt: skip
     return Ranking(order, maxima, bins, units, masses)
 
@@ -251,16 +260,17 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
 def listed(ranking: Ranking, tip: Tip) -> Listed:
     """List the keys that may be selected."""
     (rows, stride), tiles, tile = ranking.order.shape, ranking.maxima.shape[1], tip.tile
-    segments = min(MOST_SEGMENTS, power_of_two(parts_of(LIST_PROGRAMS, rows)))
+    segments = SEGMENTS if rows * SEGMENTS <= LIST_PROGRAMS else FEW_SEGMENTS
     span = parts_of(tiles, segments)
+    block = LIST_TILES if span > FEW_TILES else min(LIST_TILES, FEW_TILES)
     keys, counts, slots = (
         torch.empty(rows, columns, dtype=torch.int32, device=ranking.order.device)
         for columns in (2 * stride + tiles, segments + 2, tip.width)
     )
     overlap, launch = overlapping(keys.device)
     list_keys[(segments, rows)](
-        *ranking[:3], keys, counts, stride, tiles, span, tip.n_fac, tip.share, tile,
-        min(LIST_TILES, power_of_two(span)), LIST_KEYS // tile, segments, overlap, num_warps=LIST_WARPS, **launch,
+        *ranking[:3], keys, counts, stride, tiles, span, tip.n_fac, tip.share, tile, block, LIST_KEYS // tile, segments,
+        overlap, num_warps=LIST_WARPS, **launch,
     )  # fmt: skip
     sizes = keys.shape[1], stride, span * tile, tip.n_fac, tip.share, tip.width
     return Listed(keys, counts, ranking.bins, slots, *sizes, segments)
@@ -271,7 +281,7 @@ def completing(query: Tensor, tip: Tip, units: Tensor) -> tuple[tuple[Any, ...],
     inputs = tip.dims, _or(tip.weights, query), tip.packed, _or(tip.scales, query), _or(tip.shift, query)
     has = tip.scales is not None, tip.weights is not None, tip.shift is not None
     *sizes, integer, native = tip.layout(query)
-    return (*inputs, units), (*sizes, power_of_two(max(1, units.shape[1])), *has, integer, native)
+    return (*inputs, units), (*sizes, tip.sums_pad, *has, integer, native)
 
 
 def _stride(rows: Tensor) -> int:

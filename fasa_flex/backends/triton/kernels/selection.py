@@ -78,6 +78,22 @@ def _place_of(counts, number, width, SEGMENTS: tl.constexpr):
 
 
 @triton.jit
+def _first_places(counts, number, width, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr):
+    """`_place_of` for the first ``CHUNK`` numbers, which are real there, and how many keys there are.
+
+    Where no segment has more keys than its part of the chunk, each has its own part of the numbers.
+    """
+    PART: tl.constexpr = CHUNK // SEGMENTS
+    count = tl.load(counts + tl.arange(0, SEGMENTS))
+    total, most = tl.sum(count, 0), tl.max(count, 0)
+    place, real = number // PART * width + number % PART, number % PART < tl.load(counts + number // PART)
+    if most > PART:
+        place, _ = _place_of(counts, number, width, SEGMENTS)
+        real = number < total
+    return place, real, total
+
+
+@triton.jit
 def _add_pairs(a, b, c, d):
     return a + c, b + d
 
@@ -156,9 +172,9 @@ def select_keys(
     counts += row * (SEGMENTS + 2)
     slots += row * slots_stride
     number = tl.arange(0, CHUNK)
-    place, total = _place_of(counts, number, segment_width, SEGMENTS)
-    bits = tl.load(listed + place, mask=number < total, other=LOWEST)
-    slot = tl.load(listed + order_stride + place, mask=number < total, other=-1)
+    place, real, total = _first_places(counts, number, segment_width, CHUNK, SEGMENTS)
+    bits = tl.load(listed + place, mask=real, other=LOWEST)
+    slot = tl.load(listed + order_stride + place, mask=real, other=-1)
     wanted = budget_of(bins + row * BINS, n_fac, share)
     low, equal = _threshold(bits, listed, counts, total, segment_width, wanted, CHUNK, SEGMENTS)
     selected, equals = 0, 0
