@@ -8,7 +8,7 @@ from torch import Tensor
 from fasa_flex.backends.triton.kernels import attend_rows, merge_parts, overlapping, parts_of, power_of_two
 from fasa_flex.backends.triton.tip import Ending, Listed, Tip, completing
 
-ATTEND_BLOCK, ATTEND_WARPS, ATTEND_PROGRAMS, MOST_PARTS, MERGE_WARPS = 64, 4, 128, 128, 4
+ATTEND_BLOCK, ATTEND_WARPS, ATTEND_PROGRAMS, MOST_PARTS, MERGE_WARPS = 128, 4, 128, 128, 2
 """Keys and warps of a program, the number of programs that attend, most parts of a row, and warps of the merge."""
 
 LEAST_SPAN = 32

@@ -21,15 +21,14 @@ LEAST_SUM, SUM_BLOCK, MOST_SUMS, SUM_WARPS, SUM_STAGES = 64, 256, 32, 4, 2
 SCORE_BLOCK, SCORE_WARPS, SCORE_STAGES, SCORE_PROGRAMS, MOST_STEPS = 256, 4, 3, 512, 64
 """Keys, warps and pipeline stages of a program, and limits of their numbers (`evals.bench.kernels` times others)."""
 
-SCORE_REGISTERS = 0
 FOLD = 4
 """Four-bit or eight-bit keys in a row of a matrix product."""
 
-TILE, FEW_TILES, LIST_TILES, LIST_KEYS, LIST_WARPS, LIST_PROGRAMS = 16, 128, 1024, 1024, 4, 256
+TILE, FEW_TILES, LIST_TILES, LIST_KEYS, LIST_WARPS, LIST_PROGRAMS = 16, 128, 1024, 1024, 8, 256
 """Keys of a tile, whose maximum is compared before its keys; tiles, few or many, then keys, that a program which lists
 keys reads at one time, its warps, and about the number of such programs."""
 
-SEGMENTS, FEW_SEGMENTS = 16, 4
+SEGMENTS, FEW_SEGMENTS = 16, 8
 """Segments of a row, each of which a program lists, and those of one of many rows; two numbers compile few kernels."""
 
 WIDE = 16384
@@ -244,15 +243,13 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
             group, heads, dim, width, part, part_pad, sum_block, *has, tip.sample is not None,
             integer, native, tip.page, kv_heads, overlap, num_warps=SUM_WARPS, num_stages=SUM_STAGES, **launch,
         )  # fmt: skip
-    registers = {"maxnreg": SCORE_REGISTERS} if SCORE_REGISTERS else {}
     forced, fold = _or(tip.forced, tip.valid), FOLD if integer and group <= 4 and tip.page % FOLD == 0 else 1
     score_keys[(parts_of(blocks, steps), rows)](
         *inputs, tip.valid, forced, units, order, maxima, bins, masses, table, kv_len,
         _stride(tip.valid), _stride(forced), capacity, blocks, steps, parts, tip.scaling, softcap,
         group, heads, fold, dim, width, part, part_pad, block, tip.tile,
         tip.sums_pad, *has, tip.forced is not None, tip.how, tip.completes, integer, native,
-        SCORE_STAGES if block == SCORE_BLOCK else 2, tip.page, kv_heads, overlap, num_warps=SCORE_WARPS, **registers,
-        **launch,
+        SCORE_STAGES if block == SCORE_BLOCK else 2, tip.page, kv_heads, overlap, num_warps=SCORE_WARPS, **launch,
     )  # fmt: skip
     return Ranking(order, maxima, bins, units, masses)
 

@@ -15,7 +15,7 @@ from fasa_flex.backends.triton.kernels.products import (
     packed_row,
 )
 from fasa_flex.backends.triton.kernels.scoring import MOST, unit_of
-from fasa_flex.backends.triton.kernels.selection import select_keys
+from fasa_flex.backends.triton.kernels.selection import LISTED, select_keys
 
 _SLICE = tl.constexpr(64)
 """Dimensions of the query that are multiplied by the completion's covariance at one time."""
@@ -72,7 +72,7 @@ def _store_part(
     tl.store(place_of, result, mask=(head < GROUP)[:, None])
 
 
-@triton.jit(do_not_specialize=["segment_width", "n_fac", "share", "width", "span", "parts"])
+@triton.jit(do_not_specialize=[*LISTED, "width", "span", "capacity", "stride", "parts"])
 def attend_rows(
     listed, counts, bins, slots, listed_stride, order_stride, segment_width, n_fac, share, width,
     SEGMENTS: tl.constexpr, span, places, query, keys, values, sums, results, key_batch, key_head, value_batch,

@@ -19,7 +19,7 @@ def _slot_of(number, nth, kv_len):
     return low
 
 
-@triton.jit(do_not_specialize=["kv_len", "written"])
+@triton.jit(do_not_specialize=["kv_len", "written", "capacity"])
 def cover_rows(
     covered, key_sum, value_sum, product, mean_value, covariance, keys, values, valid, number, table, states,
     key_batch, key_head, value_batch, value_head, valid_row, number_row, kv_len, written, capacity, stride,

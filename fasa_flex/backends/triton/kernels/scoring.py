@@ -42,7 +42,8 @@ def unit_of(units, row, parts, PARTS_PAD: tl.constexpr, GROUP: tl.constexpr, HEA
     return tl.where(head < GROUP, unit, float("inf"))
 
 
-@triton.jit(do_not_specialize=["count", "sample_stride"])  # a growing cache would compile again
+# a growing cache and longer tables would compile again; `score_keys` alone is faster where its rows are aligned
+@triton.jit(do_not_specialize=["kv_len", "count", "valid_stride", "sample_stride", "capacity", "steps"])
 def sum_keys(
     query, dims, weights, keys, scales, shift, valid, sample, units, bins, table, kv_len, count, valid_stride,
     sample_stride, capacity, steps, scaling, softcap,

@@ -13,6 +13,9 @@ import triton.language as tl
 from fasa_flex.backends.triton.kernels.launching import begin, begin_in_turn
 from fasa_flex.backends.triton.kernels.orders import BINS, LOWEST, budget_of, highest_in, lowest_in
 
+LISTED = ("listed_stride", "order_stride", "segment_width", "n_fac", "share")
+"""Numbers of a row's list, which change with the length of a cache and need not be aligned."""
+
 
 @triton.jit(do_not_specialize=["span", "n_fac", "share"])
 def list_keys(
@@ -160,7 +163,7 @@ def _threshold(bits, listed, counts, total, width, wanted, CHUNK: tl.constexpr, 
     return low, equal
 
 
-@triton.jit(do_not_specialize=["n_fac", "share", "segment_width", "begun", "ended"])
+@triton.jit(do_not_specialize=[*LISTED, "slots_stride", "begun", "ended"])
 def select_keys(
     listed, counts, bins, slots, listed_stride, order_stride, segment_width, n_fac, share, slots_stride,
     SEGMENTS: tl.constexpr, begun, ended, CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
