@@ -3,6 +3,8 @@
 All requests of a row arrive at once. Their prompts are random tokens, between half of the row's context and the whole;
 every second prompt begins with the same quarter of a context, which later requests find in the cache. Weights are
 random, so that a run measures no quality. Dense attention and FASA take turns in one process, each with a new manager.
+Where no flash attention is installed, transformers' dense decoding reads all requests' keys under one mask and lists an
+index for every cached token in Python; so a row also has a bound for any dense attention, by the bytes that it reads.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 
 from fasa_flex.bench.settings import Settings
 from fasa_flex.bench.shapes import Shape, random_profile
+from fasa_flex.bench.timing import bandwidth
 from fasa_flex.core.config import FasaConfig
 from fasa_flex.errors import StateError
 from fasa_flex.model.enable import enable
@@ -28,7 +31,11 @@ ROUNDS = 3
 """Most rounds of a row."""
 
 IN_GRAPHS = "FASA, CUDA graphs"
-"""Name of the way whose steps of decoding are CUDA graphs; the row's speedups are its, where it runs."""
+"""Name of the way whose steps of decoding are CUDA graphs, prepared while the step before runs (asynchronous batching);
+the row's speedups are its, where it runs."""
+
+BOUND = "any dense attention, at most"
+"""Name of the bound in tables."""
 
 _WAIT = 1800.0  # seconds for one request
 
@@ -118,7 +125,23 @@ def measure(
         "rivals": rivals,
         "decode_speedup": fasa["decode_tokens_per_s"] / dense["decode_tokens_per_s"],
         "speedup": fasa["tokens_per_s"] / dense["tokens_per_s"],
+        "dense_bound_tokens_per_s": _dense_bound(shape, layers, model, asked, settings.device),
     }
+
+
+def _dense_bound(
+    shape: Shape, layers: int, model: PreTrainedModel, asked: Sequence[tuple[list[int], int]], device: torch.device
+) -> float:
+    """Tokens a second of decoding that only reads weights, keys and values, at the rate of a copy.
+
+    Each request has its prompt and half of its new tokens in the cache.
+    """
+    read, embedded = sum(each.nbytes for each in model.parameters()), model.get_input_embeddings().weight
+    if model.get_output_embeddings().weight is not embedded:  # of which a step reads a row for each token
+        read -= embedded.nbytes
+    tokens = sum(len(prompt) + new / 2 for prompt, new in asked)
+    states = tokens * layers * shape.kv_heads * 2 * shape.head_dim * model.dtype.itemsize
+    return len(asked) * bandwidth(device)["copy"] * 1e9 / float(read + states)
 
 
 def _answer(
@@ -139,14 +162,16 @@ def _answer(
         blocks: blocks of the cache.
         device: the model's.
         tables: whether decoding reads tables of blocks instead of an index for every cached token.
-        graphs: whether steps of decoding with tables are CUDA graphs.
+        graphs: whether steps of decoding with tables are CUDA graphs, prepared while the step before runs.
 
     Raises:
         RuntimeError: a request failed.
     """
     parameters = inspect.signature(ContinuousBatchingConfig).parameters
     sizes: dict[str, Any] = {"page_size" if "page_size" in parameters else "block_size": page, "num_blocks": blocks}
-    batching = ContinuousBatchingConfig(**sizes, max_batch_tokens=2048, use_cuda_graph=(False, graphs))
+    batching = ContinuousBatchingConfig(
+        **sizes, max_batch_tokens=2048, use_cuda_graph=(False, graphs), use_async_batching=graphs or None
+    )
     generation = GenerationConfig(do_sample=False, eos_token_id=-1)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -230,4 +255,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             cells += [f"{speed:.3g}" for speed in speeds]
             cells += [f"{each['median']:.3g} ({each['p95']:.3g})" for each in (first, token)]
             lines.append(f"| {' | '.join(map(str, cells))} | {'-' if peak is None else f'{peak / 1e9:.3g}'} |")
+        if (bound := row.get("dense_bound_tokens_per_s")) is not None:
+            cells = [row[key] for key in ("shape", "layers", "batch", "context")] + [BOUND, "-", "-", f"{bound:.3g}"]
+            lines.append(f"| {' | '.join(map(str, cells))} | - | - | - |")
     return "\n".join(lines)

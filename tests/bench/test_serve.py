@@ -44,4 +44,7 @@ def test_the_smallest_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (dense["name"], fasa["name"]) == ("dense", "FASA")
     assert "sparse_queries" not in dense
     assert fasa["sparse_queries"] == (sum(row["new_tokens"]) - 3) * (2 - len(row["config"]["dense_layers"]))
-    assert "| tiny | 2 | 3 | 200 | FASA |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| tiny | 2 | 3 | 200 | FASA |" in out
+    assert f"| any dense attention, at most | - | - | {row['dense_bound_tokens_per_s']:.3g} | - | - | - |" in out
+    assert row["dense_bound_tokens_per_s"] > dense["decode_tokens_per_s"]
