@@ -24,7 +24,7 @@ SCORE_BLOCK, SCORE_WARPS, SCORE_STAGES, SCORE_PROGRAMS, MOST_STEPS = 256, 4, 3, 
 FOLD = 4
 """Four-bit or eight-bit keys in a row of a matrix product."""
 
-TILE, FEW_TILES, LIST_TILES, LIST_KEYS, LIST_WARPS, LIST_PROGRAMS = 16, 128, 1024, 1024, 8, 256
+TILE, FEW_TILES, LIST_TILES, LIST_KEYS, LIST_WARPS, LIST_PROGRAMS = 16, 128, 1024, 1024, 4, 256
 """Keys of a tile, whose maximum is compared before its keys; tiles, few or many, then keys, that a program which lists
 keys reads at one time, its warps, and about the number of such programs."""
 
