@@ -13,15 +13,30 @@ from typing import Any
 
 from evals.marked import fill
 from fasa_flex.bench.report import side_by_side, summary
+from fasa_flex.bench.serve import BOUND
 
 ROOT = Path(__file__).parents[2]
 MAIN, DETAILS = ROOT / "README.md", Path(__file__).with_name("README.md")
-METHOD, PREFILL = (ROOT / "evals" / "docs" / name for name in ("how_it_works.md", "sparse_prefill.md"))
+METHOD, PREFILL, SERVING, PARALLEL = (
+    ROOT / "evals" / "docs" / f"{name}.md" for name in ("how_it_works", "sparse_prefill", "serving", "several_gpus")
+)
+
+FORMS = ("one program selects", "all select, first form", "all select", "integers", "last")
+"""Runs of kernels_cuda.json that README files compare, oldest first."""
+
+TODAY = {"LIST_WARPS": 4}
+"""The variant of the last of them with the constants in use."""
+
+
+def result(name: str) -> dict[str, Any]:
+    """A committed result."""
+    found: dict[str, Any] = json.loads((ROOT / "evals" / "results" / f"{name}.json").read_text())
+    return found
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
     """The rows of a committed result."""
-    rows: list[dict[str, Any]] = json.loads((ROOT / "evals" / "results" / f"{name}.json").read_text())["rows"]
+    rows: list[dict[str, Any]] = result(name)["rows"]
     return rows
 
 
@@ -66,7 +81,8 @@ def backends() -> str:
         "FASA-C gather, compiled": "`compiled`",
         "FASA-C gather": "`gather`",
     }
-    runs = {"H100": "bench_op_cuda", "EPYC": "bench_op_cpu_flex"}
+    runs = {"H200": "bench_op_h200", "EPYC": "bench_op_cpu_flex"}
+    contexts = {"H200": (4, 32, 128), "EPYC": (4, 16, 128)}
     found = {
         (device, row["context"] // 1024, rival["name"]): f"{rival['speedup']:.2f}x"
         for device, file in runs.items()
@@ -74,21 +90,77 @@ def backends() -> str:
         if row["batch"] == 1
         for rival in row["rivals"]
     }
-    columns = [(device, context) for device in runs for context in (4, 16, 128)]
+    columns = [(device, context) for device in runs for context in contexts[device]]
     lines = [["backend", *(f"{device}, {context}k tokens" for device, context in columns)]]
     lines.append(["---"] + ["--:"] * len(columns))
     lines += [[shown, *(found.get((*column, name), "-") for column in columns)] for name, shown in names.items()]
     return _joined(lines)
 
 
+def _calls(form: str) -> dict[tuple[int, int], dict[str, Any]]:
+    """The rows of one form of the kernels with its own constants, by batch and context."""
+    variant = TODAY if form == FORMS[-1] else {}
+    rows = result("kernels_cuda")["runs"][form]["rows"]
+    return {(row["batch"], row["context"]): row for row in rows if row["variant"] == variant}
+
+
 def kernels() -> str:
-    """Microseconds of a call with the defaults, before and after the one-pass kernels, and its limit by bytes."""
-    lines = [["batch", "context", "SDPA", "former kernels", "today's", "of the byte limit"], ["--:"] * 6]
-    for row in rows_of("decode_kernels_cuda"):
-        cells = [str(row["batch"]), f"{row['context'] // 1024}k", f"{row['dense_us']:.3g} us"]
-        for us, times in (("former_kernels_us", "former_over_dense"), ("kernels_us", "over_dense")):
-            cells.append(f"{row[us]:.3g} us, {row[times]:.2f}x")
-        lines.append([*cells, f"{row['over_dense'] / row['limit']:.0%} of {row['limit']:.1f}x"])
+    """Microseconds of a call with the defaults, and its limit by bytes."""
+    limits = {row["context"]: row["limit"] for row in rows_of("bench_op_h200")}
+    lines = [["batch", "context", "SDPA", "FASA", "times as fast", "of the byte limit"], ["--:"] * 6]
+    for (batch, context), row in _calls(FORMS[-1]).items():
+        cells = [str(batch), f"{context // 1024}k", f"{row['dense']:.3g} us", f"{row['call']:.3g} us"]
+        share = f"{row['speedup'] / limits[context]:.0%} of {limits[context]:.1f}x"
+        lines.append([*cells, f"{row['speedup']:.2f}x", share])
+    return _joined(lines)
+
+
+def forms() -> str:
+    """Microseconds of a call with the defaults by each form of the kernels, and of its parts in the largest call."""
+    found = {form: _calls(form) for form in FORMS}
+    sizes = list(found[FORMS[-1]])
+    parts = ("sums", "scores", "list", "attention", "merge")
+    head = [f"{batch} x {context // 1024}k" for batch, context in sizes]
+    lines = [["kernels", *head, *(f"{part} of the last" for part in parts)]]
+    lines.append(["---"] + ["--:"] * (len(sizes) + len(parts)))
+    for form, rows in found.items():
+        cells = [f"{rows[size]['call']:.3g}" for size in sizes]
+        own = rows[sizes[-1]]
+        lines.append([form, *cells, *(f"{own[part]:.3g}" if part in own else "-" for part in parts)])
+    return _joined(lines)
+
+
+def parallel() -> str:
+    """Milliseconds of a step on one GPU and on two, dense by the fastest way and FASA."""
+    found = {(row["batch"], row["context"], row["name"], row["ranks"]): row for row in rows_of("tensor_parallel_cuda")}
+    lines = [["batch", "context", "dense, one GPU", "dense, two", "FASA, one", "FASA, two", "over dense, one and two"]]
+    lines.append(["--:"] * len(lines[0]))
+    for batch, context in dict.fromkeys(key[:2] for key in found):
+        own = {key[2:]: row["seconds"] for key, row in found.items() if key[:2] == (batch, context)}
+        names = {name for name, _ in own}
+        dense = {n: min(own[name, n] for name in names if "FASA" not in name) for n in (1, 2)}
+        fasa = {n: min(own[name, n] for name in names if "FASA" in name) for n in (1, 2)}
+        cells = [str(batch), f"{context // 1024}k"]
+        for seconds in (dense, fasa):
+            cells += [f"{seconds[1] * 1e3:.3g} ms", f"{seconds[2] * 1e3:.3g} ms, {seconds[1] / seconds[2]:.2f}x"]
+        lines.append([*cells, f"{dense[1] / fasa[1]:.2f}x, {dense[2] / fasa[2]:.2f}x"])
+    return _joined(lines)
+
+
+def served() -> str:
+    """Requests by continuous batching: throughput and latency of every way, and the bound for dense attention."""
+    lines = [["prompts up to", "way", "decoded tokens/s", "first token (p95)", "a token (p95)", "memory"]]
+    lines.append(["--:", "---"] + ["--:"] * 4)
+    rows = sorted(rows_of("bench_serve_cuda"), key=lambda row: int(row["context"]))
+    for row in rows:
+        for way in row["rivals"]:
+            first, token = way["first_token_s"], way["token_s"]
+            cells = [f"{row['context'] // 1024}k", way["name"], f"{way['decode_tokens_per_s']:.0f}"]
+            cells.append(f"{first['median']:.3g} s ({first['p95']:.3g})")
+            cells.append(f"{token['median'] * 1e3:.3g} ms ({token['p95'] * 1e3:.3g})")
+            lines.append([*cells, f"{way['peak_bytes'] / 1e9:.3g} GB"])
+    for context, bound in {row["context"]: row["dense_bound_tokens_per_s"] for row in rows}.items():
+        lines.append([f"{context // 1024}k", BOUND, f"{bound:.0f}", "-", "-", "-"])
     return _joined(lines)
 
 
@@ -117,7 +189,11 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     MAIN: {"decode kernels": kernels},
     METHOD: {"backends": backends},
     PREFILL: {"prefill cuda": prefill},
+    SERVING: {"serve cuda": served},
+    PARALLEL: {"parallel cuda": parallel},
     DETAILS: {
+        "forms cuda": forms,
+        "speed h200": partial(rivals, "op_h200"),
         "step cuda": partial(rivals, "step_cuda"),
         "generate cuda": partial(generated, "cuda"),
         "speed cuda": partial(rivals, "op_cuda"),
