@@ -33,7 +33,7 @@ from fasa_flex.core.method import Call
 from fasa_flex.core.packed_keys import PackedKeys
 from fasa_flex.core.resident_rows import ResidentRows
 from fasa_flex.core.scoring import DominantChunks
-from fasa_flex.core.selection import Marks
+from fasa_flex.core.selection import Marks, valid_keys
 from fasa_flex.core.softmax import Softmax
 
 pytest.importorskip("triton")
@@ -254,6 +254,27 @@ def test_integer_products_rank_as_exact_ones_but_for_near_ties(bits: int, group:
     others = exact.clone()
     others[chosen] = -torch.inf
     assert exact[chosen].min() > others.max() - 1e-4 * exact.std()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_is_read_behind_the_last_key_is_not_ranked(bits: int, dtype: torch.dtype) -> None:
+    """A capacity that is a multiple of 16 is read to its end."""
+    draw = generator(bits)
+    q, k = (torch.randn(2, heads, length, 16, generator=draw).to(dtype) for heads, length in ((6, 1), (2, 1005)))
+    scorer, valid = (
+        DominantChunks(pick_chunks(2, 4).flatten(1), dtype=f"int{bits}"),
+        valid_keys(1, 1005, None, k.device),
+    )  # type: ignore[arg-type]
+    marks = Marks.of(valid, Budget(20), samples=True)
+
+    def attended(capacity: int) -> Tensor:
+        packed = PackedKeys.of(scorer.pack(k), scorer.dtype, capacity)
+        assert packed.scales is not None
+        packed.tiles[:, :, 1005:], packed.scales[:, :, 1005:] = 119, torch.nan
+        return decode_by_kernels(Call(q, k, k, scorer, valid, Budget(20), "softmax", Softmax(1.0), packed, None, marks))
+
+    assert attended(1008).equal(attended(1005))
 
 
 def test_int8_keys_are_scored_with_their_scales() -> None:

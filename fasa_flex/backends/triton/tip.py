@@ -85,6 +85,11 @@ class Tip(NamedTuple):
         return self.packed.shape[2] if self.table is None else self.table.stride(0)
 
     @property
+    def aligned(self) -> bool:
+        """The kernels' ``ALIGNED``."""
+        return self.page > 0 or self.capacity % 16 == 0
+
+    @property
     def kv_len(self) -> int:
         """T, the number of keys."""
         return self.valid.shape[1]
@@ -249,7 +254,8 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
         _stride(tip.valid), _stride(forced), capacity, blocks, steps, parts, tip.scaling, softcap,
         group, heads, fold, dim, width, part, part_pad, block, tip.tile,
         tip.sums_pad, *has, tip.forced is not None, tip.how, tip.completes, integer, native,
-        SCORE_STAGES if block == SCORE_BLOCK else 2, tip.page, kv_heads, overlap, num_warps=SCORE_WARPS, **launch,
+        SCORE_STAGES if block == SCORE_BLOCK else 2, tip.aligned, tip.page, kv_heads, overlap, num_warps=SCORE_WARPS,
+        **launch,
     )  # fmt: skip
     return Ranking(order, maxima, bins, units, masses)
 

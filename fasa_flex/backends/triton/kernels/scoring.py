@@ -42,7 +42,7 @@ def unit_of(units, row, parts, PARTS_PAD: tl.constexpr, GROUP: tl.constexpr, HEA
     return tl.where(head < GROUP, unit, float("inf"))
 
 
-# a growing cache and longer tables would compile again; `score_keys` alone is faster where its rows are aligned
+# a growing cache and longer tables would compile again
 @triton.jit(do_not_specialize=["kv_len", "count", "valid_stride", "sample_stride", "capacity", "steps"])
 def sum_keys(
     query, dims, weights, keys, scales, shift, valid, sample, units, bins, table, kv_len, count, valid_stride,
@@ -130,23 +130,23 @@ def _marks_of(valid, forced, block, kv_len, BLOCK: tl.constexpr, FORCED: tl.cons
 
 @triton.jit
 def _rank_block(
-    keys, scales, table, row, capacity, mark, order, maxima, lower, upper, unit, added, mass, kv_len, block, scaling,
+    keys, scales, table, row, capacity, mark, order, maxima, lower, upper, unit, added, mass, reads, block, scaling,
     softcap, sums, seen,
     GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
     PART_PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
     CAPPED: tl.constexpr, FORCED: tl.constexpr, HOW: tl.constexpr, SUMS: tl.constexpr, INTEGER: tl.constexpr,
     NATIVE: tl.constexpr, FAR: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Rank a block of keys: write their orders and the maximum of each of its tiles; ``mark``: `_marks_of`.
+    """Rank a block of keys, read in the first ``reads`` slots: write their orders and the maximum of each tile.
 
-    Returns ``sums`` plus the weights of the valid keys [BLOCK // FOLD, HEADS, FOLD], and ``seen`` [BLOCK] plus the
-    number of valid keys, and ``_AGAIN`` for each for which ``FAR`` has to be set.
+    ``mark`` is of `_marks_of`. Returns ``sums`` plus the weights of the valid keys [BLOCK // FOLD, HEADS, FOLD], and
+    ``seen`` [BLOCK] plus the number of valid keys, and ``_AGAIN`` for each for which ``FAR`` has to be set.
     """
     ROWS: tl.constexpr = BLOCK // FOLD
     slot, dim = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, FOLD * PART_PAD)
-    inside, first = slot < kv_len, (block * ROWS + tl.arange(0, ROWS)) * FOLD
+    inside, first = slot < reads, (block * ROWS + tl.arange(0, ROWS)) * FOLD
     at = dim if PART == PART_PAD else dim // PART_PAD * PART + dim % PART_PAD
-    there = first[:, None] + (dim // PART_PAD)[None, :] < kv_len
+    there = first[:, None] + (dim // PART_PAD)[None, :] < reads
     if PART < PART_PAD:
         there = there & (dim % PART_PAD < PART)[None, :]
     place = keys + packed_row(first, table, row, capacity, PAGE, KV_HEADS)[:, None] * PART + at[None, :]
@@ -192,7 +192,7 @@ def _rank_block(
     return sums, seen
 
 
-@triton.jit(do_not_specialize=["blocks", "steps", "parts"])
+@triton.jit(do_not_specialize=["kv_len", "capacity", "blocks", "steps", "parts"])
 def score_keys(
     query, dims, weights, keys, scales, shift, valid, forced, units, order, maxima, bins, masses, table, kv_len,
     valid_stride, forced_stride, capacity, blocks, steps, parts, scaling, softcap,
@@ -200,13 +200,15 @@ def score_keys(
     PART: tl.constexpr, PART_PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PARTS_PAD: tl.constexpr,
     SCALED: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, CAPPED: tl.constexpr, FORCED: tl.constexpr,
     HOW: tl.constexpr, SUMS: tl.constexpr, INTEGER: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr,
-    PAGE: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
+    ALIGNED: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """TIP for ``steps`` blocks of keys of one key/value head, in one pass, and with ``SUMS`` the sums of their weights.
 
     A packed key of ``WIDTH`` dimensions has ``PART`` elements, half as many with four bits. For a softmax or with
     ``SUMS``, weights are relative to the mass in ``units`` (`sum_keys`). Keys far from it, beyond the range of a float,
-    are ranked by a second pass over these blocks. With a ``TILE`` of 1, ``maxima`` is ``order``.
+    are ranked by a second pass over these blocks. With a ``TILE`` of 1, ``maxima`` is ``order``. With ``ALIGNED``,
+    ``capacity`` is a multiple of 16, and up to 15 slots behind the last key are read, so that threads read several
+    scales at once.
     """
     WEIGHS: tl.constexpr = SUMS or HOW == "softmax"
     if not WEIGHS:
@@ -222,7 +224,9 @@ def score_keys(
     if WEIGHS:  # the kernel before wrote the units alone, everything else is older
         begin_in_turn(OVERLAP)
         mass = unit_of(units, row, parts, PARTS_PAD, GROUP, HEADS)
-    begun = first_row(row, capacity, PAGE)
+    begun, reads = first_row(row, capacity, PAGE), kv_len
+    if ALIGNED:  # the first is no change, but the compiler sees the factor
+        begun, reads = begun // 16 * 16, (kv_len + 15) // 16 * 16
     keys, scales = keys + begun * PART, scales + begun
     order += row * blocks * BLOCK
     maxima += row * blocks * (BLOCK // TILE)
@@ -236,7 +240,7 @@ def score_keys(
     for block in tl.range(begun, ended, num_stages=STAGES):
         following = _marks_of(valid, forced, block + 1, kv_len, BLOCK, FORCED)  # loaded while this block is scored
         sums, seen = _rank_block(
-            keys, scales, table, row, capacity, mark, order, maxima, lower, upper, unit, added, mass, kv_len, block,
+            keys, scales, table, row, capacity, mark, order, maxima, lower, upper, unit, added, mass, reads, block,
             scaling, softcap, sums, seen, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, TILE, SCALED, SHIFTED,
             CAPPED, FORCED, HOW, SUMS, INTEGER, NATIVE, False, PAGE, KV_HEADS,
         )  # fmt: skip
@@ -249,7 +253,7 @@ def score_keys(
         for block in tl.range(begun, ended, num_stages=1):
             mark = _marks_of(valid, forced, block, kv_len, BLOCK, FORCED)
             sums, seen = _rank_block(
-                keys, scales, table, row, capacity, mark, order, maxima, lower, upper, unit, added, mass, kv_len, block,
+                keys, scales, table, row, capacity, mark, order, maxima, lower, upper, unit, added, mass, reads, block,
                 scaling, softcap, sums, seen, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, TILE, SCALED, SHIFTED,
                 CAPPED, FORCED, HOW, SUMS, INTEGER, NATIVE, True, PAGE, KV_HEADS,
             )  # fmt: skip
