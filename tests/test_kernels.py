@@ -75,6 +75,7 @@ PLAIN = {
     "a budget of most keys": Step(2100, n_fac=1500, kv_heads=1),
     "a budget of most keys, tied": Step(2100, n_fac=1500, kv_heads=1, limit=1, how="softmax"),
     "a share": Step(700, batch=2, n_fac=0.07, masked=0.3, how="softmax"),
+    "a share of fewer keys than are forced": Step(60, batch=2, n_fac=0.05, forced=3, masked=0.2),
     "a large share": Step(300, batch=2, n_fac=0.5, forced=3, masked=0.3, how="mean"),
     "no more tiles than budget": Step(200),
     "more budget than keys": Step(5, n_fac=16),
