@@ -297,6 +297,21 @@ def test_a_key_that_is_no_number_shows(how: Any) -> None:
     assert decode_by_kernels(call).isnan().all()
 
 
+@pytest.mark.parametrize("how", ["softmax", "softmax_exact", "max", "mean"])
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+def test_a_query_that_is_no_number_leaves_its_group_the_first_keys(how: Any, odd: float) -> None:
+    """As in other backends: all keys' scores are NaN, also where queries are multiplied as integers."""
+    q, k = torch.ones(1, 3, 1, 16).half(), integers(1, 1, 400, 16, seed=2).half()
+    scorer, valid = DominantChunks(pick_chunks(1, 2).flatten(1), dtype="int4"), torch.ones(1, 1, 1, 1, 400).bool()
+    q[0, 1, 0, scorer.dims[0, 0]] = odd
+    call = Call(q, k, k, scorer, valid, Budget(3), how, Softmax(1.0), PackedKeys.of(scorer.pack(k), "int4"))
+    out = decode_by_kernels(call)
+    assert out[0, 1].isnan().all()
+    for head in (0, 2):
+        expected = oracle.attend(*(x.double().numpy() for x in (q[0, head, 0], k[0, 0], k[0, 0])), range(3), 1.0)
+        np.testing.assert_allclose(out[0, head, 0].numpy(), expected, atol=2e-3)
+
+
 @pytest.mark.parametrize(
     "step",
     [Step(70), Step(1100, batch=2, group=3, masked=0.4), Step(90, group=1, dim=24, softcap=2.0), Step(100, sinks=True)],
