@@ -13,7 +13,9 @@ from triton.compiler import ASTSource
 
 from fasa_flex.backends.triton import kernels
 
-TARGET = GPUTarget("cuda", 90, 32)
+SHARED = {80: 166912, 89: 101376, 90: 232448}
+"""Bytes of shared memory that a program may use, by compute capability: A100, RTX 4090 and L4, H100."""
+
 SHAPE = {"GROUP": 4, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "VALUE_DIM": 128, "VALUE_PAD": 128}
 SHAPE |= {"KV_HEADS": 8, "KEY_STRIDE": 256, "VALUE_STRIDE": 256}
 SHAPE |= {"WIDTH": 32, "PART": 32, "PART_PAD": 32, "PARTS_PAD": 16, "WANTED_PAD": 256, "BLOCK": 128, "OVERLAP": True}
@@ -54,11 +56,15 @@ def compiles(
     number: str = "",
     asserts: bool = False,
     warps: int = 4,
+    stages: int = 2,
+    capability: int = 90,
+    aligned: bool = False,
     **constants: Any,
 ) -> None:
-    """Compile to machine code, with a check in it or none; raises where that fails.
+    """Compile to machine code, with a check in it or none; raises where that fails, or needs too much shared memory.
 
-    An argument named by ``other``, with its type, or by ``number`` has another type than in `POINTERS`.
+    An argument named by ``other``, with its type, or by ``number`` has another type than in `POINTERS`. ``aligned``
+    pointers and numbers, as most are at a launch, are multiples of 16.
     """
     chosen = {name: value for name, value in {**SHAPE, **constants}.items() if name in kernel.arg_names}
     others = {other[0]: other[1], number: "i32"}
@@ -66,8 +72,13 @@ def compiles(
     types = {**dict.fromkeys(kernel.arg_names, "i32"), **NUMBERS, **POINTERS, **others}
     signature = {name: "constexpr" if name in chosen else types[name] for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in chosen.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
-    built = triton.compile(source, target=TARGET, options={"debug": asserts, "num_warps": warps, "num_stages": 2})
+    free = [name for name in kernel.arg_names if signature[name] not in ("fp32", "constexpr")]
+    even = set(free) - set(kernel.do_not_specialize or ()) if aligned else set()
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in even}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
+    options = {"debug": asserts, "num_warps": warps, "num_stages": stages}
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert built.metadata.shared <= SHARED[capability], (kernel.__name__, capability, built.metadata.shared)
     assert built.asm["cubin"]
     assert ("__assertfail" in built.asm["ptx"]) == asserts
 
@@ -108,6 +119,14 @@ def main() -> None:
         compiles(kernels.attend_part, CAPPED=capped)
         compiles(kernels.merge_parts, SUNK=sunk, COMPLETES=True, FIRST_ORDER=sunk)
     compiles(kernels.merge_parts, SUNK=True, COMPLETES=False, FIRST_ORDER=False, PARTS_PAD=128)
+    for capability, dim in ((80, 256), (89, 128), (89, 256), (90, 256)):  # three stages are Triton's default
+        sizes = {"DIM": dim, "DIM_PAD": dim, "VALUE_DIM": dim, "VALUE_PAD": dim, "OVERLAP": capability == 90}
+        sizes |= {"BLOCK": kernels.fitting(SHARED[capability], 4 * dim, 128), "SELECTS": True}
+        launch = {"stages": 3, "capability": capability, "aligned": True}
+        compiles(kernels.attend_part, CAPPED=False, **launch, **sizes)
+        for four in (plain, {**plain, **WHOLE, "NATIVE": True, "WIDTH": dim, "PART": dim // 2, "PART_PAD": dim // 2}):
+            whole = {**four, "COMPLETES": four is not plain, **sizes}
+            compiles(kernels.attend_rows, ("packed", "*u8"), **launch, **whole)
     for bounded in (False, True):
         compiles(kernels.find_rows, BOUNDED=bounded)
     compiles(kernels.fetch_rows, BLOCK=16)

@@ -75,6 +75,7 @@ PLAIN = {
     "a budget of most keys": Step(2100, n_fac=1500, kv_heads=1),
     "a budget of most keys, tied": Step(2100, n_fac=1500, kv_heads=1, limit=1, how="softmax"),
     "a share": Step(700, batch=2, n_fac=0.07, masked=0.3, how="softmax"),
+    "a share of fewer keys than are forced": Step(60, batch=2, n_fac=0.05, forced=3, masked=0.2),
     "a large share": Step(300, batch=2, n_fac=0.5, forced=3, masked=0.3, how="mean"),
     "no more tiles than budget": Step(200),
     "more budget than keys": Step(5, n_fac=16),
@@ -315,6 +316,21 @@ def test_a_key_that_is_no_number_shows(how: Any) -> None:
     scorer, valid = DominantChunks(pick_chunks(1, 2).flatten(1)), torch.ones(1, 1, 1, 1, 400, dtype=torch.bool)
     call = Call(q, k, k, scorer, valid, Budget(3), how, Softmax(1.0), PackedKeys.of(scorer.pack(k)))
     assert decode_by_kernels(call).isnan().all()
+
+
+@pytest.mark.parametrize("how", ["softmax", "softmax_exact", "max", "mean"])
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+def test_a_query_that_is_no_number_leaves_its_group_the_first_keys(how: Any, odd: float) -> None:
+    """As in other backends: all keys' scores are NaN, also where queries are multiplied as integers."""
+    q, k = torch.ones(1, 3, 1, 16).half(), integers(1, 1, 400, 16, seed=2).half()
+    scorer, valid = DominantChunks(pick_chunks(1, 2).flatten(1), dtype="int4"), torch.ones(1, 1, 1, 1, 400).bool()
+    q[0, 1, 0, scorer.dims[0, 0]] = odd
+    call = Call(q, k, k, scorer, valid, Budget(3), how, Softmax(1.0), PackedKeys.of(scorer.pack(k), "int4"))
+    out = decode_by_kernels(call)
+    assert out[0, 1].isnan().all()
+    for head in (0, 2):
+        expected = oracle.attend(*(x.double().numpy() for x in (q[0, head, 0], k[0, 0], k[0, 0])), range(3), 1.0)
+        np.testing.assert_allclose(out[0, head, 0].numpy(), expected, atol=2e-3)
 
 
 @pytest.mark.parametrize(

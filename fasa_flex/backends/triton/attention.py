@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasa_flex.backends.triton.kernels import attend_rows, merge_parts, overlapping, parts_of, power_of_two
+from fasa_flex.backends.triton.kernels import (
+    attend_rows,
+    block_that_fits,
+    merge_parts,
+    overlapping,
+    parts_of,
+    power_of_two,
+)
 from fasa_flex.backends.triton.tip import Ending, Listed, Tip, completing
 
 ATTEND_BLOCK, ATTEND_WARPS, ATTEND_PROGRAMS, MOST_PARTS, MERGE_WARPS = 128, 4, 128, 128, 2
@@ -34,7 +41,9 @@ def attended(
 ) -> Tensor:
     """Attend to the rows at ``places``, or to those that the kernels select; returns [B, Hq, 1, Dv]."""
     (batch, kv_heads, _, dim), value_dim = key.shape, value.shape[3]
-    rows, group, value_pad = batch * kv_heads, query.shape[1] // kv_heads, power_of_two(value_dim, 16)
+    rows, group = batch * kv_heads, query.shape[1] // kv_heads
+    dim_pad, value_pad = power_of_two(dim, 16), power_of_two(value_dim, 16)
+    most, size = ATTEND_BLOCK if key.element_size() == 2 else 32, (dim_pad + value_pad) * key.element_size()
     parts = min(MOST_PARTS, max(1, ATTEND_PROGRAMS // rows))
     span = parts_of(parts_of(found.width, parts), LEAST_SPAN) * LEAST_SPAN
     parts = parts_of(found.width, span)
@@ -46,8 +55,8 @@ def attended(
     attend_rows[(rows, parts)](
         *found, span, found.slots if places is None else places, query, key, value, sums, results,
         *head_strides(key, value), tip.scaling, tip.softcap or 1.0, key.stride(2), value.stride(2),
-        group, power_of_two(group, 16), dim, power_of_two(dim, 16), value_dim, value_pad,
-        min(ATTEND_BLOCK if key.element_size() == 2 else 32, power_of_two(span)), kv_heads, tip.softcap is not None,
+        group, power_of_two(group, 16), dim, dim_pad, value_dim, value_pad,
+        min(block_that_fits(query.device, size, most), power_of_two(span)), kv_heads, tip.softcap is not None,
         *inputs, query if tip.table is None else tip.table, tip.capacity, tip.stride, units.shape[1], *constants,
         tip.completes, SELECT_CHUNK, places is None, tip.page, overlap, num_warps=ATTEND_WARPS, **launch,
     )  # fmt: skip

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from fasa_flex.backends.triton.attention import MOST_PARTS, head_strides, merged, result_of
-from fasa_flex.backends.triton.kernels import attend_part, on_their_device, overlapping, parts_of, power_of_two
+from fasa_flex.backends.triton.kernels import (
+    attend_part,
+    block_that_fits,
+    on_their_device,
+    overlapping,
+    parts_of,
+    power_of_two,
+)
 from fasa_flex.backends.triton.tip import Ending
 from fasa_flex.core.compiler import operator
 
@@ -41,8 +48,9 @@ def dense_decode(
     """
     batch, kv_heads, kv_len, dim = key.shape
     rows, group, value_dim = batch * kv_heads, query.shape[1] // kv_heads, value.shape[-1]
-    group_pad, value_pad = power_of_two(group, 16), power_of_two(value_dim, 16)
-    block = BLOCK if key.element_size() == 2 else 32
+    group_pad, dim_pad, value_pad = (power_of_two(size, 16) for size in (group, dim, value_dim))
+    size = (dim_pad + value_pad) * key.element_size()
+    block = block_that_fits(query.device, size, BLOCK if key.element_size() == 2 else 32)
     span = parts_of(parts_of(kv_len, min(MOST_PARTS, max(1, PROGRAMS // rows))), block) * block
     parts = parts_of(kv_len, span)
     overlap, launch = overlapping(query.device)
@@ -52,7 +60,7 @@ def dense_decode(
     attend_part[(parts, rows)](
         query, key, value, valid, sums, results, *head_strides(key, value), kv_len,
         0 if valid.shape[0] == 1 else valid.stride(0), span, scaling, softcap or 1.0, key.stride(2), value.stride(2),
-        group, group_pad, dim, power_of_two(dim, 16), value_dim, value_pad, block, kv_heads,
+        group, group_pad, dim, dim_pad, value_dim, value_pad, block, kv_heads,
         softcap is not None, overlap, num_warps=DENSE_WARPS, **launch,
     )  # fmt: skip
     return merged(query, value, sums, results, Ending(sinks=sinks))

@@ -9,7 +9,14 @@ operators, and `fasa_flex.backends.triton.blocks` launches the estimate of a pre
 from fasa_flex.backends.triton.kernels.attention import attend_part, attend_rows, merge_parts
 from fasa_flex.backends.triton.kernels.blocks import estimate_blocks
 from fasa_flex.backends.triton.kernels.completion import cover_rows
-from fasa_flex.backends.triton.kernels.launching import on_their_device, overlapping, parts_of, power_of_two
+from fasa_flex.backends.triton.kernels.launching import (
+    block_that_fits,
+    fitting,
+    on_their_device,
+    overlapping,
+    parts_of,
+    power_of_two,
+)
 from fasa_flex.backends.triton.kernels.orders import BINS
 from fasa_flex.backends.triton.kernels.rows import fetch_rows, find_rows
 from fasa_flex.backends.triton.kernels.scoring import score_keys, sum_keys
@@ -20,10 +27,12 @@ __all__ = [
     "BINS",
     "attend_part",
     "attend_rows",
+    "block_that_fits",
     "cover_rows",
     "estimate_blocks",
     "fetch_rows",
     "find_rows",
+    "fitting",
     "list_keys",
     "merge_parts",
     "on_their_device",

@@ -44,6 +44,23 @@ def overlapping(device: torch.device) -> tuple[bool, dict[str, bool]]:
     return overlap, {"launch_pdl": True} if overlap else {}
 
 
+@functools.cache
+def block_that_fits(device: torch.device, row: int, most: int) -> int:
+    """Keys of a block of attention, `fitting` the device's shared memory; ``row``: bytes of a key and its value."""
+    if device.type != "cuda":
+        return most
+    return fitting(triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"], row, most)
+
+
+def fitting(shared: int, row: int, most: int) -> int:
+    """The largest power of two of rows, at most ``most``, of which seven eighths of ``shared`` bytes hold two blocks.
+
+    Triton loads a block of keys and values while it multiplies another, and keeps queries and weights beside them.
+    """
+    rows = max(16, shared * 7 // 8 // (2 * row))  # a matrix product needs 16
+    return min(most, 1 << (rows.bit_length() - 1))
+
+
 def on_their_device(launch: _Function) -> _Function:
     """Make the GPU of ``launch``'s tensors current during the call, since Triton launches on the current device.
 

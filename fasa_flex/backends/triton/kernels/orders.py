@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOWEST, FIRST = tl.constexpr(-2147483648), tl.constexpr(2147483647)
-"""Orders of an invalid key, which is never selected, and of a forced one, which always is."""
+LOWEST, FIRST = tl.constexpr(-2147483648), tl.constexpr(2147483646)
+"""Orders of an invalid key, which is never selected, and of a forced one, which always is. There is a larger integer,
+since `select_keys` counts the keys above its threshold."""
 
 BINS = tl.constexpr(4096)
 """Bins of a row's histogram: sign, exponent and three bits of a float's fraction. No valid key falls in the first one,

@@ -55,6 +55,12 @@ def _scoring_queries(
 
 
 @triton.jit
+def _largest(queries):
+    """The bits of each head's largest absolute number, or of a NaN, which as a factor shows in all its scores."""
+    return tl.max(queries.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+
+
+@triton.jit
 def _digits(queries, step, FOLD: tl.constexpr):
     """Queries [K, HEADS] in units of ``step`` as integers of two digits to the base 256, the higher ones first.
 
@@ -95,8 +101,9 @@ def both_queries(
         )  # fmt: skip
     factor = tl.full([HEADS], 1.0, tl.float32)
     if INTEGER:
-        most = tl.maximum(tl.max(tl.abs(lower.to(tl.float32)), 0), tl.max(tl.abs(upper.to(tl.float32)), 0))
-        factor = tl.maximum(most, _LEAST) / 32512  # 127 * 256
+        most = tl.maximum(_largest(lower), _largest(upper))
+        most = tl.maximum(most.to(tl.float32, bitcast=True), _LEAST, propagate_nan=tl.PropagateNan.ALL)
+        factor = most / 32512  # 127 * 256
         lower, upper = _digits(lower, factor, FOLD), _digits(upper, factor, FOLD)
         if PART < WIDTH:  # codes are unpacked times 16
             factor *= 0.0625
