@@ -135,9 +135,24 @@ def _by_counts(order: Tensor, count: int) -> Tensor:
             above = torch.maximum(above, torch.where(reached < count, reached, 0))
     equal = (scores == least).cumsum(-1, dtype=torch.int32)  # the first of them are in lower slots
     place = (scores > least).cumsum(-1, dtype=torch.int32) + torch.minimum(equal, count - above)
-    wanted = torch.arange(1, count + 1, dtype=torch.int32, device=order.device)
-    at = torch.searchsorted(place, wanted.expand(*place.shape[:-1], count).contiguous())
-    return order.gather(-1, at)
+    return order.gather(-1, where_reached(place, count))
+
+
+def where_reached(number: Tensor, count: int) -> Tensor:
+    """Find the first slot whose number reaches 1, the first that reaches 2, and so on up to ``count``.
+
+    Numbers above a row's last one give the slot that reaches the last one. The wanted numbers so differ by row: for
+    equal ones, Inductor's search compiles in no kernel with several rows to a program (torch 2.13).
+
+    Args:
+        number: int [..., T], ascending.
+        count: how many slots to find.
+
+    Returns:
+        int64 [..., count].
+    """
+    wanted = torch.arange(1, count + 1, dtype=number.dtype, device=number.device)
+    return torch.searchsorted(number, torch.minimum(wanted, number[..., -1:]))
 
 
 @operator("largest", lambda order, count: order.new_empty(*order.shape[:-1], count), devices="cpu")
