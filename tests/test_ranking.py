@@ -134,6 +134,21 @@ def test_tiles_and_counts_send_ties_to_the_lower_slot(
         assert in_order(ranking._by_tiles_and_counts(order, count)).equal(in_order(order)[:, length - count :])
 
 
+@pytest.mark.parametrize("count", [1, 300, 8192])
+def test_counts_of_the_longest_row_do_not_run_into_each_other(count: int) -> None:
+    """All scores reach all three thresholds of a step, or half of them do."""
+    scores = torch.full((2, ranking._ROW), 3.0)
+    scores[1, ::2] = -3.0
+    order = rank_keys(scores)
+    assert in_order(ranking._by_counts(order, count)).equal(in_order(order)[:, ranking._ROW - count :])
+
+
+def test_numbers_beyond_the_last_are_where_it_is_reached() -> None:
+    """Wanted numbers differ by row, or a GPU's graph does not compile (test_torch_workarounds.py)."""
+    number = torch.tensor([[0, 1, 1, 2, 3], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0]], dtype=torch.int32)
+    assert ranking.where_reached(number, 4).tolist() == [[1, 3, 4, 4], [2, 2, 2, 2], [0, 0, 0, 0]]
+
+
 def test_tiles_hold_the_keys_in_order() -> None:
     tiles = ranking.in_tiles(torch.arange(35), -1)
     assert tiles.shape == (3, 16)

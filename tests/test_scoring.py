@@ -19,7 +19,7 @@ from fasa_flex.baselines import H2O
 from fasa_flex.core.adapted_scorers import as_scorer
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.bytes_read import ReadShare
-from fasa_flex.core.group_reduce import attention_weights, reduce_group
+from fasa_flex.core.group_reduce import attention_weights, reduce_group, weigh
 from fasa_flex.core.packed_keys import PackedDtype, PackedKeys
 from fasa_flex.core.scoring import DominantChunks, Scorer, SequenceScorer
 from fasa_flex.core.selection import Marks, valid_keys
@@ -342,3 +342,28 @@ def test_attention_weights_are_the_softmax_and_an_operator() -> None:
     logits[0, 0, 0, 0, 2:] = -math.inf
     assert attention_weights(logits).equal(logits.softmax(-1))
     torch.library.opcheck(torch.ops.fasa_flex.attention_weights.default, (logits,))
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    device = torch.device("cuda")  # type: ignore[assignment]  # a property of the base
+
+
+@pytest.mark.parametrize("length", [1, 300, 900])
+def test_in_a_gpus_graph_masses_are_summed_by_tile(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles without a valid key, a row without one and the tile behind the last key have no mass."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 9.0 * torch.randn(3, 2, 4, 1, length, generator=generator)
+    valid = (torch.rand(3, 1, 1, 1, length, generator=generator) < 0.7) & (torch.arange(length) > 100)
+    valid[1] = False
+    valid[2, ..., -1] = True
+    sample = Marks.of(valid, Budget(4), samples=True).sample
+    assert sample is not None
+    expected = weigh(logits, valid, sample)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    tiled = weigh(logits.as_subclass(OnGPU), valid, sample)
+    for name in ("total", "unit", "ranking"):
+        found, wanted = getattr(tiled, name).as_subclass(torch.Tensor), getattr(expected, name)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert tiled.total[1].eq(0).all()

@@ -5,7 +5,11 @@ Seen in torch 2.11 and 2.13. When a newer torch makes a test here fail, remove t
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,3 +192,20 @@ def test_a_graph_does_not_ask_for_cudnn() -> None:
     """Works around it: `fasa_flex.backends.dense.grouped_attention`."""
     with pytest.raises(Unsupported, match="non-Tensor"):
         torch.compile(lambda states: states + cuda.cudnn_sdp_enabled(), fullgraph=True, backend="eager")(torch.ones(3))
+
+
+@pytest.mark.parametrize("wanted", ["apart", "alike"])
+def test_a_search_for_numbers_alike_in_all_rows_does_not_compile(wanted: str, tmp_path: Path) -> None:
+    """Works around it: `fasa_flex.core.ranking.where_reached`, on a GPU, which need not be there."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("compile_search.py")), wanted],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    fault = "Loop-carried variable low has initial type"
+    assert (done.returncode == 0, fault in done.stderr) == ((True, False) if wanted == "apart" else (False, True))

@@ -74,9 +74,13 @@ def weigh(logits: Tensor, valid: Tensor, sample: Tensor) -> Weights:
         sample: `Marks.sample`, the slots of the sampled keys.
     """
     slots = sample.clamp(min=0).expand(*logits.shape[:-1], -1)
-    unit = torch.where(sample < 0, -torch.inf, logits.gather(-1, slots)).logsumexp(-1, keepdim=True)
+    sampled = torch.where(sample < 0, -torch.inf, logits.gather(-1, slots))
+    compiled = torch.compiler.is_compiling()
+    if compiled and logits.device.type != "cpu":  # by tile: in many programs, not one for each head
+        sampled = in_tiles(sampled, -torch.inf).logsumexp(-1)
+    unit = sampled.logsumexp(-1, keepdim=True)
     unit = torch.where(unit == -torch.inf, 0.0, unit)
-    if torch.compiler.is_compiling():  # head by head: the compiler fuses this into one loop over the keys
+    if compiled:  # head by head: the compiler fuses this into one loop over the keys
         members = list(map(torch.sub, logits.unbind(2), unit.unbind(2)))
         best = functools.reduce(torch.maximum, members)
         best = torch.where(best == -torch.inf, 0.0, best)

@@ -27,6 +27,7 @@ from fasa_flex.core.completion import Completion, completed, kept_share
 from fasa_flex.core.config import GroupReduce
 from fasa_flex.core.group_reduce import reduce_group, weigh
 from fasa_flex.core.packed_keys import PackedKeys
+from fasa_flex.core.ranking import where_reached
 from fasa_flex.core.resident_rows import ResidentRows
 from fasa_flex.core.scoring import DominantChunks, Scorer, check_scores
 from fasa_flex.core.selection import Marks, Selection, select
@@ -205,10 +206,7 @@ def _blocks_of_slots(selection: Selection, kv_block: int) -> tuple[Tensor, Tenso
     blocks = blocks[:, :, None].sort(-1).values
     distinct = (blocks != F.pad(blocks[..., :-1], (1, 0), value=-1)) & (blocks < kv_blocks)
     number = distinct.cumsum(-1, dtype=torch.int32)
-    most = min(kv_blocks, blocks.shape[-1])
-    wanted = torch.arange(1, most + 1, dtype=torch.int32, device=blocks.device)
-    at = torch.searchsorted(number, wanted.expand(*number.shape[:-1], most).contiguous())
-    listed = blocks.gather(-1, at.clamp(max=blocks.shape[-1] - 1))
+    listed = blocks.gather(-1, where_reached(number, min(kv_blocks, blocks.shape[-1])))
     return number[..., -1], listed.clamp(max=kv_blocks - 1)
 
 
