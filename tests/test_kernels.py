@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import oracle
@@ -406,6 +407,14 @@ def test_the_kernels_are_refused_where_they_cannot_run() -> None:
     q, k = integers(1, 2, 1, 16, seed=1), integers(1, 1, 8, 16, seed=2)
     with raises_sentence(ValueError, match=r"CUDA .* backend='auto'"):
         fasa_attention(q, k, k, pick_chunks(1, 2), n_fac=4, backend="triton")
+
+
+def test_more_elements_than_offsets_can_tell_apart_are_refused() -> None:
+    scorer, query = DominantChunks(pick_chunks(1, 2).flatten(1)), mock.Mock(is_cuda=True, shape=(1, 2, 1, 16))
+    packed = PackedKeys(torch.empty(1, 1, 2**29, 4, 1, device="meta"))
+    call = Call(query, mock.Mock(), mock.Mock(), scorer, mock.Mock(), Budget(4), "max", mock.Mock(), packed)
+    reason = dispatch.why_no_kernels(call)
+    assert reason == "a head's packed keys must have fewer than 2147483648 elements, got 2147483648"
 
 
 def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:

@@ -31,8 +31,7 @@ ROUNDS = 3
 """Most rounds of a row."""
 
 IN_GRAPHS = "FASA, CUDA graphs"
-"""Name of the way whose steps of decoding are CUDA graphs, prepared while the step before runs (asynchronous batching);
-the row's speedups are its, where it runs."""
+"""Name of the way whose steps of decoding are CUDA graphs; the row's speedups are its, where it runs."""
 
 BOUND = "any dense attention, at most"
 """Name of the bound in tables."""
@@ -162,7 +161,7 @@ def _answer(
         blocks: blocks of the cache.
         device: the model's.
         tables: whether decoding reads tables of blocks instead of an index for every cached token.
-        graphs: whether steps of decoding with tables are CUDA graphs, prepared while the step before runs.
+        graphs: whether steps of decoding with tables are CUDA graphs.
 
     Raises:
         RuntimeError: a request failed.
@@ -170,7 +169,7 @@ def _answer(
     parameters = inspect.signature(ContinuousBatchingConfig).parameters
     sizes: dict[str, Any] = {"page_size" if "page_size" in parameters else "block_size": page, "num_blocks": blocks}
     batching = ContinuousBatchingConfig(
-        **sizes, max_batch_tokens=2048, use_cuda_graph=(False, graphs), use_async_batching=graphs or None
+        **sizes, max_batch_tokens=2048, use_cuda_graph=(False, graphs), use_async_batching=False
     )
     generation = GenerationConfig(do_sample=False, eos_token_id=-1)
     if device.type == "cuda":

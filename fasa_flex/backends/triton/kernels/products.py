@@ -13,7 +13,7 @@ _LEAST = tl.constexpr(1e-30)
 
 @triton.jit
 def first_row(row, capacity, PAGE: tl.constexpr):
-    """The row of packed keys from which `packed_row` counts, in a buffer of ``capacity`` slots for each head."""
+    """The row of packed keys from which `packed_row` counts: the head's first, or with ``PAGE`` the first of all."""
     return 0 if PAGE > 0 else row * capacity
 
 
@@ -126,7 +126,7 @@ def _unpacked_natively(key):
         lop3.b32 $0, low, 0xf0f0f0f0, 0x80808080, 0x6a;
         lop3.b32 $1, $2, 0xf0f0f0f0, 0x80808080, 0x6a;
         }""",
-        "=r,=r,r",
+        "=&r,=r,r",
         [key],
         dtype=(tl.int8, tl.int8),
         is_pure=True,
