@@ -50,6 +50,9 @@ from fasa_flex.core.selection import Marks, valid_keys
 from fasa_flex.core.softmax import Softmax
 
 SHAPE = SHAPES["llama-3.1-8b"]
+MODULES = (tip, attention, decode)
+"""Modules whose constants a variant sets."""
+
 CALLS = 8
 """Calls in one graph, at the least."""
 
@@ -88,7 +91,7 @@ def changed(variant: Variant, **others: object) -> Iterator[None]:
     """Set the constants of a variant, and ``others``, in the modules that have them."""
     with ExitStack() as stack:
         for name, value in (*variant, *others.items()):
-            for module in (tip, attention, decode):
+            for module in MODULES:
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, value))
         yield
@@ -193,7 +196,10 @@ def main() -> int:
     device = torch.device(options.device)
     variants: list[Variant] = [()]
     for text in options.set:
-        pairs = (pair.partition("=") for pair in text.split(","))
+        pairs = [pair.partition("=") for pair in text.split(",")]
+        for name, _, value in pairs:
+            if not value.isdecimal() or not any(hasattr(module, name) for module in MODULES):
+                parser.error(f"--set {text}: {name}={value} sets no constant to a number; pass NAME=NUMBER.")
         variants.append(tuple((name, int(value)) for name, _, value in pairs))
     sizes = list(product(*(map(int, text.split(",")) for text in (options.batches, options.contexts))))
     head = {**provenance(command_line("evals.bench.kernels"), device), "settings": {"shape": SHAPE.name}}
