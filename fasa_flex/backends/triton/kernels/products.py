@@ -78,7 +78,7 @@ def _digits(queries, step, FOLD: tl.constexpr):
         own = tl.reshape(own.to(tl.int16), (FOLD, 1, 1, FOLD, 1))
         digits = tl.reshape(digits, (1, SIZE, HEADS, 1, 2)) * own
     digits = tl.reshape(digits, (FOLD * SIZE, HEADS * FOLD * 2))
-    return digits.to(tl.int8)  # of a reshaped operand of a product Triton 3.7 makes an illegal shared layout
+    return digits.to(tl.int8)  # Triton 3.6 and 3.7 refuse a reshaped operand of a product
 
 
 @triton.jit
@@ -87,9 +87,10 @@ def both_queries(
     GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     PART: tl.constexpr, PART_PAD: tl.constexpr, WEIGHTED: tl.constexpr, INTEGER: tl.constexpr, KV_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """A group's queries for the low and for the high bits of a packed byte, and a factor of products [1, HEADS, 1].
+    """A group's queries for the low and for the high bits of a packed byte, and the factor of `dot_products`.
 
-    Both are equal if a byte is one number. With ``INTEGER`` they are `_digits`, as fine as a head's largest number is.
+    Both queries are equal if a byte is one number. With ``INTEGER`` they are `_digits`; the unit of a head is then its
+    largest number, divided by 32512. The factor [1, HEADS, 1] is this unit, and 1 for floats.
     """
     lower = _scoring_queries(
         query, dims, weights, row, 0, GROUP, HEADS, DIM, WIDTH, PART, PART_PAD, WEIGHTED, KV_HEADS

@@ -62,18 +62,18 @@ def sum_keys(
     for start in range(part * BLOCK, BINS, tl.num_programs(0) * BLOCK):
         tl.store(bins + row * BINS + start + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.int32))
     dim, head = tl.arange(0, PART_PAD), tl.arange(0, HEADS)
-    lower, upper, unit = both_queries(
+    lower, upper, step = both_queries(
         query, dims, weights, row, GROUP, HEADS, 1, DIM, WIDTH, PART, PART_PAD, WEIGHTED, INTEGER, KV_HEADS
     )  # fmt: skip
     added = 0.0
     if SHIFTED:
         added = tl.load(shift + row * GROUP + head, mask=head < GROUP, other=0.0)[None, :]
-    begun = first_row(row, capacity, PAGE)
-    keys, scales = keys + begun * PART, scales + begun
+    first = first_row(row, capacity, PAGE)
+    keys, scales = keys + first * PART, scales + first
     best = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
-    for step in range(steps):
-        number = (part * steps + step) * BLOCK + tl.arange(0, BLOCK)
+    for block in range(steps):
+        number = (part * steps + block) * BLOCK + tl.arange(0, BLOCK)
         if SAMPLED:
             place = sample + (row // KV_HEADS) * sample_stride + number
             slot = tl.load(place, mask=number < count, other=-1).to(tl.int32)
@@ -90,7 +90,7 @@ def sum_keys(
         factor = 1.0
         if SCALED:
             factor = tl.load(scales + place, mask=real, other=0).to(tl.float32)[:, None]
-        score = dot_products(key, lower, upper, unit, WIDTH, PART, HEADS, 1, INTEGER, NATIVE)
+        score = dot_products(key, lower, upper, step, WIDTH, PART, HEADS, 1, INTEGER, NATIVE)
         score = tl.reshape(score, (BLOCK, HEADS))
         logits = logits_of(score, factor, added, scaling, softcap, SCALED, SHIFTED, CAPPED)
         best, total = _add_mass(tl.where(real[:, None], logits, float("-inf")), best, total)
@@ -130,7 +130,7 @@ def _marks_of(valid, forced, block, kv_len, BLOCK: tl.constexpr, FORCED: tl.cons
 
 @triton.jit
 def _rank_block(
-    keys, scales, table, row, capacity, mark, order, maxima, lower, upper, unit, added, mass, reads, block, scaling,
+    keys, scales, table, row, capacity, mark, order, maxima, lower, upper, step, added, unit, reads, block, scaling,
     softcap, sums, seen,
     GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
     PART_PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
@@ -157,9 +157,9 @@ def _rank_block(
         factor = tl.reshape(scale, (ROWS, 1, FOLD)).to(tl.float32)
     real = mark != 0
     seen += tl.where(real, 1, 0)
-    score = dot_products(key, lower, upper, unit, WIDTH, PART, HEADS, FOLD, INTEGER, NATIVE)
+    score = dot_products(key, lower, upper, step, WIDTH, PART, HEADS, FOLD, INTEGER, NATIVE)
     if SUMS or HOW == "softmax":
-        logits = logits_of(score, factor, added, scaling, softcap, SCALED, SHIFTED, CAPPED) - mass[None, :, None]
+        logits = logits_of(score, factor, added, scaling, softcap, SCALED, SHIFTED, CAPPED) - unit[None, :, None]
         weights, number = _mixed(logits, FAR)
         number = tl.reshape(number, (BLOCK,))
         if not FAR:
@@ -214,20 +214,20 @@ def score_keys(
     if not WEIGHS:
         begin_in_turn(OVERLAP)
     row, program, head = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.arange(0, HEADS)
-    lower, upper, unit = both_queries(
+    lower, upper, step = both_queries(
         query, dims, weights, row, GROUP, HEADS, FOLD, DIM, WIDTH, PART, PART_PAD, WEIGHTED, INTEGER, KV_HEADS
     )  # fmt: skip
     added = 0.0
     if SHIFTED:
         added = tl.load(shift + row * GROUP + head, mask=head < GROUP, other=0.0)[None, :, None]
-    mass = tl.zeros([HEADS], tl.float32)
+    unit = tl.zeros([HEADS], tl.float32)
     if WEIGHS:  # the kernel before wrote the units alone, everything else is older
         begin_in_turn(OVERLAP)
-        mass = unit_of(units, row, parts, PARTS_PAD, GROUP, HEADS)
-    begun, reads = first_row(row, capacity, PAGE), kv_len
+        unit = unit_of(units, row, parts, PARTS_PAD, GROUP, HEADS)
+    first, reads = first_row(row, capacity, PAGE), kv_len
     if ALIGNED:  # the first is no change, but the compiler sees the factor
-        begun, reads = begun // 16 * 16, (kv_len + 15) // 16 * 16
-    keys, scales = keys + begun * PART, scales + begun
+        first, reads = first // 16 * 16, (kv_len + 15) // 16 * 16
+    keys, scales = keys + first * PART, scales + first
     order += row * blocks * BLOCK
     maxima += row * blocks * (BLOCK // TILE)
     bins += row * BINS
@@ -240,7 +240,7 @@ def score_keys(
     for block in tl.range(begun, ended, num_stages=STAGES):
         following = _marks_of(valid, forced, block + 1, kv_len, BLOCK, FORCED)  # loaded while this block is scored
         sums, seen = _rank_block(
-            keys, scales, table, row, capacity, mark, order, maxima, lower, upper, unit, added, mass, reads, block,
+            keys, scales, table, row, capacity, mark, order, maxima, lower, upper, step, added, unit, reads, block,
             scaling, softcap, sums, seen, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, TILE, SCALED, SHIFTED,
             CAPPED, FORCED, HOW, SUMS, INTEGER, NATIVE, False, PAGE, KV_HEADS,
         )  # fmt: skip
@@ -253,7 +253,7 @@ def score_keys(
         for block in tl.range(begun, ended, num_stages=1):
             mark = _marks_of(valid, forced, block, kv_len, BLOCK, FORCED)
             sums, seen = _rank_block(
-                keys, scales, table, row, capacity, mark, order, maxima, lower, upper, unit, added, mass, reads, block,
+                keys, scales, table, row, capacity, mark, order, maxima, lower, upper, step, added, unit, reads, block,
                 scaling, softcap, sums, seen, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, TILE, SCALED, SHIFTED,
                 CAPPED, FORCED, HOW, SUMS, INTEGER, NATIVE, True, PAGE, KV_HEADS,
             )  # fmt: skip

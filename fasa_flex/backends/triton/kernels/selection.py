@@ -82,9 +82,10 @@ def _place_of(counts, number, width, SEGMENTS: tl.constexpr):
 
 @triton.jit
 def _first_places(counts, number, width, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr):
-    """`_place_of` for the first ``CHUNK`` numbers, which are real there, and how many keys there are.
+    """Places of a row's first ``CHUNK`` keys, whether a place holds a key, and the number of all keys.
 
-    Where no segment has more keys than its part of the chunk, each has its own part of the numbers.
+    Where no segment has more keys than its share of the chunk, each fills the beginning of its share, so that no loop
+    over the segments is needed. Elsewhere the places are `_place_of`.
     """
     PART: tl.constexpr = CHUNK // SEGMENTS
     count = tl.load(counts + tl.arange(0, SEGMENTS))
