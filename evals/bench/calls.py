@@ -32,7 +32,7 @@ MANY, SWAPPED = 1024, 4.0
 """Above this budget unclear heads are compared, too, and may be off by this number over the root of the budget."""
 LEVELS = {"int8": 127, "int4": 7}
 FIRST, LAST = 4, 32
-"""Numbers of first and last tokens that the defaults always select."""
+"""Numbers of first and last tokens that the defaults always select, at most an eighth and a half of the budget."""
 SHARP = 40.0
 """Factor of the queries of the cases with sharp weights."""
 SOFTCAP = 3.0
@@ -108,10 +108,10 @@ def reference(
         if case.group == 1:
             ranking = scores[0]
         spread = ranking.std()
-        forced = (number < FIRST) | (number >= len(valid) - LAST)
+        budget = case.n_fac if isinstance(case.n_fac, int) else math.ceil(case.n_fac * len(valid))
+        forced = (number < min(FIRST, budget // 8)) | (number >= len(valid) - min(LAST, budget // 2))
         ranking = torch.where(forced, torch.inf, ranking)
         order = ranking.argsort(descending=True)
-        budget = case.n_fac if isinstance(case.n_fac, int) else math.ceil(case.n_fac * len(valid))
         chosen = order[:budget]
         if len(valid) > budget:
             last, first = ranking[order[budget - 1]], ranking[order[budget]]
