@@ -23,8 +23,7 @@ _MANY = 512
 """From this number of tiles per head eager code scores head by head: a batched product copies the query per tile."""
 
 _FUSED = 16
-"""Most queries of a group whose products with integer keys Inductor computes as it loads these, one reduction each.
-A GPU's kernel fills this number with several keys where a group has fewer queries."""
+"""Most queries of a group whose products with integer keys Inductor computes as it loads these: one reduction each."""
 
 
 def tile_of(device: torch.device) -> int:
@@ -177,20 +176,6 @@ def _scores_of_tiles(query: Tensor, tiles: Tensor) -> Tensor:
 
     Queries [B, Hkv, G, 2 * n_tip] and tiles [B, Hkv, N, P, L] give [B, Hkv, N, G, L].
     """
-    count, lanes = tiles.shape[2], tiles.shape[4]
-    if lanes > 1:
-        return torch.stack(_scores_by_query(query, tiles), dim=2).transpose(2, 3)
-    # a GPU's kernel loads the query anew for each key: a key of each run shares the load
-    runs = max(1, _FUSED // query.shape[2])
-    by_run = F.pad(tiles, (0, 0, 0, 0, 0, -count % runs)).unflatten(2, (runs, -1)).unbind(2)
-    by_query = zip(*(_scores_by_query(query, run) for run in by_run), strict=True)
-    scores = torch.stack([score for member in by_query for score in member], dim=2)
-    by_member: Tensor = scores.unflatten(2, (-1, runs)).flatten(3, 4)
-    return by_member[:, :, :, :count].transpose(2, 3)
-
-
-def _scores_by_query(query: Tensor, tiles: Tensor) -> list[Tensor]:
-    """Compute the dot products of each query of a group, [B, Hkv, N, L]; arguments as of `_scores_of_tiles`."""
     if tiles.dtype == torch.uint8:  # Inductor's vector code has these operators for 32-bit integers only (torch 2.13)
         wide = tiles.to(torch.int32)
         parts, zero = [wide & 15, wide >> 4], INT4_ZERO
@@ -205,7 +190,7 @@ def _scores_by_query(query: Tensor, tiles: Tensor) -> list[Tensor]:
         products = [half * part for half, part in zip(halves, parts, strict=True)]
         score = functools.reduce(torch.add, products).sum(3)
         members.append(score - zero * member.sum(-1)[:, :, None, None] if zero else score)
-    return members
+    return torch.stack(members, dim=2).transpose(2, 3)
 
 
 def _scores_by_head(query: Tensor, tiles: Tensor) -> Tensor:
