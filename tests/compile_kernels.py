@@ -25,7 +25,7 @@ POINTERS = dict.fromkeys(("query", "key", "value", "keys", "values", "packed", "
 POINTERS |= dict.fromkeys(("units", "masses", "shift", "weights", "mean_key"), "*fp32")
 POINTERS |= dict.fromkeys(("sums", "results", "key_sum", "value_sum", "product"), "*fp32")
 POINTERS |= {"mean_value": "*bf16", "covariance": "*bf16", "covariances": "*bf16", "covered": "*i64"}
-POINTERS |= {"number": "*i64", "valid": "*u8", "forced": "*u8", "sample": "*i64"}
+POINTERS |= {"number": "*i64", "valid": "*u8", "marks": "*u8", "sample": "*i64"}
 POINTERS |= {"first": "*i64", "mass": "*fp32", "table": "*i64", "states": "*i64"}
 POINTERS |= dict.fromkeys(("held_keys", "held_values"), "*bf16")
 POINTERS |= dict.fromkeys(
@@ -89,8 +89,8 @@ def main() -> None:
     compiles(kernels.sum_keys, SAMPLED=False, **plain)
     compiles(kernels.sum_keys, ("keys", "*i8"), SAMPLED=True, SCALED=True, INTEGER=True, **all_of_it)
     for how, sums in (("softmax", False), ("softmax", True), ("max", False), ("mean", True)):
-        compiles(kernels.score_keys, HOW=how, SUMS=sums, FORCED=False, **plain)
-    marked = {"FORCED": True, "HOW": "softmax", "SUMS": True}
+        compiles(kernels.score_keys, HOW=how, SUMS=sums, **plain)
+    marked = {"HOW": "softmax", "SUMS": True}
     compiles(kernels.score_keys, ("keys", "*i8"), SCALED=True, INTEGER=True, **all_of_it, **marked, **FOLDED)
     for four in (FOUR_BITS, WHOLE, {**WHOLE, "NATIVE": True}):
         compiles(kernels.sum_keys, ("keys", "*u8"), SAMPLED=True, **{**plain, **four})
@@ -106,7 +106,7 @@ def main() -> None:
         sizes = {"PART": 128, "PARTS": 1, "BLOCK": 64, "PAGE": page}
         compiles(kernels.cover_rows, COVERED=64, SKIPPED=4, **sizes, warps=8)
     compiles(kernels.merge_parts, SUNK=False, COMPLETES=True, FIRST_ORDER=True, PAGED=True)
-    compiles(kernels.score_keys, HOW="max", SUMS=False, FORCED=False, TILE=1, **plain)
+    compiles(kernels.score_keys, HOW="max", SUMS=False, TILE=1, **plain)
     for tile in (1, 16):
         compiles(kernels.list_keys, TILE=tile, BLOCK=512, SOME=1024 // tile)
     compiles(kernels.select_keys, warps=8)

@@ -130,4 +130,18 @@ def test_marks_with_room_are_those_of_keys_with_free_slots(kv_len: int, free: in
     assert expected.sample is not None
     assert torch.equal(got.forced, expected.forced)
     assert torch.equal(got.sample.sort().values, expected.sample.sort().values)
-    assert Marks(None, None).with_room(kv_len, free) == (None, None)
+    assert Marks(None, None).with_room(kv_len, free) == Marks(None, None)
+
+
+@pytest.mark.parametrize("forced", [0, 2])
+def test_marks_of_one_query_as_bytes(forced: int) -> None:
+    mask = torch.ones(2, 21, dtype=torch.bool)
+    mask[1, [0, 3]] = False
+    marks = Marks.of(valid_keys(1, 21, mask, CPU), Budget(8, forced, forced), samples=False)
+    assert marks.bytes is not None
+    assert marks.bytes.shape == (2, 1, 1, 1, 32)
+    plain, ends = [1] * 21 + [0] * 11, [3] * forced
+    assert marks.bytes[0].flatten().tolist() == ends + plain[forced : 21 - forced] + ends + [0] * 11
+    gaps = [0, *ends, 0, *plain[2 + forced : 21 - forced], *ends] if forced else [0, 1, 1, 0, *plain[4:21]]
+    assert marks.bytes[1].flatten().tolist() == gaps + [0] * 11
+    assert Marks.of(valid_keys(2, 21, mask, CPU), Budget(8, forced, forced), samples=False).bytes is None

@@ -162,7 +162,7 @@ def test_a_mask_of_tiles_is_of_a_length_that_its_kernel_does_not_know() -> None:
 
 @pytest.mark.skipif(torch.__version__ >= (2, 12), reason="Inductor has the view since torch 2.12 or 2.13")
 def test_a_bool_has_no_view_as_bytes() -> None:
-    """Works around it: `fasa_flex.backends.triton.dispatch.in_rows`; goes with torch 2.11."""
+    """Works around it: `fasa_flex.core.selection.flags`; goes with torch 2.11."""
     with pytest.raises(InductorError, match=r"torch\.bool is not supported"):
         torch.compile(lambda marked: marked.view(torch.uint8) + 1, fullgraph=True)(torch.rand(2, 300) > 0.5)
 

@@ -72,29 +72,43 @@ class Marks(NamedTuple):
             and ``n_recent`` last valid keys of each query, which are always selected.
         sample: int64 [B or 1, 1, 1, Q, S], slots of the sampled valid keys (`SAMPLE_FIRST`), whose mass normalises the
             attention weights; -1: none.
+        bytes: uint8 [B or 1, 1, 1, 1, N], of one query: 1 for a valid key, 3 for a forced one, 0 for others and behind
+            T; N is T, rounded up to a multiple of 16, so that kernels read several at once. None: not computed.
     """
 
     forced: Tensor | None
     sample: Tensor | None
+    bytes: Tensor | None = None
 
     @classmethod
     def of(cls, valid: Tensor, budget: Budget, samples: bool) -> Marks:
         """Compute the marks of valid keys, bool [B or 1, 1, 1, Q, T]; padding between keys does not count."""
         forces = budget.n_sink != 0 or budget.n_recent != 0
-        if not forces and not samples:
-            return cls(None, None)
-        number = valid.cumsum(-1)
-        forced = None
-        if forces:
-            first, last = budget.forced(budget.n_fac if budget.is_count else budget.of(number[..., -1])[..., None])
-            forced = valid & ((number <= first) | (number > number[..., -1:] - last))
-        return cls(forced, _sample(number) if samples else None)
+        forced = sample = None
+        if forces or samples:
+            number = valid.cumsum(-1)
+            sample = _sample(number) if samples else None
+            if forces:
+                first, last = budget.forced(budget.n_fac if budget.is_count else budget.of(number[..., -1])[..., None])
+                forced = valid & ((number <= first) | (number > number[..., -1:] - last))
+        return cls(forced, sample, _as_bytes(valid, forced) if valid.shape[3] == 1 and budget.heads == 1 else None)
 
     def with_room(self, kv_len: int, free: int) -> Marks:
         """Pad the marks of ``kv_len`` keys for a buffer with ``free`` invalid slots behind them."""
         more = _strides(kv_len + free) - _strides(kv_len)
         forced = None if self.forced is None else F.pad(self.forced, (0, free))
         return Marks(forced, None if self.sample is None else F.pad(self.sample, (0, more), value=-1))
+
+
+def _as_bytes(valid: Tensor, forced: Tensor | None) -> Tensor:
+    """Compute `Marks.bytes`."""
+    marks = flags(valid) if forced is None else torch.add(flags(valid), flags(forced), alpha=2)
+    return F.pad(marks, (0, -marks.shape[-1] % 16))
+
+
+def flags(marked: Tensor) -> Tensor:
+    """A bool tensor as uint8, in the same memory; compiled code converts instead, which it fuses."""
+    return marked.to(torch.uint8) if torch.compiler.is_compiling() else marked.view(torch.uint8)  # torch 2.11
 
 
 def _strides(kv_len: int) -> int:

@@ -41,9 +41,9 @@ def select_slots(
     packed: Tensor,
     scales: Tensor | None,
     shift: Tensor | None,
-    valid: Tensor,
-    forced: Tensor | None,
+    marks: Tensor,
     sample: Tensor | None,
+    kv_len: int,
     n_fac: int,
     share: int,
     how: str,
@@ -63,8 +63,8 @@ def select_slots(
         slots, int32 [B * Hkv, min(n_fac, T)], ascending, -1 if there are fewer valid keys; and the units and masses of
         `fasa_flex.backends.triton.tip.Ranking`.
     """
-    ranks = (dims, weights, packed, scales, shift, valid, forced, sample)
-    tip = Tip(*ranks, n_fac, share, how, scaling, softcap, completes, table, page, stride)
+    ranks = (dims, weights, packed, scales, shift, marks, sample)
+    tip = Tip(*ranks, kv_len, n_fac, share, how, scaling, softcap, completes, table, page, stride)
     ranking = ranked(query, tip)
     found = listed(ranking, tip)
     overlap, launch = overlapping(query.device)
@@ -93,9 +93,9 @@ def attend_slots(
     packed: Tensor,
     scales: Tensor | None,
     shift: Tensor | None,
-    valid: Tensor,
-    forced: Tensor | None,
+    marks: Tensor,
     sample: Tensor | None,
+    kv_len: int,
     n_fac: int,
     share: int,
     how: str,
@@ -126,8 +126,8 @@ def attend_slots(
     Returns:
         [B, Hq, 1, Dv], zeros for a head without a slot.
     """
-    ranks = (dims, weights, packed, scales, shift, valid, forced, sample)
-    tip = Tip(*ranks, n_fac, share, how, scaling, softcap, completes, table, page, stride)
+    ranks = (dims, weights, packed, scales, shift, marks, sample)
+    tip = Tip(*ranks, kv_len, n_fac, share, how, scaling, softcap, completes, table, page, stride)
     ending = Ending(mean_value, covariance, covered, strength, sinks, states)
     found = Listed(slots, slots, slots, slots, 0, 0, 0, 0, 0, slots.shape[1], 1)
     return attended(query, key, value, places, found, units, masses, tip, ending)
@@ -144,9 +144,9 @@ def sparse_decode(
     packed: Tensor,
     scales: Tensor | None,
     shift: Tensor | None,
-    valid: Tensor,
-    forced: Tensor | None,
+    marks: Tensor,
     sample: Tensor | None,
+    kv_len: int,
     n_fac: int,
     share: int,
     how: str,
@@ -164,8 +164,8 @@ def sparse_decode(
     states: Tensor | None,
 ) -> Tensor:
     """TIP, the selection and FAC for one query a row: `select_slots`, then `attend_slots`, with their arguments."""
-    ranks = (dims, weights, packed, scales, shift, valid, forced, sample)
-    tip = Tip(*ranks, n_fac, share, how, scaling, softcap, completes, table, page, stride)
+    ranks = (dims, weights, packed, scales, shift, marks, sample)
+    tip = Tip(*ranks, kv_len, n_fac, share, how, scaling, softcap, completes, table, page, stride)
     ending = Ending(mean_value, covariance, covered, strength, sinks, states)
     ranking = ranked(query, tip)
     return attended(query, key, value, None, listed(ranking, tip), ranking.units, ranking.masses, tip, ending)

@@ -13,6 +13,7 @@ from fasa_flex.core.config import FasaConfig
 from fasa_flex.core.method import Call
 from fasa_flex.core.packed_keys import PackedKeys
 from fasa_flex.core.scoring import DominantChunks
+from fasa_flex.core.selection import flags
 from fasa_flex.core.softmax import Softmax
 from fasa_flex.errors import NotSupportedError
 
@@ -166,6 +167,7 @@ def _arguments_of(call: Call) -> tuple[Tensor, Tip, Ending]:
     assert isinstance(scorer, DominantChunks)
     assert isinstance(packed, PackedKeys)
     marks, completion = call.known_marks(), call.completion
+    assert marks.bytes is not None
     how = call.group_reduce if query.shape[1] > call.key.shape[1] else "max"
     tip = Tip(
         scorer.dims.contiguous(),
@@ -173,9 +175,9 @@ def _arguments_of(call: Call) -> tuple[Tensor, Tip, Ending]:
         packed.tiles.squeeze(4),
         None if packed.scales is None else packed.scales.squeeze(3),
         _shift(query, scorer, how in ("max", "mean") and query.shape[1] > call.key.shape[1], softmax),
-        in_rows(call.valid),
-        None if marks.forced is None else in_rows(marks.forced),
+        in_rows(marks.bytes),
         None if marks.sample is None or how == "softmax_exact" else in_rows(marks.sample),
+        call.valid.shape[-1],
         call.budget.widest(call.valid.shape[-1]),
         call.budget.trillionths,
         "softmax" if how == "softmax_exact" else how,
@@ -204,7 +206,4 @@ def in_rows(marked: Tensor) -> Tensor:
     """[B or 1, 1, 1, 1, N] as [B or 1, N], rows contiguous; bool as uint8."""
     rows = marked.flatten(1)
     rows = rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-    if rows.dtype != torch.bool:
-        return rows
-    # eager: reinterpret without a kernel; compiled: the cast is fused (torch 2.11 has no such view)
-    return rows.to(torch.uint8) if torch.compiler.is_compiling() else rows.view(torch.uint8)
+    return flags(rows) if rows.dtype == torch.bool else rows

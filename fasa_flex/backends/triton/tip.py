@@ -45,10 +45,10 @@ class Tip(NamedTuple):
             uint8, two codes of four bits (`fasa_flex.core.packed_keys`).
         scales: scales of integer keys, float16 [B, Hkv, C]; None for float dtypes.
         shift: number added to the scores of a query head, float32 [B * Hq], contiguous; None: 0.
-        valid: 1 for valid keys, uint8 [B or 1, T], rows contiguous.
-        forced: 1 for keys that are always selected, uint8 [B or 1, T], rows contiguous; None: none.
+        marks: `fasa_flex.core.selection.Marks.bytes`, uint8 [B or 1, N], rows contiguous.
         sample: slots of sampled keys, int64 [B or 1, S], -1 for none, rows contiguous; their mass is the unit of the
             weights. None: all valid keys.
+        kv_len: T, the number of keys.
         n_fac: tokens to select at most.
         share: trillionths of a row's valid keys to select at most (`Budget.trillionths`).
         how: ranking of a group's heads: "softmax" (the sum of their weights), "mean" or "max" (of their scores).
@@ -66,9 +66,9 @@ class Tip(NamedTuple):
     packed: Tensor
     scales: Tensor | None
     shift: Tensor | None
-    valid: Tensor
-    forced: Tensor | None
+    marks: Tensor
     sample: Tensor | None
+    kv_len: int
     n_fac: int
     share: int
     how: str
@@ -88,11 +88,6 @@ class Tip(NamedTuple):
     def aligned(self) -> bool:
         """The kernels' ``ALIGNED``."""
         return self.page > 0 or self.capacity % 16 == 0
-
-    @property
-    def kv_len(self) -> int:
-        """T, the number of keys."""
-        return self.valid.shape[1]
 
     @property
     def width(self) -> int:
@@ -243,19 +238,17 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
     if parts:
         sample = _or(tip.sample, query)
         sum_keys[(parts, rows)](
-            *inputs, tip.valid, sample, units, bins, table, kv_len, 0 if tip.sample is None else sample.shape[1],
-            _stride(tip.valid), _stride(sample), capacity, sum_steps, tip.scaling, softcap,
+            *inputs, tip.marks, sample, units, bins, table, kv_len, 0 if tip.sample is None else sample.shape[1],
+            _stride(tip.marks), _stride(sample), capacity, sum_steps, tip.scaling, softcap,
             group, heads, dim, width, part, part_pad, sum_block, *has, tip.sample is not None,
             integer, native, tip.page, kv_heads, overlap, num_warps=SUM_WARPS, num_stages=SUM_STAGES, **launch,
         )  # fmt: skip
-    forced, fold = _or(tip.forced, tip.valid), FOLD if integer and group <= 4 and tip.page % FOLD == 0 else 1
+    fold = FOLD if integer and group <= 4 and tip.page % FOLD == 0 else 1
     score_keys[(parts_of(blocks, steps), rows)](
-        *inputs, tip.valid, forced, units, order, maxima, bins, masses, table, kv_len,
-        _stride(tip.valid), _stride(forced), capacity, blocks, steps, parts, tip.scaling, softcap,
-        group, heads, fold, dim, width, part, part_pad, block, tip.tile,
-        tip.sums_pad, *has, tip.forced is not None, tip.how, tip.completes, integer, native,
-        SCORE_STAGES if block == SCORE_BLOCK else 2, tip.aligned, tip.page, kv_heads, overlap, num_warps=SCORE_WARPS,
-        **launch,
+        *inputs, tip.marks, units, order, maxima, bins, masses, table, kv_len, _stride(tip.marks), capacity, blocks,
+        steps, parts, tip.scaling, softcap, group, heads, fold, dim, width, part, part_pad, block, tip.tile,
+        tip.sums_pad, *has, tip.how, tip.completes, integer, native, SCORE_STAGES if block == SCORE_BLOCK else 2,
+        tip.aligned, tip.page, kv_heads, overlap, num_warps=SCORE_WARPS, **launch,
     )  # fmt: skip
     return Ranking(order, maxima, bins, units, masses)
 

@@ -124,10 +124,10 @@ def _unpacked_natively(key):
         """{
         .reg .b32 low;
         shl.b32 low, $2, 4;
-        lop3.b32 $0, low, 0xf0f0f0f0, 0x80808080, 0x6a;
         lop3.b32 $1, $2, 0xf0f0f0f0, 0x80808080, 0x6a;
+        lop3.b32 $0, low, 0xf0f0f0f0, 0x80808080, 0x6a;
         }""",
-        "=&r,=r,r",
+        "=r,=r,r",
         [key],
         dtype=(tl.int8, tl.int8),
         is_pure=True,

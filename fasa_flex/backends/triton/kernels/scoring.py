@@ -43,9 +43,9 @@ def unit_of(units, row, parts, PARTS_PAD: tl.constexpr, GROUP: tl.constexpr, HEA
 
 
 # a growing cache and longer tables would compile again
-@triton.jit(do_not_specialize=["kv_len", "count", "valid_stride", "sample_stride", "capacity", "steps"])
+@triton.jit(do_not_specialize=["kv_len", "count", "marks_stride", "sample_stride", "capacity", "steps"])
 def sum_keys(
-    query, dims, weights, keys, scales, shift, valid, sample, units, bins, table, kv_len, count, valid_stride,
+    query, dims, weights, keys, scales, shift, marks, sample, units, bins, table, kv_len, count, marks_stride,
     sample_stride, capacity, steps, scaling, softcap,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
     PART_PAD: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr,
@@ -80,7 +80,7 @@ def sum_keys(
             real = slot >= 0
         else:
             slot = number
-            real = tl.load(valid + (row // KV_HEADS) * valid_stride + slot, mask=slot < kv_len, other=0) != 0
+            real = tl.load(marks + (row // KV_HEADS) * marks_stride + slot, mask=slot < kv_len, other=0) != 0
         place = packed_row(slot, table, row, capacity, PAGE, KV_HEADS)
         key = tl.load(
             keys + place[:, None] * PART + dim[None, :],
@@ -119,13 +119,10 @@ def _mixed(logits, FAR: tl.constexpr):
 
 
 @triton.jit
-def _marks_of(valid, forced, block, kv_len, BLOCK: tl.constexpr, FORCED: tl.constexpr):
-    """Marks of a block of keys: 1 for a valid one, 2 or 3 for a forced one, 0 for others."""
+def _marks_of(marks, block, columns, BLOCK: tl.constexpr):
+    """Marks of a block of keys: 1 for a valid one, 3 for a forced one, 0 for others."""
     slot = block * BLOCK + tl.arange(0, BLOCK)
-    mark = tl.load(valid + slot, mask=slot < kv_len, other=0)
-    if FORCED:
-        mark += tl.load(forced + slot, mask=slot < kv_len, other=0) * 2
-    return mark
+    return tl.load(marks + slot, mask=slot < columns, other=0)
 
 
 @triton.jit
@@ -134,8 +131,8 @@ def _rank_block(
     softcap, sums, seen,
     GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
     PART_PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
-    CAPPED: tl.constexpr, FORCED: tl.constexpr, HOW: tl.constexpr, SUMS: tl.constexpr, INTEGER: tl.constexpr,
-    NATIVE: tl.constexpr, FAR: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr,
+    CAPPED: tl.constexpr, HOW: tl.constexpr, SUMS: tl.constexpr, INTEGER: tl.constexpr, NATIVE: tl.constexpr,
+    FAR: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Rank a block of keys, read in the first ``reads`` slots: write their orders and the maximum of each tile.
 
@@ -182,8 +179,7 @@ def _rank_block(
             odd = tl.max((member & (score != score)).to(tl.int32), 1) > 0  # tl.max skips NaN, which has to rank first
             number = tl.where(odd, float("nan"), number)
         bits = order_of(tl.reshape(number, (BLOCK,)))
-    if FORCED:
-        bits = tl.where(mark > 1, FIRST, bits)
+    bits = tl.where(mark > 1, FIRST, bits)
     bits = tl.where(real, bits, LOWEST)
     tl.store(order + slot, bits)
     if TILE > 1:
@@ -194,13 +190,13 @@ def _rank_block(
 
 @triton.jit(do_not_specialize=["kv_len", "capacity", "blocks", "steps", "parts"])
 def score_keys(
-    query, dims, weights, keys, scales, shift, valid, forced, units, order, maxima, bins, masses, table, kv_len,
-    valid_stride, forced_stride, capacity, blocks, steps, parts, scaling, softcap,
+    query, dims, weights, keys, scales, shift, marks, units, order, maxima, bins, masses, table, kv_len, marks_stride,
+    capacity, blocks, steps, parts, scaling, softcap,
     GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     PART: tl.constexpr, PART_PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PARTS_PAD: tl.constexpr,
-    SCALED: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, CAPPED: tl.constexpr, FORCED: tl.constexpr,
-    HOW: tl.constexpr, SUMS: tl.constexpr, INTEGER: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr,
-    ALIGNED: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
+    SCALED: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, CAPPED: tl.constexpr, HOW: tl.constexpr,
+    SUMS: tl.constexpr, INTEGER: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
+    PAGE: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """TIP for ``steps`` blocks of keys of one key/value head, in one pass, and with ``SUMS`` the sums of their weights.
 
@@ -224,25 +220,25 @@ def score_keys(
     if WEIGHS:  # the kernel before wrote the units alone, everything else is older
         begin_in_turn(OVERLAP)
         unit = unit_of(units, row, parts, PARTS_PAD, GROUP, HEADS)
-    first, reads = first_row(row, capacity, PAGE), kv_len
+    first, columns = first_row(row, capacity, PAGE), (kv_len + 15) // 16 * 16
+    reads = kv_len
     if ALIGNED:  # the first is no change, but the compiler sees the factor
-        first, reads = first // 16 * 16, (kv_len + 15) // 16 * 16
+        first, reads = first // 16 * 16, columns
     keys, scales = keys + first * PART, scales + first
     order += row * blocks * BLOCK
     maxima += row * blocks * (BLOCK // TILE)
     bins += row * BINS
-    valid += (row // KV_HEADS) * valid_stride
-    forced += (row // KV_HEADS) * forced_stride
+    marks += (row // KV_HEADS) * marks_stride
     sums = tl.zeros([BLOCK // FOLD, HEADS, FOLD], tl.float32)
     seen = tl.zeros([BLOCK], tl.int32)
     begun, ended = program * steps, tl.minimum(program * steps + steps, blocks)
-    mark = _marks_of(valid, forced, begun, kv_len, BLOCK, FORCED)
+    mark = _marks_of(marks, begun, columns, BLOCK)
     for block in tl.range(begun, ended, num_stages=STAGES):
-        following = _marks_of(valid, forced, block + 1, kv_len, BLOCK, FORCED)  # loaded while this block is scored
+        following = _marks_of(marks, block + 1, columns, BLOCK)  # loaded while this block is scored
         sums, seen = _rank_block(
             keys, scales, table, row, capacity, mark, order, maxima, lower, upper, step, added, unit, reads, block,
             scaling, softcap, sums, seen, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, TILE, SCALED, SHIFTED,
-            CAPPED, FORCED, HOW, SUMS, INTEGER, NATIVE, False, PAGE, KV_HEADS,
+            CAPPED, HOW, SUMS, INTEGER, NATIVE, False, PAGE, KV_HEADS,
         )  # fmt: skip
         mark = following
     number, again = tl.sum(seen, 0), False
@@ -251,11 +247,11 @@ def score_keys(
     if again:
         sums = tl.zeros([BLOCK // FOLD, HEADS, FOLD], tl.float32)
         for block in tl.range(begun, ended, num_stages=1):
-            mark = _marks_of(valid, forced, block, kv_len, BLOCK, FORCED)
+            mark = _marks_of(marks, block, columns, BLOCK)
             sums, seen = _rank_block(
                 keys, scales, table, row, capacity, mark, order, maxima, lower, upper, step, added, unit, reads, block,
                 scaling, softcap, sums, seen, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, TILE, SCALED, SHIFTED,
-                CAPPED, FORCED, HOW, SUMS, INTEGER, NATIVE, True, PAGE, KV_HEADS,
+                CAPPED, HOW, SUMS, INTEGER, NATIVE, True, PAGE, KV_HEADS,
             )  # fmt: skip
     tl.debug_barrier()  # other threads read the maxima
     for start in range(
