@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fasa_flex.backends.triton import kernels
+from fasa_flex.backends.triton import kernels, tip
 
 SHARED = {80: 166912, 89: 101376, 90: 232448}
 """Bytes of shared memory that a program may use, by compute capability: A100, RTX 4090 and L4, H100."""
@@ -59,6 +59,7 @@ def compiles(
     stages: int = 2,
     capability: int = 90,
     aligned: bool = False,
+    registers: int | None = None,
     **constants: Any,
 ) -> None:
     """Compile to machine code, with a check in it or none; raises where that fails, or needs too much shared memory.
@@ -76,7 +77,7 @@ def compiles(
     even = set(free) - set(kernel.do_not_specialize or ()) if aligned else set()
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in even}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=attributes)
-    options = {"debug": asserts, "num_warps": warps, "num_stages": stages}
+    options = {"debug": asserts, "num_warps": warps, "num_stages": stages, "maxnreg": registers}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert built.metadata.shared <= SHARED[capability], (kernel.__name__, capability, built.metadata.shared)
     assert built.asm["cubin"]
@@ -96,7 +97,8 @@ def main() -> None:
         compiles(kernels.sum_keys, ("keys", "*u8"), SAMPLED=True, **{**plain, **four})
         compiles(kernels.score_keys, ("keys", "*u8"), **{**plain, **four}, **marked)
         if "INTEGER" in four:
-            compiles(kernels.score_keys, ("keys", "*u8"), **{**plain, **four}, **marked, **FOLDED)
+            few = tip.MANY_REGISTERS if "NATIVE" in four else None
+            compiles(kernels.score_keys, ("keys", "*u8"), registers=few, **{**plain, **four}, **marked, **FOLDED)
     for page in (20, 256):
         four = {**plain, **WHOLE, "PAGE": page}
         compiles(kernels.sum_keys, ("keys", "*u8"), SAMPLED=True, **four)

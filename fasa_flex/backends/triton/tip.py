@@ -24,6 +24,10 @@ SCORE_BLOCK, SCORE_WARPS, SCORE_STAGES, SCORE_PROGRAMS, MOST_STEPS = 256, 4, 3, 
 FOLD = 4
 """Four-bit or eight-bit keys in a row of a matrix product."""
 
+MANY_BLOCKS, MANY_PROGRAMS, MANY_REGISTERS = 8192, 640, 96
+"""From so many blocks on, folded keys are scored by so many programs of so few registers that five, not four, share a
+multiprocessor: 7 % faster for 8 rows of 131072 keys, 2 % slower for one (measured on an H200)."""
+
 TILE, FEW_TILES, LIST_TILES, LIST_KEYS, LIST_WARPS, LIST_PROGRAMS = 16, 128, 1024, 1024, 4, 256
 """Keys of a tile, whose maximum is compared before its keys; tiles, few or many, then keys, that a program which lists
 keys reads at one time, its warps, and about the number of such programs."""
@@ -129,13 +133,21 @@ class Tip(NamedTuple):
         """PARTS_PAD of the kernels, the same for all lengths, so that they compile once."""
         return power_of_two(MOST_SUMS)
 
-    def scores(self, rows: int) -> tuple[int, int, int]:
-        """Keys of a block of `score_keys`, blocks of a row, and blocks of a program."""
-        block = SCORE_BLOCK
+    def fold(self, query: Tensor) -> int:
+        """FOLD of `score_keys`."""
+        integer = self.layout(query)[3]
+        return FOLD if integer and query.shape[1] <= 4 * self.dims.shape[0] and self.page % FOLD == 0 else 1
+
+    def scores(self, query: Tensor) -> tuple[int, int, int, dict[str, int]]:
+        """Keys of a block of `score_keys`, blocks of a row, blocks of a program, and options of its launch."""
+        block, programs, options = SCORE_BLOCK, SCORE_PROGRAMS, {}
         if self.packed.shape[3] * self.packed.element_size() * block > WIDE:
             block //= 2
-        blocks = parts_of(self.kv_len, block)
-        return block, blocks, min(MOST_STEPS, parts_of(blocks * rows, SCORE_PROGRAMS))
+        blocks, native = parts_of(self.kv_len, block), self.layout(query)[4]
+        every = blocks * query.shape[0] * self.dims.shape[0]
+        if native and self.fold(query) > 1 and every >= MANY_BLOCKS:
+            programs, options = MANY_PROGRAMS, {"maxnreg": MANY_REGISTERS}
+        return block, blocks, min(MOST_STEPS, parts_of(every, programs)), options
 
 
 class Ending(NamedTuple):
@@ -210,7 +222,7 @@ def unit_and_mass(query: Tensor, tip: Tip) -> tuple[Tensor, Tensor]:
     """Empty ``units`` and ``masses`` of `Ranking`."""
     (kv_heads, _), batch = tip.dims.shape, query.shape[0]
     rows, group = batch * kv_heads, query.shape[1] // kv_heads
-    _, blocks, steps = tip.scores(rows)
+    _, blocks, steps, _ = tip.scores(query)
     programs = parts_of(blocks, steps) if tip.completes else 0
     units, masses = (
         torch.empty(rows, parts, group, dtype=torch.float32, device=query.device) for parts in (tip.sums[1], programs)
@@ -224,7 +236,7 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
     kv_heads, kv_len, packed, capacity = tip.dims.shape[0], tip.kv_len, tip.packed, tip.capacity
     group, rows, (width, part, part_pad, integer, native) = query_heads // kv_heads, batch * kv_heads, tip.layout(query)
     units, masses = unit_and_mass(query, tip)
-    block, blocks, steps = tip.scores(rows)
+    block, blocks, steps, options = tip.scores(query)
     sum_block, parts, sum_steps = tip.sums
     integers: dict[str, Any] = {"dtype": torch.int32, "device": query.device}
     order = torch.empty(rows, blocks * block, **integers)
@@ -243,12 +255,11 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
             group, heads, dim, width, part, part_pad, sum_block, *has, tip.sample is not None,
             integer, native, tip.page, kv_heads, overlap, num_warps=SUM_WARPS, num_stages=SUM_STAGES, **launch,
         )  # fmt: skip
-    fold = FOLD if integer and group <= 4 and tip.page % FOLD == 0 else 1
     score_keys[(parts_of(blocks, steps), rows)](
         *inputs, tip.marks, units, order, maxima, bins, masses, table, kv_len, _stride(tip.marks), capacity, blocks,
-        steps, parts, tip.scaling, softcap, group, heads, fold, dim, width, part, part_pad, block, tip.tile,
+        steps, parts, tip.scaling, softcap, group, heads, tip.fold(query), dim, width, part, part_pad, block, tip.tile,
         tip.sums_pad, *has, tip.how, tip.completes, integer, native, SCORE_STAGES if block == SCORE_BLOCK else 2,
-        tip.aligned, tip.page, kv_heads, overlap, num_warps=SCORE_WARPS, **launch,
+        tip.aligned, tip.page, kv_heads, overlap, num_warps=SCORE_WARPS, **launch, **options,
     )  # fmt: skip
     return Ranking(order, maxima, bins, units, masses)
 
