@@ -10,8 +10,9 @@ import oracle
 import pytest
 import torch
 
+from fasa_flex.core import selection
 from fasa_flex.core.budget import Budget
-from fasa_flex.core.selection import Marks, select, valid_keys
+from fasa_flex.core.selection import Marks, running_count, select, valid_keys
 
 CPU = torch.device("cpu")
 
@@ -131,6 +132,15 @@ def test_marks_with_room_are_those_of_keys_with_free_slots(kv_len: int, free: in
     assert torch.equal(got.forced, expected.forced)
     assert torch.equal(got.sample.sort().values, expected.sample.sort().values)
     assert Marks(None, None).with_room(kv_len, free) == Marks(None, None)
+
+
+@pytest.mark.parametrize("kv_len", [1, 511, 512, 2000])
+def test_a_count_by_pieces_is_a_running_count(kv_len: int) -> None:
+    """On a GPU rows of more than 16384 keys are counted so."""
+    valid = torch.rand(3, 1, 1, 1, kv_len, generator=torch.Generator().manual_seed(kv_len)) > 0.4
+    got = selection._count_by_pieces(valid)
+    assert got.is_contiguous()
+    assert torch.equal(got, running_count(valid))
 
 
 @pytest.mark.parametrize("forced", [0, 2])

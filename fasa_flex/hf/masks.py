@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fasa_flex.core.selection import running_count
+
 Shape = tuple[int, int, int]
 """Batch, queries, keys: B, Q, T."""
 
@@ -49,7 +51,7 @@ def last_valid(attention_mask: Tensor | None, shape: Shape, device: torch.device
 
 def valid_numbers(attention_mask: Tensor | None, shape: Shape, device: torch.device) -> Tensor:
     """Count the keys of `last_valid` up to and including each slot: int64 [B or 1, T]."""
-    return last_valid(attention_mask, shape, device).cumsum(-1)
+    return running_count(last_valid(attention_mask, shape, device))
 
 
 def _check_shape(attention_mask: Tensor, shape: Shape) -> None:
