@@ -5,6 +5,7 @@ python -m evals.bench.tables            # writes them between the pages' markers
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from functools import partial
@@ -21,11 +22,11 @@ METHOD, PREFILL, SERVING, PARALLEL = (
     ROOT / "evals" / "docs" / f"{name}.md" for name in ("how_it_works", "sparse_prefill", "serving", "several_gpus")
 )
 
-FORMS = ("one program selects", "all select, first form", "all select", "integers", "last")
-"""Runs of kernels_cuda.json that README files compare, oldest first."""
+FORMS = ("one program selects", "all select, first form", "all select", "integers", "larger blocks", "fewer registers")
+"""Runs of kernels_cuda.json that README files compare, oldest first; the last one is today's."""
 
-TODAY = {"LIST_WARPS": 4}
-"""The variant of the last of them with the constants in use."""
+VARIANTS = {"larger blocks": {"LIST_WARPS": 4}}
+"""The variant of a run with the constants that were then chosen, if it is not the first one."""
 
 
 def result(name: str) -> dict[str, Any]:
@@ -81,12 +82,12 @@ def backends() -> str:
         "FASA-C gather, compiled": "`compiled`",
         "FASA-C gather": "`gather`",
     }
-    runs = {"H200": "bench_op_h200", "EPYC": "bench_op_cpu_flex"}
+    runs = {"H200": ("op_h200_every", "op_h200_compiled", "op_h200"), "EPYC": ("op_cpu_flex",)}  # later ones count
     contexts = {"H200": (4, 32, 128), "EPYC": (4, 16, 128)}
     found = {
         (device, row["context"] // 1024, rival["name"]): f"{rival['speedup']:.2f}x"
-        for device, file in runs.items()
-        for row in rows_of(file)
+        for device, files in runs.items()
+        for row in itertools.chain.from_iterable(rows_of(f"bench_{file}") for file in files)
         if row["batch"] == 1
         for rival in row["rivals"]
     }
@@ -99,9 +100,9 @@ def backends() -> str:
 
 def _calls(form: str) -> dict[tuple[int, int], dict[str, Any]]:
     """The rows of one form of the kernels with its own constants, by batch and context."""
-    variant = TODAY if form == FORMS[-1] else {}
-    rows = result("kernels_cuda")["runs"][form]["rows"]
-    return {(row["batch"], row["context"]): row for row in rows if row["variant"] == variant}
+    variant, rows = VARIANTS.get(form, {}), result("kernels_cuda")["runs"][form]["rows"]
+    found = {(row["batch"], row["context"]): row for row in rows if row["variant"] == variant}
+    return {size: found[size] for size in sorted(found) if size[1] % 1024 == 0}
 
 
 def kernels() -> str:
@@ -194,6 +195,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     DETAILS: {
         "forms cuda": forms,
         "speed h200": partial(rivals, "op_h200"),
+        "speed h200 compiled": partial(rivals, "op_h200_compiled"),
         "step cuda": partial(rivals, "step_cuda"),
         "generate cuda": partial(generated, "cuda"),
         "speed cuda": partial(rivals, "op_cuda"),
