@@ -24,7 +24,7 @@ PAIRS = [[0, 1], [2, 3]]
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Keys of a tile: on CPU, and elsewhere."""
     monkeypatch.setattr(packing, "tile_of", lambda device: request.param)
-    monkeypatch.setattr(packing, "_MANY", 4)  # so that 101 keys are scored head by head
+    monkeypatch.setattr(packing, "_BLOCK", 3)  # so that blocks are several heads, or a part of the 7 tiles of one
     size: int = request.param
     return size
 
@@ -79,6 +79,18 @@ def test_scores_equal_the_oracle(length: int, dtype: str | None) -> None:
     assert ((held - rows).abs() <= step * largest + 1e-12).all()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert packed.scores(query, length).equal(scores)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8", "int4"])
+def test_scores_pass_gradients_to_the_query(length: int, dtype: PackedDtype | None) -> None:
+    """A completion's share depends on the scores."""
+    packed = PackedKeys.of(torch.randn(2, 3, length, 4, generator=generator(2)), dtype, 100)
+    query = torch.randn(2, 3, 5, 4, generator=generator(3), requires_grad=True)
+    weights = torch.randn(2, 3, 5, length, generator=generator(4))
+    (packed.scores(query, length) * weights).sum().backward()
+    assert query.grad is not None
+    torch.testing.assert_close(query.grad, weights @ packed.rows(length).float())
 
 
 @pytest.mark.parametrize("by", ["slots", "first slot"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,8 +20,8 @@ _LEVELS = {"int8": 127, "int4": 7}
 INT4_ZERO = 8
 """Stored four-bit number for the code 0."""
 
-_MANY = 512
-"""From this number of tiles per head eager code scores head by head: a batched product copies the query per tile."""
+_BLOCK = 1024
+"""Tiles that eager code scores at once: of 64 dimensions 4 MiB of floats, few enough for a CPU's last cache."""
 
 _FUSED = 16
 """Most queries of a group whose products with integer keys Inductor computes as it loads these: one reduction each."""
@@ -129,14 +130,12 @@ class PackedKeys:
         if self.tiles.shape[4] == 1 and not fused:  # restored keys, which a compiled product would store as floats
             return dot_products(query, self.rows(kv_len))
         tiles = self.tiles[:, :, :count]
-        if compiled:
-            query = compute_once(query.detach().float())
-        if not compiled and count < _MANY:  # one matrix product per tile
-            scores = dot_products(query[:, :, None], _unpack(tiles, 3).mT)
-        else:
-            scores = (_scores_of_tiles if compiled else _scores_by_head)(query, tiles)
-        if self.scales is not None:
-            scores = scores * self.scales[:, :, :count, None].float()
+        scales = None if self.scales is None else self.scales[:, :, :count, None]
+        if not compiled:
+            return _scores_by_block(query, tiles, scales).flatten(3)[..., :kv_len]
+        scores = _scores_of_tiles(compute_once(query.detach().float()), tiles)
+        if scales is not None:
+            scores = scores * scales.float()
         return scores.transpose(2, 3).flatten(3)[..., :kv_len]
 
     def change(self, change: Callable[[Tensor], Tensor]) -> PackedKeys:
@@ -193,16 +192,22 @@ def _scores_of_tiles(query: Tensor, tiles: Tensor) -> Tensor:
     return torch.stack(members, dim=2).transpose(2, 3)
 
 
-def _scores_by_head(query: Tensor, tiles: Tensor) -> Tensor:
-    """Compute `_scores_of_tiles` eagerly, head by head: converted tiles stay in the CPU's cache."""
+def _scores_by_block(query: Tensor, tiles: Tensor, scales: Tensor | None) -> Tensor:
+    """Compute the scores eagerly, block by block: unpacked tiles stay in the CPU's cache, in memory that is used again.
+
+    Queries [B, Hkv, G, 2 * n_tip], tiles [B, Hkv, N, P, L] and scales [B, Hkv, N, 1, L] give [B, Hkv, G, N, L].
+    """
     (batch, heads, count, _, lanes), group = tiles.shape, query.shape[2]
-    scores = torch.empty(batch, heads, group, count, lanes, dtype=torch.float32, device=tiles.device)
-    heads_of = (query.float().flatten(0, 1), tiles.flatten(0, 1), scores.flatten(0, 1))
-    # not `dot_products`: entering autocast takes 50 us per head
-    with torch.no_grad(), torch.autocast(tiles.device.type, enabled=False):  # scores only rank: no gradients
-        for head, held, found in zip(*heads_of, strict=True):
-            found.copy_((head.expand(count, -1, -1) @ _unpack(held, 1).float()).transpose(0, 1))
-    return scores.transpose(2, 3)
+    scores = query.new_empty(batch, heads, group, count, lanes, dtype=torch.float32)
+    found, held, query = scores.flatten(0, 1).transpose(1, 2), tiles.flatten(0, 1), query.float().flatten(0, 1)
+    factors = None if scales is None else scales.flatten(0, 1)
+    rows = max(1, _BLOCK // count)  # a block is several heads, or a part of one
+    with torch.autocast(tiles.device.type, enabled=False):
+        for row, tile in itertools.product(range(0, batch * heads, rows), range(0, count, _BLOCK)):
+            block = slice(row, row + rows), slice(tile, tile + _BLOCK)
+            products = query[block[0], None] @ _unpack(held[block], 2).float()
+            found[block] = products if factors is None else products * factors[block].float()
+    return scores
 
 
 def convert_rows(rows: Tensor, dtype: PackedDtype | None) -> tuple[Tensor, Tensor | None]:

@@ -319,7 +319,7 @@ def test_calibrated_on_a_prompt_in_inference_mode_and_trained_outside(llama: Pre
 
 
 def test_scores_are_float32_whatever_the_default_dtype_is() -> None:
-    """From 8192 keys on they are made tile by tile."""
+    """Uncompiled, they are written block by block into a tensor of their own."""
     query, rows = torch.randn(1, 2, 4, 16), torch.randn(1, 2, 9000, 16)
     packed = PackedKeys.of(rows)
     expected = packed.scores(query, 9000)
