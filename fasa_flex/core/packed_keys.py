@@ -32,6 +32,11 @@ def tile_of(device: torch.device) -> int:
     return 16 if device.type == "cpu" else 1
 
 
+def _tiles_for(capacity: int, tile: int) -> int:
+    """Tiles of a multiple of 16 keys, so that a GPU's threads read several scales at once in any head."""
+    return -(-capacity // 16) * 16 // tile
+
+
 @dataclass(frozen=True, eq=False)
 class PackedKeys:
     """Packed keys in tiles of L keys; a tile stores dimension by dimension, for each the numbers of its L keys.
@@ -56,11 +61,11 @@ class PackedKeys:
         Args:
             rows: float [B, Hkv, T, 2 * n_tip], the keys at the dominant dimensions.
             dtype: precision of the packed keys; None: the dtype of ``rows``.
-            capacity: number of keys to allocate; at least T are allocated, and unused ones are zero.
+            capacity: number of keys to allocate; at least T are allocated, a multiple of 16, and unused ones are zero.
         """
         batch, heads, kv_len, _ = rows.shape
         tile = tile_of(rows.device)
-        count = -(-max(kv_len, capacity) // tile)
+        count = _tiles_for(max(kv_len, capacity), tile)
         rows, scales = convert_rows(F.pad(rows, (0, 0, 0, count * tile - kv_len)), dtype)
         tiles = rows.view(batch, heads, count, tile, -1).transpose(3, 4).contiguous()
         return cls(tiles, None if scales is None else scales.view(batch, heads, count, tile))
@@ -144,7 +149,7 @@ class PackedKeys:
 
     def grown(self, capacity: int) -> PackedKeys:
         """Return a copy with room for ``capacity`` keys."""
-        more = -(-capacity // self.tiles.shape[4]) - self.tiles.shape[2]
+        more = _tiles_for(capacity, self.tiles.shape[4]) - self.tiles.shape[2]
         tiles = F.pad(self.tiles, (0, 0, 0, 0, 0, more))
         return PackedKeys(tiles, None if self.scales is None else F.pad(self.scales, (0, 0, 0, more)))
 

@@ -107,7 +107,7 @@ def writes_at_once(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, pac
         for new, buffer in ((key, keys), (value, values))
     )
     here = packed.tiles.device == dims.device == key.device
-    rows = packed.tiles.shape[2] == keys.shape[2] and packed.tiles.is_contiguous()
+    rows = packed.tiles.shape[2] >= keys.shape[2] and packed.tiles.is_contiguous()
     return fit and here and rows and why_not_these(key, key, value) is None
 
 

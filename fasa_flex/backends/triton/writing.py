@@ -29,9 +29,9 @@ def write_token(
         value: float [B, Hkv, 1, Dv], rows contiguous.
         keys: the cache's, float [B, Hkv, T, D], rows contiguous; on the device or in mapped host memory.
         values: the cache's, float [B, Hkv, T, Dv], likewise.
-        packed: the cache's packed keys [B, Hkv, T, P], contiguous; P is 2 * n_tip for float dtypes and int8, n_tip for
-            uint8, two codes of four bits.
-        scales: scales of integer keys, float16 [B, Hkv, T], contiguous; None for float dtypes.
+        packed: the cache's packed keys [B, Hkv, C, P], contiguous, C >= T; P is 2 * n_tip for float dtypes and int8,
+            n_tip for uint8, two codes of four bits.
+        scales: scales of integer keys, float16 [B, Hkv, C], contiguous; None for float dtypes.
         dims: packed dimensions, int64 [Hkv, 2 * n_tip], contiguous.
         mean_key: mean key, subtracted before packing, float32 [Hkv, D], contiguous; None: 0.
         length: number of tokens in the cache; for a static cache an int64 scalar on the device.
@@ -92,8 +92,8 @@ def _write(
     write_states[(batch * kv_heads,)](
         key, value, keys, values, packed, packed if scales is None else scales, dims,
         dims if mean_key is None else mean_key, length, dims if offsets is None else offsets,
-        *(states.stride(axis) for states in (key, value, keys, values) for axis in (0, 1)), capacity, stride,
-        keys.stride(2), values.stride(2), dim, power_of_two(dim), value_dim, power_of_two(value_dim), dims.shape[1],
-        part, power_of_two(part), scales is not None, mean_key is not None, isinstance(length, Tensor),
+        *(states.stride(axis) for states in (key, value, keys, values) for axis in (0, 1)), capacity, packed.shape[2],
+        stride, keys.stride(2), values.stride(2), dim, power_of_two(dim), value_dim, power_of_two(value_dim),
+        dims.shape[1], part, power_of_two(part), scales is not None, mean_key is not None, isinstance(length, Tensor),
         0 if offsets is None else packed.shape[2], kv_heads, overlap, num_warps=1, debug=True, **launch,
     )  # fmt: skip

@@ -43,7 +43,8 @@ def _coded(scored, scale, LEVELS: tl.constexpr):
 @triton.jit(do_not_specialize=["length"])
 def write_states(
     key, value, keys, values, packed, scales, dims, mean_key, length, offsets,
-    key_batch, key_head, value_batch, value_head, keys_batch, keys_head, values_batch, values_head, capacity, stride,
+    key_batch, key_head, value_batch, value_head, keys_batch, keys_head, values_batch, values_head, capacity, room,
+    stride,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, PART_PAD: tl.constexpr,
     SCALED: tl.constexpr, CENTRED: tl.constexpr, COUNTED: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr,
@@ -51,6 +52,7 @@ def write_states(
 ):  # fmt: skip
     """Write one key/value head's key, value and packed key after the cache's ``length`` tokens.
 
+    There are ``capacity`` slots for keys and values, and ``room`` for packed keys.
     Integers are converted as in `fasa_flex.core.packed_keys`. A packed key of ``WIDTH`` dimensions has ``PART``
     elements, half as many with four bits. With ``COUNTED``, ``length`` is a pointer to a number on the device. With
     ``PAGE`` it points to the block of each batch row's token, ``offsets`` to its place in this; blocks are ``stride``
@@ -64,7 +66,7 @@ def write_states(
         slot, at = block * stride + offset, (block * KV_HEADS + head) * PAGE + offset
     else:
         slot = tl.load(length) if COUNTED else tl.cast(length, tl.int64)
-        at = row * capacity + slot
+        at = row * room + slot
     tl.device_assert(slot < capacity, "a static cache is full")
     inside = tl.where(slot < capacity, 1, 0)  # 0 masks all writes beyond the end, also without device assertions
     key += batch * key_batch + head * key_head
