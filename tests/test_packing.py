@@ -79,6 +79,7 @@ def test_scores_equal_the_oracle(length: int, dtype: str | None) -> None:
     assert ((held - rows).abs() <= step * largest + 1e-12).all()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert packed.scores(query, length).equal(scores)
+    assert packed.scores(query, 0).shape == (2, 3, 5, 0)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -13,6 +13,7 @@ import torch
 from fasa_flex.core import selection
 from fasa_flex.core.budget import Budget
 from fasa_flex.core.selection import Marks, running_count, select, valid_keys
+from fasa_flex.model.visible import Visible
 
 CPU = torch.device("cpu")
 
@@ -155,3 +156,18 @@ def test_marks_of_one_query_as_bytes(forced: int) -> None:
     gaps = [0, *ends, 0, *plain[2 + forced : 21 - forced], *ends] if forced else [0, 1, 1, 0, *plain[4:21]]
     assert marks.bytes[1].flatten().tolist() == gaps + [0] * 11
     assert Marks.of(valid_keys(2, 21, mask, CPU), Budget(8, forced, forced), samples=False).bytes is None
+
+
+def test_a_step_counts_its_keys_once_and_only_for_marks_that_depend_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paper's settings force and sample nothing."""
+    counted = []
+    monkeypatch.setattr("fasa_flex.hf.masks.running_count", lambda valid: counted.append(1) or running_count(valid))
+    visible = Visible(torch.rand(2, 1, 1, 21, generator=torch.Generator().manual_seed(0)) > 0.2, (2, 1, 21), CPU)
+    assert visible.decoding(Budget(8), samples=False).marks is not None
+    assert not counted
+    marks = visible.decoding(Budget(8, 2, 2), samples=True).marks
+    expected = Marks.of(visible.valid(), Budget(8, 2, 2), samples=True)
+    assert marks is not None
+    assert all(torch.equal(mine, own) for mine, own in zip(marks, expected, strict=True))  # type: ignore[arg-type]
+    visible.last()
+    assert len(counted) == 1

@@ -206,7 +206,7 @@ def _scores_by_block(query: Tensor, tiles: Tensor, scales: Tensor | None) -> Ten
     scores = query.new_empty(batch, heads, group, count, lanes, dtype=torch.float32)
     found, held, query = scores.flatten(0, 1).transpose(1, 2), tiles.flatten(0, 1), query.float().flatten(0, 1)
     factors = None if scales is None else scales.flatten(0, 1)
-    rows = max(1, _BLOCK // count)  # a block is several heads, or a part of one
+    rows = max(1, _BLOCK // max(1, count))  # a block is several heads, or a part of one
     with torch.autocast(tiles.device.type, enabled=False):
         for row, tile in itertools.product(range(0, batch * heads, rows), range(0, count, _BLOCK)):
             block = slice(row, row + rows), slice(tile, tile + _BLOCK)

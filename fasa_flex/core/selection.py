@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -81,15 +82,15 @@ class Marks(NamedTuple):
     bytes: Tensor | None = None
 
     @classmethod
-    def of(cls, valid: Tensor, budget: Budget, samples: bool, number: Tensor | None = None) -> Marks:
+    def of(cls, valid: Tensor, budget: Budget, samples: bool, counted: Callable[[], Tensor] | None = None) -> Marks:
         """Compute the marks of valid keys, bool [B or 1, 1, 1, Q, T]; padding between keys does not count.
 
-        ``number`` is the `running_count` of ``valid``; None: computed here where it is needed.
+        ``counted`` returns the `running_count` of ``valid``, if marks depend on it; None: computed here.
         """
         forces = budget.n_sink != 0 or budget.n_recent != 0
         forced = sample = None
         if forces or samples:
-            number = running_count(valid) if number is None else number
+            number = running_count(valid) if counted is None else counted()
             sample = _sample(number) if samples else None
             if forces:
                 first, last = budget.forced(budget.n_fac if budget.is_count else budget.of(number[..., -1])[..., None])
@@ -115,7 +116,7 @@ def running_count(valid: Tensor) -> Tensor:
     Returns:
         int64 [.., T], contiguous.
     """
-    # there a multiprocessor scans a whole row: 205 us for 131072 keys (H200)
+    # cumsum on a GPU scans a row by one multiprocessor: 205 us for 131072 keys (H200)
     if valid.is_cuda and valid.shape[-1] > _LONG and not torch.compiler.is_compiling():
         return _count_by_pieces(valid)
     return valid.cumsum(-1)

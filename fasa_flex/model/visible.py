@@ -75,5 +75,5 @@ class Visible:
         if budget.covers(self.shape[2]):
             return Decoding(None, None, self.dense_counts)
         over = budget.exceeded(self.n_valid)
-        number = self.last()[1][:, None, None, None] if self.shape[1] == 1 else None
-        return Decoding(over, Marks.of(self.valid(), budget, samples, number), tally(self.n_valid, over, budget))
+        marks = Marks.of(self.valid(), budget, samples, lambda: self.last()[1][:, None, None, None])
+        return Decoding(over, marks, tally(self.n_valid, over, budget))
