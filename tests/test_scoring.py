@@ -285,7 +285,7 @@ def test_a_sample_is_counted_by_valid_keys_and_not_by_slots() -> None:
         keys = oracle.valid_keys(258 + i, mask[b].tolist())
         assert sorted(slot for slot in sample[b, 0, 0, i].tolist() if slot >= 0) == oracle.sample(keys)
     assert (sample[0, 0, 0, 1] >= 0).sum() == 4 + 64 + 6  # 32, 64, ... 192
-    assert Marks.of(valid, Budget(4), samples=False) == (None, None)
+    assert Marks.of(valid, Budget(4), samples=False) == Marks(None, None)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
