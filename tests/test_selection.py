@@ -168,6 +168,6 @@ def test_a_step_counts_its_keys_once_and_only_for_marks_that_depend_on_them(monk
     marks = visible.decoding(Budget(8, 2, 2), samples=True).marks
     expected = Marks.of(visible.valid(), Budget(8, 2, 2), samples=True)
     assert marks is not None
-    assert all(torch.equal(mine, own) for mine, own in zip(marks, expected, strict=True))  # type: ignore[arg-type]
+    assert all(torch.equal(mine, own) for mine, own in zip(marks, expected, strict=True))  # type: ignore[arg-type]  # none is None
     visible.last()
     assert len(counted) == 1

@@ -102,7 +102,7 @@ def parts_of(calls: Sequence[Call]) -> dict[str, tuple[Callable[[int], object], 
     tips = []
     for call in calls:
         query, fields, ending = dispatch._arguments_of(call)
-        tips.append((query, tip.Tip(*fields), tip.Ending(*ending)))
+        tips.append((query, tip.Tip(*fields), attention.Ending(*ending)))
     rankings = [tip.ranked(query, each) for query, each, _ in tips]
     lists = [tip.listed(ranking, each) for ranking, (_, each, _) in zip(rankings, tips, strict=True)]
     chosen = [decode.select_slots(query, *each)[0] for query, each, _ in tips]

@@ -105,6 +105,7 @@ class Marks(NamedTuple):
 
 
 _LONG, _PIECE = 16384, 512
+"""The longest row that a GPU counts at once, and keys of a piece of a longer one."""
 
 
 def running_count(valid: Tensor) -> Tensor:
@@ -138,8 +139,8 @@ def _as_bytes(valid: Tensor, forced: Tensor | None) -> Tensor:
 
 
 def flags(marked: Tensor) -> Tensor:
-    """A bool tensor as uint8, in the same memory; compiled code converts instead, which it fuses."""
-    return marked.to(torch.uint8) if torch.compiler.is_compiling() else marked.view(torch.uint8)  # torch 2.11
+    """A bool tensor as uint8, in the same memory; compiled code converts it, since torch 2.11 compiles no such view."""
+    return marked.to(torch.uint8) if torch.compiler.is_compiling() else marked.view(torch.uint8)
 
 
 def _strides(kv_len: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from fasa_flex.backends.triton.kernels import (
     parts_of,
     power_of_two,
 )
-from fasa_flex.backends.triton.tip import Ending, Listed, Tip, completing
+from fasa_flex.backends.triton.tip import Listed, Tip, given_or
 
 ATTEND_BLOCK, ATTEND_WARPS, ATTEND_PROGRAMS, MOST_PARTS, MERGE_WARPS = 128, 4, 128, 128, 2
 """Keys and warps of a program, the number of programs that attend, most parts of a row, and warps of the merge."""
@@ -26,6 +28,26 @@ FEW_PARTS = 8
 
 SELECT_CHUNK = 1024
 """Listed keys that a program searches in registers."""
+
+
+class Ending(NamedTuple):
+    """The last arguments of `fasa_flex.backends.triton.decode.sparse_decode`: the completion and the learned sinks.
+
+    Attributes:
+        mean_value: the completion's state (`fasa_flex.core.completion`), [B, Hkv, Dv]; None: no completion.
+        covariance: [B, Hkv, D or 0, Dv], likewise.
+        covered: int64 [B, Hkv], likewise.
+        strength: factor of the first-order term; 0: the mean value alone.
+        sinks: learned sinks, float [Hq], contiguous, or None.
+        states: row of each batch row's state if keys are in pages (`Tip.table`), int64 [B]; None: its own.
+    """
+
+    mean_value: Tensor | None = None
+    covariance: Tensor | None = None
+    covered: Tensor | None = None
+    strength: float = 0.0
+    sinks: Tensor | None = None
+    states: Tensor | None = None
 
 
 def attended(
@@ -50,7 +72,7 @@ def attended(
     sums, results = (
         torch.empty(rows, parts, group, width, dtype=torch.float32, device=query.device) for width in (3, value_pad)
     )
-    inputs, constants = completing(query, tip, units)
+    inputs, constants = _completing(query, tip, units)
     overlap, launch = overlapping(query.device)
     attend_rows[(rows, parts)](
         *found, span, found.slots if places is None else places, query, key, value, sums, results,
@@ -61,6 +83,14 @@ def attended(
         tip.completes, SELECT_CHUNK, places is None, tip.page, overlap, num_warps=ATTEND_WARPS, **launch,
     )  # fmt: skip
     return merged(query, value, sums, results, ending, masses, tip.scaling)
+
+
+def _completing(query: Tensor, tip: Tip, units: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arguments of the kernel `attend_rows` that score the selected keys again: its tensors, and its constants."""
+    weights, scales, shift = (given_or(each, query) for each in (tip.weights, tip.scales, tip.shift))
+    has = tip.scales is not None, tip.weights is not None, tip.shift is not None
+    *sizes, integer, native = tip.layout(query)
+    return (tip.dims, weights, tip.packed, scales, shift, units), (*sizes, tip.sums_pad, *has, integer, native)
 
 
 def merged(

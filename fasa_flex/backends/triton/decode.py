@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasa_flex.backends.triton.attention import SELECT_CHUNK, attended, head_strides, result_of
+from fasa_flex.backends.triton.attention import SELECT_CHUNK, Ending, attended, head_strides, result_of
 from fasa_flex.backends.triton.kernels import (
     fetch_rows,
     find_rows,
@@ -17,7 +17,6 @@ from fasa_flex.backends.triton.kernels import (
     power_of_two,
     select_keys,
 )
-from fasa_flex.backends.triton.tip import Ending as Ending
 from fasa_flex.backends.triton.tip import Listed, Tip, listed, ranked, unit_and_mass
 from fasa_flex.core.compiler import operator
 

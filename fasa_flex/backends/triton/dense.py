@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasa_flex.backends.triton.attention import MOST_PARTS, head_strides, merged, result_of
+from fasa_flex.backends.triton.attention import MOST_PARTS, Ending, head_strides, merged, result_of
 from fasa_flex.backends.triton.kernels import (
     attend_part,
     block_that_fits,
@@ -14,7 +14,6 @@ from fasa_flex.backends.triton.kernels import (
     parts_of,
     power_of_two,
 )
-from fasa_flex.backends.triton.tip import Ending
 from fasa_flex.core.compiler import operator
 
 BLOCK, PROGRAMS, DENSE_WARPS = 128, 256, 4

@@ -18,7 +18,8 @@ from fasa_flex.core.softmax import Softmax
 from fasa_flex.errors import NotSupportedError
 
 if TYPE_CHECKING:
-    from fasa_flex.backends.triton.tip import Ending, Tip
+    from fasa_flex.backends.triton.attention import Ending
+    from fasa_flex.backends.triton.tip import Tip
 
 
 def why_no_kernels(call: Call) -> str | None:
@@ -161,7 +162,8 @@ def decode_pages_by_kernels(
 
 def _arguments_of(call: Call) -> tuple[Tensor, Tip, Ending]:
     """A call's query, contiguous, and the arguments that the operators share: the fields of `Tip` and of `Ending`."""
-    from fasa_flex.backends.triton.tip import Ending, Tip  # Triton is installed with CUDA only
+    from fasa_flex.backends.triton.attention import Ending  # Triton is installed with CUDA only
+    from fasa_flex.backends.triton.tip import Tip
 
     query, scorer, packed, softmax = call.query.contiguous(), call.scorer, call.packed_keys, call.softmax
     assert isinstance(scorer, DominantChunks)

@@ -135,7 +135,7 @@ class Tip(NamedTuple):
 
     def fold(self, query: Tensor) -> int:
         """FOLD of `score_keys`."""
-        integer = self.layout(query)[3]
+        *_, integer, _ = self.layout(query)
         return FOLD if integer and query.shape[1] <= 4 * self.dims.shape[0] and self.page % FOLD == 0 else 1
 
     def scores(self, query: Tensor) -> tuple[int, int, int, dict[str, int]]:
@@ -143,31 +143,12 @@ class Tip(NamedTuple):
         block, programs, options = SCORE_BLOCK, SCORE_PROGRAMS, {}
         if self.packed.shape[3] * self.packed.element_size() * block > WIDE:
             block //= 2
-        blocks, native = parts_of(self.kv_len, block), self.layout(query)[4]
+        *_, native = self.layout(query)
+        blocks = parts_of(self.kv_len, block)
         every = blocks * query.shape[0] * self.dims.shape[0]
         if native and self.fold(query) > 1 and every >= MANY_BLOCKS:
             programs, options = MANY_PROGRAMS, {"maxnreg": MANY_REGISTERS}
         return block, blocks, min(MOST_STEPS, parts_of(every, programs)), options
-
-
-class Ending(NamedTuple):
-    """The last arguments of `fasa_flex.backends.triton.decode.sparse_decode`: the completion and the learned sinks.
-
-    Attributes:
-        mean_value: the completion's state (`fasa_flex.core.completion`), [B, Hkv, Dv]; None: no completion.
-        covariance: [B, Hkv, D or 0, Dv], likewise.
-        covered: int64 [B, Hkv], likewise.
-        strength: factor of the first-order term; 0: the mean value alone.
-        sinks: learned sinks, float [Hq], contiguous, or None.
-        states: row of each batch row's state if keys are in pages (`Tip.table`), int64 [B]; None: its own.
-    """
-
-    mean_value: Tensor | None = None
-    covariance: Tensor | None = None
-    covered: Tensor | None = None
-    strength: float = 0.0
-    sinks: Tensor | None = None
-    states: Tensor | None = None
 
 
 class Ranking(NamedTuple):
@@ -243,12 +224,13 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
     maxima = order if tip.tile == 1 else torch.empty(rows, blocks * block // tip.tile, **integers)
     bins = (torch.empty if parts else torch.zeros)(rows, BINS.value, **integers)  # `sum_keys` empties the bins
     overlap, launch = overlapping(query.device)
-    softcap, table = tip.softcap or 1.0, _or(tip.table, query)
-    inputs = query, tip.dims, _or(tip.weights, query), packed, _or(tip.scales, query), _or(tip.shift, query)
+    softcap, table = tip.softcap or 1.0, given_or(tip.table, query)
+    weights, scales, shift = (given_or(each, query) for each in (tip.weights, tip.scales, tip.shift))
+    inputs = query, tip.dims, weights, packed, scales, shift
     has = tip.scales is not None, tip.weights is not None, tip.shift is not None, tip.softcap is not None
     heads = power_of_two(group, 4 if integer else 8)
     if parts:
-        sample = _or(tip.sample, query)
+        sample = given_or(tip.sample, query)
         sum_keys[(parts, rows)](
             *inputs, tip.marks, sample, units, bins, table, kv_len, 0 if tip.sample is None else sample.shape[1],
             _stride(tip.marks), _stride(sample), capacity, sum_steps, tip.scaling, softcap,
@@ -283,19 +265,11 @@ def listed(ranking: Ranking, tip: Tip) -> Listed:
     return Listed(keys, counts, ranking.bins, slots, *sizes, segments)
 
 
-def completing(query: Tensor, tip: Tip, units: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The arguments of the kernel `attend_rows` that score the selected keys again: its tensors, and its constants."""
-    inputs = tip.dims, _or(tip.weights, query), tip.packed, _or(tip.scales, query), _or(tip.shift, query)
-    has = tip.scales is not None, tip.weights is not None, tip.shift is not None
-    *sizes, integer, native = tip.layout(query)
-    return (*inputs, units), (*sizes, tip.sums_pad, *has, integer, native)
-
-
 def _stride(rows: Tensor) -> int:
     """Stride between the rows of a batch, 0 if they are one."""
     return 0 if rows.shape[0] == 1 else rows.stride(0)
 
 
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+def given_or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """``tensor``, or ``other`` in its place for an argument that the kernel does not read."""
     return other if tensor is None else tensor
