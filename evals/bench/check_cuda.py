@@ -1,6 +1,7 @@
 """Checks FASA on this device: every backend against a float64 reference, decoding against the ``reference`` backend.
 
     python -m evals.bench.check_cuda --out runs          # on CUDA
+    python -m evals.bench.check_cuda --part 2/2 ...      # every second check from the second on, on one of two GPUs
     python -m evals.bench.check_cuda --small             # the same on CPU, small: a dry run
 
 The calls and their reference are in `evals.bench.calls`. Writes JSON after every check, with the remaining checks. The
@@ -154,6 +155,14 @@ def keys(small: bool, cuda: bool) -> list[dict[str, Any]]:
     return [*decoding, *found]
 
 
+def of_part(text: str) -> slice:
+    """Every N-th check from the K-th on, for a ``text`` of K/N."""
+    first, _, parts = text.partition("/")
+    if not (first.isdecimal() and parts.isdecimal() and 1 <= int(first) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part; pass K/N with K from 1 to N, as 1/2.")
+    return slice(int(first) - 1, None, int(parts))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for check_<device>.json (default: runs)")
@@ -161,6 +170,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="a dry run in float32")
     parser.add_argument("--seconds", type=float, default=130, help="start no check after these seconds (default: 130)")
     parser.add_argument("--workers", type=int, help="processes (default: half the cores, at most 8; 1 without CUDA)")
+    parser.add_argument("--part", type=of_part, default="1/1", help="K/N: the K-th of N parts of the checks")
     options = parser.parse_args()
     device, begun = torch.device(options.device), time.monotonic()
     cuda = device.type == "cuda"
@@ -168,7 +178,7 @@ def main() -> int:
     origin = provenance(command_line("evals.bench.check_cuda"), device)
     head = {**origin, "settings": {"small": options.small, "device": device.type}}
     ledger = RowLedger(options.out / f"check_{device.type}.json", head)
-    todo = [key for key in keys(options.small, cuda) if not ledger.has(key)]
+    todo = [key for key in keys(options.small, cuda)[options.part] if not ledger.has(key)]
     late = f"no time left of {options.seconds:.0f} s"
     ledger.data["left_out"] = [{**key, "reason": late} for key in todo]
     # a check mostly compiles, which runs in parallel in several processes of few threads
