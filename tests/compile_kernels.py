@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fasa_flex.backends.triton import kernels, tip
+from fasa_flex.backends.triton import completion, kernels, tip
 
 SHARED = {80: 166912, 89: 101376, 90: 232448}
 """Bytes of shared memory that a program may use, by compute capability: A100, RTX 4090 and L4, H100."""
@@ -19,7 +19,7 @@ SHARED = {80: 166912, 89: 101376, 90: 232448}
 SHAPE = {"GROUP": 4, "GROUP_PAD": 16, "DIM": 128, "DIM_PAD": 128, "VALUE_DIM": 128, "VALUE_PAD": 128}
 SHAPE |= {"KV_HEADS": 8, "KEY_STRIDE": 256, "VALUE_STRIDE": 256}
 SHAPE |= {"WIDTH": 32, "PART": 32, "PART_PAD": 32, "PARTS_PAD": 16, "WANTED_PAD": 256, "BLOCK": 128, "OVERLAP": True}
-SHAPE |= {"HEADS": 8, "FOLD": 1, "STAGES": 2, "INTEGER": False, "NATIVE": False, "TILE": 16, "ALIGNED": True}
+SHAPE |= {"HEADS": 8, "FOLD": 1, "STAGES": 2, "INTEGER": False, "NATIVE": False, "TILE": 16}
 SHAPE |= {"CHUNK": 1024, "SEGMENTS": 16, "PAGE": 0, "PAGED": False}
 POINTERS = dict.fromkeys(("query", "key", "value", "keys", "values", "packed", "sinks", "out", "means"), "*bf16")
 POINTERS |= dict.fromkeys(("units", "masses", "shift", "weights", "mean_key"), "*fp32")
@@ -60,12 +60,14 @@ def compiles(
     capability: int = 90,
     aligned: bool = False,
     registers: int | None = None,
+    in_place: bool = False,
     **constants: Any,
 ) -> None:
     """Compile to machine code, with a check in it or none; raises where that fails, or needs too much shared memory.
 
     An argument named by ``other``, with its type, or by ``number`` has another type than in `POINTERS`. ``aligned``
-    pointers and numbers, as most are at a launch, are multiples of 16.
+    pointers and numbers, as most are at a launch, are multiples of 16. A kernel that works ``in_place`` must have a
+    barrier between what it reads and the first that it writes, since several threads read the same numbers.
     """
     chosen = {name: value for name, value in {**SHAPE, **constants}.items() if name in kernel.arg_names}
     others = {other[0]: other[1], number: "i32"}
@@ -81,6 +83,10 @@ def compiles(
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert built.metadata.shared <= SHARED[capability], (kernel.__name__, capability, built.metadata.shared)
     assert built.asm["cubin"]
+    assert "pendings = 1" not in built.asm["ttgir"], f"{kernel.__name__} copies over what a product still reads"
+    if in_place:
+        read = built.asm["ttgir"].partition("tt.store")[0]
+        assert read.rfind("barrier") > read.rfind("tt.load"), f"{kernel.__name__} writes what other threads read"
     assert ("__assertfail" in built.asm["ptx"]) == asserts
 
 
@@ -99,14 +105,16 @@ def main() -> None:
         if "INTEGER" in four:
             few = tip.MANY_REGISTERS if "NATIVE" in four else None
             compiles(kernels.score_keys, ("keys", "*u8"), registers=few, **{**plain, **four}, **marked, **FOLDED)
-    for page in (20, 256):
+    covers = {"COVERED": 64, "SKIPPED": 4, "warps": completion.COVER_WARPS, "stages": completion.COVER_STAGES}
+    covers |= {"aligned": True, "in_place": True}
+    for page in (48, 256):
         four = {**plain, **WHOLE, "PAGE": page}
         compiles(kernels.sum_keys, ("keys", "*u8"), SAMPLED=True, **four)
         compiles(kernels.score_keys, ("keys", "*u8"), **{**four, **FOLDED}, **marked)
         compiles(kernels.attend_rows, ("packed", "*u8"), SELECTS=True, COMPLETES=True, **four)
         compiles(kernels.write_states, ("packed", "*u8"), **four, CENTRED=True, COUNTED=True, asserts=True)
         sizes = {"PART": 128, "PARTS": 1, "BLOCK": 64, "PAGE": page}
-        compiles(kernels.cover_rows, COVERED=64, SKIPPED=4, **sizes, warps=8)
+        compiles(kernels.cover_rows, **covers, **sizes)
     compiles(kernels.merge_parts, SUNK=False, COMPLETES=True, FIRST_ORDER=True, PAGED=True)
     compiles(kernels.score_keys, HOW="max", SUMS=False, TILE=1, **plain)
     for tile in (1, 16):
@@ -134,9 +142,9 @@ def main() -> None:
     compiles(kernels.fetch_rows, BLOCK=16)
     for dim, parts in ((128, 1), (256, 4), (0, 1)):
         sizes = {"DIM": dim, "PART": 128 // parts, "PARTS": parts, "VALUE_DIM": dim or 64, "VALUE_PAD": dim or 64}
-        compiles(kernels.cover_rows, COVERED=64, SKIPPED=4, **{**sizes, "BLOCK": 64}, warps=8)
+        compiles(kernels.cover_rows, **covers, **sizes, BLOCK=64)
     mixed = {"DIM": 64, "PART": 64, "PARTS": 1, "VALUE_DIM": 64, "VALUE_PAD": 64, "BLOCK": 64}
-    compiles(kernels.cover_rows, ("values", "*fp32"), COVERED=64, SKIPPED=4, **mixed)
+    compiles(kernels.cover_rows, ("values", "*fp32"), **covers, **mixed)
     sizes = {"HEADS": 8, "SPLIT": 4, "PARTS": 4, "ROWS_PAD": 16, "WIDTH": 64, "WIDTH_PAD": 64, "KEYS": 128}
     for chosen in (False, True):
         one = {"STRONGEST": chosen, "CAPPED": chosen, "TOGETHER": 1 if chosen else 4}

@@ -9,8 +9,11 @@ from fasa_flex.backends.triton.attention import head_strides
 from fasa_flex.backends.triton.kernels import cover_rows, on_their_device, overlapping, parts_of, power_of_two
 from fasa_flex.core.completion import CompletionState
 
-COVER_WARPS, COVER_STAGES, MOST_PRODUCTS = 8, 2, 16384
-"""Warps, pipeline stages, and most products of key and value dimensions that a program keeps in registers."""
+COVER_WARPS, COVER_STAGES, MOST_PRODUCTS = 8, 1, 16384
+"""Warps, pipeline stages, and most products of key and value dimensions that a program keeps in registers.
+
+With two stages Triton 3.6 and 3.7 copy the next keys over those that a product still reads (triton issue 6691).
+"""
 
 
 @on_their_device

@@ -93,16 +93,18 @@ def cover_rows(
             total += tl.load(value_sum + row * VALUE_DIM + value_dim, mask=value_dim < VALUE_DIM * kept, other=0.0)
             mean = total / tokens
             if DIM > 0:
-                place, inner = row * DIM + dim, real[:, None] & value_real[None, :]
-                own += tl.load(key_sum + place, mask=dim < DIM * kept, other=0.0)
-                tl.store(key_sum + place, own, mask=real)
-                place = place[:, None] * VALUE_DIM + value_dim[None, :]
+                sums = key_sum + row * DIM + dim
+                place = (row * DIM + dim)[:, None] * VALUE_DIM + value_dim[None, :]
                 before = (dim < DIM * kept)[:, None] & value_real[None, :]
+                own += tl.load(sums, mask=dim < DIM * kept, other=0.0)
                 outer += tl.load(product + place, mask=before, other=0.0)
-                tl.store(product + place, outer, mask=inner)
+                tl.debug_barrier()  # other threads read the same sums
+                tl.store(sums, own, mask=real)
+                tl.store(product + place, outer, mask=real[:, None] & value_real[None, :])
                 spread = (outer - own[:, None] * mean[None, :]) / tokens
                 after = (dim < DIM * nonempty)[:, None] & value_real[None, :]
                 tl.store(covariance + place, spread.to(covariance.dtype.element_ty), mask=after)
+        tl.debug_barrier()
         place = row * VALUE_DIM + value_dim
         tl.store(value_sum + place, total, mask=value_real)
         tl.store(mean_value + place, mean.to(mean_value.dtype.element_ty), mask=value_dim < VALUE_DIM * nonempty)
