@@ -417,6 +417,17 @@ def test_more_elements_than_offsets_can_tell_apart_are_refused() -> None:
     assert reason == "a head's packed keys must have fewer than 2147483648 elements, got 2147483648"
 
 
+@pytest.mark.parametrize(("room", "refused"), [(20, True), (48, False)])
+def test_packed_keys_need_room_for_a_multiple_of_16(room: int, refused: bool) -> None:
+    """Of a head, or of a block of a paged cache; the kernels read up to 15 slots behind the last key."""
+    scorer = DominantChunks(pick_chunks(1, 2).flatten(1))
+    query = mock.Mock(is_cuda=True, shape=(1, 2, 1, 16), requires_grad=False)
+    packed, rows = PackedKeys(torch.empty(1, 1, room, 4, 1, device="meta")), torch.empty(1, 1, room, 16)
+    call = Call(query, rows, rows, scorer, mock.Mock(), Budget(4), "max", mock.Mock(), packed)
+    reason = "a head or a block must have room for a multiple of 16 packed keys, got 20" if refused else None
+    assert dispatch.why_no_kernels(call) == reason
+
+
 def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     """In a process without the interpreter, which is more lenient than the compiler."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

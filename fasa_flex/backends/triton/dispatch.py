@@ -35,6 +35,8 @@ def why_no_kernels(call: Call) -> str | None:
         return f"n_fac must be one count or share for all heads, got {call.budget.n_fac}"
     if packed.tiles.shape[4] != 1:
         return f"it needs packed keys in rows, got tiles of {packed.tiles.shape[4]}"
+    if packed.capacity % 16:
+        return f"a head or a block must have room for a multiple of 16 packed keys, got {packed.capacity}"
     if (elements := packed.tiles[0, 0].numel()) >= 2**31:
         return f"a head's packed keys must have fewer than {2**31} elements, got {elements}"
     if call.group_reduce == "none" and query.shape[1] != call.key.shape[1]:
