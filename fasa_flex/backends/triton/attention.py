@@ -17,11 +17,11 @@ from fasa_flex.backends.triton.kernels import (
 )
 from fasa_flex.backends.triton.tip import Listed, Tip, given_or
 
-ATTEND_BLOCK, ATTEND_WARPS, ATTEND_PROGRAMS, MOST_PARTS, MERGE_WARPS = 128, 4, 128, 128, 2
+ATTEND_BLOCK, ATTEND_WARPS, ATTEND_PROGRAMS, MOST_PARTS, MERGE_WARPS = 128, 4, 128, 128, 1
 """Keys and warps of a program, the number of programs that attend, most parts of a row, and warps of the merge."""
 
-LEAST_SPAN = 32
-"""Least keys of a program that attends: with 16 two programs take longer than one with 32 (measured on an H200)."""
+LEAST_SPAN = 16
+"""Least keys of a program that attends, as few as a matrix product takes."""
 
 FEW_PARTS = 8
 """Parts of a row that all merges of fewer are compiled for."""
@@ -79,7 +79,7 @@ def attended(
         *head_strides(key, value), tip.scaling, tip.softcap or 1.0, key.stride(2), value.stride(2),
         group, power_of_two(group, 16), dim, dim_pad, value_dim, value_pad,
         min(block_that_fits(query.device, size, most), power_of_two(span)), kv_heads, tip.softcap is not None,
-        *inputs, query if tip.table is None else tip.table, tip.capacity, tip.stride, units.shape[1], *constants,
+        *inputs, query if tip.table is None else tip.table, tip.capacity, tip.stride, units.shape[2], *constants,
         tip.completes, SELECT_CHUNK, places is None, tip.page, overlap, num_warps=ATTEND_WARPS, **launch,
     )  # fmt: skip
     return merged(query, value, sums, results, ending, masses, tip.scaling)

@@ -17,7 +17,7 @@ from fasa_flex.backends.triton.kernels import (
     sum_keys,
 )
 
-LEAST_SUM, SUM_BLOCK, MOST_SUMS, SUM_WARPS, SUM_STAGES = 64, 256, 32, 4, 2
+LEAST_SUM, SUM_BLOCK, MOST_SUMS, SUM_WARPS = 64, 256, 32, 4
 SCORE_BLOCK, SCORE_WARPS, SCORE_STAGES, SCORE_PROGRAMS, MOST_STEPS = 256, 4, 3, 512, 64
 """Keys, warps and pipeline stages of a program, and limits of their numbers (`evals.bench.kernels` times others)."""
 
@@ -28,9 +28,9 @@ MANY_BLOCKS, MANY_PROGRAMS, MANY_REGISTERS = 8192, 640, 96
 """From so many blocks on, folded keys are scored by so many programs of so few registers that five, not four, share a
 multiprocessor. For 8 rows of 131072 keys scoring takes 8 % less time, for one 2 % more (measured on an H200)."""
 
-TILE, FEW_TILES, LIST_TILES, LIST_KEYS, LIST_WARPS, LIST_PROGRAMS = 16, 128, 1024, 1024, 4, 256
-"""Keys of a tile, whose maximum is compared before its keys; tiles, few or many, then keys, that a program which lists
-keys reads at one time, its warps, and about the number of such programs."""
+TILE, FEW_TILES, LIST_TILES, LIST_KEYS, LIST_WARPS, LIST_PROGRAMS = 16, 128, 512, 1024, 8, 256
+"""Keys of a tile, whose maximum is compared before its keys; the least and the most tiles, then keys, that a program
+which lists keys reads at one time; its warps, and about the number of such programs."""
 
 SEGMENTS, FEW_SEGMENTS = 16, 8
 """Segments of a row, each of which a program lists, and those of one of many rows; two numbers compile few kernels."""
@@ -45,8 +45,8 @@ class Tip(NamedTuple):
     Attributes:
         dims: dominant dimensions, int64 [Hkv, 2 * n_tip], contiguous.
         weights: factors of the query in these, float32 [Hkv, 2 * n_tip], contiguous; None: 1.
-        packed: packed keys [B, Hkv, C, P], contiguous, C >= T; P is 2 * n_tip for float dtypes and int8, n_tip for
-            uint8, two codes of four bits (`fasa_flex.core.packed_keys`).
+        packed: packed keys [B, Hkv, C, P], contiguous, C >= T, a multiple of 16; P is 2 * n_tip for float dtypes
+            and int8, n_tip for uint8, two codes of four bits (`fasa_flex.core.packed_keys`).
         scales: scales of integer keys, float16 [B, Hkv, C]; None for float dtypes.
         shift: number added to the scores of a query head, float32 [B * Hq], contiguous; None: 0.
         marks: `fasa_flex.core.selection.Marks.bytes`, uint8 [B or 1, N], rows contiguous.
@@ -87,11 +87,6 @@ class Tip(NamedTuple):
     def capacity(self) -> int:
         """The kernels' ``capacity``: slots of a head's packed keys, or blocks of a row of the table."""
         return self.packed.shape[2] if self.table is None else self.table.stride(0)
-
-    @property
-    def aligned(self) -> bool:
-        """The kernels' ``ALIGNED``."""
-        return self.page > 0 or self.capacity % 16 == 0
 
     @property
     def width(self) -> int:
@@ -136,7 +131,7 @@ class Tip(NamedTuple):
     def fold(self, query: Tensor) -> int:
         """FOLD of `score_keys`."""
         *_, integer, _ = self.layout(query)
-        return FOLD if integer and query.shape[1] <= 4 * self.dims.shape[0] and self.page % FOLD == 0 else 1
+        return FOLD if integer and query.shape[1] <= 4 * self.dims.shape[0] else 1
 
     def scores(self, query: Tensor) -> tuple[int, int, int, dict[str, int]]:
         """Keys of a block of `score_keys`, blocks of a row, blocks of a program, and options of its launch."""
@@ -158,7 +153,7 @@ class Ranking(NamedTuple):
         order: int32 [B * Hkv, >= T], integers in the order of the ranking.
         maxima: int32 [B * Hkv, tiles], the largest of each tile of ``order``; ``order`` for tiles of one key.
         bins: int32 [B * Hkv, BINS], a histogram of ``maxima``, and the number of valid keys.
-        units: float32 [B * Hkv, N, G], the base-2 log-sum-exps of the parts of the sample, if weights are computed.
+        units: float32 [B * Hkv, G, N], the base-2 log-sum-exps of the parts of the sample, if weights are computed.
         masses: float32 [B * Hkv, M, G], sums of weights over all valid keys of M programs, if the call completes.
     """
 
@@ -206,7 +201,8 @@ def unit_and_mass(query: Tensor, tip: Tip) -> tuple[Tensor, Tensor]:
     _, blocks, steps, _ = tip.scores(query)
     programs = parts_of(blocks, steps) if tip.completes else 0
     units, masses = (
-        torch.empty(rows, parts, group, dtype=torch.float32, device=query.device) for parts in (tip.sums[1], programs)
+        torch.empty(rows, *shape, dtype=torch.float32, device=query.device)
+        for shape in ((group, tip.sums[1]), (programs, group))
     )
     return units, masses
 
@@ -232,16 +228,16 @@ def ranked(query: Tensor, tip: Tip) -> Ranking:
     if parts:
         sample = given_or(tip.sample, query)
         sum_keys[(parts, rows)](
-            *inputs, tip.marks, sample, units, bins, table, kv_len, 0 if tip.sample is None else sample.shape[1],
+            *inputs, tip.marks, sample, units, bins, table, kv_len if tip.sample is None else sample.shape[1],
             _stride(tip.marks), _stride(sample), capacity, sum_steps, tip.scaling, softcap,
             group, heads, dim, width, part, part_pad, sum_block, *has, tip.sample is not None,
-            integer, native, tip.page, kv_heads, overlap, num_warps=SUM_WARPS, num_stages=SUM_STAGES, **launch,
+            integer, native, tip.page, kv_heads, overlap, num_warps=SUM_WARPS, **launch,
         )  # fmt: skip
     score_keys[(parts_of(blocks, steps), rows)](
         *inputs, tip.marks, units, order, maxima, bins, masses, table, kv_len, _stride(tip.marks), capacity, blocks,
         steps, parts, tip.scaling, softcap, group, heads, tip.fold(query), dim, width, part, part_pad, block, tip.tile,
         tip.sums_pad, *has, tip.how, tip.completes, integer, native, SCORE_STAGES if block == SCORE_BLOCK else 2,
-        tip.aligned, tip.page, kv_heads, overlap, num_warps=SCORE_WARPS, **launch, **options,
+        tip.page, kv_heads, overlap, num_warps=SCORE_WARPS, **launch, **options,
     )  # fmt: skip
     return Ranking(order, maxima, bins, units, masses)
 
@@ -251,13 +247,13 @@ def listed(ranking: Ranking, tip: Tip) -> Listed:
     (rows, stride), tiles, tile = ranking.order.shape, ranking.maxima.shape[1], tip.tile
     segments = SEGMENTS if rows * SEGMENTS <= LIST_PROGRAMS else FEW_SEGMENTS
     span = parts_of(tiles, segments)
-    block = LIST_TILES if span > FEW_TILES else min(LIST_TILES, FEW_TILES)
+    block = min(LIST_TILES, power_of_two(span, FEW_TILES))
     keys, counts, slots = (
         torch.empty(rows, columns, dtype=torch.int32, device=ranking.order.device)
         for columns in (2 * stride + tiles, segments + 2, tip.width)
     )
     overlap, launch = overlapping(keys.device)
-    list_keys[(segments, rows)](
+    list_keys[(segments + 1, rows)](
         *ranking[:3], keys, counts, stride, tiles, span, tip.n_fac, tip.share, tile, block, LIST_KEYS // tile, segments,
         overlap, num_warps=LIST_WARPS, **launch,
     )  # fmt: skip

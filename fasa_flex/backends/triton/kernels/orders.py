@@ -13,6 +13,9 @@ BINS = tl.constexpr(4096)
 """Bins of a row's histogram: sign, exponent and three bits of a float's fraction. No valid key falls in the first one,
 which has the number of valid keys instead."""
 
+_ROW = tl.constexpr(64)
+"""Bins of a row of the histogram, the square root of all."""
+
 _BITS, _SPAN = tl.constexpr(20), tl.constexpr(1 << 20)
 """Bits of an order that its bin leaves open, and orders of a bin."""
 
@@ -30,6 +33,26 @@ def order_of(scores):
 def bin_of(order):
     """The bin of an order."""
     return (order >> _BITS) + BINS // 2
+
+
+@triton.jit
+def _sum_and_maximum(a, b, c, d):
+    return a + c, tl.maximum(b, d)
+
+
+@triton.jit
+def bin_reaching(bins, wanted):
+    """The highest bin of a row's histogram which, with those above it, has at least ``wanted`` of what is counted.
+
+    The bins are summed in rows first, then those of one row: a scan of all takes many more registers.
+    """
+    place = tl.arange(0, _ROW)
+    by_row = tl.sum(tl.load(bins + place[:, None] * _ROW + place[None, :]), 1)
+    reached = tl.cumsum(by_row, 0, reverse=True)
+    short = tl.where(reached < wanted, reached, 0)
+    row, above = tl.reduce(((reached >= wanted).to(tl.int32), short), 0, _sum_and_maximum)
+    reached = tl.cumsum(tl.load(bins + (row - 1) * _ROW + place), 0, reverse=True) + above
+    return (row - 1) * _ROW + tl.sum((reached >= wanted).to(tl.int32), 0) - 1
 
 
 @triton.jit

@@ -32,21 +32,44 @@ def _add_mass(logits, best, total):
 def unit_of(units, row, parts, PARTS_PAD: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr):
     """The base-2 logarithm of the mass in ``parts`` of `sum_keys`: [HEADS], 0 without keys, inf for padding heads."""
     part, head = tl.arange(0, PARTS_PAD), tl.arange(0, HEADS)
-    place = units + (row * parts + part[:, None]) * GROUP + head[None, :]
-    real = (part < parts)[:, None] & (head < GROUP)[None, :]
+    place = units + (row * GROUP + head[:, None]) * parts + part[None, :]  # parts next to each other are in one warp
+    real = (part < parts)[None, :] & (head < GROUP)[:, None]
     logits = tl.load(place, mask=real, other=float("-inf"))
-    nothing = tl.full([HEADS], float("-inf"), tl.float32)
-    best, total = _add_mass(logits, nothing, tl.zeros([HEADS], tl.float32))
-    unit = best + tl.log2(total)
+    best = tl.max(logits, 1)
+    shift = tl.where(best == float("-inf"), 0.0, best)
+    unit = best + tl.log2(tl.sum(tl.exp2(logits - shift[:, None]), 1))
     unit = tl.where(unit > float("-inf"), unit, 0.0)  # without keys, or with a NaN, which has to rank first
     return tl.where(head < GROUP, unit, float("inf"))
 
 
+@triton.jit
+def _summed_keys(
+    keys, scales, marks, sample, table, row, number, ended, marks_stride, sample_stride, capacity,
+    PART: tl.constexpr, PART_PAD: tl.constexpr, SCALED: tl.constexpr, SAMPLED: tl.constexpr, PAGE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+):  # fmt: skip
+    """Packed keys [N, PART_PAD] by ``number``, below ``ended``, their scales [N], and whether they are summed [N]."""
+    dim = tl.arange(0, PART_PAD)
+    if SAMPLED:
+        place = sample + (row // KV_HEADS) * sample_stride + number
+        slot = tl.load(place, mask=number < ended, other=-1).to(tl.int32)
+        real = slot >= 0
+    else:
+        slot = number
+        real = tl.load(marks + (row // KV_HEADS) * marks_stride + slot, mask=number < ended, other=0) != 0
+    place = packed_row(slot, table, row, capacity, PAGE, KV_HEADS)
+    key = tl.load(keys + place[:, None] * PART + dim[None, :], mask=real[:, None] & (dim < PART)[None, :], other=0)
+    factor = tl.full([number.shape[0]], 1.0, tl.float16)
+    if SCALED:
+        factor = tl.load(scales + place, mask=real, other=0)
+    return key, factor, real
+
+
 # a growing cache and longer tables would compile again
-@triton.jit(do_not_specialize=["kv_len", "count", "marks_stride", "sample_stride", "capacity", "steps"])
+@triton.jit(do_not_specialize=["count", "marks_stride", "sample_stride", "capacity", "steps"])
 def sum_keys(
-    query, dims, weights, keys, scales, shift, marks, sample, units, bins, table, kv_len, count, marks_stride,
-    sample_stride, capacity, steps, scaling, softcap,
+    query, dims, weights, keys, scales, shift, marks, sample, units, bins, table, count, marks_stride, sample_stride,
+    capacity, steps, scaling, softcap,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
     PART_PAD: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr,
     CAPPED: tl.constexpr, SAMPLED: tl.constexpr, INTEGER: tl.constexpr, NATIVE: tl.constexpr, PAGE: tl.constexpr,
@@ -59,43 +82,38 @@ def sum_keys(
     """
     begin_in_turn(OVERLAP)
     row, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    for start in range(part * BLOCK, BINS, tl.num_programs(0) * BLOCK):
-        tl.store(bins + row * BINS + start + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.int32))
-    dim, head = tl.arange(0, PART_PAD), tl.arange(0, HEADS)
+    first = first_row(row, capacity, PAGE)
+    keys, scales = keys + first * PART, scales + first
+    begun, number = part * steps * BLOCK, tl.arange(0, BLOCK)
+    ended = tl.minimum(begun + steps * BLOCK, count)
+    key, factor, real = _summed_keys(  # while the queries are loaded
+        keys, scales, marks, sample, table, row, begun + number, ended, marks_stride, sample_stride, capacity,
+        PART, PART_PAD, SCALED, SAMPLED, PAGE, KV_HEADS,
+    )  # fmt: skip
+    head = tl.arange(0, HEADS)
     lower, upper, step = both_queries(
         query, dims, weights, row, GROUP, HEADS, 1, DIM, WIDTH, PART, PART_PAD, WEIGHTED, INTEGER, KV_HEADS
     )  # fmt: skip
     added = 0.0
     if SHIFTED:
         added = tl.load(shift + row * GROUP + head, mask=head < GROUP, other=0.0)[None, :]
-    first = first_row(row, capacity, PAGE)
-    keys, scales = keys + first * PART, scales + first
     best = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
-    for block in range(steps):
-        number = (part * steps + block) * BLOCK + tl.arange(0, BLOCK)
-        if SAMPLED:
-            place = sample + (row // KV_HEADS) * sample_stride + number
-            slot = tl.load(place, mask=number < count, other=-1).to(tl.int32)
-            real = slot >= 0
-        else:
-            slot = number
-            real = tl.load(marks + (row // KV_HEADS) * marks_stride + slot, mask=slot < kv_len, other=0) != 0
-        place = packed_row(slot, table, row, capacity, PAGE, KV_HEADS)
-        key = tl.load(
-            keys + place[:, None] * PART + dim[None, :],
-            mask=real[:, None] & (dim < PART)[None, :],
-            other=0,
-        )
-        factor = 1.0
-        if SCALED:
-            factor = tl.load(scales + place, mask=real, other=0).to(tl.float32)[:, None]
+    for start in tl.range(begun, ended, BLOCK, num_stages=1):
+        following = _summed_keys(
+            keys, scales, marks, sample, table, row, start + BLOCK + number, ended, marks_stride, sample_stride,
+            capacity, PART, PART_PAD, SCALED, SAMPLED, PAGE, KV_HEADS,
+        )  # fmt: skip
         score = dot_products(key, lower, upper, step, WIDTH, PART, HEADS, 1, INTEGER, NATIVE)
         score = tl.reshape(score, (BLOCK, HEADS))
-        logits = logits_of(score, factor, added, scaling, softcap, SCALED, SHIFTED, CAPPED)
+        scale = factor.to(tl.float32)[:, None]
+        logits = logits_of(score, scale, added, scaling, softcap, SCALED, SHIFTED, CAPPED)
         best, total = _add_mass(tl.where(real[:, None], logits, float("-inf")), best, total)
-    place = units + (row * tl.num_programs(0) + part) * GROUP + head
+        key, factor, real = following
+    place = units + (row * GROUP + head) * tl.num_programs(0) + part
     tl.store(place, best + tl.log2(total), mask=head < GROUP)
+    for start in range(part * BLOCK, BINS, tl.num_programs(0) * BLOCK):
+        tl.store(bins + row * BINS + start + number, tl.zeros([BLOCK], tl.int32))
 
 
 @triton.jit
@@ -127,23 +145,23 @@ def _marks_of(marks, block, columns, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rank_block(
-    keys, scales, table, row, capacity, mark, order, maxima, lower, upper, step, added, unit, reads, block, scaling,
+    keys, scales, table, row, capacity, mark, order, maxima, lower, upper, step, added, unit, columns, block, scaling,
     softcap, sums, seen,
     GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
     PART_PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
     CAPPED: tl.constexpr, HOW: tl.constexpr, SUMS: tl.constexpr, INTEGER: tl.constexpr, NATIVE: tl.constexpr,
     FAR: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Rank a block of keys, read in the first ``reads`` slots: write their orders and the maximum of each tile.
+    """Rank a block of keys, read in the first ``columns`` slots: write their orders and the maximum of each tile.
 
     ``mark`` is of `_marks_of`. Returns ``sums`` plus the weights of the valid keys [BLOCK // FOLD, HEADS, FOLD], and
     ``seen`` [BLOCK] plus the number of valid keys, and ``_AGAIN`` for each for which ``FAR`` has to be set.
     """
     ROWS: tl.constexpr = BLOCK // FOLD
     slot, dim = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, FOLD * PART_PAD)
-    inside, first = slot < reads, (block * ROWS + tl.arange(0, ROWS)) * FOLD
+    inside, first = slot < columns, (block * ROWS + tl.arange(0, ROWS)) * FOLD
     at = dim if PART == PART_PAD else dim // PART_PAD * PART + dim % PART_PAD
-    there = first[:, None] + (dim // PART_PAD)[None, :] < reads
+    there = first[:, None] + (dim // PART_PAD)[None, :] < columns
     if PART < PART_PAD:
         there = there & (dim % PART_PAD < PART)[None, :]
     place = keys + packed_row(first, table, row, capacity, PAGE, KV_HEADS)[:, None] * PART + at[None, :]
@@ -195,16 +213,15 @@ def score_keys(
     GROUP: tl.constexpr, HEADS: tl.constexpr, FOLD: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     PART: tl.constexpr, PART_PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PARTS_PAD: tl.constexpr,
     SCALED: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, CAPPED: tl.constexpr, HOW: tl.constexpr,
-    SUMS: tl.constexpr, INTEGER: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
-    PAGE: tl.constexpr, KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
+    SUMS: tl.constexpr, INTEGER: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr, PAGE: tl.constexpr,
+    KV_HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """TIP for ``steps`` blocks of keys of one key/value head, in one pass, and with ``SUMS`` the sums of their weights.
 
     A packed key of ``WIDTH`` dimensions has ``PART`` elements, half as many with four bits. For a softmax or with
     ``SUMS``, weights are relative to the mass in ``units`` (`sum_keys`). Keys far from it, beyond the range of a float,
-    are ranked by a second pass over these blocks. With a ``TILE`` of 1, ``maxima`` is ``order``. With ``ALIGNED``,
-    ``capacity`` is a multiple of 16, and up to 15 slots behind the last key are read, so that threads read several
-    scales at once.
+    are ranked by a second pass over these blocks. With a ``TILE`` of 1, ``maxima`` is ``order``. Up to 15 slots behind
+    the last key are read: there is room for a multiple of 16 keys, so that threads read several scales at once.
     """
     WEIGHS: tl.constexpr = SUMS or HOW == "softmax"
     if not WEIGHS:
@@ -220,10 +237,8 @@ def score_keys(
     if WEIGHS:  # the kernel before wrote the units alone, everything else is older
         begin_in_turn(OVERLAP)
         unit = unit_of(units, row, parts, PARTS_PAD, GROUP, HEADS)
-    first, columns = first_row(row, capacity, PAGE), (kv_len + 15) // 16 * 16
-    reads = kv_len
-    if ALIGNED:  # the first is no change, but the compiler sees the factor
-        first, reads = first // 16 * 16, columns
+    columns = (kv_len + 15) // 16 * 16
+    first = first_row(row, capacity, PAGE) // 16 * 16  # no change, but the compiler sees the factor
     keys, scales = keys + first * PART, scales + first
     order += row * blocks * BLOCK
     maxima += row * blocks * (BLOCK // TILE)
@@ -236,7 +251,7 @@ def score_keys(
     for block in tl.range(begun, ended, num_stages=STAGES):
         following = _marks_of(marks, block + 1, columns, BLOCK)  # loaded while this block is scored
         sums, seen = _rank_block(
-            keys, scales, table, row, capacity, mark, order, maxima, lower, upper, step, added, unit, reads, block,
+            keys, scales, table, row, capacity, mark, order, maxima, lower, upper, step, added, unit, columns, block,
             scaling, softcap, sums, seen, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, TILE, SCALED, SHIFTED,
             CAPPED, HOW, SUMS, INTEGER, NATIVE, False, PAGE, KV_HEADS,
         )  # fmt: skip
@@ -249,9 +264,9 @@ def score_keys(
         for block in tl.range(begun, ended, num_stages=1):
             mark = _marks_of(marks, block, columns, BLOCK)
             sums, seen = _rank_block(
-                keys, scales, table, row, capacity, mark, order, maxima, lower, upper, step, added, unit, reads, block,
-                scaling, softcap, sums, seen, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, TILE, SCALED, SHIFTED,
-                CAPPED, HOW, SUMS, INTEGER, NATIVE, True, PAGE, KV_HEADS,
+                keys, scales, table, row, capacity, mark, order, maxima, lower, upper, step, added, unit, columns,
+                block, scaling, softcap, sums, seen, GROUP, HEADS, FOLD, WIDTH, PART, PART_PAD, BLOCK, TILE, SCALED,
+                SHIFTED, CAPPED, HOW, SUMS, INTEGER, NATIVE, True, PAGE, KV_HEADS,
             )  # fmt: skip
     tl.debug_barrier()  # other threads read the maxima
     for start in range(

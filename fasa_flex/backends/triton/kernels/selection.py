@@ -11,7 +11,10 @@ import triton
 import triton.language as tl
 
 from fasa_flex.backends.triton.kernels.launching import begin, begin_in_turn
-from fasa_flex.backends.triton.kernels.orders import BINS, LOWEST, budget_of, highest_in, lowest_in
+from fasa_flex.backends.triton.kernels.orders import BINS, LOWEST, bin_reaching, budget_of, highest_in, lowest_in
+
+_HALF, _LOW, _HIGHEST = tl.constexpr(32768), tl.constexpr(65535), tl.constexpr(2147483647)
+"""Numbers below the first fit in the upper half of an integer; the bits of the lower half; the largest integer."""
 
 LISTED = ("listed_stride", "order_stride", "segment_width", "n_fac", "share")
 """Numbers of a row's list, which change with the length of a cache and need not be aligned."""
@@ -25,7 +28,8 @@ def list_keys(
     """List the keys of one segment, ``span`` tiles of a row, that may be selected, in the order of their slots.
 
     ``listed`` has a row of orders and a row of slots, in which segments have the places that they have in ``order``,
-    and a row of tiles. Behind the ``counts`` of segments are the bounds of the threshold.
+    and a row of tiles. Behind the ``counts`` of segments are the bounds of the threshold. The program after those of
+    the segments finds the upper one: fewer than ``wanted`` keys are in the tiles beyond its bin.
     """
     begin_in_turn(OVERLAP)
     segment, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -38,21 +42,24 @@ def list_keys(
     listed += row * (2 * order_stride + tiles)
     some = listed + 2 * order_stride + begun
     listed += begun * TILE
-    reached = tl.cumsum(tl.load(bins + tl.arange(0, BINS)), 0, reverse=True)  # by tiles, from the highest bin on
+    tile = begun + tl.arange(0, BLOCK)
+    most = tl.load(maxima + tile, mask=tile < ended, other=LOWEST)  # while the bound is found
     wanted = budget_of(bins, n_fac, share)
-    low = tl.maximum(lowest_in(tl.sum((reached >= wanted).to(tl.int32), 0) - 1), LOWEST + 1)
+    bound = bin_reaching(bins, wanted if segment < SEGMENTS else (wanted + TILE - 1) // TILE)
+    low = tl.maximum(lowest_in(bound), LOWEST + 1)  # as many tiles, and so keys, reach it
     reaching = 0
-    for start in range(begun, ended, BLOCK):
-        tile = start + tl.arange(0, BLOCK)
-        taken = tl.load(maxima + tile, mask=tile < ended, other=LOWEST) >= low
+    for start in tl.range(begun, ended, BLOCK, num_stages=1):
+        taken = most >= low
         tl.store(some + reaching + tl.cumsum(taken.to(tl.int32), 0) - 1, tile, mask=taken)
         reaching += tl.sum(taken.to(tl.int32), 0)
+        tile = start + BLOCK + tl.arange(0, BLOCK)
+        most = tl.load(maxima + tile, mask=tile < ended, other=LOWEST)
     tl.debug_barrier()  # other threads read the tiles
     found = 0
     for start in range(0, reaching, SOME):
         number = start + tl.arange(0, SOME)
-        tile = tl.load(some + number, mask=number < reaching, other=0)
-        slot = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
+        first = tl.load(some + number, mask=number < reaching, other=0) * TILE
+        slot = first[:, None] + tl.arange(0, TILE)[None, :]
         bits = tl.load(order + slot, mask=(number < reaching)[:, None], other=LOWEST)
         taken = bits >= low
         number = tl.cumsum(taken.to(tl.int32), 1)  # first within tiles, which few threads share
@@ -61,12 +68,9 @@ def list_keys(
         tl.store(place, bits, mask=taken)
         tl.store(place + order_stride, slot, mask=taken)
         found += tl.sum(by_tile, 0)
-    tl.store(counts + segment, found)
-    if segment == 0:
-        tl.store(counts + SEGMENTS, low)
-        # fewer than ``wanted`` keys are in the tiles beyond this bin
-        highest = highest_in(tl.sum((reached * TILE >= wanted).to(tl.int32), 0) - 1)
-        tl.store(counts + SEGMENTS + 1, highest)
+    tl.store(counts + segment, found, mask=segment < SEGMENTS)
+    tl.store(counts + SEGMENTS, low, mask=segment == 0)
+    tl.store(counts + SEGMENTS + 1, highest_in(bound), mask=segment == SEGMENTS)
 
 
 @triton.jit
@@ -106,25 +110,33 @@ def _add_pairs(a, b, c, d):
 def _reaching(
     bits, listed, counts, total, width, one, two, three, four, CHUNK: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Numbers of listed keys that reach four orders; ``bits`` are the first ``CHUNK`` of them."""
-    first = (bits >= one).to(tl.int64) + ((bits >= two).to(tl.int64) << 32)
-    second = (bits >= three).to(tl.int64) + ((bits >= four).to(tl.int64) << 32)
+    """Numbers of listed keys that reach four orders; ``bits`` are the first ``CHUNK`` of them.
+
+    Two numbers share an integer until they could be too large for a half of it.
+    """
+    first = (bits >= one).to(tl.int32) + ((bits >= two).to(tl.int32) << 16)
+    second = (bits >= three).to(tl.int32) + ((bits >= four).to(tl.int32) << 16)
     for start in range(CHUNK, total, CHUNK):
         number = start + tl.arange(0, CHUNK)
         more = tl.load(listed + _place_of(counts, number, width, SEGMENTS)[0], mask=number < total, other=LOWEST)
-        first += (more >= one).to(tl.int64) + ((more >= two).to(tl.int64) << 32)
-        second += (more >= three).to(tl.int64) + ((more >= four).to(tl.int64) << 32)
-    first, second = tl.reduce((first, second), 0, _add_pairs)
-    return first.to(tl.int32), (first >> 32).to(tl.int32), second.to(tl.int32), (second >> 32).to(tl.int32)
+        first += (more >= one).to(tl.int32) + ((more >= two).to(tl.int32) << 16)
+        second += (more >= three).to(tl.int32) + ((more >= four).to(tl.int32) << 16)
+    if total < _HALF:
+        lower, upper = tl.reduce((first, second), 0, _add_pairs)
+        by_one, by_two, by_three, by_four = lower & _LOW, lower >> 16, upper & _LOW, upper >> 16
+    else:
+        by_one, by_two = tl.reduce((first & _LOW, first >> 16), 0, _add_pairs)
+        by_three, by_four = tl.reduce((second & _LOW, second >> 16), 0, _add_pairs)
+    return by_one, by_two, by_three, by_four
 
 
 @triton.jit
 def _narrowed(low, high, found, over, order, count, wanted):
     """Bounds of the threshold, and numbers of keys at and above them, where ``count`` keys reach an ``order``."""
-    lower, upper = (count >= wanted) & (order > low), (count < wanted) & (order <= high)
+    reaches = count >= wanted
     return (
-        tl.where(lower, order, low), tl.where(upper, order - 1, high),
-        tl.where(lower, count, found), tl.where(upper, count, over),
+        tl.maximum(low, tl.where(reaches, order, LOWEST)), tl.minimum(high, tl.where(reaches, _HIGHEST, order - 1)),
+        tl.minimum(found, tl.where(reaches, count, _HIGHEST)), tl.maximum(over, tl.where(reaches, 0, count)),
     )  # fmt: skip
 
 
@@ -137,13 +149,13 @@ def _threshold(bits, listed, counts, total, width, wanted, CHUNK: tl.constexpr, 
     the counts predicts, two are at a quarter and a half of the interval, since counts fall fast: four rounds are usual.
     """
     low, high = tl.load(counts + SEGMENTS), tl.load(counts + SEGMENTS + 1)
-    found, over = total, 0
+    found, over, aim = total, 0, tl.log2(wanted.to(tl.float32))
     while (low < high) & (found != wanted):
         gap = (high - low).to(tl.uint32, bitcast=True)  # up to 2**32 - 1
-        count = found.to(tl.float32)
-        guess = gap.to(tl.float32) * (tl.log2(count / wanted) / tl.log2(count / (over + 0.5)))
-        one, two = (guess * 0.85).to(tl.uint32), tl.minimum(guess * 1.15, 4e9).to(tl.uint32) + 1
-        one, two = tl.minimum(tl.maximum(one, 1), gap), tl.minimum(two, gap)
+        reached = tl.log2(found.to(tl.float32))
+        guess = gap.to(tl.float32) * ((reached - aim) / (reached - tl.log2(over + 0.5)))
+        guess = tl.minimum(guess, 3.8e9).to(tl.uint32)  # less than 2**32, with an eighth more
+        one, two = tl.minimum(tl.maximum(guess - (guess >> 3), 1), gap), tl.minimum(guess + (guess >> 3) + 1, gap)
         one, two = low + one.to(tl.int32, bitcast=True), low + two.to(tl.int32, bitcast=True)
         three = low + ((gap >> 2) + 1).to(tl.int32, bitcast=True)
         four = low + tl.minimum((gap >> 1) + 1, gap).to(tl.int32, bitcast=True)
