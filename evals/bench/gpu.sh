@@ -85,9 +85,9 @@ kernels() {
     local sizes=(--set SCORE_BLOCK=512 --set SCORE_BLOCK=512,SCORE_WARPS=8 --set SCORE_STAGES=2 --set SCORE_STAGES=4)
     sizes+=(--set SCORE_PROGRAMS=1024 --set MOST_STEPS=16 --set FOLD=1 --set FOLD=2 --set SUM_BLOCK=128)
     sizes+=(--set MANY_BLOCKS=1 --set MANY_BLOCKS=1048576)
-    sizes+=(--set LIST_KEYS=2048 --set LIST_WARPS=8 --set SEGMENTS=8 --set FEW_SEGMENTS=4 --set SELECT_CHUNK=512)
+    sizes+=(--set LIST_KEYS=2048 --set LIST_WARPS=4 --set SEGMENTS=8 --set FEW_SEGMENTS=4 --set SELECT_CHUNK=512)
     sizes+=(--set ATTEND_BLOCK=64 --set ATTEND_PROGRAMS=64 --set ATTEND_PROGRAMS=256 --set ATTEND_WARPS=8)
-    sizes+=(--set LEAST_SPAN=64 --set MERGE_WARPS=1 --set MERGE_WARPS=4)
+    sizes+=(--set LEAST_SPAN=32 --set MERGE_WARPS=2 --set MERGE_WARPS=4)
     measured 170 "$python" -m evals.bench.kernels --out "$out" "${sizes[@]}"
 }
 

@@ -22,7 +22,8 @@ METHOD, PREFILL, SERVING, PARALLEL = (
     ROOT / "evals" / "docs" / f"{name}.md" for name in ("how_it_works", "sparse_prefill", "serving", "several_gpus")
 )
 
-FORMS = ("one program selects", "all select, first form", "all select", "integers", "larger blocks", "fewer registers")
+FORMS = ("one program selects", "all select, first form", "all select", "integers", "larger blocks")
+FORMS += ("fewer registers, again", "fewer waits")
 """Runs of kernels_cuda.json that README files compare, oldest first; the last one is today's."""
 
 VARIANTS = {"larger blocks": {"LIST_WARPS": 4}}
@@ -195,6 +196,8 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     DETAILS: {
         "forms cuda": forms,
         "speed h200": partial(rivals, "op_h200"),
+        "speed h200 bfloat16": partial(rivals, "op_h200_bfloat16"),
+        "speed h200 int8": partial(rivals, "op_h200_int8"),
         "speed h200 compiled": partial(rivals, "op_h200_compiled"),
         "step cuda": partial(rivals, "step_cuda"),
         "generate cuda": partial(generated, "cuda"),
