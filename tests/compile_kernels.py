@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fasa_flex.backends.triton import completion, kernels, tip
+from fasa_flex.backends.triton import blocks, completion, kernels, tip
 
 SHARED = {80: 166912, 89: 101376, 90: 232448}
 """Bytes of shared memory that a program may use, by compute capability: A100, RTX 4090 and L4, H100."""
@@ -148,7 +148,7 @@ def main() -> None:
     sizes = {"HEADS": 8, "SPLIT": 4, "PARTS": 4, "ROWS_PAD": 16, "WIDTH": 64, "WIDTH_PAD": 64, "KEYS": 128}
     for chosen in (False, True):
         one = {"STRONGEST": chosen, "CAPPED": chosen, "TOGETHER": 1 if chosen else 4}
-        compiles(kernels.estimate_blocks, **sizes, **one)
+        compiles(kernels.estimate_blocks, stages=blocks.ESTIMATE_STAGES, **sizes, **one)
     for centred in (False, True):
         written = {"asserts": True, "CENTRED": centred}
         compiles(kernels.write_states, SCALED=False, COUNTED=True, **written)
