@@ -5,13 +5,15 @@ python tests/compile_kernels.py       # without TRITON_INTERPRET, which makes in
 
 from __future__ import annotations
 
+import subprocess
+import tempfile
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fasa_flex.backends.triton import completion, kernels, tip
+from fasa_flex.backends.triton import attention, blocks, completion, kernels, tip
 
 SHARED = {80: 166912, 89: 101376, 90: 232448}
 """Bytes of shared memory that a program may use, by compute capability: A100, RTX 4090 and L4, H100."""
@@ -61,13 +63,15 @@ def compiles(
     aligned: bool = False,
     registers: int | None = None,
     in_place: bool = False,
+    spills: bool = True,
     **constants: Any,
 ) -> None:
     """Compile to machine code, with a check in it or none; raises where that fails, or needs too much shared memory.
 
     An argument named by ``other``, with its type, or by ``number`` has another type than in `POINTERS`. ``aligned``
     pointers and numbers, as most are at a launch, are multiples of 16. A kernel that works ``in_place`` must have a
-    barrier between what it reads and the first that it writes, since several threads read the same numbers.
+    barrier between what it reads and the first that it writes, since several threads read the same numbers. One that
+    never ``spills`` keeps all numbers in registers.
     """
     chosen = {name: value for name, value in {**SHAPE, **constants}.items() if name in kernel.arg_names}
     others = {other[0]: other[1], number: "i32"}
@@ -88,6 +92,16 @@ def compiles(
         read = built.asm["ttgir"].partition("tt.store")[0]
         assert read.rfind("barrier") > read.rfind("tt.load"), f"{kernel.__name__} writes what other threads read"
     assert ("__assertfail" in built.asm["ptx"]) == asserts
+    assert spills or "STACK:0 " in resources_of(built.asm["cubin"]), f"{kernel.__name__} has too few warps"
+
+
+def resources_of(cubin: bytes) -> str:
+    """Registers and memory of a thread, as NVIDIA's tool names them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def main() -> None:
@@ -128,7 +142,10 @@ def main() -> None:
     for sunk, capped in ((False, False), (True, True)):
         compiles(kernels.attend_part, CAPPED=capped)
         compiles(kernels.merge_parts, SUNK=sunk, COMPLETES=True, FIRST_ORDER=sunk)
-    compiles(kernels.merge_parts, SUNK=True, COMPLETES=False, FIRST_ORDER=False, PARTS_PAD=128)
+    for dim, parts, first_order in ((128, 16, True), (128, 128, False), (256, 16, True), (256, 64, True)):
+        sizes = {"DIM": dim, "DIM_PAD": dim, "VALUE_DIM": dim, "VALUE_PAD": dim, "PARTS_PAD": parts}
+        sizes |= {"COMPLETES": first_order, "FIRST_ORDER": first_order, "SUNK": not first_order, "aligned": True}
+        compiles(kernels.merge_parts, warps=attention.merge_warps(parts, dim), spills=False, **sizes)
     for capability, dim in ((80, 256), (89, 128), (89, 256), (90, 256)):  # three stages are Triton's default
         sizes = {"DIM": dim, "DIM_PAD": dim, "VALUE_DIM": dim, "VALUE_PAD": dim, "OVERLAP": capability == 90}
         sizes |= {"BLOCK": kernels.fitting(SHARED[capability], 4 * dim, 128), "SELECTS": True}
@@ -148,7 +165,7 @@ def main() -> None:
     sizes = {"HEADS": 8, "SPLIT": 4, "PARTS": 4, "ROWS_PAD": 16, "WIDTH": 64, "WIDTH_PAD": 64, "KEYS": 128}
     for chosen in (False, True):
         one = {"STRONGEST": chosen, "CAPPED": chosen, "TOGETHER": 1 if chosen else 4}
-        compiles(kernels.estimate_blocks, **sizes, **one)
+        compiles(kernels.estimate_blocks, stages=blocks.ESTIMATE_STAGES, **sizes, **one)
     for centred in (False, True):
         written = {"asserts": True, "CENTRED": centred}
         compiles(kernels.write_states, SCALED=False, COUNTED=True, **written)

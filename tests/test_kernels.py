@@ -204,6 +204,21 @@ def test_long_lists_select_the_same(step: Step, held: bool, monkeypatch: pytest.
     assert_equals_the_oracle(step, held)
 
 
+@pytest.mark.slow
+def test_a_budget_of_more_keys_than_half_an_integer_counts() -> None:
+    """The search counts two orders in one integer while each fits in a half of it, below 32768 keys."""
+    length, wanted = 33300, 33000
+    q, k = torch.ones(1, 1, 1, 16), integers(1, 1, length, 16, seed=2, limit=1000)
+    scorer, everyone = DominantChunks(pick_chunks(1, 2).flatten(1)), torch.ones(1, 1, 1, 1, length, dtype=torch.bool)
+    packed = PackedKeys.of(scorer.pack(k))
+    query, fields, _ = dispatch._arguments_of(
+        Call(q, k, k, scorer, everyone, Budget(wanted), "max", Softmax(1.0), packed, None, None, None)
+    )
+    chosen = ops.select_slots(query, *fields)[0][0].long()
+    scores = packed.rows(length)[0, 0].sum(1)
+    assert chosen.equal(scores.argsort(descending=True, stable=True)[:wanted].sort().values)
+
+
 @pytest.mark.parametrize(
     "step",
     [

@@ -18,7 +18,7 @@ from fasa_flex.backends.triton.kernels import (
 from fasa_flex.backends.triton.tip import Listed, Tip, given_or
 
 ATTEND_BLOCK, ATTEND_WARPS, ATTEND_PROGRAMS, MOST_PARTS, MERGE_WARPS = 128, 4, 128, 128, 1
-"""Keys and warps of a program, the number of programs that attend, most parts of a row, and warps of the merge."""
+"""Keys and warps of a program, the number of programs that attend, most parts of a row, least warps of the merge."""
 
 LEAST_SPAN = 16
 """Least keys of a program that attends, as few as a matrix product takes."""
@@ -118,15 +118,20 @@ def merged(
     means, covariances, covered, states = (query if each is None else each for each in state)
     completes = ending.mean_value is not None
     first_order = completes and ending.strength != 0.0 and covariances.shape[2] > 0
-    masses = query if masses is None else masses
+    masses, parts_pad = query if masses is None else masses, power_of_two(parts, FEW_PARTS)
     overlap, launch = overlapping(query.device)
     merge_parts[(rows, group)](
         sums, results, query if ending.sinks is None else ending.sinks, out, parts, query, masses, means, covariances,
         covered, states, masses.shape[1], scaling * ending.strength, group, dim, power_of_two(dim, 16), value.shape[3],
-        value_pad, power_of_two(parts, FEW_PARTS), query.shape[1] // group, ending.sinks is not None, completes,
-        first_order, ending.states is not None, overlap, num_warps=MERGE_WARPS, **launch,
+        value_pad, parts_pad, query.shape[1] // group, ending.sinks is not None, completes, first_order,
+        ending.states is not None, overlap, num_warps=merge_warps(parts_pad, value_pad), **launch,
     )  # fmt: skip
     return out
+
+
+def merge_warps(parts_pad: int, value_pad: int) -> int:
+    """Warps of a merge: a warp has registers for 32 parts of a value of 128 dimensions, and for its covariance."""
+    return max(MERGE_WARPS, max(32, parts_pad) * value_pad // 4096)
 
 
 def result_of(query: Tensor, value: Tensor) -> Tensor:
