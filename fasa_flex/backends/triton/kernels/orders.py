@@ -36,11 +36,6 @@ def bin_of(order):
 
 
 @triton.jit
-def _sum_and_maximum(a, b, c, d):
-    return a + c, tl.maximum(b, d)
-
-
-@triton.jit
 def bin_reaching(bins, wanted):
     """The highest bin of a row's histogram which, with those above it, has at least ``wanted`` of what is counted.
 
@@ -49,10 +44,10 @@ def bin_reaching(bins, wanted):
     place = tl.arange(0, _ROW)
     by_row = tl.sum(tl.load(bins + place[:, None] * _ROW + place[None, :]), 1)
     reached = tl.cumsum(by_row, 0, reverse=True)
-    short = tl.where(reached < wanted, reached, 0)
-    row, above = tl.reduce(((reached >= wanted).to(tl.int32), short), 0, _sum_and_maximum)
-    reached = tl.cumsum(tl.load(bins + (row - 1) * _ROW + place), 0, reverse=True) + above
-    return (row - 1) * _ROW + tl.sum((reached >= wanted).to(tl.int32), 0) - 1
+    both = tl.sum(tl.where(reached >= wanted, 1 << 32, by_row.to(tl.int64)), 0)  # the rows that reach, what is above
+    row, above = (both >> 32).to(tl.int32) - 1, both.to(tl.int32)
+    reached = tl.cumsum(tl.load(bins + row * _ROW + place), 0, reverse=True) + above
+    return row * _ROW + tl.sum((reached >= wanted).to(tl.int32), 0) - 1
 
 
 @triton.jit

@@ -13,8 +13,8 @@ import triton.language as tl
 from fasa_flex.backends.triton.kernels.launching import begin, begin_in_turn
 from fasa_flex.backends.triton.kernels.orders import BINS, LOWEST, bin_reaching, budget_of, highest_in, lowest_in
 
-_HALF, _LOW, _HIGHEST = tl.constexpr(32768), tl.constexpr(65535), tl.constexpr(2147483647)
-"""Numbers below the first fit in the upper half of an integer; the bits of the lower half; the largest integer."""
+_MOST, _HIGHEST = tl.constexpr(65535), tl.constexpr(2147483647)
+"""The largest number in a part of 16 bits, and the largest integer."""
 
 LISTED = ("listed_stride", "order_stride", "segment_width", "n_fac", "share")
 """Numbers of a row's list, which change with the length of a cache and need not be aligned."""
@@ -102,8 +102,16 @@ def _first_places(counts, number, width, CHUNK: tl.constexpr, SEGMENTS: tl.const
 
 
 @triton.jit
-def _add_pairs(a, b, c, d):
-    return a + c, b + d
+def _all_counts(bits, one, two, three, four):
+    """For each of ``bits`` whether it reaches four orders, as 0 or 1 in four parts of 16 bits of an integer."""
+    lower = (bits >= one).to(tl.int64) | ((bits >= two).to(tl.int64) << 16)
+    return lower | ((bits >= three).to(tl.int64) << 32) | ((bits >= four).to(tl.int64) << 48)
+
+
+@triton.jit
+def _count(counts, NUMBER: tl.constexpr):
+    """One of four numbers in an integer."""
+    return ((counts >> (16 * NUMBER)) & _MOST).to(tl.int32)
 
 
 @triton.jit
@@ -112,21 +120,19 @@ def _reaching(
 ):  # fmt: skip
     """Numbers of listed keys that reach four orders; ``bits`` are the first ``CHUNK`` of them.
 
-    Two numbers share an integer until they could be too large for a half of it.
+    Four numbers share an integer, and one sum over the threads, unless they could be too large for a part of it.
     """
-    first = (bits >= one).to(tl.int32) + ((bits >= two).to(tl.int32) << 16)
-    second = (bits >= three).to(tl.int32) + ((bits >= four).to(tl.int32) << 16)
+    reaching = _all_counts(bits, one, two, three, four)
     for start in range(CHUNK, total, CHUNK):
         number = start + tl.arange(0, CHUNK)
         more = tl.load(listed + _place_of(counts, number, width, SEGMENTS)[0], mask=number < total, other=LOWEST)
-        first += (more >= one).to(tl.int32) + ((more >= two).to(tl.int32) << 16)
-        second += (more >= three).to(tl.int32) + ((more >= four).to(tl.int32) << 16)
-    if total < _HALF:
-        lower, upper = tl.reduce((first, second), 0, _add_pairs)
-        by_one, by_two, by_three, by_four = lower & _LOW, lower >> 16, upper & _LOW, upper >> 16
+        reaching += _all_counts(more, one, two, three, four)
+    if total <= _MOST:
+        every = tl.sum(reaching, 0)
+        by_one, by_two, by_three, by_four = _count(every, 0), _count(every, 1), _count(every, 2), _count(every, 3)
     else:
-        by_one, by_two = tl.reduce((first & _LOW, first >> 16), 0, _add_pairs)
-        by_three, by_four = tl.reduce((second & _LOW, second >> 16), 0, _add_pairs)
+        by_one, by_two = tl.sum(_count(reaching, 0), 0), tl.sum(_count(reaching, 1), 0)
+        by_three, by_four = tl.sum(_count(reaching, 2), 0), tl.sum(_count(reaching, 3), 0)
     return by_one, by_two, by_three, by_four
 
 
