@@ -205,9 +205,9 @@ def test_long_lists_select_the_same(step: Step, held: bool, monkeypatch: pytest.
 
 
 @pytest.mark.slow
-def test_a_budget_of_more_keys_than_half_an_integer_counts() -> None:
-    """The search counts two orders in one integer while each fits in a half of it, below 32768 keys."""
-    length, wanted = 33300, 33000
+def test_a_budget_of_more_keys_than_a_part_of_an_integer_counts() -> None:
+    """Up to 65535 listed keys the search counts four orders in one integer of 64 bits."""
+    length, wanted = 66600, 66000
     q, k = torch.ones(1, 1, 1, 16), integers(1, 1, length, 16, seed=2, limit=1000)
     scorer, everyone = DominantChunks(pick_chunks(1, 2).flatten(1)), torch.ones(1, 1, 1, 1, length, dtype=torch.bool)
     packed = PackedKeys.of(scorer.pack(k))

@@ -4,8 +4,8 @@
     python -m evals.bench.check_cuda --part 2/2 ...      # every second check from the second on, on one of two GPUs
     python -m evals.bench.check_cuda --small             # the same on CPU, small: a dry run
 
-The calls and their reference are in `evals.bench.calls`. Writes JSON after every check, with the remaining checks. The
-exit code is 1 if a check failed or none ran.
+The calls and their reference are in `evals.bench.calls`, the checks of what kernels write in `evals.bench.writes`.
+Writes JSON after every check, with the remaining checks. The exit code is 1 if a check failed or none ran.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from evals.bench.calls import Case, cases, check, check_decode_kernel, check_state, check_writing
+from evals.bench.calls import Case, cases, check, check_decode_kernel
+from evals.bench.writes import check_state, check_writing
 from fasa_flex import FasaCache, FasaConfig, FasaProfile, calibrate, enable
 from fasa_flex.bench.record import RowLedger, command_line, provenance, reason_of
 from fasa_flex.hf.compatibility import cache_argument
